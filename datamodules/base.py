@@ -1,0 +1,337 @@
+"""What every datamodule is: domains with splits, and the one convention that data and models share, the batch.
+
+    training    {"source": (x, y), "target": (x, y)}      y is None where labels are hidden
+    evaluation  {"target": (x, y)}                        one domain
+    prediction  {"target": (x, row number)}
+
+Datamodules know nothing of models, nor the other way round.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+log = logging.getLogger(__name__)
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+
+
+class DataError(Exception):
+    """A mistake in the data or its settings; its text names the file, field or value and what to do."""
+
+
+class TransferDataModule(LightningDataModule):
+    """Loads a source and/or a target domain; a subclass writes `domains` and sets `num_outputs` and `class_names`.
+
+    A target alone is labelled (fine-tuning). **Beside a source the target's labels reach neither training nor model
+    selection**, which then takes the source's validation split, unless `target_labels` opens them.
+
+    A data set is map-style and gives (x, y). For few shots and stratified splits it has `targets`, the labels of all
+    samples; for predictions it may have `ids`, a name per sample.
+
+    Args:
+        batch_size: Samples per domain in a step.
+        num_workers: Processes that load data; 0 loads in the main one.
+        shots_per_class: Keeps that many labelled target training samples of each class.
+        target_labels: Shows training and model selection the target's labels also beside a source.
+        augment: Transforms of a training sample's x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
+        drop_last: Drops the last training batch where it is smaller than the others.
+        seed: Seeds splits, shots and shuffling.
+
+    Attributes:
+        num_outputs: Width of the head that the labels need.
+        class_names: Names of the classes, in the order of their numbers; None for real-valued labels.
+    """
+
+    num_outputs: int
+    class_names: list[str] | None = None
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        shots_per_class: int | None = None,
+        target_labels: bool = False,
+        augment: list[nn.Module] | None = None,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise DataError(f"batch_size: {batch_size} must be at least 1")
+        if shots_per_class is not None and shots_per_class < 1:
+            raise DataError(f"shots_per_class: {shots_per_class} must be at least 1")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.shots_per_class = shots_per_class
+        self.target_labels = target_labels
+        self.augment = nn.Sequential(*augment) if augment else None
+        self.drop_last = drop_last
+        self.seed = seed
+        self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The data set of each domain that this split has.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            Keys out of "source" and "target".
+        """
+        raise NotImplementedError
+
+    def _of(self, split: str) -> Mapping[str, Dataset[Any]]:
+        if split not in self._domains:
+            self._domains[split] = self.domains(split)
+        return self._domains[split]
+
+    def _one(self, split: str) -> tuple[str, Dataset[Any]]:
+        """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
+        domains = self._of(split)
+        hidden = split == "val" and "source" in domains and not self.target_labels
+        name = "target" if "target" in domains and not hidden else "source"
+        return name, domains[name]
+
+    def train_dataloader(self) -> CombinedLoader:
+        """All domains side by side; the shorter ones start over until the longest ends."""
+        domains = self._of("train")
+        hidden = len(domains) > 1 and not self.target_labels
+        if hidden and self.shots_per_class:
+            raise DataError(
+                "shots_per_class: it picks target samples by their labels, which are hidden beside a source; "
+                "pass --data.target_labels true"
+            )
+        loaders = {}
+        for name, dataset in domains.items():
+            rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
+            if name == "target" and self.shots_per_class:
+                rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
+            view = View(dataset, rows, self.augment, label="none" if hidden and name == "target" else "y")
+            sampler = Shuffled(view, self.seed)
+            size = min(self.batch_size, len(sampler))
+            loaders[name] = self._loader(view, size, sampler, collate, drop_last=self.drop_last)
+        return CombinedLoader(loaders, "max_size_cycle")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation split of the domain that selects the model."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The target's test split (the source's, where there is no target)."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """What `test_dataloader` loads, with row numbers instead of labels; see `ids`."""
+        return self._evaluation("test", label="row")
+
+    def ids(self) -> list[str]:
+        """The name of each row of `predict_dataloader`."""
+        _, dataset = self._one("test")
+        return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
+
+    def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
+        name, dataset = self._one(split)
+        view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
+        sampler = Shard(view)
+        size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
+        return self._loader(view, size, sampler, partial(collate, domain=name))
+
+    def _loader(
+        self, view: View, size: int, sampler: Any, collate_fn: Callable[..., Any], drop_last: bool = False
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            view,
+            batch_size=size,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+        )
+
+
+class View(Dataset[Any]):
+    """Some rows of a data set, augmented, with labels, without, or with row numbers in their place."""
+
+    def __init__(
+        self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
+    ) -> None:
+        self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        x, y = self.dataset[self.rows[index]]
+        if self.transform is not None:
+            x = self.transform(x)
+        return x, {"y": y, "none": None, "row": index}[self.label]
+
+
+def collate(samples: list[tuple[Any, Any]], domain: str | None = None) -> Any:
+    """Stacks samples; a hidden label stays None. With `domain`, the batch names it."""
+    xs, ys = zip(*samples, strict=True)
+    batch = (default_collate(xs), None if ys[0] is None else default_collate(ys))
+    return batch if domain is None else {domain: batch}
+
+
+def _world() -> tuple[int, int]:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+
+
+class Shuffled(DistributedSampler[Any]):
+    """This process's part of an order that follows from (seed, epoch) alone."""
+
+    def __init__(self, dataset: View, seed: int) -> None:
+        rank, world = _world()
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+
+
+class Shard(DistributedSampler[Any]):
+    """This process's part of the samples in their order, none of them twice (torch's own pads with repetitions).
+
+    It is a DistributedSampler so that Lightning keeps it.
+    """
+
+    def __init__(self, dataset: View) -> None:
+        rank, world = _world()
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
+        self.rows = range(rank, len(dataset), world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def even_batch_size(samples: int, world: int, batch_size: int) -> int:
+    """The batch size near `batch_size` with which every process runs the same number of batches, so that none waits.
+
+    Raises:
+        DataError: There are fewer samples than processes.
+    """
+    low, high = samples // world, math.ceil(samples / world)
+    if low == 0:
+        raise DataError(f"{samples} samples cannot be shared by {world} processes; use fewer --trainer.devices")
+    for batches in range(math.ceil(low / batch_size), 0, -1):
+        size = math.ceil(high / batches)
+        if math.ceil(low / size) == math.ceil(high / size):
+            return size
+    return high
+
+
+def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
+    """The labels of all samples: the data set's `targets`, or, where it has none, read one by one."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
+    return np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
+
+
+def few_shots(dataset: Dataset[Any], shots: int, class_names: Sequence[str] | None, seed: int) -> list[int]:
+    """Rows of `shots` samples of each class, drawn by `seed`.
+
+    Raises:
+        DataError: A class has fewer; the labels are real values.
+    """
+    targets = targets_of(dataset)
+    if class_names is None or targets.dtype.kind == "f":
+        raise DataError("shots_per_class: the labels are no classes; leave it out")
+    generator, rows = np.random.default_rng(seed), []
+    for number, name in enumerate(class_names):
+        own = np.flatnonzero(targets == number)
+        if len(own) < shots:
+            raise DataError(f"shots_per_class: class {name} has {len(own)} training samples, fewer than {shots}")
+        rows += generator.permutation(own)[:shots].tolist()
+    return sorted(rows)
+
+
+class Rows(Dataset[Any]):
+    """Some rows of a data set, with its `targets` and `ids`."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+        self.targets = targets_of(dataset)[list(rows)]
+        ids = getattr(dataset, "ids", None)
+        self.ids = [ids[row] for row in rows] if ids is not None else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.rows[index]]
+
+
+def split_rows(targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
+
+    Every class with at least two samples gets one or more in each part whose fraction is not zero, as far as they go.
+    """
+    generator = np.random.default_rng(seed)
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    real = targets.dtype.kind == "f"
+    strata = [np.arange(len(targets))] if real else [np.flatnonzero(targets == c) for c in np.unique(targets)]
+    for stratum in strata:
+        rows = generator.permutation(stratum).tolist()
+        for part, fraction in zip(parts, fractions, strict=False):
+            count = min(max(round(fraction * len(stratum)), int(fraction > 0)), len(rows) - 1)
+            part += rows[:count]
+            rows = rows[count:]
+        parts[-1] += rows
+    return [sorted(part) for part in parts]
+
+
+def three_way(
+    found: Mapping[str, Dataset[Any]], where: str, val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, Dataset[Any]]:
+    """Completes what was found to train, val and test.
+
+    With "all" alone, seeded stratified thirds are cut from it. A missing validation split is cut from the training
+    split; a missing test split is the validation split, said once.
+    """
+    splits = dict(found)
+    if "all" in splits:
+        pool = splits.pop("all")
+        val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed)
+        return {"train": Rows(pool, train), "val": Rows(pool, val), "test": Rows(pool, test)}
+    if "val" not in splits and "train" in splits:
+        pool = splits["train"]
+        val, train = split_rows(targets_of(pool), (val_fraction,), seed)
+        splits |= {"train": Rows(pool, train), "val": Rows(pool, val)}
+    if "test" not in splits and "val" in splits:
+        log.warning("%s has no test split: `tl test` uses its validation split", where)
+        splits["test"] = splits["val"]
+    return splits
+
+
+def expand(path: str | os.PathLike[str] | None, field: str) -> Path | None:
+    """A path with ~ and $VARIABLES filled in.
+
+    Raises:
+        DataError: A variable is not set, or nothing is there.
+    """
+    if path is None:
+        return None
+    full = Path(os.path.expandvars(path)).expanduser()
+    if "$" in str(full):
+        raise DataError(f"{field}: {path} uses a variable that is not set; export it, or pass --data.{field} PATH")
+    if not full.exists():
+        raise DataError(f"{field}: there is no file or folder {full}")
+    return full

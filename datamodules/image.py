@@ -1,0 +1,359 @@
+"""Images from folders and from arrays."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import SPLIT_NAMES, SPLITS, DataError, TransferDataModule, expand, log, three_way
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
+
+
+def read_image(path: Path, size: int, max_pixels: int) -> Tensor:
+    """Decodes, turns upright by EXIF, scales the short side to `size` and crops the centre.
+
+    Args:
+        path: The image.
+        size: Side of the result in pixels.
+        max_pixels: Refuse larger images by their header, before decoding.
+
+    Returns:
+        (3, size, size) uint8.
+
+    Raises:
+        DataError: It is no image, truncated, too large, or in colours that have no exact RGB (CMYK, 16 bits, ...).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(path)
+        with image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(f"{path}: {width} x {height} pixels are more than max_pixels {max_pixels}")
+            if image.mode not in _MODES:
+                raise DataError(f"{path}: its {image.mode} colours have no exact RGB; convert it first")
+            image.draft("RGB", (size, size))  # a JPEG is decoded at a reduced scale that still covers the size
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: it has more pixels than max_pixels {max_pixels}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: it cannot be decoded as an image ({str(error).splitlines()[0]})") from error
+    scale = size / min(upright.size)
+    shape = (max(size, round(upright.width * scale)), max(size, round(upright.height * scale)))
+    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+    resized = upright.resize(shape, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+class FolderImages(Dataset[Any]):
+    """Images of one split, by path.
+
+    Attributes:
+        ids: The paths.
+        targets: The class numbers.
+    """
+
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int], size: int, max_pixels: int) -> None:
+        self.ids = [str(path) for path in paths]
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.size, self.max_pixels = size, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return read_image(Path(self.ids[index]), self.size, self.max_pixels), int(self.targets[index])
+        except DataError as error:
+            raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
+
+    def without_bad(self, field: str) -> FolderImages:
+        """The same without the images that cannot be read, and a line that counts them."""
+
+        def readable(path: str) -> bool:
+            try:
+                read_image(Path(path), 32, self.max_pixels)
+            except DataError as error:
+                log.warning("skipped: %s", error)
+                return False
+            return True
+
+        with ThreadPoolExecutor() as pool:
+            good = list(pool.map(readable, self.ids))
+        if not any(good):
+            raise DataError(f"{field}: none of its {len(good)} images can be read")
+        if not all(good):
+            log.warning("%s: skipped %d of %d images", field, good.count(False), len(good))
+        rows = np.flatnonzero(good)
+        return FolderImages([Path(self.ids[i]) for i in rows], self.targets[rows].tolist(), self.size, self.max_pixels)
+
+
+class ImageFolders(TransferDataModule):
+    """One folder per class, for either domain.
+
+        DIR/train/<class>/*.jpg   DIR/val|validation|valid/<class>/*.jpg   DIR/test/<class>/*.jpg
+
+    Without a validation folder a stratified part of the training images is kept for it; without a test folder `tl test`
+    takes the validation images and says so; without train/ the class folders stand in DIR itself and are split in three.
+    `tl predict` also takes a folder of images without classes as its target.
+
+    Args:
+        target: The target's tree; ~ and $VARIABLES are filled in.
+        source: The source's tree; its classes must be the target's.
+        image_size: Side in pixels: the short side is scaled to it and the centre cropped.
+        val_fraction: Share of each class for validation, where there is no such folder.
+        test_fraction: Share of each class for testing, where there is no train/ either.
+        classes: The classes and their order; None reads them from the folders.
+        on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
+            price of reading every image once more at the start.
+        max_pixels: Larger images are bad images, found by their header before decoding.
+        num_workers: Processes that decode images.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: A folder is missing, a class is empty, there is but one, or the domains' classes differ.
+    """
+
+    def __init__(
+        self,
+        target: Path | str | None = None,
+        source: Path | str | None = None,
+        image_size: int = 224,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        classes: list[str] | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
+        max_pixels: int = 50_000_000,
+        num_workers: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_workers=num_workers, **kwargs)
+        if target is None and source is None:
+            raise DataError("target: give a folder of images, --data.target DIR (or --data.source DIR)")
+        check_fractions(val_fraction, test_fraction)
+        roots = {"source": expand(source, "source"), "target": expand(target, "target")}
+        self.roots = {name: root for name, root in roots.items() if root is not None}
+        self.image_size, self.max_pixels, self.on_bad_image = image_size, max_pixels, on_bad_image
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.class_names = classes if classes is not None else self._read_classes()
+        self.num_outputs = len(self.class_names)
+        self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
+
+    def _read_classes(self) -> list[str]:
+        found = {name: _classes(next(iter(_folders(root).values()), root)) for name, root in self.roots.items()}
+        for name, classes in found.items():
+            root = self.roots[name]
+            if not classes:
+                raise DataError(f"{name}: {root} has no class folders; it needs {root}/train/<class>/*.jpg")
+            if len(classes) == 1:
+                raise DataError(f"{name}: {root} has one class, {classes[0]}; classification needs at least two")
+        if len(found) == 2 and found["source"] != found["target"]:
+            only = {a: sorted(set(found[a]) - set(found[b])) for a, b in (("source", "target"), ("target", "source"))}
+            raise DataError(
+                "source, target: their classes differ: "
+                + "; ".join(f"only the {name} has {', '.join(names[:5])}" for name, names in only.items() if names)
+            )
+        return next(iter(found.values()))
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's images in each domain."""
+        return {name: self._split(name, root, split) for name, root in self.roots.items()}
+
+    def predict_dataloader(self) -> Any:
+        """The target's test split, or all images below it where it has no such folders."""
+        root = self.roots.get("target")
+        if root is not None and not _folders(root):
+            paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not paths:
+                raise DataError(f"target: there are no images in {root}")
+            self._domains["test"] = {"target": self._images(paths, [0] * len(paths), "target")}
+        return super().predict_dataloader()
+
+    def _split(self, name: str, root: Path, split: str) -> Dataset[Any]:
+        if name not in self._splits:
+            found = {s: self._read(folder, name) for s, folder in (_folders(root) or {"all": root}).items()}
+            self._splits[name] = three_way(found, str(root), self.val_fraction, self.test_fraction, self.seed)
+        if split not in self._splits[name]:
+            raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
+        return self._splits[name][split]
+
+    def _read(self, folder: Path, name: str) -> FolderImages:
+        assert self.class_names is not None
+        present = _classes(folder)
+        unknown = sorted(set(present) - set(self.class_names))
+        if unknown:
+            raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}")
+        paths: list[Path] = []
+        targets: list[int] = []
+        for number, label in enumerate(self.class_names):
+            if label not in present:
+                continue
+            images = sorted(p for p in (folder / label).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not images:
+                raise DataError(f"{name}: class {label} is empty: there are no images in {folder / label}")
+            paths += images
+            targets += [number] * len(images)
+        return self._images(paths, targets, name)
+
+    def _images(self, paths: list[Path], targets: list[int], name: str) -> FolderImages:
+        images = FolderImages(paths, targets, self.image_size, self.max_pixels)
+        return images.without_bad(name) if self.on_bad_image == "skip" else images
+
+
+def check_fractions(val: float, test: float) -> None:
+    """Refuses shares that leave nothing to train on.
+
+    Raises:
+        DataError: A share is not in (0, 1), or both together are 1 or more.
+    """
+    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
+        raise DataError(f"val_fraction, test_fraction: {val} and {test} must be above 0 and below 1 together")
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """The split folders of a tree by our name for the split."""
+    return {s: root / n for s in SPLITS for n in reversed(SPLIT_NAMES[s]) if (root / n).is_dir()}
+
+
+def _classes(folder: Path) -> list[str]:
+    """Names of the class folders, sorted; hidden ones are none."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+class ArrayImages(Dataset[Any]):
+    """Images in memory.
+
+    Attributes:
+        targets: The labels, class numbers or real values.
+    """
+
+    def __init__(self, images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+        channels_last = images if images.ndim == 4 else images[..., None]
+        self.images = torch.from_numpy(np.ascontiguousarray(channels_last.transpose(0, 3, 1, 2)))
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.images[index], self.targets[index]
+
+
+class ImageArrays(TransferDataModule):
+    """Images from an .npz file, or from a folder of .npy files of the same names, for either domain.
+
+    Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ... Images are
+    (N, H, W) or (N, H, W, 1 or 3), uint8 or float in [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
+
+    Args:
+        target: The target's file or folder; ~ and $VARIABLES are filled in.
+        source: The source's file or folder.
+        val_fraction: Share for validation where no arrays are named so (of each class, where labels are classes).
+        test_fraction: Share for testing where no arrays are named so and the rest is not split either.
+        classes: Names of the classes; None calls them 0, 1, ...
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: Arrays are missing, do not match, or hold values outside their range.
+    """
+
+    def __init__(
+        self,
+        target: Path | str | None = None,
+        source: Path | str | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        classes: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if target is None and source is None:
+            raise DataError("target: give an .npz file, --data.target FILE (or --data.source FILE)")
+        check_fractions(val_fraction, test_fraction)
+        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        for name, given in (("source", source), ("target", target)):
+            path = expand(given, name)
+            if path is not None:
+                found = _read_arrays(path, name)
+                self._splits[name] = three_way(found, str(path), val_fraction, test_fraction, self.seed)
+        labels = {name: self._labels(name) for name in self._splits}
+        kinds = {name: values.dtype.kind == "f" for name, values in labels.items()}
+        if len(set(kinds.values())) == 2:
+            raise DataError("source, target: the labels of one are classes and of the other real values")
+        if next(iter(kinds.values())):
+            shape = next(iter(labels.values())).shape
+            self.class_names, self.num_outputs = None, shape[1] if len(shape) > 1 else 1
+        else:
+            counts = {name: int(values.max()) + 1 for name, values in labels.items()}
+            if classes is None and len(set(counts.values())) == 2:
+                raise DataError(f"source, target: their classes differ: {counts['source']} and {counts['target']}")
+            self.num_outputs = len(classes) if classes is not None else max(counts.values())
+            if max(counts.values()) > self.num_outputs:
+                raise DataError(f"classes: {self.num_outputs} names, but labels up to {max(counts.values()) - 1}")
+            if self.num_outputs < 2:
+                raise DataError("target: all labels are 0; classification needs at least two classes")
+            self.class_names = classes or [str(number) for number in range(self.num_outputs)]
+
+    def _labels(self, name: str) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.asarray(d.targets) for d in self._splits[name].values()])  # type: ignore[attr-defined]
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's images in each domain."""
+        return {name: splits[split] for name, splits in self._splits.items()}
+
+
+def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
+    """The image arrays of a file or folder by split, or all under "all"."""
+    try:
+        if path.is_dir():
+            arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
+    prefixes = {"all": ("",)} | {split: tuple(f"{n}_" for n in names) for split, names in SPLIT_NAMES.items()}
+    found: dict[str, Dataset[Any]] = {}
+    for split, options in prefixes.items():
+        for prefix in options:
+            if f"{prefix}images" in arrays:
+                found[split] = _checked(arrays, prefix, f"{name}: {path}")
+    if "all" not in found and "train" not in found:
+        raise DataError(f"{name}: {path} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
+    return found
+
+
+def _checked(arrays: dict[str, Any], prefix: str, where: str) -> ArrayImages:
+    images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
+    if labels is None or len(labels) != len(images):
+        have = "none" if labels is None else str(len(labels))
+        raise DataError(f"{where}: {prefix}labels must be one for each of the {len(images)} images, there are {have}")
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise DataError(f"{where}: {prefix}images has shape {images.shape}, not (N, H, W) or (N, H, W, 1 or 3)")
+    if images.dtype.kind == "f":
+        images = images.astype(np.float32)
+        if not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+            raise DataError(f"{where}: {prefix}images are floats outside [0, 1]; scale them or store uint8")
+    elif images.dtype != np.uint8:
+        raise DataError(f"{where}: {prefix}images are {images.dtype}; store uint8, or float in [0, 1]")
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float32)
+        if not np.isfinite(labels).all():
+            raise DataError(f"{where}: {prefix}labels has values that are not finite")
+    elif labels.dtype.kind in "iu" and labels.ndim == 1 and labels.min() >= 0:
+        labels = labels.astype(np.int64)
+    else:
+        raise DataError(f"{where}: {prefix}labels must be whole numbers from 0 or floats")
+    return ArrayImages(images, labels)

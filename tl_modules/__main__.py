@@ -1,0 +1,5 @@
+"""`python -m tl_modules` is `tl`."""
+
+from tl_modules.cli import main
+
+main()

@@ -1,0 +1,362 @@
+"""Image backbones: our ConvNet, and any classifier of torchvision, timm or a torch.hub repository.
+
+    uint8 or float in [0, 1], (B, 1 or 3, H, W) -> normalise -> stage 0 -> stage 1 -> ... -> pool -> (B, out_features)
+
+A foreign classifier loses its last layer, so that the features are what that layer saw. Its stages are the runs of
+blocks at one resolution, and the single blocks of a transformer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from tl_modules.backbones.base import Backbone
+from tl_modules.backbones.weights import Pretrained, State, is_local, load, read
+from tl_modules.errors import UserError, closest
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Weights = str | Path | None
+
+
+class ImageBackbone(Backbone):
+    """Normalises images and runs `model` on them; the base of every image backbone.
+
+    Args:
+        model: (B, C, H, W) floats -> (B, out_features), or (B, out_features, h, w), which is averaged.
+        out_features: Width of the features.
+        mean: Per channel, on the [0, 1] scale.
+        std: Per channel, on the [0, 1] scale.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, out_features: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.out_features = out_features
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated."""
+        x = images.to(self.mean.dtype)
+        if images.dtype == torch.uint8:
+            x = x / 255
+        return (x.expand(-1, len(self.mean), -1, -1) - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1 or 3, H, W) uint8, or float in [0, 1] -> (B, out_features)."""
+        features: Tensor = self.model(self.preprocess(x))
+        return features.mean((2, 3)) if features.ndim == 4 else features
+
+    def stages(self) -> list[nn.Module]:
+        """Splits `model` where its resolution drops and before each transformer block."""
+        return resolution_stages(self.model)
+
+    def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State]) -> None:
+        """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random."""
+        if weights is None:
+            return
+        if is_local(weights):
+            self.pretrained = read(weights)
+        else:
+            self.pretrained = Pretrained(str(weights), hub(str(weights)))
+        load(self.model, self.pretrained, strict)
+
+
+class ConvNet(ImageBackbone):
+    """Three stages of two 3 x 3 convolutions with BatchNorm and pooling, for images of 28 to 64 px.
+
+    Args:
+        width: Channels of the first stage; each further stage has twice as many.
+        weights: A local file or a run of ours; None starts at random.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+        mean: Per channel, on the [0, 1] scale.
+        std: Per channel, on the [0, 1] scale.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        weights: Weights = None,
+        strict: bool = True,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+    ) -> None:
+        widths = [len(mean), width, 2 * width, 4 * width]
+        stages = [self._stage(i, o) for i, o in zip(widths, widths[1:], strict=False)]
+        super().__init__(nn.Sequential(*stages), widths[-1], mean, std)
+        self.load_pretrained(weights, strict, self._no_hub)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        def conv(i: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*conv(inputs), *conv(outputs), nn.MaxPool2d(2))
+
+    @staticmethod
+    def _no_hub(name: str) -> State:
+        raise UserError(f"weights: ConvNet has no hub entry {name}; give a file or the directory of a run")
+
+    def stages(self) -> list[nn.Module]:
+        """The three stages."""
+        return list(self.model.children())
+
+
+class TorchvisionBackbone(ImageBackbone):
+    """Any classifier of torchvision.models without its last layer.
+
+    Args:
+        name: As in torchvision.models.list_models(torchvision.models), e.g. resnet50.
+        weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of ours.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+        mean: Per channel, on the [0, 1] scale.
+        std: Per channel, on the [0, 1] scale.
+
+    Raises:
+        UserError: Unknown name; weights that cannot be fetched or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: Weights = None,
+        strict: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        from torchvision import models
+
+        names = models.list_models(module=models)
+        if name not in names:
+            raise UserError(f"name: torchvision has no classifier {name}{closest(name, names)}")
+        # these two have an auxiliary classifier for training from scratch, and an initialisation that takes a minute
+        options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = models.get_model(name, weights=None, **options)
+        out_features = strip_classifier(model)
+        if out_features is None:  # pragma: no cover - a family newer than this file
+            raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
+        super().__init__(model, out_features, mean, std)
+
+        def hub(entry: str) -> State:
+            known = models.get_model_weights(name).__members__
+            if entry not in known:
+                raise UserError(
+                    f"weights: {name} has no weights {entry}{closest(entry, known)}; "
+                    f"known: {', '.join(known)}, or give a local file or the directory of a run"
+                )
+            try:
+                state: State = known[entry].get_state_dict(progress=False, check_hash=True)
+            except (URLError, OSError) as error:
+                raise UserError(_offline(f"{name} {entry}")) from error
+            return state
+
+        self.load_pretrained(weights, strict, hub)
+
+
+class TimmBackbone(ImageBackbone):
+    """Any model of timm without its classifier (`pip install 'lightning-transfer[timm]'`).
+
+    Args:
+        name: As in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
+        weights: DEFAULT for the pretrained weights that timm knows for this name (downloaded), a local file, or a run.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+
+    Raises:
+        UserError: timm is missing, the name is unknown, or the weights cannot be fetched or do not fit.
+    """
+
+    def __init__(self, name: str, weights: Weights = None, strict: bool = True) -> None:
+        try:
+            import timm
+        except ImportError as error:
+            raise UserError("TimmBackbone needs timm: pip install 'lightning-transfer[timm]'") from error
+        if not timm.is_model(name.split(".")[0]):
+            raise UserError(f"name: timm has no model {name}{closest(name, timm.list_models())}")
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+        config = model.pretrained_cfg
+        super().__init__(model, model.num_features, config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
+        # some heads widen the features after pooling, and only timm knows by how much
+        self.out_features = getattr(model, "head_hidden_size", None) or model.num_features
+
+        def hub(entry: str) -> State:
+            if entry != "DEFAULT":
+                raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for timm's own weights of {name}")
+            try:
+                state: State = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+            except (OSError, RuntimeError) as error:  # the hub client's offline error is an OSError
+                raise UserError(_offline(f"timm's {name}")) from error
+            return state
+
+        self.load_pretrained(weights, strict, hub)
+
+    def stages(self) -> list[nn.Module]:
+        """The groups that timm itself gives for layer-wise learning rates."""
+        from timm.models import group_parameters
+
+        groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
+        return stages_by_name(self.model, groups)
+
+
+class HubBackbone(ImageBackbone):
+    """An entry of a torch.hub repository. **This runs that repository's code**, so name only one that you trust.
+
+    Args:
+        repo: A local folder with a hubconf.py, or owner/name[:ref] on GitHub.
+        name: The entry point in its hubconf.py.
+        arguments: Passed to the entry point, e.g. {pretrained: true}.
+        weights: A local file or a run of ours; None keeps what the entry point gives.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+        image_size: Side in pixels of the images that the width of the features is probed with, where it is not known.
+        mean: Per channel, on the [0, 1] scale.
+        std: Per channel, on the [0, 1] scale.
+
+    Raises:
+        UserError: The repository or entry is not found, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        weights: Weights = None,
+        strict: bool = True,
+        image_size: int = 224,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        folder = Path(os.path.expandvars(repo)).expanduser()
+        source = "local" if folder.is_dir() else "github"
+        if source == "local" and not (folder / "hubconf.py").is_file():
+            raise UserError(f"repo: {folder} has no hubconf.py, so it is no torch.hub repository")
+        if source == "github" and repo.count("/") != 1:
+            raise UserError(f"repo: {repo} is neither a folder nor owner/name on GitHub")
+        where = str(folder) if source == "local" else repo
+        try:
+            entries = torch.hub.list(where, source=source, trust_repo=True) if source == "local" else [name]
+            if name not in entries:
+                raise UserError(f"name: {repo} has no entry {name}{closest(name, entries)}")
+            model = torch.hub.load(where, name, source=source, trust_repo=True, **(arguments or {}))
+        except (URLError, OSError) as error:
+            raise UserError(_offline(f"{repo} {name}")) from error
+        if not isinstance(model, nn.Module):
+            raise UserError(f"name: {repo} {name} gives a {type(model).__name__}, not a torch.nn.Module")
+        width = strip_classifier(model)
+        super().__init__(model, width or 0, mean, std)
+        if width is None:
+            with torch.no_grad():
+                self.eval()
+                self.out_features = self(torch.zeros(1, len(mean), image_size, image_size)).shape[1]
+                self.train()
+        self.load_pretrained(weights, strict, self._no_hub)
+
+    def _no_hub(self, name: str) -> State:
+        raise UserError(f"weights: {name} is no file or run; a hub entry takes its own weights through `arguments`")
+
+
+def _offline(what: str) -> str:
+    return (
+        f"weights: {what} could not be downloaded; without a network, fetch the file elsewhere and pass "
+        "--model.backbone.weights FILE"
+    )
+
+
+def strip_classifier(model: nn.Module) -> int | None:
+    """Replaces a classifier's last layer by the identity, in place.
+
+    Returns:
+        The width of what that layer saw; None if the model has no `fc`, `classifier`, `head` or `heads` with a layer.
+    """
+    for name in ("fc", "classifier", "head", "heads"):
+        top = getattr(model, name, None)
+        if not isinstance(top, nn.Module):
+            continue
+        layers = [(n, m) for n, m in top.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if not layers:
+            continue
+        path, last = layers[-1]
+        full = f"{name}.{path}" if path else name
+        parent, _, child = full.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+        return last.in_features if isinstance(last, nn.Linear) else last.in_channels
+    return None
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The building blocks of a classifier in the order of their registration, one or two levels down."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList) or type(child).__name__ == "Encoder":
+            for inner, block in child.named_children():
+                if type(child).__name__ == "Encoder" and isinstance(block, nn.Sequential):
+                    yield from ((f"{name}.{inner}.{n}", b) for n, b in block.named_children())
+                else:
+                    yield f"{name}.{inner}", block
+        else:
+            yield name, child
+
+
+def _starts_stage(block: nn.Module) -> bool:
+    """Whether a block lowers the resolution or is a transformer's."""
+
+    def lowers(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return max(module.stride) > 1
+        return isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and max(torch.tensor(module.stride).view(-1)) > 1
+
+    name = type(block).__name__
+    return name in ("EncoderBlock", "PatchMerging", "PatchMergingV2") or any(lowers(m) for m in block.modules())
+
+
+def resolution_stages(model: nn.Module) -> list[nn.Module]:
+    """Stages of a convolutional or transformer classifier: a new one begins at each block that lowers the resolution."""
+    index, group = 0, {}
+    for number, (name, block) in enumerate(_blocks(model)):
+        index += number > 0 and _starts_stage(block)
+        group[name] = index
+    return stages_by_name(model, group)
+
+
+def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
+    """Collects a model's modules and loose parameters into stages.
+
+    Args:
+        model: The network.
+        group: Stage number by the name of a module or parameter; what lies below a name belongs to it, and what has
+            no name here belongs to the stage before it (loose parameters of the root: to the first).
+
+    Returns:
+        The stages that hold a parameter, in the order of their numbers.
+    """
+    parts: dict[int, list[nn.Module]] = {}
+    current = min(group.values(), default=0)
+
+    def below(prefix: str) -> set[int]:
+        return {g for name, g in group.items() if name == prefix or name.startswith(f"{prefix}.")}
+
+    def collect(module: nn.Module, prefix: str) -> None:
+        nonlocal current
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            parts.setdefault(group.get(name, current), []).append(nn.ParameterList([parameter]))
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            numbers = below(path)
+            if len(numbers) > 1:
+                collect(child, path)
+            else:
+                current = numbers.pop() if numbers else current
+                parts.setdefault(current, []).append(child)
+
+    collect(model, "")
+    stages: list[nn.Module] = [nn.ModuleList(parts[number]) for number in sorted(parts)]
+    return [stage for stage in stages if next(stage.parameters(), None) is not None]

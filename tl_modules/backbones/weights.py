@@ -1,0 +1,154 @@
+"""Pretrained weights: read from a file or a run of ours, matched by name, reported, never unpickled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_modules.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What wrappers put before a key: DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
+_PREFIX = re.compile(r"^(?:(?:module|model|backbone|_orig_mod)\.)+")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A state dict and, when it comes from a run of ours, the head that was trained on it.
+
+    Attributes:
+        origin: The file or hub name, for messages.
+        state: The backbone's tensors.
+        head: The head's tensors; empty for foreign weights.
+        task: The run's task and class names; empty for foreign weights.
+    """
+
+    origin: str
+    state: State
+    head: State = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What became of each key when weights were loaded."""
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} matched"]
+        for name in ("missing", "unexpected", "misshaped"):
+            keys: list[str] = getattr(self, name)
+            parts.append(f"{len(keys)} {name}" + (f" ({_some(keys)})" if keys else ""))
+        return ", ".join(parts)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def is_local(weights: str | os.PathLike[str]) -> bool:
+    """Whether `weights` names a file or a folder rather than an entry of a hub."""
+    text = os.fspath(weights)
+    return Path(text).exists() or text.endswith(_SUFFIXES) or text.startswith((".", "/", "~", "$")) or os.sep in text
+
+
+def read(weights: str | os.PathLike[str]) -> Pretrained:
+    """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run directory.
+
+    Raises:
+        UserError: The file is missing, is no run, or holds anything but tensors and plain data.
+    """
+    path = Path(os.path.expandvars(weights)).expanduser()
+    if not path.exists():
+        raise UserError(f"weights: there is no file or run directory {path}")
+    if path.is_dir():
+        best = path / "checkpoints" / "best.ckpt"
+        if not best.is_file():
+            raise UserError(f"weights: {path} is no run directory: it has no checkpoints/best.ckpt")
+        path = best
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"weights: {path} holds Python objects besides tensors, which could run code, so it is not loaded;"
+            " save its state_dict() alone"
+        ) from error
+    except Exception as error:  # each format has exceptions of its own; the cause is the same
+        raise UserError(f"weights: {path} cannot be read as tensors ({str(error).splitlines()[0][:120]})") from error
+    task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise UserError(f"weights: {path} holds no tensors by name")
+    if task:
+        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+        return Pretrained(str(path), {k: v for k, v in tensors.items() if k.startswith("backbone.")}, head, task)
+    return Pretrained(str(path), tensors)
+
+
+def load(model: nn.Module, pretrained: Pretrained, strict: bool = True) -> Match:
+    """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
+
+    Args:
+        model: The network to fill, in place.
+        pretrained: The weights.
+        strict: Refuse when a tensor of `model` is missing or has another shape; otherwise it stays random.
+
+    Returns:
+        Which keys were matched, missing, unexpected and misshaped (also logged).
+
+    Raises:
+        UserError: Nothing matched, or `strict` and something is missing or misshaped.
+    """
+    own = {_PREFIX.sub("", key): key for key in model.state_dict()}
+    given = {_PREFIX.sub("", key): value for key, value in pretrained.state.items()}
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
+    matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]
+    match = Match(
+        matched,
+        # old checkpoints lack BatchNorm's step counter, which nothing depends on
+        missing=[k for k in own if k not in given and not k.endswith("num_batches_tracked")],
+        unexpected=[k for k in given if k not in own],
+        misshaped=misshaped,
+    )
+    wrong = f"weights: {pretrained.origin} does not fit {type(model).__name__}"
+    if not matched:
+        raise UserError(f"{wrong}: none of its {len(given)} tensors has a name and shape of this network's {len(own)}")
+    if strict and misshaped:
+        key = misshaped[0]
+        raise UserError(
+            f"{wrong}: {len(misshaped)} tensors have another shape, {key} is {tuple(given[key].shape)} instead of "
+            f"{tuple(shapes[own[key]])}; name the matching architecture, or pass strict: false to start them at random"
+        )
+    if strict and match.missing:
+        raise UserError(
+            f"{wrong}: {len(match.missing)} of {len(own)} tensors are not in it ({_some(match.missing)}); "
+            "name the matching architecture, or pass strict: false to start them at random"
+        )
+    model.load_state_dict({own[k]: given[k] for k in matched}, strict=False)
+    log.info("weights from %s: %s", pretrained.origin, match)
+    return match

@@ -1,0 +1,216 @@
+"""What TensorBoard shows beside curves: inputs, mistakes, the confusion matrix, features, hyper-parameters."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from tl_modules.base import DomainView, TransferModule
+
+SHOWN = 16  # images in a grid
+POINTS = 500  # samples in the embedding projector
+
+
+class Pictures(Callback):
+    """Draws at the start of `fit` its inputs, and after it and after `test` what the model makes of them.
+
+    The mistakes, the confusion matrix and the features are those of the best checkpoint's epoch (in `fit`, of the last
+    validation that was best so far; in `test`, of the test split).
+
+    Args:
+        config: What TensorBoard's HPARAMS tab shows, flat.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self.config = dict(config or {})
+        self.best: float | None = None
+        self.kept: _Kept | None = None
+        self.now = _Kept()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draws the first batch, as the network gets it."""
+        writer = _writer(trainer)
+        if writer is None or trainer.global_step > 0 or batch_idx > 0 or not isinstance(pl_module, TransferModule):
+            return
+        for domain, (x, y) in batch.items():
+            if _is_image(x):
+                titles = ["hidden"] * len(x) if y is None else [_name(pl_module, value) for value in y[:SHOWN]]
+                writer.add_figure(f"inputs/{domain}", _grid(list(x[:SHOWN].cpu()), titles), 0)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts over."""
+        self.now = _Kept()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Keeps the batch's worst and its features."""
+        if _writer(trainer) is not None and isinstance(outputs, DomainView) and not trainer.sanity_checking:
+            assert isinstance(pl_module, TransferModule)
+            self.now.add(pl_module, outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps this validation if it is the best so far."""
+        name, mode = getattr(pl_module, "monitor", ("val/loss", "min"))
+        value = trainer.callback_metrics.get(name)
+        if trainer.sanity_checking or value is None:
+            return
+        score = float(value) if mode == "max" else -float(value)
+        if self.best is None or score > self.best:
+            self.best, self.kept = score, self.now
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the best validation, and the hyper-parameters with its metrics."""
+        writer = _writer(trainer)
+        if writer is None or not isinstance(pl_module, TransferModule) or self.kept is None:
+            return
+        self.kept.draw(writer, pl_module, "val", trainer.global_step)
+        metrics = {f"hp/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if self.best is not None:
+            name, mode = pl_module.monitor
+            metrics[f"hp/best_{name.removeprefix('val/')}"] = self.best if mode == "max" else -self.best
+        for summary in torch.utils.tensorboard.summary.hparams(self.config, metrics):
+            writer._get_file_writer().add_summary(summary)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, trainer.global_step)
+        writer.flush()
+
+    on_test_start = on_validation_start
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Keeps the batch's worst and its features."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the test split."""
+        writer = _writer(trainer)
+        if writer is not None and isinstance(pl_module, TransferModule):
+            self.now.draw(writer, pl_module, "test", trainer.global_step)
+            writer.flush()
+
+
+class _Kept:
+    """What one pass over a split leaves for drawing."""
+
+    def __init__(self) -> None:
+        self.worst: list[tuple[float, int, Tensor, str]] = []
+        self.confused: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        self.points: list[tuple[Tensor, Tensor, str]] = []
+        self.seen = 0
+
+    def add(self, module: TransferModule, view: DomainView) -> None:
+        assert view.y is not None
+        prediction = module.predict(view.output).cpu()
+        images = view.x.cpu()
+        labels = view.y.cpu()
+        classes = module.class_names is not None and prediction.ndim == 2
+        guess = prediction.argmax(1) if classes else prediction
+        for i in range(len(labels)):
+            loss = float(module.loss(view.output[i : i + 1], view.y[i : i + 1]))
+            title = f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {loss:.2f}"
+            self.seen += 1
+            heapq.heappush(self.worst, (loss, self.seen, images[i], title))
+            if len(self.worst) > SHOWN:
+                heapq.heappop(self.worst)
+            if classes:
+                pair = (int(labels[i]), int(guess[i]))
+                self.pairs[pair] += 1
+                if pair[0] != pair[1]:
+                    self.confused.setdefault(pair, (images[i], title))
+            if len(self.points) < POINTS:
+                self.points.append((view.features[i].float().cpu(), _thumbnail(images[i]), _name(module, labels[i])))
+
+    def draw(self, writer: Any, module: TransferModule, split: str, step: int) -> None:
+        if not self.points:
+            return
+        picture = _is_image(self.worst[0][2][None])
+        if picture:
+            worst = sorted(self.worst, key=lambda item: -item[0])
+            titles = [item[3] for item in worst]
+            writer.add_figure(f"{split}/worst: true, predicted, loss", _grid([item[2] for item in worst], titles), step)
+        if module.class_names is not None and self.pairs:
+            writer.add_figure(f"{split}/confusion", _confusion(self.pairs, module.class_names), step)
+            top = [(p, n) for p, n in self.pairs.most_common() if p[0] != p[1]][:SHOWN]
+            names = module.class_names
+            rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
+            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
+            if picture and top:
+                images = [self.confused[p][0] for p, _ in top]
+                titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
+                writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(images, titles), step)
+        features = torch.stack([point[0] for point in self.points])
+        thumbnails = torch.stack([point[1] for point in self.points]) if picture else None
+        writer.add_embedding(features, [point[2] for point in self.points], thumbnails, step, f"{split}_features")
+
+
+def _writer(trainer: Trainer) -> Any:
+    """TensorBoard's writer on the first process, or None."""
+    found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return found[0].experiment if found and trainer.is_global_zero and not trainer.fast_dev_run else None
+
+
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def _name(module: TransferModule, value: Tensor) -> str:
+    if module.class_names is not None:
+        return module.class_names[int(value)]
+    return ", ".join(f"{v:.3g}" for v in value.reshape(-1).tolist())
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """(C, H, W) -> (3, 32, 32) floats in [0, 1]; anything else as it is."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        return image
+    x = image.float() / (255 if image.dtype == torch.uint8 else 1)
+    small = torch.nn.functional.interpolate(x[None], (32, 32), mode="bilinear", antialias=True)[0]
+    return small.expand(3, -1, -1).clamp(0, 1)
+
+
+def _grid(images: list[Tensor], titles: list[str]) -> Any:
+    """Up to 16 images in rows of 4 with a title each."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // 4)
+    figure = Figure(figsize=(9, 2.3 * rows), layout="constrained")
+    for place, (image, title) in enumerate(zip(images, titles, strict=False)):
+        axes = figure.add_subplot(rows, 4, place + 1)
+        axes.imshow(image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0), cmap="gray")
+        axes.set_title(title, fontsize=9)
+        axes.axis("off")
+    return figure
+
+
+def _confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
+    """True classes down, predicted across; a row sums to 1, the numbers are counts."""
+    from matplotlib.figure import Figure
+
+    counts = torch.zeros(len(names), len(names))
+    for pair, times in pairs.items():
+        counts[pair] = times
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = max(5.0, 0.55 * len(names) + 1.5)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    if len(names) <= 30:
+        for row in range(len(names)):
+            for column in range(len(names)):
+                if counts[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    return figure

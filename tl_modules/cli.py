@@ -1,0 +1,395 @@
+"""The `tl` command: LightningCLI with run directories, short errors, and both wings imported.
+
+    argv -> config (later wins) -> data, model (num_outputs and class_names linked) -> run directory -> Trainer
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+import datamodules
+import tl_modules
+from tl_modules.callbacks import Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
+from tl_modules.errors import UserError, closest
+from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
+
+COMMANDS = {
+    "fit": "Transfer a pretrained backbone to your data.",
+    "validate": "Measure a run on the validation split.",
+    "test": "Measure a run on the test split.",
+    "predict": "Label data with a run and write a CSV.",
+}
+TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 1}
+
+
+class Parser(LightningArgumentParser):
+    """Says in one sentence what is wrong with the command line or a config, and stops with code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the cause, with the closest valid name, in place of the whole parser."""
+        stop(explain(message, self))
+
+
+class TransferCLI(LightningCLI):
+    """Wires model, data and Trainer, and gives every run a directory.
+
+    Args:
+        args: The arguments after `tl`.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.run: Path | None = None
+        args = self._expand_run(list(args))
+        self.command = next((word for word in args if word in COMMANDS), None)
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            parser_kwargs={"prog": "tl", "description": "Transfer learning: one config, one command."},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    # Arguments
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is asked for; building the arguments of the others would only cost time."""
+        known = LightningCLI.subcommands()
+        known["predict"].add("return_predictions")
+        return {self.command: known[self.command]} if self.command else known
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        commands = parser.add_subcommands()
+        self._subcommand_parsers = {}
+        for name in self.subcommands():
+            if self.command is None:  # `tl --help` lists the commands only
+                self._subcommand_parsers[name] = self.init_parser(description=COMMANDS[name])
+            else:
+                self._subcommand_parsers[name] = self._prepare_subcommand_parser(
+                    self.trainer_class, name, description=COMMANDS[name]
+                )
+            commands.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses `args`; Lightning's own would warn that the process has arguments too."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
+        parser.add_argument("--name", type=str | None, default=None, help="The run goes to runs/NAME/version_N.")
+        parser.add_argument("--run", type=str | None, default=None, help="A run's directory: its config and best.ckpt.")
+        if self.command == "predict":
+            parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
+        defaults = {"class_path": "tl_modules.Classification", "init_args": {"backbone": "tl_modules.ConvNet"}}
+        if self.run is None:  # a run's config already has what the links give
+            parser.set_defaults({"model": defaults, "data": {"class_path": "datamodules.Digits"}})
+            for attribute in ("num_outputs", "class_names"):
+                parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
+
+    def _expand_run(self, args: list[str]) -> list[str]:
+        """`--run DIR` becomes DIR's config, below all that the command line says, and its best checkpoint."""
+        values = _values(args, "--run")
+        checkpoints = _values(args, "--ckpt_path")
+        if "fit" in args[:1]:
+            if values:
+                raise UserError("run: `tl fit` starts a run of its own; to go on from a checkpoint pass --ckpt_path FILE")
+            return args
+        if not values and checkpoints and not _values(args, "--config") and not _values(args, "-c"):
+            folder = Path(checkpoints[-1]).parent.parent
+            values = [str(folder)] if (folder / "config.yaml").is_file() else []
+        if not values or len(args) < 2:
+            return args
+        self.run = find_run(values[-1])
+        config = read_config(self.run)
+        config["model"] = without_weights(config["model"])
+        if not checkpoints:
+            best = self.run / "checkpoints" / "best.ckpt"
+            if not best.is_file():
+                raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
+            args = [*args, "--ckpt_path", str(best)]
+        return [args[0], "--config", yaml.safe_dump(config), *args[1:]]
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the config alone: Lightning would let the checkpoint's hyper-parameters win over the command line."""
+
+    # Objects
+
+    def before_instantiate_classes(self) -> None:
+        """Makes paths absolute, so that config.yaml works from anywhere; a checkpoint replaces pretrained weights."""
+        config = self.config[str(self.subcommand)]
+        absolute_paths(config.get("data"))
+        absolute_paths(config.get("model"))
+        self.saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True))
+        if config.get("ckpt_path") is not None:
+            if not Path(config.ckpt_path).is_file() and config.ckpt_path not in ("last", "hpc"):
+                raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
+            backbone = config.model.init_args.get("backbone")
+            if backbone is not None and backbone.get("init_args", Namespace()).get("weights") is not None:
+                backbone.init_args.weights = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives the Trainer its run directory, loggers and callbacks."""
+        config = self.config[str(self.subcommand)]
+        trainer = config.trainer
+        name = config.name or type(self.datamodule).__name__.lower()
+        if rank_zero_only.rank != 0:  # the first process chooses; the others are told by the strategy
+            path = Path(trainer.default_root_dir or ".") / "runs" / name
+        else:
+            path = self.run or new_run(trainer.default_root_dir or ".", name)
+        self.directory = path
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
+        if trainer.logger in (None, True):
+            kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
+        kwargs.setdefault("default_root_dir", str(path))
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, path: Path) -> list[Callback]:
+        config = self.config[str(self.subcommand)]
+        callbacks: list[Callback] = [RunDirectory(path, None if self.run else self._resolved())]
+        if config.trainer.logger is not False:
+            callbacks.append(Pictures(_flat({key: self.saved.get(key) for key in SECTIONS if key != "trainer"})))
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar(leave=True) if sys.stdout.isatty() else PlainProgress())
+        if self.subcommand == "predict":
+            callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
+        if self.subcommand == "fit":
+            callbacks.append(StageTable())
+            if config.trainer.logger is not False:
+                callbacks.append(LearningRateMonitor("epoch"))
+            if config.trainer.enable_checkpointing is not False:
+                monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
+                if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
+                    monitor, mode = None, "max"
+                folder = path / "checkpoints"
+                best = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": monitor is None}
+                callbacks.append(ModelCheckpoint(folder, "best", enable_version_counter=False, **best))
+                last = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+                callbacks.append(ModelCheckpoint(folder, "last", **last))
+        return callbacks
+
+    def _resolved(self) -> dict[str, Any]:
+        """The config with what the data decided, so that the model can be built without the data."""
+        resolved: dict[str, Any] = {key: self.saved.get(key) for key in SECTIONS}
+        resolved["name"] = self.directory.parent.name
+        arguments = resolved["model"].setdefault("init_args", {})
+        for attribute in ("num_outputs", "class_names"):
+            if attribute not in arguments and hasattr(self.model, attribute):
+                arguments[attribute] = getattr(self.model, attribute)
+        if "classes" in resolved["data"].get("init_args", {}):
+            resolved["data"]["init_args"]["classes"] = getattr(self.datamodule, "class_names", None)
+        return resolved
+
+    # Commands
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts without keeping what the table already has."""
+        self.trainer.predict(return_predictions=False, **kwargs)
+
+    def after_fit(self) -> None:
+        """Says where everything is."""
+        self._say(f"tl test --run {self.directory}\ntensorboard --logdir {self.directory.parent}")
+
+    def after_test(self) -> None:
+        """Says where the numbers are."""
+        self._say(f"metrics: {self.directory / 'metrics.json'}")
+
+    after_validate = after_test
+
+    @rank_zero_only
+    def _say(self, text: str) -> None:
+        print(text)
+
+
+class _TensorBoard(TensorBoardLogger):
+    """Lightning's, without the hparams.yaml that would stand beside config.yaml and say less."""
+
+    def save(self) -> None:
+        """Flushes the events."""
+        Logger.save(self)
+
+
+def absolute_paths(config: Any) -> None:
+    """Makes every argument that is annotated as a Path, is relative and exists, absolute, in place and nested."""
+    if isinstance(config, list):
+        for item in config:
+            absolute_paths(item)
+    if not isinstance(config, Namespace):
+        return
+    arguments = config.get("init_args")
+    if not isinstance(arguments, Namespace) or not isinstance(config.get("class_path"), str):
+        return
+    module, _, name = config.class_path.rpartition(".")
+    parameters: dict[str, Any] = {}
+    for parent in reversed(getattr(importlib.import_module(module), name).__mro__):
+        if "__init__" in vars(parent):
+            parameters |= inspect.signature(parent.__init__).parameters
+    for key, value in vars(arguments).items():
+        annotation = str(getattr(parameters.get(key), "annotation", ""))
+        if isinstance(value, str | Path) and ("Path" in annotation or annotation == "Weights"):
+            full = Path(os.path.expandvars(value)).expanduser()
+            arguments[key] = os.path.abspath(full) if full.exists() else str(value)
+        else:
+            absolute_paths(value)
+
+
+def _values(args: list[str], option: str) -> list[str]:
+    """The values of an option, given as `--x V` or `--x=V`."""
+    follow = [args[i + 1] for i, word in enumerate(args[:-1]) if word == option]
+    return follow + [word.partition("=")[2] for word in args if word.startswith(f"{option}=")]
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"init_args": {"k": 1}}} -> {"model.k": 1}, for TensorBoard."""
+    if not isinstance(config, dict):
+        return {prefix: config if isinstance(config, int | float | str | bool) else str(config)}
+    if "class_path" in config:
+        short = {prefix: config["class_path"].rpartition(".")[2]}
+        return short | _flat({k: v for k, v in (config.get("init_args") or {}).items() if v is not None}, prefix)
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+# Errors
+
+
+def stop(sentence: str) -> NoReturn:
+    """Prints a sentence on standard error and exits with code 2."""
+    if rank_zero_only.rank == 0:
+        print(f"tl: error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def explain(message: str, parser: Any = None) -> str:
+    """The cause out of jsonargparse's report, which lists every type that a value could have had, and its dotted key."""
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    key = ".".join(keys)
+    given = re.findall(r"Given value: (.*)", message)
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
+        name = found[1]
+        known = _arguments(classes[-1]) if classes else []
+        where = f"{key}.{name}" if key else name
+        owner = f"{classes[-1].rpartition('.')[2]} has no argument {name}" if classes else f"there is no key {name}"
+        return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
+    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        option = found[1].split()[0].split("=")[0]
+        options = getattr(parser, "_option_string_actions", {})
+        if parser is not None and len(options) < 5:
+            options = {word: None for word in ("--config", "--help")}
+        return f"there is no option {option}{closest(option, options)}"
+    if found := re.search(r"invalid choice: '([^']+)'", message):
+        return f"there is no command {found[1]}{closest(found[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
+    if found := re.search(r"the following arguments are required: (.*)", message):
+        owner = f"{classes[-1].rpartition('.')[2]} needs " if classes else "missing: "
+        return f"{key}: {owner}{found[1]}".removeprefix(": ")
+    if found := re.search(r"File does not exist: '?([^']+)'?", message):
+        return f"{key}: there is no file {found[1]}"
+    names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
+    if names:
+        name = next(filter(None, names[0]))
+        return f"{key}: there is no class {name}{closest(name, _class_names())}"
+    if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
+        name = given[-1] if given else ""
+        named = re.search(r"val='([^']+)'", name)
+        return f"{key}: {named[1] if named else name} cannot be imported ({found[1].rstrip('.')})"
+    if found := re.search(r"Multiple subclasses with name (.*)", message):
+        return f"{key}: more than one class has the name {found[1]}"
+    expected = [re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")]
+    if expected and given:
+        wanted = " or ".join(dict.fromkeys(line.removeprefix("Expected a ").partition(". Got")[0] for line in expected))
+        return f"{key}: {given[-1][:80]} is not {wanted.replace('NoneType', 'null')}"
+    details = [line for line in lines if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))]
+    return f"{key}: {details[-1] if details else message}".removeprefix(": ")
+
+
+def _arguments(class_path: str) -> list[str]:
+    """The argument names of a class, its parents' behind **kwargs included."""
+    module, _, name = class_path.rpartition(".")
+    names: dict[str, None] = {}
+    for parent in getattr(importlib.import_module(module), name).__mro__:
+        parameters = inspect.signature(parent.__init__).parameters if "__init__" in vars(parent) else {}
+        names |= {n: None for n, p in parameters.items() if n != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and parameters:
+            break
+    return list(names)
+
+
+def _class_names() -> list[str]:
+    """Every class that can be named in a config by its bare name."""
+    bases = (tl_modules.Backbone, tl_modules.FineTuning, tl_modules.Method, LightningModule, LightningDataModule, Callback)
+    found: list[str] = [name for package in (tl_modules, datamodules) for name in package.__all__]
+    queue: list[type] = list(bases)
+    while queue:
+        children = queue.pop().__subclasses__()
+        found += [child.__name__ for child in children]
+        queue += children
+    return found
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs `tl`: exits with 0, with 2 after a mistake of the user's, with 1 after one of ours.
+
+    Args:
+        args: The arguments after `tl`; None takes them from the process.
+    """
+    sys.path.insert(0, "")  # a user's own file in the working directory can be named in a config
+    quiet()
+    try:
+        TransferCLI(sys.argv[1:] if args is None else args)
+    except (UserError, datamodules.DataError, MisconfigurationException) as error:
+        if os.environ.get("TL_TRACEBACK"):
+            raise
+        stop(cause(error))
+
+
+def cause(error: BaseException) -> str:
+    """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def quiet() -> None:
+    """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("tl_modules", "datamodules"):
+        logging.getLogger(package).setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|litlogger|litmodels|isinstance\\(treespec).*")
+    torch.set_float32_matmul_precision("high")

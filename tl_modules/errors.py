@@ -1,0 +1,17 @@
+"""The one exception for what a user can mend: `tl` shows it as a sentence and stops with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input; its text names the file, field or value and what to do."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known name nearest to `name`, or an empty string."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[found[0]]}?)" if found else ""

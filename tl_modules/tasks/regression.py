@@ -1,0 +1,42 @@
+"""One or more real values."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
+
+from tl_modules.base import TransferModule
+
+
+class Regression(TransferModule):
+    """Mean squared error; MAE, RMSE and R2; the values themselves."""
+
+    monitor: ClassVar[tuple[str, str]] = ("val/rmse", "min")
+
+    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+        """Mean squared error of outputs (B, K) and values (B,) or (B, K)."""
+        return F.mse_loss(output, y.view_as(output).to(output.dtype))
+
+    def metrics(self) -> MetricCollection:
+        """MAE and RMSE in the label's unit, and R2."""
+        outputs = self.num_outputs
+        return MetricCollection(
+            {
+                "mae": MeanAbsoluteError(num_outputs=outputs) if outputs > 1 else MeanAbsoluteError(),
+                "rmse": MeanSquaredError(squared=False, num_outputs=outputs),
+                "r2": R2Score(),
+            }
+        )
+
+    def predict(self, output: Tensor) -> Tensor:
+        """Outputs (B, K) -> values (B,) where K is 1, otherwise (B, K)."""
+        return output.float().squeeze(1)
+
+    def table(self, prediction: Tensor) -> dict[str, list[Any]]:
+        """Columns `value`, or `value_0`, `value_1`, ..."""
+        if prediction.ndim == 1:
+            return {"value": prediction.tolist()}
+        return {f"value_{i}": prediction[:, i].tolist() for i in range(prediction.shape[1])}

@@ -55,7 +55,7 @@ def build() -> dict[str, dict[str, Dataset[Any]]]:
     source, target = split_rows(digits.target, (0.5,), seed=0)
     found: dict[str, dict[str, Dataset[Any]]] = {"source": {}, "target": {}}
     for domain, rows in (("source", source), ("target", target)):
-        val, test, train = split_rows(digits.target[rows], (0.15, 0.35), seed=1)
+        val, test, train = split_rows(digits.target[rows], (0.16, 0.34), seed=1)
         for split, part in (("train", train), ("val", val), ("test", test)):
             chosen = np.asarray(rows)[part]
             x = images[chosen]

@@ -13,12 +13,14 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -32,6 +34,17 @@ import tl_modules
 from tl_modules.callbacks import Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
 from tl_modules.errors import UserError, closest
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str):
+        value = yaml.safe_load(str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+# torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
+register_type(Number, serializer=_number, deserializer=_number)
 
 COMMANDS = {
     "fit": "Transfer a pretrained backbone to your data.",
@@ -51,6 +64,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the cause, with the closest valid name, in place of the whole parser."""
+        if not self.exit_on_error:  # a nested parser: the outer one adds its key
+            super().error(message, ex)
         stop(explain(message, self))
 
 
@@ -63,8 +78,8 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.run: Path | None = None
-        args = self._expand_run(list(args))
         self.command = next((word for word in args if word in COMMANDS), None)
+        args = with_defaults(self._expand_run(list(args)))
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -110,9 +125,7 @@ class TransferCLI(LightningCLI):
         parser.add_argument("--run", type=str | None, default=None, help="A run's directory: its config and best.ckpt.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
-        defaults = {"class_path": "tl_modules.Classification", "init_args": {"backbone": "tl_modules.ConvNet"}}
         if self.run is None:  # a run's config already has what the links give
-            parser.set_defaults({"model": defaults, "data": {"class_path": "datamodules.Digits"}})
             for attribute in ("num_outputs", "class_names"):
                 parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
 
@@ -127,6 +140,8 @@ class TransferCLI(LightningCLI):
         if not values and checkpoints and not _values(args, "--config") and not _values(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
             values = [str(folder)] if (folder / "config.yaml").is_file() else []
+        if not values and not checkpoints and self.command and not {"-h", "--help", "--print_config"} & set(args):
+            raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
         if not values or len(args) < 2:
             return args
         self.run = find_run(values[-1])
@@ -262,6 +277,35 @@ def absolute_paths(config: Any) -> None:
             absolute_paths(value)
 
 
+def with_defaults(args: list[str]) -> list[str]:
+    """Names the embedded data and model where neither the command line nor a config does.
+
+    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
+    """
+    if not args or args[0] not in COMMANDS or "--help" in args or "-h" in args:
+        return args
+    given: set[str] = set()
+    for file in _values(args, "-c") + _values(args, "--config"):
+        try:
+            text = Path(file).read_text() if "\n" not in file else file
+            given |= set(yaml.safe_load(text) or ())
+        except OSError as error:
+            raise UserError(f"config: {file} cannot be read ({error.strerror})") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"config: {file} is no YAML ({' '.join(str(error).split())})") from error
+    new: list[str] = []
+    if "model" not in given and not _has(args, "--model"):
+        backbone = [] if _has(args, "--model.backbone") else ["--model.backbone", "ConvNet"]
+        new += ["--model", "Classification", *backbone]
+    if "data" not in given and not _has(args, "--data"):
+        new += ["--data", "Digits"]
+    return [args[0], *new, *args[1:]]
+
+
+def _has(args: list[str], option: str) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in args)
+
+
 def _values(args: list[str], option: str) -> list[str]:
     """The values of an option, given as `--x V` or `--x=V`."""
     follow = [args[i + 1] for i, word in enumerate(args[:-1]) if word == option]
@@ -284,10 +328,10 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 # Errors
 
 
-def stop(sentence: str) -> NoReturn:
-    """Prints a sentence on standard error and exits with code 2."""
+def stop(text: str) -> NoReturn:
+    """Prints a text on standard error and exits with code 2."""
     if rank_zero_only.rank == 0:
-        print(f"tl: error: {sentence}", file=sys.stderr, flush=True)
+        print(f"tl: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -296,7 +340,7 @@ def explain(message: str, parser: Any = None) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(keys)
-    given = re.findall(r"Given value: (.*)", message)
+    given = [re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", value) for value in re.findall(r"Given value: (.*)", message)]
     classes = re.findall(r"Problem with given class_path '([^']+)'", message)
     if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
         name = found[1]
@@ -306,10 +350,15 @@ def explain(message: str, parser: Any = None) -> str:
         return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         option = found[1].split()[0].split("=")[0]
-        options = getattr(parser, "_option_string_actions", {})
-        if parser is not None and len(options) < 5:
-            options = {word: None for word in ("--config", "--help")}
+        options = list(getattr(parser, "_option_string_actions", {}))
+        section, dot, rest = option.partition(".")
+        if dot and section not in ("--trainer", "--model", "--data"):
+            options = [f"{known}.{rest}" for known in ("--trainer", "--model", "--data")]
         return f"there is no option {option}{closest(option, options)}"
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return f"there is no key {found[1]}{closest(found[1], SECTIONS)}; a config has {', '.join(SECTIONS)}"
+    if 'expected "subcommand"' in message:
+        return f"name a command: {', '.join(COMMANDS)}; `tl --help` says what they do"
     if found := re.search(r"invalid choice: '([^']+)'", message):
         return f"there is no command {found[1]}{closest(found[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
     if found := re.search(r"the following arguments are required: (.*)", message):
@@ -320,11 +369,9 @@ def explain(message: str, parser: Any = None) -> str:
     names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
     if names:
         name = next(filter(None, names[0]))
-        return f"{key}: there is no class {name}{closest(name, _class_names())}"
+        return f"{key}: there is no class {name}{_closest_class(name)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
-        name = given[-1] if given else ""
-        named = re.search(r"val='([^']+)'", name)
-        return f"{key}: {named[1] if named else name} cannot be imported ({found[1].rstrip('.')})"
+        return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
     if found := re.search(r"Multiple subclasses with name (.*)", message):
         return f"{key}: more than one class has the name {found[1]}"
     expected = [re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")]
@@ -347,16 +394,21 @@ def _arguments(class_path: str) -> list[str]:
     return list(names)
 
 
-def _class_names() -> list[str]:
-    """Every class that can be named in a config by its bare name."""
-    bases = (tl_modules.Backbone, tl_modules.FineTuning, tl_modules.Method, LightningModule, LightningDataModule, Callback)
-    found: list[str] = [name for package in (tl_modules, datamodules) for name in package.__all__]
-    queue: list[type] = list(bases)
+def _closest_class(name: str) -> str:
+    """The nearest class in the module that a dotted name gives, or among those with a bare name."""
+    module, dot, bare = name.rpartition(".")
+    if dot:
+        try:
+            return closest(bare, dir(importlib.import_module(module)))
+        except ImportError as error:
+            return f" ({error})"
+    found: list[str] = [known for package in (tl_modules, datamodules) for known in package.__all__]
+    queue: list[type] = [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, Callback]
     while queue:
         children = queue.pop().__subclasses__()
         found += [child.__name__ for child in children]
         queue += children
-    return found
+    return closest(name, found)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -369,13 +421,17 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet()
     try:
         TransferCLI(sys.argv[1:] if args is None else args)
-    except (UserError, datamodules.DataError, MisconfigurationException) as error:
-        if os.environ.get("TL_TRACEBACK"):
+    except Exception as error:
+        ours: BaseException | None = error
+        # the parser wraps what a constructor raises in exceptions of its own
+        while ours is not None and not isinstance(ours, UserError | datamodules.DataError | MisconfigurationException):
+            ours = ours.__cause__ or ours.__context__
+        if ours is None:
             raise
-        stop(cause(error))
+        stop(sentence(ours))
 
 
-def cause(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
     text = str(error)
     if "Original Traceback" in text:
@@ -391,5 +447,7 @@ def quiet() -> None:
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|litlogger|litmodels|isinstance\\(treespec).*")
+    # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")
+    warnings.filterwarnings("ignore", message="(Be aware that when using `ckpt_path`|The dirpath has changed)")
     torch.set_float32_matmul_precision("high")

@@ -109,13 +109,14 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(str(path), tensors)
 
 
-def load(model: nn.Module, pretrained: Pretrained, strict: bool = True) -> Match:
+def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> Match:
     """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
 
     Args:
         model: The network to fill, in place.
         pretrained: The weights.
         strict: Refuse when a tensor of `model` is missing or has another shape; otherwise it stays random.
+        name: What messages call the model.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
@@ -135,7 +136,7 @@ def load(model: nn.Module, pretrained: Pretrained, strict: bool = True) -> Match
         unexpected=[k for k in given if k not in own],
         misshaped=misshaped,
     )
-    wrong = f"weights: {pretrained.origin} does not fit {type(model).__name__}"
+    wrong = f"weights: {pretrained.origin} does not fit {name or type(model).__name__}"
     if not matched:
         raise UserError(f"{wrong}: none of its {len(given)} tensors has a name and shape of this network's {len(own)}")
     if strict and misshaped:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import shutil
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +114,8 @@ class _Kept:
         assert view.y is not None
         prediction = module.predict(view.output).cpu()
         images = view.x.cpu()
+        room = max(0, POINTS - self.seen)
+        thumbnails = _thumbnails(images[:room]) if _is_image(images) else images[:room]
         labels = view.y.cpu()
         classes = module.class_names is not None and prediction.ndim == 2
         guess = prediction.argmax(1) if classes else prediction
@@ -127,8 +131,8 @@ class _Kept:
                 self.pairs[pair] += 1
                 if pair[0] != pair[1]:
                     self.confused.setdefault(pair, (images[i], title))
-            if len(self.points) < POINTS:
-                self.points.append((view.features[i].float().cpu(), _thumbnail(images[i]), _name(module, labels[i])))
+            if i < room:
+                self.points.append((view.features[i].float().cpu(), thumbnails[i], _name(module, labels[i])))
 
     def draw(self, writer: Any, module: TransferModule, split: str, step: int) -> None:
         if not self.points:
@@ -150,7 +154,9 @@ class _Kept:
                 writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(images, titles), step)
         features = torch.stack([point[0] for point in self.points])
         thumbnails = torch.stack([point[1] for point in self.points]) if picture else None
-        writer.add_embedding(features, [point[2] for point in self.points], thumbnails, step, f"{split}_features")
+        folder = Path(writer.log_dir) / "00000" / f"{split}_features"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
+        writer.add_embedding(features, [point[2] for point in self.points], thumbnails, 0, folder.name)
 
 
 def _writer(trainer: Trainer) -> Any:
@@ -169,13 +175,10 @@ def _name(module: TransferModule, value: Tensor) -> str:
     return ", ".join(f"{v:.3g}" for v in value.reshape(-1).tolist())
 
 
-def _thumbnail(image: Tensor) -> Tensor:
-    """(C, H, W) -> (3, 32, 32) floats in [0, 1]; anything else as it is."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        return image
-    x = image.float() / (255 if image.dtype == torch.uint8 else 1)
-    small = torch.nn.functional.interpolate(x[None], (32, 32), mode="bilinear", antialias=True)[0]
-    return small.expand(3, -1, -1).clamp(0, 1)
+def _thumbnails(images: Tensor) -> Tensor:
+    """(B, C, H, W) images -> (B, 3, 32, 32) floats in [0, 1]."""
+    x = images.float() / (255 if images.dtype == torch.uint8 else 1)
+    return torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True).expand(-1, 3, -1, -1).clamp(0, 1)
 
 
 def _grid(images: list[Tensor], titles: list[str]) -> Any:
@@ -183,12 +186,13 @@ def _grid(images: list[Tensor], titles: list[str]) -> Any:
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // 4)
-    figure = Figure(figsize=(9, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(9, 2.4 * rows), dpi=80)  # a constrained layout would take a second
     for place, (image, title) in enumerate(zip(images, titles, strict=False)):
         axes = figure.add_subplot(rows, 4, place + 1)
         axes.imshow(image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0), cmap="gray")
         axes.set_title(title, fontsize=9)
         axes.axis("off")
+    figure.subplots_adjust(0.02, 0.02, 0.98, 1 - 0.3 / (2.4 * rows), 0.1, 0.2)
     return figure
 
 
@@ -201,7 +205,7 @@ def _confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
         counts[pair] = times
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = max(5.0, 0.55 * len(names) + 1.5)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(side, side), dpi=80)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")

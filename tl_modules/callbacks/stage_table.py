@@ -35,7 +35,8 @@ class StageTable(Callback):
         table.add_column("mode")
         for group, (name, trains) in reversed(list(zip(groups, now, strict=True))):
             part = modes.get(name, pl_module.head)
-            training = any(m.training for m in part.modules() if m is not part) or part.training
+            # a stage is a bare list, whose own flag says nothing
+            training = any(m.training for m in list(part.modules())[1:] or [part])
             count = sum(p.numel() for p in group["params"])
             rate = f"{group['lr']:.2g}" if trains else "-"
             table.add_row(name, "yes" if trains else "frozen", f"{count:,}", rate, "train" if training else "eval")

@@ -70,4 +70,9 @@ class Classification(TransferModule):
         """Columns `label` and `p_<class>`."""
         names = self.class_names or [str(number) for number in range(self.num_outputs)]
         columns: dict[str, list[Any]] = {"label": [names[i] for i in prediction.argmax(1).tolist()]}
-        return columns | {f"p_{name}": prediction[:, i].tolist() for i, name in enumerate(names)}
+        return columns | {f"p_{name}": _rounded(prediction[:, i]) for i, name in enumerate(names)}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Six digits after the point, which is what float32 probabilities carry."""
+    return [round(value, 6) for value in values.tolist()]

@@ -1,0 +1,76 @@
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tl_modules.cli import main
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tl(tmp_path, monkeypatch, capsys):
+    """Runs a command line in an empty folder, in this process; gives its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(line, **values):
+        capsys.readouterr()
+        code = 0
+        try:
+            main([word.format(**values) for word in line.split()])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture
+def ok(tl):
+    """The same for what must work; gives the printed output."""
+
+    def call(line, **values):
+        result = tl(line, **values)
+        assert result.code == 0, result.err
+        return result.out
+
+    return call
+
+
+def image(path, colour, size=(40, 32), mode="RGB", seed=0, **options):
+    """A noisy image of one colour."""
+    noise = np.random.default_rng(seed).integers(0, 40, (*size[::-1], 3))
+    pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+
+
+COLOURS = {"blue": (20, 20, 200), "green": (20, 200, 20), "red": (200, 20, 20)}
+
+
+def make_tree(root, splits=(("train", 8), ("val", 4)), classes=tuple(COLOURS), suffix="png"):
+    """An ImageFolder tree whose classes are colours."""
+    for number, (split, count) in enumerate(splits):
+        for name in classes:
+            for i in range(count):
+                image(root / split / name / f"{i}.{suffix}", COLOURS[name], seed=100 * number + i)
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def data_dir():
+    """The folder of real data, for slow tests."""
+    path = Path(os.environ.get("TL_DATA_DIR", "missing"))
+    if not path.is_dir():
+        pytest.skip("TL_DATA_DIR is not set")
+    return path.resolve()

@@ -1,0 +1,183 @@
+"""Each mistake: one clear sentence that names its place, an exit code that is not 0, no traceback."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_tree
+from PIL import Image
+
+from tl_modules import ConvNet, TorchvisionBackbone
+
+FIT = "fit --trainer.max_epochs 1 --model.backbone.width 4 "
+FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
+PLUGIN = """
+from tl_modules import Method
+class NeedsSource(Method):
+    needs = ("source", "target")
+    def forward(self, module, source, target):
+        return source.features.mean() - target.features.mean()
+"""
+
+
+def huge_header(path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b""))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+CASES = {
+    "missing folder": (FIT + "--data ImageFolders --data.target nowhere", "target: there is no file or folder nowhere"),
+    "variable not set": (FIT + "--data ImageFolders --data.target $NOT_SET/x", "a variable that is not set"),
+    "no folder given": (FIT + "--data ImageFolders", "target: give a folder of images"),
+    "empty class": (FOLDERS, "class empty is empty"),
+    "one class": (FOLDERS, "has one class, red"),
+    "class mismatch": (FOLDERS + "--data.source other", "only the source has green; only the target has blue"),
+    "class only in val": (FOLDERS, "classes that training lacks: purple"),
+    "corrupt image": (FOLDERS, "bad.jpg: it cannot be decoded as an image"),
+    "truncated image": (FOLDERS, "bad.jpg: it cannot be decoded as an image (image file is truncated"),
+    "truncated image in a worker": (FOLDERS.replace("workers 0", "workers 1"), "bad.jpg: it cannot be decoded"),
+    "CMYK image": (FOLDERS, "bad.jpg: its CMYK colours have no exact RGB"),
+    "huge header": (FOLDERS, "than max_pixels 50000000"),
+    "unknown command": ("fitt", "there is no command fitt (did you mean fit?)"),
+    "unknown option": (FIT + "--modle.backbone ConvNet", "there is no option --modle.backbone (did you mean --model.backbone?)"),
+    "unknown class": (FIT + "--model.finetuning GradualUnfreezin", "model.finetuning: there is no class GradualUnfreezin (did you mean GradualUnfreezing?)"),
+    "unknown class in YAML": ("fit -c bad.yaml", "model.backbone: there is no class ConvNett (did you mean ConvNet?)"),
+    "unknown argument": (FIT + "--model.backbone.widht 3", "model.backbone.widht: ConvNet has no argument widht (did you mean width?)"),
+    "unknown argument in YAML": ("fit -c bad.yaml", "model.backbone.widht: ConvNet has no argument widht (did you mean width?)"),
+    "unknown key in YAML": ("fit -c bad.yaml", "there is no key modl (did you mean model?)"),
+    "wrong type": (FIT + "--trainer.max_epochs many", "trainer.max_epochs: many is not int or null"),
+    "wrong type in a plug-in": (FIT + "--data.shots_per_class few", "data.shots_per_class: few is not int or null"),
+    "config that is no YAML": ("fit -c bad.yaml", "bad.yaml is no YAML"),
+    "no command": ("", "name a command: fit, validate, test, predict"),
+    "test of nothing": ("test", "run: `tl test` needs a trained model; pass --run DIR"),
+    "missing argument": ("fit --model Classification", "model: Classification needs backbone"),
+    "unknown dotted class": (FIT + "--data.augment+=torchvision.transforms.v2.RandomCropp", "(did you mean RandomCrop?)"),
+    "unknown module": (FIT + "--model.methods+=nowhere.Foo", "there is no class nowhere.Foo (No module named 'nowhere')"),
+    "missing config": ("fit -c nowhere.yaml", "nowhere.yaml"),
+    "unknown architecture": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name resnet19", "no classifier resnet19 (did you mean resnet1"),
+    "wrong-shaped weights": (FIT + "--model.backbone.weights w.pth", "tensors have another shape, 0.0.weight is (8, 3, 3, 3) instead of (4, 3, 3, 3)"),
+    "another architecture's weights": (FIT + "--model.backbone.weights w.pth", "none of its 120 tensors has a name and shape"),
+    "a part of the weights": (FIT + "--model.backbone.weights w.pth", "tensors are not in it"),
+    "missing weights": (FIT + "--model.backbone.weights nowhere.pth", "there is no file or run directory nowhere.pth"),
+    "weights that are a pickle": (FIT + "--model.backbone.weights w.pth", "holds Python objects besides tensors"),
+    "weights that are no weights": (FIT + "--model.backbone.weights w.safetensors", "cannot be read as tensors"),
+    "hub weights of ConvNet": (FIT + "--model.backbone.weights DEFAULT", "ConvNet has no hub entry DEFAULT"),
+    "unknown hub weights": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name squeezenet1_0 --model.backbone.weights IMAGENET1K_V9", "(did you mean IMAGENET1K_V1?)"),
+    "unwritable run directory": (FIT + "--trainer.default_root_dir file", "cannot be written (Not a directory)"),
+    "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
+    "last batch of one": (FIT + "--data.shots_per_class 1 --data.batch_size 3", "10 training samples in batches of 3 leave a batch of one"),
+    "too few shots": (FIT + "--data.shots_per_class 100", "training samples, fewer than 100"),
+    "shots without labels": (FIT + "--data.source true --data.shots_per_class 3", "hidden beside a source"),
+    "ddp that loses stages": (FIT + "--model.finetuning GradualUnfreezing --trainer.strategy ddp --trainer.devices 1", "pass --trainer.strategy ddp_find_unused_parameters_true"),
+    "class weights": (FIT + "--model.class_weights [1,2]", "class_weights: 2 weights for 10 classes"),
+    "negative argument": (FIT + "--model.finetuning LastStages --model.finetuning.k -1", "k: -1 must not be negative"),
+    "float images outside [0, 1]": (FIT + "--data ImageArrays --data.target a.npz", "images are floats outside [0, 1]"),
+    "labels that do not match": (FIT + "--data ImageArrays --data.target a.npz", "labels must be one for each of the 6 images, there are 5"),
+    "run of fit": ("fit --run runs/x", "run: `tl fit` starts a run of its own"),
+    "no run": ("test --run nowhere", "nowhere is no run directory"),
+    "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
+}  # fmt: skip
+
+
+def prepare(case, root):
+    """Makes the bad thing that a case speaks of."""
+    tree = root / "tree"
+    bad = tree / "train" / "red" / "bad.jpg"
+    if "--data.target tree" in CASES[case][0]:
+        make_tree(tree, classes=("red",) if case == "one class" else ("blue", "red"))
+    match case:
+        case "empty class":
+            (tree / "train" / "empty").mkdir()
+        case "class mismatch":
+            make_tree(root / "other", classes=("green", "red"))
+        case "class only in val":
+            image(tree / "val" / "purple" / "0.png", (99, 0, 99))
+        case "corrupt image":
+            bad.write_bytes(b"this is no image")
+        case "truncated image" | "truncated image in a worker":
+            image(bad, (9, 9, 9), size=(200, 200))
+            truncate(bad)
+        case "CMYK image":
+            image(bad, (9, 9, 9), mode="CMYK")
+        case "huge header":
+            huge_header(bad.with_suffix(".png"))
+        case "unknown class in YAML":
+            (root / "bad.yaml").write_text("model:\n  class_path: Classification\n  init_args:\n    backbone: ConvNett\n")
+        case "unknown argument in YAML":
+            (root / "bad.yaml").write_text(
+                "model:\n  class_path: Classification\n  init_args:\n    backbone:\n"
+                "      class_path: ConvNet\n      init_args:\n        widht: 3\n"
+            )
+        case "config that is no YAML":
+            (root / "bad.yaml").write_text("model: [")
+        case "unknown key in YAML":
+            (root / "bad.yaml").write_text("modl: 3\n")
+        case "wrong-shaped weights":
+            torch.save(ConvNet(8).model.state_dict(), root / "w.pth")
+        case "another architecture's weights":
+            torch.save(TorchvisionBackbone("resnet18").model.state_dict(), root / "w.pth")
+        case "a part of the weights":
+            state = ConvNet(4).model.state_dict()
+            torch.save({k: v for k, v in state.items() if not k.startswith("2")}, root / "w.pth")
+        case "weights that are a pickle":
+            torch.save(ConvNet(4), root / "w.pth")
+        case "weights that are no weights":
+            (root / "w.safetensors").write_bytes(b"nothing")
+        case "unwritable run directory":
+            (root / "file").touch()
+        case "a method without its domain":
+            (root / "plugin.py").write_text(PLUGIN)
+        case "float images outside [0, 1]":
+            np.savez(root / "a.npz", images=np.full((6, 8, 8), 2.0), labels=np.arange(6) % 2)
+        case "labels that do not match":
+            np.savez(root / "a.npz", images=np.zeros((6, 8, 8), np.uint8), labels=np.arange(5) % 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence(case, tl, tmp_path):
+    prepare(case, tmp_path)
+    line, sentence = CASES[case]
+    result = tl(line)
+    assert result.code == 2
+    errors = [text for text in result.err.splitlines() if text.startswith("tl: error: ")]
+    assert len(errors) == 1, result.err
+    assert sentence in errors[0]
+    assert "Traceback" not in result.err + result.out
+    assert len(errors[0]) < 400
+
+
+def test_skip_counts_the_bad_images(tl, tmp_path, caplog):
+    prepare("truncated image", tmp_path)
+    result = tl(FOLDERS + "--data.on_bad_image skip")
+    assert result.code == 0, result.err
+    assert "skipped 1 of 17 images" in caplog.text
+
+
+def test_hub_names_offline_give_one_sentence(tl, monkeypatch, tmp_path):
+    from urllib.error import URLError
+
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    result = tl(FIT.replace(".width 4", " TorchvisionBackbone --model.backbone.name resnet18 --model.backbone.weights DEFAULT"))
+    assert result.code == 2
+    assert "could not be downloaded; without a network" in result.err
+
+
+def test_a_grey_and_a_transparent_image_are_fine(tl, tmp_path):
+    tree = make_tree(tmp_path / "tree", classes=("blue", "red"))
+    image(tree / "train" / "red" / "grey.jpg", (9, 9, 9), mode="L")
+    image(tree / "train" / "red" / "alpha.png", (9, 9, 9), mode="RGBA")
+    Image.new("P", (50, 20)).save(tree / "train" / "red" / "palette.gif")
+    assert tl(FOLDERS).code == 0

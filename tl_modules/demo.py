@@ -12,10 +12,14 @@ import contextlib
 import csv
 import io
 import json
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,35 +36,59 @@ WAYS = {
 }
 
 
-def run(line: str) -> None:
-    """Runs one `tl` command silently."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        tl(line.split())
+def run(lines: list[str]) -> None:
+    """Runs `tl` commands one after the other, silently."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        for line in lines:
+            try:
+                tl(line.split())
+            except SystemExit as stop:
+                raise RuntimeError(f"tl {line}: {errors.getvalue()}") from stop
+
+
+def jobs(folder: Path, seed: int) -> dict[str, list[str]]:
+    """The command lines of each way for one seed, which draws the shots, the start weights and the order."""
+    common = f"--seed_everything {seed} --data Digits --data.seed {seed} --trainer.default_root_dir {folder}"
+    affine = "--data.augment+=torchvision.transforms.v2.RandomAffine --data.augment.degrees 10"
+    model = "--model Classification --model.backbone ConvNet --model.backbone.width 16"
+    source = place(folder, "source", seed)
+    lines = {
+        "source": [
+            f"fit {common} {model} --name {source.parent.name} --data.source true --data.target false {affine} "
+            f"--trainer.max_epochs {EPOCHS}"
+        ]
+    }
+    for way, options in WAYS.items():
+        run_at = place(folder, way, seed)
+        lines[way] = [
+            f"fit {common} {model} {options.format(source=source)} --name {run_at.parent.name} "
+            f"--data.shots_per_class 10 --trainer.max_epochs {EPOCHS}",
+            f"test --run {run_at}",
+        ]
+    return lines
+
+
+def place(folder: Path, way: str, seed: int) -> Path:
+    """The run directory of a way and seed."""
+    return folder / "runs" / f"{way.replace(' ', '_')}-{seed}" / "version_0"
 
 
 def accuracies(folder: Path, seeds: int) -> dict[str, list[float]]:
-    """Test accuracy on the target by way and seed.
+    """Test accuracy on the target by way and seed; small networks train best one to a core."""
+    lines = [jobs(folder, seed) for seed in range(seeds)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for way, few in (("source", ["source"]), ("target", list(WAYS))):
+            todo = [pool.submit(run, each[name]) for each in lines for name in few]
+            text = "pretraining on the source" if way == "source" else "training on the target"
+            for done in track(as_completed(todo), text, total=len(todo)):
+                done.result()
 
-    Args:
-        folder: Where the runs go.
-        seeds: How many times each way is run; a seed draws the shots, the start weights and the order.
-    """
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    plan = [(seed, way) for seed in range(seeds) for way in ("source", *WAYS)]
-    for seed, way in track(plan, "training", console=Console(), transient=True):
-        common = f"--seed_everything {seed} --data Digits --data.seed {seed} --trainer.default_root_dir {folder}"
-        name = f"{way.replace(' ', '_')}-{seed}"
-        place = folder / "runs" / name / "version_0"
-        if way == "source":
-            augment = "--data.augment+=torchvision.transforms.v2.RandomAffine --data.augment.degrees 10"
-            source = place
-            run(f"fit {common} --name {name} --data.source true --data.target false --trainer.max_epochs 15 {augment}")
-            continue
-        options = WAYS[way].format(source=source)
-        run(f"fit {common} --name {name} --data.shots_per_class 10 --trainer.max_epochs {EPOCHS} {options}")
-        run(f"test --run {place}")
-        found[way].append(json.loads((place / "metrics.json").read_text())["test/accuracy"])
-    return found
+    def accuracy(way: str, seed: int) -> float:
+        metrics = json.loads((place(folder, way, seed) / "metrics.json").read_text())
+        return float(metrics["test/accuracy"])
+
+    return {way: [accuracy(way, seed) for seed in range(seeds)] for way in WAYS}
 
 
 def show(found: dict[str, list[float]], folder: Path) -> None:

@@ -250,10 +250,11 @@ class HubBackbone(ImageBackbone):
             raise UserError(f"repo: {repo} is neither a folder nor owner/name on GitHub")
         where = str(folder) if source == "local" else repo
         try:
-            entries = torch.hub.list(where, source=source, trust_repo=True) if source == "local" else [name]
-            if name not in entries:
-                raise UserError(f"name: {repo} has no entry {name}{closest(name, entries)}")
             model = torch.hub.load(where, name, source=source, trust_repo=True, **(arguments or {}))
+        except RuntimeError as error:
+            if "Cannot find callable" not in str(error):
+                raise
+            raise UserError(f"name: the hubconf.py of {repo} has no entry {name}") from error
         except (URLError, OSError) as error:
             raise UserError(_offline(f"{repo} {name}")) from error
         if not isinstance(model, nn.Module):

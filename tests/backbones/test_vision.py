@@ -1,0 +1,223 @@
+"""Every backbone: features, stages, frozen strategies; a new class is tested by adding its case."""
+
+import pytest
+import torch
+from torch import nn
+
+import tl_modules
+from tl_modules import Classification, ConvNet, HubBackbone, ImageBackbone, TimmBackbone, TorchvisionBackbone
+from tl_modules.backbones.vision import strip_classifier
+
+HUBCONF = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2)
+        self.block = nn.Sequential(nn.Conv2d(width, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        self.fc = nn.Linear(width, 5)
+    def forward(self, x):
+        return self.fc(self.block(self.stem(x)).mean((2, 3)))
+
+class Headless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 3)
+    def forward(self, x):
+        return self.conv(x)
+
+def tiny(width=6):
+    return Tiny(width)
+
+def headless():
+    return Headless()
+
+def number():
+    return 3
+"""
+SMALL = [
+    ("resnet18", 512, 64, 5),
+    ("squeezenet1_0", 512, 64, 4),
+    ("squeezenet1_1", 512, 64, 4),
+    ("mobilenet_v2", 1280, 64, 5),
+    ("mobilenet_v3_small", 1024, 64, 5),
+    ("efficientnet_b0", 1280, 64, 5),
+    ("convnext_tiny", 768, 64, 4),
+    ("vit_b_16", 768, 224, 13),
+    ("vit_b_32", 768, 224, 13),
+    ("swin_t", 768, 64, 4),
+    ("swin_v2_t", 768, 64, 4),
+    ("regnet_y_400mf", 440, 64, 5),
+    ("densenet121", 1024, 64, 5),
+    ("shufflenet_v2_x0_5", 1024, 64, 4),
+    ("mnasnet0_5", 1280, 64, 5),
+    ("vgg11", 4096, 224, 6),
+    ("alexnet", 4096, 224, 4),
+    ("googlenet", 1024, 64, 5),
+]
+
+
+@pytest.fixture
+def repo(tmp_path):
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "hubconf.py").write_text(HUBCONF)
+    return str(tmp_path / "repo")
+
+
+def check(backbone, features, size, stages=None):
+    """What holds for every backbone."""
+    assert backbone.out_features == features
+    backbone.eval()
+    with torch.no_grad():
+        images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        out = backbone(images)
+        assert out.shape == (2, features)
+        assert torch.allclose(out, backbone(images.float() / 255), atol=1e-4)
+        assert backbone(images[:, :1]).shape == (2, features)
+    held = [id(p) for stage in backbone.stages() for p in stage.parameters()]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in backbone.parameters()}
+    if stages is not None:
+        assert len(backbone.stages()) == stages
+    inside = {id(m) for stage in backbone.stages() for m in stage.modules()}
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    assert all(id(m) in inside for m in backbone.modules() if isinstance(m, kinds))
+
+
+@pytest.mark.parametrize(("name", "features", "size", "stages"), SMALL, ids=[case[0] for case in SMALL])
+def test_torchvision(name, features, size, stages):
+    check(TorchvisionBackbone(name), features, size, stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet152", "wide_resnet50_2", "efficientnet_v2_s", "maxvit_t", "vit_l_16", "swin_b"])
+def test_torchvision_large(name):
+    backbone = TorchvisionBackbone(name)
+    check(backbone, backbone.out_features, 224)
+    assert len(backbone.stages()) >= 4
+
+
+def test_stages_are_in_order_and_end_at_the_head():
+    backbone = TorchvisionBackbone("resnet18")
+    names = {id(p): name for name, p in backbone.model.named_parameters()}
+    first = [names[id(next(stage.parameters()))].split(".")[0] for stage in backbone.stages()]
+    assert first == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_convnet():
+    check(ConvNet(4), 16, 28, 3)
+    check(ConvNet(4), 16, 64, 3)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet10t", 64), ("vit_tiny_patch16_224", 224), ("mobilenetv3_small_050", 64)])
+def test_timm(name, size):
+    pytest.importorskip("timm")
+    backbone = TimmBackbone(name)
+    check(backbone, backbone.out_features, size)
+    assert len(backbone.stages()) >= 3
+
+
+def test_timm_offline_gives_one_sentence(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def offline(*args, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("LocalEntryNotFoundError")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(tl_modules.UserError, match="resnet10t could not be downloaded"):
+        TimmBackbone("resnet10t", weights="DEFAULT")
+
+
+def test_timm_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(tl_modules.UserError, match=r"pip install 'lightning-transfer\[timm\]'"):
+        TimmBackbone("resnet10t")
+
+
+def test_hub_from_a_local_folder(repo):
+    check(HubBackbone(repo, "tiny"), 6, 32, 2)
+    check(HubBackbone(repo, "tiny", arguments={"width": 9}), 9, 32)
+    check(HubBackbone(repo, "headless", image_size=16), 7, 16)
+
+
+@pytest.mark.parametrize(("entry", "match"), [("tinny", "has no entry tinny"), ("number", "gives a int")])
+def test_hub_mistakes(repo, entry, match):
+    with pytest.raises(tl_modules.UserError, match=match):
+        HubBackbone(repo, entry)
+
+
+def test_hub_repository_mistakes(tmp_path):
+    with pytest.raises(tl_modules.UserError, match="has no hubconf"):
+        HubBackbone(str(tmp_path), "x")
+    with pytest.raises(tl_modules.UserError, match="neither a folder nor owner/name"):
+        HubBackbone("nothing", "x")
+
+
+def test_normalisation_by_hand():
+    class Same(ImageBackbone):
+        def stages(self):
+            return []
+
+    backbone = Same(nn.Identity(), 3, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    images = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert torch.allclose(backbone(images), torch.tensor([[2.0, -1.0, -0.3]]))
+
+
+def test_strip_classifier_leaves_what_has_none():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    assert strip_classifier(model) is None
+    assert isinstance(model[1], nn.Linear)
+
+
+def cases(repo):
+    """One small instance of each backbone class that is exported."""
+    yield ConvNet, {"width": 4}, 28
+    yield TorchvisionBackbone, {"name": "squeezenet1_1"}, 64
+    yield TimmBackbone, {"name": "resnet10t"}, 64
+    yield HubBackbone, {"repo": repo, "name": "tiny"}, 32
+
+
+def strategies(cls=tl_modules.FineTuning):
+    """Every strategy that the package exports."""
+    return [s for s in vars(tl_modules).values() if isinstance(s, type) and issubclass(s, cls) and s is not cls]
+
+
+def test_every_backbone_has_a_case(repo):
+    exported = {c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, tl_modules.Backbone)}
+    assert exported - {tl_modules.Backbone, ImageBackbone} == {case[0] for case in cases(repo)}
+
+
+@pytest.mark.parametrize("strategy", strategies(), ids=lambda s: s.__name__)
+@pytest.mark.parametrize("number", range(4))
+def test_every_strategy_on_every_backbone(number, strategy, repo):
+    cls, arguments, size = list(cases(repo))[number]
+    module = Classification(cls(**arguments), 3, finetuning=strategy(lr_decay=0.5))
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
+    stages = module.backbone.stages()
+    depths = []
+    for epoch in range(3):
+        module.train()
+        module.finetuning.apply(module, epoch)
+        depths.append(strategy(lr_decay=0.5).depth(epoch, len(stages)))
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        module.loss(module(images), torch.tensor([0, 1, 2, 0])).backward()
+        optimizer.step()
+        names = {id(v): k for k, v in [*module.named_parameters(), *module.named_buffers()]}
+        for index, stage in enumerate(stages):
+            is_open = index >= len(stages) - depths[-1]
+            tensors = [*stage.parameters(), *stage.buffers()]
+            same = all(torch.equal(before[names[id(t)]], t) for t in tensors)
+            assert same != is_open
+            assert all(m.training == is_open for m in list(stage.modules())[1:])
+    assert depths == sorted(depths)
+    groups = list(module.finetuning.param_groups(module))
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters())
+    scales = [group["lr_scale"] for group in groups]
+    assert scales == [0.5**i for i in range(len(stages) + 1)]

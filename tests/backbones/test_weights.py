@@ -1,0 +1,97 @@
+"""Weights by name: what matched is said, and what does not fit is refused."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tl_modules import Classification, ConvNet, Regression, UserError
+from tl_modules.backbones.weights import Pretrained, load, read
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "backbone.", "module.backbone.model.", "_orig_mod.model."])
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_prefixes_and_wrappers(prefix, wrap, suffix, tmp_path):
+    there = ConvNet(4)
+    state = {prefix + k: v for k, v in there.model.state_dict().items()}
+    file = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        if wrap:
+            pytest.skip("a safetensors file is flat")
+        save_file({k: v.contiguous() for k, v in state.items()}, file)
+    else:
+        torch.save({wrap: state} if wrap else state, file)
+    assert same(ConvNet(4, weights=file), there)
+
+
+def test_report():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
+    given = {"module.0.weight": torch.ones(3, 2), "0.bias": torch.ones(4), "extra": torch.ones(1), "1.bias": torch.ones(4)}
+    match = load(model, Pretrained("file", given), strict=False)
+    assert match.matched == ["0.weight", "1.bias"]
+    assert match.missing == ["1.weight"]
+    assert match.unexpected == ["extra"]
+    assert match.misshaped == ["0.bias"]
+    assert str(match) == "2 matched, 1 missing (1.weight), 1 unexpected (extra), 1 misshaped (0.bias)"
+    assert torch.equal(model[0].weight, torch.ones(3, 2))
+
+
+def test_not_strict_starts_the_rest_at_random(tmp_path):
+    there = ConvNet(4)
+    torch.save({k: v for k, v in there.model.state_dict().items() if not k.startswith("2")}, tmp_path / "w.pth")
+    here = ConvNet(4, weights=tmp_path / "w.pth", strict=False)
+    assert torch.equal(here.model[0][0].weight, there.model[0][0].weight)
+    assert not torch.equal(here.model[2][0].weight, there.model[2][0].weight)
+    with pytest.raises(UserError, match="strict"):
+        ConvNet(4, weights=tmp_path / "w.pth")
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch evil",)
+
+
+def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, dump in (("a.pth", torch.save), ("b.pth", lambda x, f: pickle.dump(x, f.open("wb")))):
+        dump({"state_dict": Evil()}, tmp_path / name)
+        with pytest.raises(UserError):
+            read(tmp_path / name)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_source_run_brings_its_backbone_and_where_labels_are_shared_its_head(ok, tmp_path):
+    ok("fit --name src --data.source true --data.target false --trainer.max_epochs 1 --model.backbone.width 4")
+    run = tmp_path / "runs" / "src" / "version_0"
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    names = [str(i) for i in range(10)]
+    shared = Classification(ConvNet(4, weights=run), 10, class_names=names)
+    assert shared.head_transferred
+    assert torch.equal(shared.head.weight, state["head.weight"])
+    assert torch.equal(shared.backbone.model[0][0].weight, state["backbone.model.0.0.weight"])
+    other = Classification(ConvNet(4, weights=run / "checkpoints" / "best.ckpt"), 10, class_names=list("abcdefghij"))
+    assert not other.head_transferred
+    assert not torch.equal(other.head.weight, state["head.weight"])
+    assert not Regression(ConvNet(4, weights=run), 10).head_transferred
+
+
+def test_weights_on_the_command_line_may_be_a_run(ok, tmp_path):
+    ok("fit --name src --data.source true --data.target false --trainer.max_epochs 1 --model.backbone.width 4")
+    ok(
+        "fit --name dst --trainer.max_epochs 1 --model.backbone.width 4 --model.finetuning FeatureExtraction "
+        "--model.backbone.weights runs/src/version_0"
+    )
+    states = [
+        torch.load(tmp_path / f"runs/{name}/version_0/checkpoints/{ckpt}.ckpt", weights_only=True)["state_dict"]
+        for name, ckpt in (("src", "best"), ("dst", "last"))
+    ]
+    backbone = [{k: v for k, v in state.items() if k.startswith("backbone")} for state in states]
+    assert all(torch.equal(backbone[0][k], backbone[1][k]) for k in backbone[0])

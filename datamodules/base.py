@@ -47,7 +47,7 @@ class TransferDataModule(LightningDataModule):
         num_workers: Processes that load data; 0 loads in the main one.
         shots_per_class: Keeps that many labelled target training samples of each class.
         target_labels: Shows training and model selection the target's labels also beside a source.
-        augment: Transforms of a training sample's x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
+        augment: Transforms of a training x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
@@ -183,10 +183,10 @@ class View(Dataset[Any]):
         return x, {"y": y, "none": None, "row": index}[self.label]
 
 
-def collate(samples: list[tuple[Any, Any]], domain: str | None = None) -> Any:
+def collate(samples: Sequence[tuple[Any, Any]], domain: str | None = None) -> Any:
     """Stacks samples; a hidden label stays None. With `domain`, the batch names it."""
     xs, ys = zip(*samples, strict=True)
-    batch = (default_collate(xs), None if ys[0] is None else default_collate(ys))
+    batch = (default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)))
     return batch if domain is None else {domain: batch}
 
 

@@ -27,13 +27,12 @@ class Digits(TransferDataModule):
         **kwargs: As for `TransferDataModule`.
     """
 
-    class_names = [str(digit) for digit in range(10)]
-    num_outputs = 10
-
     def __init__(self, target: bool = True, source: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not (target or source):
             raise DataError("target: with source false, target must be true")
+        self.class_names = [str(digit) for digit in range(10)]
+        self.num_outputs = 10
         self.wanted = {"source": source, "target": target}
         self._splits: dict[str, dict[str, Dataset[Any]]] | None = None
 
@@ -83,4 +82,5 @@ def _blend(
     left = generator.integers(int(start * width), int(end * width) - SIZE + 1)
     top = generator.integers(0, height - SIZE + 1)
     patch = photo[top : top + SIZE, left : left + SIZE].astype(np.int16)
-    return np.abs(patch - digit[..., None]).astype(np.uint8)
+    blended: np.ndarray[Any, Any] = np.abs(patch - digit[..., None]).astype(np.uint8)
+    return blended

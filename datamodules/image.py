@@ -106,7 +106,7 @@ class ImageFolders(TransferDataModule):
         DIR/train/<class>/*.jpg   DIR/val|validation|valid/<class>/*.jpg   DIR/test/<class>/*.jpg
 
     Without a validation folder a stratified part of the training images is kept for it; without a test folder `tl test`
-    takes the validation images and says so; without train/ the class folders stand in DIR itself and are split in three.
+    takes the validation images and says so; without train/ the class folders stand in DIR and are split in three.
     `tl predict` also takes a folder of images without classes as its target.
 
     Args:

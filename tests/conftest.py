@@ -58,7 +58,7 @@ def make_tree(root, splits=(("train", 8), ("val", 4)), classes=tuple(COLOURS), s
     for number, (split, count) in enumerate(splits):
         for name in classes:
             for i in range(count):
-                image(root / split / name / f"{i}.{suffix}", COLOURS[name], seed=100 * number + i)
+                image(root / split / name / f"{i}.{suffix}", COLOURS.get(name, (90, 90, 90)), seed=100 * number + i)
     return root
 
 

@@ -27,7 +27,9 @@ def huge_header(path):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    )
 
 
 def truncate(path):
@@ -111,7 +113,9 @@ def prepare(case, root):
         case "huge header":
             huge_header(bad.with_suffix(".png"))
         case "unknown class in YAML":
-            (root / "bad.yaml").write_text("model:\n  class_path: Classification\n  init_args:\n    backbone: ConvNett\n")
+            (root / "bad.yaml").write_text(
+                "model:\n  class_path: Classification\n  init_args:\n    backbone: ConvNett\n"
+            )
         case "unknown argument in YAML":
             (root / "bad.yaml").write_text(
                 "model:\n  class_path: Classification\n  init_args:\n    backbone:\n"
@@ -170,7 +174,9 @@ def test_hub_names_offline_give_one_sentence(tl, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    result = tl(FIT.replace(".width 4", " TorchvisionBackbone --model.backbone.name resnet18 --model.backbone.weights DEFAULT"))
+    result = tl(
+        FIT.replace(".width 4", " TorchvisionBackbone --model.backbone.name resnet18 --model.backbone.weights DEFAULT")
+    )
     assert result.code == 2
     assert "could not be downloaded; without a network" in result.err
 

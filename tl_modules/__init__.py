@@ -21,6 +21,7 @@ from tl_modules.tasks import Classification, Regression
 
 __version__ = "0.1.0"
 __all__ = [
+    "L2SP",
     "Backbone",
     "Classification",
     "ConvNet",
@@ -33,7 +34,6 @@ __all__ = [
     "GradualUnfreezing",
     "HubBackbone",
     "ImageBackbone",
-    "L2SP",
     "LastStages",
     "MLPHead",
     "Method",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import DDPStrategy
@@ -151,11 +151,11 @@ class TransferModule(LightningModule):
         self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> DomainView:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
         """Loss and metrics on the validation split."""
         return self._evaluate(batch, self.val_metrics, "val/loss")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> DomainView:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
         """Loss and metrics on the test split."""
         return self._evaluate(batch, self.test_metrics, "test/loss")
 
@@ -164,13 +164,13 @@ class TransferModule(LightningModule):
         ((x, rows),) = batch.values()
         return self.predict(self(x)), rows
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss: str) -> DomainView:
-        (view,) = self.look(batch).values()
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss: str) -> dict[str, DomainView]:
+        ((domain, view),) = self.look(batch).items()
         assert view.y is not None
         metrics.update(self.predict(view.output), view.y)
         self.log(loss, self.loss(view.output, view.y), sync_dist=True, batch_size=len(view.y))
         self.log_dict(metrics, batch_size=len(view.y))
-        return view
+        return {domain: view}
 
     # Fine-tuning
 
@@ -201,7 +201,7 @@ class TransferModule(LightningModule):
         optimizer = self.optimizer(list(self.finetuning.param_groups(self)))
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_scale")
-            group["base_lr"] = group["lr"]
+            group["configured_lr"] = group["lr"]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -219,8 +219,8 @@ class TransferModule(LightningModule):
                 stages that open later, or BatchNorm would see a batch of one.
         """
         loaders = self.trainer.train_dataloader
-        domains = loaders.keys() if isinstance(loaders, Mapping) else ()
-        for name, method in self.named_methods():
+        domains = dict(loaders) if isinstance(loaders, Mapping) else {}
+        for _, method in self.named_methods():
             for domain in method.needs:
                 if domain not in domains:
                     raise UserError(
@@ -228,14 +228,15 @@ class TransferModule(LightningModule):
                         f"{' and '.join(domains)}; give --data.{domain}"
                     )
         strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and self.finetuning.opens_later(len(self.backbone.stages())):
-            if not strategy._ddp_kwargs.get("find_unused_parameters"):
-                raise UserError(
-                    f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot "
-                    "follow; pass --trainer.strategy ddp_find_unused_parameters_true"
-                )
-        for domain in domains:
-            self._check_last_batch(loaders[domain])
+        opens_later = self.finetuning.opens_later(len(self.backbone.stages()))
+        plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+        if opens_later and plain_ddp:
+            raise UserError(
+                f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot"
+                " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
+            )
+        for loader in domains.values():
+            self._check_last_batch(loader)
 
     def _check_last_batch(self, loader: Any) -> None:
         trained = any(
@@ -256,7 +257,7 @@ class TransferModule(LightningModule):
             UserError: The class names differ.
         """
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if None not in (names, self.class_names) and list(names) != self.class_names:
+        if names is not None and self.class_names is not None and list(names) != self.class_names:
             raise UserError(f"class_names: the data's are {_short(names)}, the model's are {_short(self.class_names)}")
 
     def _transfer_head(self) -> bool:
@@ -281,12 +282,12 @@ class TransferModule(LightningModule):
         states = checkpoint.get("optimizer_states") or []
         if not states or self._trainer is None or not self.trainer.training:
             return
-        for (old, new) in zip(states[0]["param_groups"], self.trainer.optimizers[0].param_groups, strict=True):
-            if "base_lr" in old and old["base_lr"] != new["base_lr"]:
-                ratio = new["base_lr"] / old["base_lr"]
-                for key in ("lr", "initial_lr", "base_lr"):
-                    if key in old:
-                        old[key] *= ratio
+        fresh = self.configure_optimizers()  # the Trainer builds its own only after this hook
+        fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh
+        for old, new in zip(states[0]["param_groups"], fresh.param_groups, strict=True):
+            ratio = new["configured_lr"] / old.get("configured_lr", new["configured_lr"])
+            for key in {"lr", "initial_lr", "configured_lr"} & old.keys():
+                old[key] *= ratio
         for scheduler in checkpoint.get("lr_schedulers", []):
             if "base_lrs" in scheduler:
                 scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]

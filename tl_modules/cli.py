@@ -1,6 +1,6 @@
 """The `tl` command: LightningCLI with run directories, short errors, and both wings imported.
 
-    argv -> config (later wins) -> data, model (num_outputs and class_names linked) -> run directory -> Trainer
+argv -> config (later wins) -> data, model (num_outputs and class_names linked) -> run directory -> Trainer
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import tl_modules
 from tl_modules.callbacks import Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
 from tl_modules.errors import UserError, closest
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
+
 
 def _number(value: Any) -> float:
     if isinstance(value, bool | str):
@@ -111,7 +112,7 @@ class TransferCLI(LightningCLI):
                 self._subcommand_parsers[name] = self.init_parser(description=COMMANDS[name])
             else:
                 self._subcommand_parsers[name] = self._prepare_subcommand_parser(
-                    self.trainer_class, name, description=COMMANDS[name]
+                    Trainer, name, description=COMMANDS[name]
                 )
             commands.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
 
@@ -135,7 +136,9 @@ class TransferCLI(LightningCLI):
         checkpoints = _values(args, "--ckpt_path")
         if "fit" in args[:1]:
             if values:
-                raise UserError("run: `tl fit` starts a run of its own; to go on from a checkpoint pass --ckpt_path FILE")
+                raise UserError(
+                    "run: `tl fit` starts a run of its own; to go on from a checkpoint pass --ckpt_path FILE"
+                )
             return args
         if not values and checkpoints and not _values(args, "--config") and not _values(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
@@ -169,7 +172,7 @@ class TransferCLI(LightningCLI):
             if not Path(config.ckpt_path).is_file() and config.ckpt_path not in ("last", "hpc"):
                 raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
             backbone = config.model.init_args.get("backbone")
-            if backbone is not None and backbone.get("init_args", Namespace()).get("weights") is not None:
+            if backbone is not None and "weights" in backbone.get("init_args", {}):
                 backbone.init_args.weights = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -177,7 +180,7 @@ class TransferCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
         name = config.name or type(self.datamodule).__name__.lower()
-        if rank_zero_only.rank != 0:  # the first process chooses; the others are told by the strategy
+        if not first_process():  # the first process chooses; the others are told by the strategy
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
             path = self.run or new_run(trainer.default_root_dir or ".", name)
@@ -206,10 +209,17 @@ class TransferCLI(LightningCLI):
                 if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
                     monitor, mode = None, "max"
                 folder = path / "checkpoints"
-                best = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": monitor is None}
-                callbacks.append(ModelCheckpoint(folder, "best", enable_version_counter=False, **best))
-                last = {"enable_version_counter": False, "save_on_train_epoch_end": True}
-                callbacks.append(ModelCheckpoint(folder, "last", **last))
+                for file, by, sense in (("best", monitor, mode), ("last", None, "min")):
+                    callbacks.append(
+                        ModelCheckpoint(
+                            folder,
+                            file,
+                            monitor=by,
+                            mode=sense,
+                            save_on_train_epoch_end=by is None,
+                            enable_version_counter=False,
+                        )
+                    )
         return callbacks
 
     def _resolved(self) -> dict[str, Any]:
@@ -251,6 +261,11 @@ class _TensorBoard(TensorBoardLogger):
     def save(self) -> None:
         """Flushes the events."""
         Logger.save(self)
+
+
+def first_process() -> bool:
+    """Whether this is the only process or the first of several."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def absolute_paths(config: Any) -> None:
@@ -330,13 +345,13 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def stop(text: str) -> NoReturn:
     """Prints a text on standard error and exits with code 2."""
-    if rank_zero_only.rank == 0:
+    if first_process():
         print(f"tl: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def explain(message: str, parser: Any = None) -> str:
-    """The cause out of jsonargparse's report, which lists every type that a value could have had, and its dotted key."""
+    """The dotted key and the cause out of jsonargparse's report, which lists every type that a value could have had."""
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(keys)
@@ -374,11 +389,17 @@ def explain(message: str, parser: Any = None) -> str:
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
     if found := re.search(r"Multiple subclasses with name (.*)", message):
         return f"{key}: more than one class has the name {found[1]}"
-    expected = [re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")]
+    expected = [
+        re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")
+    ]
     if expected and given:
         wanted = " or ".join(dict.fromkeys(line.removeprefix("Expected a ").partition(". Got")[0] for line in expected))
         return f"{key}: {given[-1][:80]} is not {wanted.replace('NoneType', 'null')}"
-    details = [line for line in lines if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))]
+    details = [
+        line
+        for line in lines
+        if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))
+    ]
     return f"{key}: {details[-1] if details else message}".removeprefix(": ")
 
 
@@ -388,7 +409,9 @@ def _arguments(class_path: str) -> list[str]:
     names: dict[str, None] = {}
     for parent in getattr(importlib.import_module(module), name).__mro__:
         parameters = inspect.signature(parent.__init__).parameters if "__init__" in vars(parent) else {}
-        names |= {n: None for n, p in parameters.items() if n != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+        names |= {
+            n: None for n, p in parameters.items() if n != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
         if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and parameters:
             break
     return list(names)
@@ -405,7 +428,7 @@ def _closest_class(name: str) -> str:
     found: list[str] = [known for package in (tl_modules, datamodules) for known in package.__all__]
     queue: list[type] = [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, Callback]
     while queue:
-        children = queue.pop().__subclasses__()
+        children: list[type] = queue.pop().__subclasses__()
         found += [child.__name__ for child in children]
         queue += children
     return closest(name, found)
@@ -443,7 +466,7 @@ def quiet() -> None:
     """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("tl_modules", "datamodules"):
-        logging.getLogger(package).setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+        logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)

@@ -77,7 +77,9 @@ def accuracies(folder: Path, seeds: int) -> dict[str, list[float]]:
     """Test accuracy on the target by way and seed; small networks train best one to a core."""
     lines = [jobs(folder, seed) for seed in range(seeds)]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        min(8, os.cpu_count() or 1), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         for way, few in (("source", ["source"]), ("target", list(WAYS))):
             todo = [pool.submit(run, each[name]) for each in lines for name in few]
             text = "pretraining on the source" if way == "source" else "training on the target"
@@ -98,21 +100,21 @@ def show(found: dict[str, list[float]], folder: Path) -> None:
     table = Table(title="Test accuracy on digits on photographs, 10 labelled images a class", title_justify="left")
     for column in ("way", "mean", "spread (std)", *(f"seed {seed}" for seed in range(len(found["full"])))):
         table.add_column(column, justify="left" if column == "way" else "right")
-    rows = []
+    means = {way: statistics.mean(values) for way, values in found.items()}
+    spreads = {way: statistics.stdev(values) if len(values) > 1 else 0.0 for way, values in found.items()}
     for way, values in found.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        rows.append([way, statistics.mean(values), spread, *values])
-        table.add_row(way, *(f"{value:.3f}" for value in rows[-1][1:]))  # type: ignore[str-bytes-safe]
+        table.add_row(way, *(f"{value:.3f}" for value in (means[way], spreads[way], *values)))
     Console().print(table)
     with (folder / "demo.csv").open("w", newline="") as file:
+        rows = [[way, means[way], spreads[way], *values] for way, values in found.items()]
         csv.writer(file).writerows([["way", "mean", "std", *range(len(found["full"]))], *rows])
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    names, means, spreads = ([row[i] for row in rows] for i in range(3))
-    axes.barh(names, means, xerr=spreads, color=["#999999", *["#3b7dd8"] * (len(rows) - 1)], capsize=3)
-    for place, values in enumerate(found.values()):
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
+    colours = ["#999999", *["#3b7dd8"] * (len(found) - 1)]
+    axes.barh(list(found), list(means.values()), xerr=list(spreads.values()), color=colours, capsize=3)
+    for height, values in enumerate(found.values()):
+        axes.plot(values, [height] * len(values), "k.", markersize=4)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel=f"test accuracy, {len(found['full'])} seeds: mean, std, each")
     axes.set_title("10 labelled images a class: transfer against training from scratch", fontsize=10)

@@ -1,10 +1,10 @@
 """A run's directory: what `tl fit` leaves there, and how it is read again.
 
-    runs/<name>/version_0/   config.yaml               everything resolved, so that later defaults change nothing
-                             checkpoints/best.ckpt     and last.ckpt
-                             metrics.csv               a row per epoch
-                             metrics.json              the best epoch's validation metrics; `tl test` adds its own
-                             events.out.tfevents...    TensorBoard
+runs/<name>/version_0/   config.yaml               everything resolved, so that later defaults change nothing
+                         checkpoints/best.ckpt     and last.ckpt
+                         metrics.csv               a row per epoch
+                         metrics.json              the best epoch's validation metrics; `tl test` adds its own
+                         events.out.tfevents...    TensorBoard
 """
 
 from __future__ import annotations

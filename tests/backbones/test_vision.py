@@ -92,7 +92,9 @@ def test_torchvision(name, features, size, stages):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet152", "wide_resnet50_2", "efficientnet_v2_s", "maxvit_t", "vit_l_16", "swin_b"])
+@pytest.mark.parametrize(
+    "name", ["resnet152", "wide_resnet50_2", "efficientnet_v2_s", "maxvit_t", "vit_l_16", "swin_b"]
+)
 def test_torchvision_large(name):
     backbone = TorchvisionBackbone(name)
     check(backbone, backbone.out_features, 224)
@@ -111,7 +113,9 @@ def test_convnet():
     check(ConvNet(4), 16, 64, 3)
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet10t", 64), ("vit_tiny_patch16_224", 224), ("mobilenetv3_small_050", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet10t", 64), ("vit_tiny_patch16_224", 224), ("mobilenetv3_small_050", 64)]
+)
 def test_timm(name, size):
     pytest.importorskip("timm")
     backbone = TimmBackbone(name)

@@ -32,7 +32,12 @@ def test_prefixes_and_wrappers(prefix, wrap, suffix, tmp_path):
 
 def test_report():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4))
-    given = {"module.0.weight": torch.ones(3, 2), "0.bias": torch.ones(4), "extra": torch.ones(1), "1.bias": torch.ones(4)}
+    given = {
+        "module.0.weight": torch.ones(3, 2),
+        "0.bias": torch.ones(4),
+        "extra": torch.ones(1),
+        "1.bias": torch.ones(4),
+    }
     match = load(model, Pretrained("file", given), strict=False)
     assert match.matched == ["0.weight", "1.bias"]
     assert match.missing == ["1.weight"]

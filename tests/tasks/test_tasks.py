@@ -59,7 +59,7 @@ def test_regression():
     assert two.loss(torch.zeros(3, 2), torch.ones(3, 2)) == 1
 
 
-def test_joint_training_weighs_the_target(arrays=None):
+def test_joint_training_weighs_the_target():
     task = classification(target_weight=0.25)
     x, y = torch.rand(4, 3, 28, 28), torch.tensor([0, 1, 2, 0])
     task.eval()

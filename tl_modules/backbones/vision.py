@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -97,7 +98,7 @@ class ConvNet(ImageBackbone):
         std: Statistics = None,
     ) -> None:
         widths = [len(mean or IMAGENET_MEAN), width, 2 * width, 4 * width]
-        stages = [self._stage(i, o) for i, o in zip(widths, widths[1:], strict=False)]
+        stages = [self._stage(i, o) for i, o in pairwise(widths)]
         super().__init__(nn.Sequential(*stages), widths[-1], mean, std)
         self.load_pretrained(weights, strict, self._no_hub)
 
@@ -189,11 +190,11 @@ class TimmBackbone(ImageBackbone):
         if not timm.is_model(name.split(".")[0]):
             raise UserError(f"name: timm has no model {name}{closest(name, timm.list_models())}")
         model = timm.create_model(name, pretrained=False, num_classes=0)
-        config = model.pretrained_cfg
-        super().__init__(model, model.num_features, config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD))
-        self.name = name
+        config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         # some heads widen the features after pooling, and only timm knows by how much
-        self.out_features = getattr(model, "head_hidden_size", None) or model.num_features
+        width: Any = getattr(model, "head_hidden_size", None) or model.num_features
+        super().__init__(model, width, config.get("mean"), config.get("std"))
+        self.name = name
 
         def hub(entry: str) -> State:
             if entry != "DEFAULT":
@@ -210,8 +211,8 @@ class TimmBackbone(ImageBackbone):
         """The groups that timm itself gives for layer-wise learning rates."""
         from timm.models import group_parameters
 
-        groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
-        return stages_by_name(self.model, groups)
+        model: Any = self.model
+        return stages_by_name(model, group_parameters(model, model.group_matcher(coarse=True), reverse=True))
 
 
 class HubBackbone(ImageBackbone):
@@ -250,7 +251,8 @@ class HubBackbone(ImageBackbone):
             raise UserError(f"repo: {repo} is neither a folder nor owner/name on GitHub")
         where = str(folder) if source == "local" else repo
         try:
-            model = torch.hub.load(where, name, source=source, trust_repo=True, **(arguments or {}))
+            load_entry: Any = torch.hub.load
+            model = load_entry(where, name, source=source, trust_repo=True, **(arguments or {}))
         except RuntimeError as error:
             if "Cannot find callable" not in str(error):
                 raise
@@ -327,7 +329,7 @@ def _starts_stage(block: nn.Module) -> bool:
 
 
 def resolution_stages(model: nn.Module) -> list[nn.Module]:
-    """Stages of a convolutional or transformer classifier: a new one begins at each block that lowers the resolution."""
+    """Stages of a convolutional or transformer classifier: a new one begins where a block lowers the resolution."""
     index, group = 0, {}
     for number, (name, block) in enumerate(_blocks(model)):
         index += number > 0 and _starts_stage(block)

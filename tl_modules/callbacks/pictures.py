@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
 from tl_modules.base import DomainView, TransferModule
 
@@ -54,9 +55,10 @@ class Pictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keeps the batch's worst and its features."""
-        if _writer(trainer) is not None and isinstance(outputs, DomainView) and not trainer.sanity_checking:
+        if _writer(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
-            self.now.add(pl_module, outputs)
+            for view in outputs.values():
+                self.now.add(pl_module, view)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""
@@ -78,7 +80,8 @@ class Pictures(Callback):
         if self.best is not None:
             name, mode = pl_module.monitor
             metrics[f"hp/best_{name.removeprefix('val/')}"] = self.best if mode == "max" else -self.best
-        for summary in torch.utils.tensorboard.summary.hparams(self.config, metrics):
+        summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
+        for summary in summaries:
             writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             writer.add_scalar(name, value, trainer.global_step)
@@ -162,7 +165,7 @@ class _Kept:
 def _writer(trainer: Trainer) -> Any:
     """TensorBoard's writer on the first process, or None."""
     found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return found[0].experiment if found and trainer.is_global_zero and not trainer.fast_dev_run else None
+    return found[0].experiment if found and trainer.is_global_zero else None
 
 
 def _is_image(x: Any) -> bool:
@@ -178,7 +181,8 @@ def _name(module: TransferModule, value: Tensor) -> str:
 def _thumbnails(images: Tensor) -> Tensor:
     """(B, C, H, W) images -> (B, 3, 32, 32) floats in [0, 1]."""
     x = images.float() / (255 if images.dtype == torch.uint8 else 1)
-    return torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True).expand(-1, 3, -1, -1).clamp(0, 1)
+    small = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True)
+    return small.expand(-1, 3, -1, -1).clamp(0, 1)
 
 
 def _grid(images: list[Tensor], titles: list[str]) -> Any:
@@ -216,5 +220,6 @@ def _confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
             for column in range(len(names)):
                 if counts[row, column]:
                     colour = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+                    text = str(int(counts[row, column]))
+                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     return figure

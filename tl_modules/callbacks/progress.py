@@ -38,4 +38,6 @@ class PlainProgress(ProgressBar):
         shown = [f"{key} {float(metrics[key]):.4f}" for key in ("train/loss", "val/loss", monitor) if key in metrics]
         seconds = time.perf_counter() - self.started
         last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        print(f"epoch {trainer.current_epoch + 1}{last}", *dict.fromkeys(shown), f"{seconds:.1f} s", sep="  ", flush=True)
+        print(
+            f"epoch {trainer.current_epoch + 1}{last}", *dict.fromkeys(shown), f"{seconds:.1f} s", sep="  ", flush=True
+        )

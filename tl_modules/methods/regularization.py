@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class L2SP(Method):
     """L2-SP: weight decay towards the pretrained weights (Li, Grandvalet and Davoine, ICML 2018).
 
-    `1/2 ||w - w0||^2 + head_weight / 2 ||v||^2` with w the backbone's parameters, w0 their start values and v the head's.
+    `1/2 ||w - w0||^2 + head_weight / 2 ||v||^2` with w the backbone's parameters, w0 their start and v the head's.
     The paper's alpha is `weight`, its beta is `weight * head_weight`.
 
     Args:
@@ -35,8 +35,9 @@ class L2SP(Method):
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """Squared distance from the start, a scalar."""
-        total = sum((parameter.square().sum() for parameter in module.head.parameters()), torch.zeros(()).to(self.start_0))
-        total = self.head_weight * total
+        total = self.head_weight * sum(
+            (parameter.square().sum() for parameter in module.head.parameters()), torch.zeros((), device=module.device)
+        )
         for number, parameter in enumerate(module.backbone.parameters()):
             if parameter.requires_grad:  # what is closed has not moved
                 total = total + (parameter - self.get_buffer(f"start_{number}")).square().sum()

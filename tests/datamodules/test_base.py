@@ -1,0 +1,190 @@
+"""Domains, splits, few shots, hidden labels, and shards that repeat nothing."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from datamodules import DataError, Digits, ImageArrays, TransferDataModule
+from datamodules.base import View, even_batch_size, few_shots, split_rows
+
+
+class Two(TransferDataModule):
+    """Source and target whose inputs tell them apart."""
+
+    num_outputs, class_names = 2, ["a", "b"]
+
+    def __init__(self, names=("source", "target"), sizes=(40, 12), **kwargs):
+        super().__init__(batch_size=8, **kwargs)
+        self.names, self.sizes = names, sizes
+
+    def domains(self, split):
+        data = {}
+        for name, size in zip(self.names, self.sizes, strict=False):
+            x = torch.full((size, 1), 0.0 if name == "source" else 1.0)
+            data[name] = TensorDataset(x, torch.arange(size) % 2)
+        return data
+
+
+def first(loader):
+    batches = iter(loader)
+    batch = next(batches)
+    return batch[0] if isinstance(batch, tuple) else batch
+
+
+def test_a_target_alone_is_labelled():
+    batch = first(Two(names=("target",)).train_dataloader())
+    assert list(batch) == ["target"]
+    assert batch["target"][1] is not None
+
+
+def test_beside_a_source_the_targets_labels_reach_neither_training_nor_selection():
+    data = Two()
+    batch = first(data.train_dataloader())
+    assert batch["source"][1] is not None
+    assert batch["target"][1] is None
+    assert list(first(data.val_dataloader())) == ["source"]
+    assert list(first(data.test_dataloader())) == ["target"]
+    open_ = Two(target_labels=True)
+    assert first(open_.train_dataloader())["target"][1] is not None
+    assert list(first(open_.val_dataloader())) == ["target"]
+
+
+def test_the_shorter_domain_starts_over():
+    batches = [b for b, *_ in Two().train_dataloader()]
+    assert len(batches) == 5
+    assert all(len(b["source"][0]) == 8 and len(b["target"][0]) for b in batches)
+
+
+def test_few_shots_are_seeded_and_stratified():
+    data = TensorDataset(torch.zeros(20, 1), torch.arange(20) % 2)
+    rows = few_shots(data, 3, ["a", "b"], seed=0)
+    assert sorted(int(data[r][1]) for r in rows) == [0, 0, 0, 1, 1, 1]
+    assert rows == few_shots(data, 3, ["a", "b"], seed=0)
+    assert rows != few_shots(data, 3, ["a", "b"], seed=1)
+    with pytest.raises(DataError, match="class a has 10"):
+        few_shots(data, 11, ["a", "b"], seed=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_splits_are_disjoint_stratified_and_seeded(seed):
+    targets = np.repeat([0, 1, 2], [50, 30, 20])
+    parts = split_rows(targets, (0.2, 0.3), seed)
+    assert sorted(sum(parts, [])) == list(range(100))
+    counts = [[int((targets[part] == c).sum()) for c in range(3)] for part in parts]
+    assert counts == [[10, 6, 4], [15, 9, 6], [25, 15, 10]]
+    assert parts == split_rows(targets, (0.2, 0.3), seed)
+
+
+def test_real_valued_targets_are_split_too():
+    parts = split_rows(np.linspace(0, 1, 10), (0.2, 0.2), 0)
+    assert [len(p) for p in parts] == [2, 2, 6]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
+def test_every_process_runs_as_many_batches_and_every_sample_once(world, batch_size):
+    for samples in range(world, 80):
+        size = even_batch_size(samples, world, batch_size)
+        shards = [list(range(rank, samples, world)) for rank in range(world)]
+        assert len({-(-len(shard) // size) for shard in shards}) == 1
+        assert sorted(sum(shards, [])) == list(range(samples))
+
+
+def test_more_processes_than_samples_is_a_mistake():
+    with pytest.raises(DataError, match="cannot be shared by 3 processes"):
+        even_batch_size(2, 3, 4)
+
+
+def test_order_follows_from_seed_and_epoch():
+    def order(seed, epoch):
+        loader = Two(names=("target",), seed=seed).train_dataloader().iterables["target"]
+        loader.sampler.set_epoch(epoch)
+        return list(loader.sampler)
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_augmentation_is_for_training_only():
+    class Plus(torch.nn.Module):
+        def forward(self, x):
+            return x + 5
+
+    data = Two(names=("target",), augment=[Plus()])
+    assert first(data.train_dataloader())["target"][0].max() == 6
+    assert first(data.val_dataloader())["target"][0].max() == 1
+
+
+def test_prediction_rows_stand_in_the_labels_place():
+    data = Two(names=("target",))
+    rows = torch.cat([batch["target"][1] for batch in data.predict_dataloader()])
+    assert rows.tolist() == list(range(40))
+    assert len(data.ids()) == 40
+    assert len(View(data.domains("test")["target"], [3, 1])) == 2
+
+
+def test_digits_share_nothing():
+    from datamodules.digits import build
+
+    domains = build()
+    grey = {d: {s: [x.numpy().tobytes() for x in v.images] for s, v in domains[d].items()} for d in ("source",)}
+    assert not set(grey["source"]["train"]) & set(grey["source"]["test"])
+    shapes = {d: {tuple(x.images.shape[1:]) for x in v.values()} for d, v in domains.items()}
+    assert shapes == {"source": {(1, 28, 28)}, "target": {(3, 28, 28)}}
+    assert sum(len(v) for d in domains.values() for v in d.values()) == 1797
+    assert all(set(v.targets) == set(range(10)) for d in domains.values() for v in d.values())
+    again = build()
+    assert torch.equal(domains["target"]["test"].images, again["target"]["test"].images)
+
+
+def test_digits_needs_a_domain():
+    with pytest.raises(DataError, match="target must be true"):
+        Digits(target=False)
+
+
+@pytest.mark.parametrize("layout", ["npz", "npy"])
+def test_arrays(layout, tmp_path):
+    generator = np.random.default_rng(0)
+    arrays = {
+        "train_images": generator.random((12, 6, 6, 3)),
+        "train_labels": np.arange(12) % 3,
+        "test_images": generator.random((6, 6, 6, 3)),
+        "test_labels": np.arange(6) % 3,
+    }
+    path = tmp_path / ("a.npz" if layout == "npz" else "a")
+    if layout == "npz":
+        np.savez(path, **arrays)
+    else:
+        path.mkdir()
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    data = ImageArrays(path)
+    assert (data.num_outputs, data.class_names) == (3, ["0", "1", "2"])
+    sizes = {split: len(data.domains(split)["target"]) for split in ("train", "val", "test")}
+    assert sizes == {"train": 9, "val": 3, "test": 6}
+    x, y = data.domains("test")["target"][4]
+    assert x.shape == (3, 6, 6)
+    assert y == 1
+    assert torch.allclose(x, torch.tensor(arrays["test_images"][4]).permute(2, 0, 1).float())
+
+
+def test_arrays_of_values_are_regression(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((20, 6, 6), np.uint8), labels=np.linspace(0, 1, 20))
+    data = ImageArrays(tmp_path / "a.npz")
+    assert (data.num_outputs, data.class_names) == (1, None)
+
+
+@pytest.mark.parametrize(("images", "labels", "match"), [
+    (np.zeros((4, 6, 6, 4), np.uint8), np.arange(4), "not \\(N, H, W\\)"),
+    (np.zeros((4, 6, 6), np.int32), np.arange(4), "are int32"),
+    (np.full((4, 6, 6), np.nan), np.arange(4), "outside \\[0, 1\\]"),
+    (np.zeros((4, 6, 6), np.uint8), np.array([0.0, np.inf, 1, 2]), "not finite"),
+    (np.zeros((4, 6, 6), np.uint8), np.array([-1, 0, 1, 2]), "whole numbers from 0"),
+    (np.zeros((4, 6, 6), np.uint8), np.zeros(4, int), "at least two classes"),
+])  # fmt: skip
+def test_array_mistakes(images, labels, match, tmp_path):
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    with pytest.raises(DataError, match=match):
+        ImageArrays(tmp_path / "a.npz")

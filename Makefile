@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+# the tested set is for the tested Python; another one resolves its own within the floors
+TESTED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+
+.PHONY: help setup demo test test-slow format check notebooks
+
+help: ## Show these lines
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TESTED) --editable '.[dev]'
+	touch $@
+
+setup: .venv/installed ## Create .venv and install everything in it
+
+demo: setup ## Transfer against training from scratch, on embedded data (3 minutes)
+	$(BIN)/python -m tl_modules.demo
+
+test: setup ## Fast tests
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-slow: setup ## Reference scores on TL_DATA_DIR, notebooks, several processes
+	$(BIN)/python -m pytest -m slow
+
+format: setup ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup ## Lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: setup ## Rewrite the notebooks from their .py pairs and execute them
+	$(BIN)/jupytext --to ipynb --execute notebooks/*.py

@@ -1,0 +1,89 @@
+"""What a run shows: the stage table, plain lines, and everything in TensorBoard."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 4"
+
+
+def events(run):
+    """Tags by kind."""
+    accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator.Tags()
+
+
+def test_stage_table_at_the_start_and_at_each_change(ok):
+    printed = ok(f"{RUN} --model.finetuning GradualUnfreezing --model.finetuning.lr_decay 0.5")
+    tables = printed.split("GradualUnfreezing")[1:]
+    assert len(tables) == 3
+    frozen = [[line for line in t.splitlines() if "frozen" in line] for t in tables]
+    assert [len(lines) for lines in frozen] == [3, 2, 1]
+    assert all("eval" in line and " - " in line for lines in frozen for line in lines)
+    last = next(line for line in tables[2].splitlines() if "stage_1" in line)
+    assert "yes" in last
+    assert "0.00025" in last
+    assert "train" in last
+
+
+def test_a_table_that_does_not_change_is_shown_once(ok):
+    assert ok(RUN).count("Full") == 1
+
+
+def test_plain_lines_where_there_is_no_terminal(ok):
+    lines = [line for line in ok(RUN).splitlines() if line.startswith("epoch ") and "train/loss" in line]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all("val/accuracy" in line and line.endswith(" s") for line in lines)
+
+
+def test_rich_bar_in_a_terminal(ok, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    printed = ok(RUN)
+    assert not [line for line in printed.splitlines() if line.startswith("epoch ") and "train/loss" in line]
+
+
+def test_tensorboard(ok, tmp_path):
+    ok(f"{RUN} --model.methods+=L2SP --data.source true --name x --data.shots_per_class null")
+    run = tmp_path / "runs" / "x" / "version_0"
+    tags = events(run)
+    assert {
+        "train/loss",
+        "train/task/source",
+        "train/l2sp",
+        "val/accuracy",
+        "val/calibration_error",
+        "lr-AdamW/head",
+        "lr-AdamW/stage_0",
+    } <= set(tags["scalars"])
+    assert {"inputs/source", "inputs/target", "val/confusion"} <= set(tags["images"])
+    assert any(tag.startswith("val/worst") for tag in tags["images"])
+    assert any(tag.startswith("val/most confused") for tag in tags["images"])
+    assert any("most confused" in tag for tag in tags["tensors"])
+    assert (run / "00000" / "val_features" / "sprite.png").is_file()
+    assert len((run / "00000" / "val_features" / "metadata.tsv").read_text().splitlines()) > 50
+    hparams = EventAccumulator(str(run))
+    hparams.Reload()
+    assert "hp/val/accuracy" in tags["scalars"]
+    assert "_hparams_/session_start_info" in hparams.summary_metadata
+    ok(f"test --run {run}")
+    assert {"test/confusion"} <= set(events(run)["images"])
+    assert (run / "00000" / "test_features" / "tensors.tsv").is_file()
+
+
+@pytest.mark.parametrize("off", ["--trainer.logger false", "--trainer.fast_dev_run true", "--trainer.enable_checkpointing false"])
+def test_parts_can_be_switched_off(ok, off):
+    ok(f"{RUN} {off}")
+
+
+def test_regression_is_drawn_too(ok, tmp_path):
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=images.mean((1, 2)) / 255)
+    ok("fit --model Regression --model.backbone ConvNet --model.backbone.width 4 --data ImageArrays "
+       "--data.target a.npz --trainer.max_epochs 1 --name r")  # fmt: skip
+    images = events(tmp_path / "runs" / "r" / "version_0")["images"]
+    assert "inputs/target" in images
+    assert any(tag.startswith("val/worst") for tag in images)

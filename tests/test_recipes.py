@@ -1,0 +1,102 @@
+"""Every config parses and trains for a moment; the reference scores hold on the real data."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_tree
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(CONFIGS.glob("recipes/*.yaml"))
+
+
+def relative(path):
+    return str(path.relative_to(CONFIGS))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=relative)
+def test_one_subtree_of_one_to_ten_lines(path):
+    lines = path.read_text().splitlines()
+    if path.parent.name == "recipes":
+        assert {"name", "trainer", "model", "data"} == set(yaml.safe_load("\n".join(lines)))
+        assert lines[0].startswith("# ")
+    else:
+        assert len(lines) <= 10
+        assert len(yaml.safe_load("\n".join(lines))) == 1
+
+
+@pytest.mark.parametrize("path", sorted(p for p in CONFIGS.rglob("*.yaml") if p not in RECIPES), ids=relative)
+def test_each_file_layers_onto_a_model(path, ok):
+    kind = path.parent.name
+    base = "" if kind == "model" else f"-c {CONFIGS / 'model' / 'cnn.yaml'} "
+    data = f"-c {CONFIGS / 'data' / 'digits.yaml'} " if path.name == "augment.yaml" else ""
+    assert "class_path" in ok(f"fit {base}{data}-c {path} --print_config")
+
+
+@pytest.fixture
+def small_data(tmp_path, monkeypatch):
+    """The layout of the real data, small and made up."""
+    from safetensors.torch import save_file
+
+    from tl_modules import TorchvisionBackbone
+
+    make_tree(tmp_path / "data" / "clothing", (("train", 4), ("validation", 2), ("test", 2)), suffix="jpg")
+    (tmp_path / "data" / "mnist").mkdir()
+    (tmp_path / "data" / "weights").mkdir()
+    generator = np.random.default_rng(0)
+
+    def images(count, *channels):
+        return generator.integers(0, 256, (count, 28, 28, *channels), dtype=np.uint8)
+
+    labels = np.arange(200) % 10
+    np.savez(tmp_path / "data/mnist/train10k.npz", images=images(200), labels=labels)
+    target = {"train_images": images(200, 3), "train_labels": labels, "test_images": images(40, 3)}
+    np.savez(tmp_path / "data/mnist/mnist_m_10k.npz", **target, test_labels=labels[:40])
+    state = {k: v.contiguous() for k, v in TorchvisionBackbone("squeezenet1_0").model.state_dict().items()}
+    save_file(state, tmp_path / "data/weights/squeezenet1_0-imagenet-fp16.safetensors")
+    monkeypatch.setenv("TL_DATA_DIR", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+def test_every_recipe_runs(path, ok, small_data, tmp_path):
+    text = path.read_text()
+    needed = re.search(r"tl fit -c configs/(recipes/\S+)", text)
+    quick = "--trainer.max_epochs 1 --data.num_workers 0"
+    if needed:
+        ok(f"fit -c {CONFIGS / needed[1]} {quick}")
+    ok(f"fit -c {path} {quick}")
+    name = yaml.safe_load(text)["name"]
+    ok(f"test --run runs/{name}/version_0")
+    metrics = json.loads((tmp_path / "runs" / name / "version_0" / "metrics.json").read_text())
+    assert "test/accuracy" in metrics
+
+
+def reference(ok, recipe, tmp_path, options=""):
+    """Test accuracy of a recipe as it stands."""
+    ok(f"fit -c {CONFIGS / 'recipes' / recipe}.yaml {options}")
+    ok(f"test --run runs/{recipe}")
+    return json.loads((tmp_path / "runs" / recipe / "version_0" / "metrics.json").read_text())["test/accuracy"]
+
+
+@pytest.mark.slow
+def test_reference_quick_mnist_m_few_shot(ok, data_dir, tmp_path):
+    ok(f"fit -c {CONFIGS}/recipes/mnist_source.yaml --trainer.max_epochs 4 --model.lr_scheduler.T_max 4")
+    transferred = reference(ok, "mnist_m_few_shot", tmp_path)
+    ok(f"fit -c {CONFIGS}/recipes/mnist_m_few_shot.yaml --model.backbone.weights null --name scratch")
+    ok("test --run runs/scratch")
+    scratch = json.loads((tmp_path / "runs/scratch/version_0/metrics.json").read_text())["test/accuracy"]
+    assert transferred > scratch + 0.1
+
+
+@pytest.mark.slow
+def test_reference_clothing_features(ok, data_dir, tmp_path):
+    assert reference(ok, "clothing_features", tmp_path) >= 0.82
+
+
+@pytest.mark.slow
+def test_reference_clothing_gradual(ok, data_dir, tmp_path):
+    assert reference(ok, "clothing_gradual", tmp_path) >= 0.85

@@ -39,6 +39,11 @@ def test_two_processes(finetuning, strategy, tmp_path):
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
         assert value == pytest.approx(found[1][key], abs=1e-5), key
+    predictions = []
+    for devices in (two, "--trainer.devices 1 --trainer.strategy auto"):
+        run(f"predict --run runs/x/version_0 {devices} --out p.csv", tmp_path)
+        predictions.append([row.split(",")[:2] for row in (tmp_path / "p.csv").read_text().splitlines()])
+    assert predictions[0] == predictions[1]
     run("validate --run runs/x/version_0 --trainer.devices 1 --trainer.strategy auto", tmp_path)
     again = json.loads(metrics.read_text())
     assert again["val/accuracy"] == pytest.approx(reported["val/accuracy"], abs=1e-6)

@@ -5,6 +5,7 @@ argv -> config (later wins) -> data, model (num_outputs and class_names linked) 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import logging
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
@@ -273,23 +274,24 @@ def absolute_paths(config: Any) -> None:
     if isinstance(config, list):
         for item in config:
             absolute_paths(item)
-    if not isinstance(config, Namespace):
+    if not isinstance(config, Namespace) or not isinstance(config.get("init_args"), Namespace):
         return
-    arguments = config.get("init_args")
-    if not isinstance(arguments, Namespace) or not isinstance(config.get("class_path"), str):
-        return
-    module, _, name = config.class_path.rpartition(".")
-    parameters: dict[str, Any] = {}
-    for parent in reversed(getattr(importlib.import_module(module), name).__mro__):
+    hints: dict[str, Any] = {}
+    for parent in reversed(_named(config.class_path).__mro__):
         if "__init__" in vars(parent):
-            parameters |= inspect.signature(parent.__init__).parameters
-    for key, value in vars(arguments).items():
-        annotation = str(getattr(parameters.get(key), "annotation", ""))
-        if isinstance(value, str | Path) and ("Path" in annotation or annotation == "Weights"):
+            with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
+                hints |= get_type_hints(parent.__init__)
+    for key, value in vars(config.init_args).items():
+        if isinstance(value, str | Path) and Path in (hints.get(key), *get_args(hints.get(key))):
             full = Path(os.path.expandvars(value)).expanduser()
-            arguments[key] = os.path.abspath(full) if full.exists() else str(value)
+            config.init_args[key] = os.path.abspath(full) if full.exists() else str(value)
         else:
             absolute_paths(value)
+
+
+def _named(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def with_defaults(args: list[str]) -> list[str]:
@@ -405,16 +407,15 @@ def explain(message: str, parser: Any = None) -> str:
 
 def _arguments(class_path: str) -> list[str]:
     """The argument names of a class, its parents' behind **kwargs included."""
-    module, _, name = class_path.rpartition(".")
     names: dict[str, None] = {}
-    for parent in getattr(importlib.import_module(module), name).__mro__:
-        parameters = inspect.signature(parent.__init__).parameters if "__init__" in vars(parent) else {}
-        names |= {
-            n: None for n, p in parameters.items() if n != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and parameters:
+    for parent in _named(class_path).__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(parent.__init__).parameters.values()
+        names |= dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break
-    return list(names)
+    return [name for name in names if name != "self"]
 
 
 def _closest_class(name: str) -> str:

@@ -72,7 +72,9 @@ def test_tensorboard(ok, tmp_path):
     assert (run / "00000" / "test_features" / "tensors.tsv").is_file()
 
 
-@pytest.mark.parametrize("off", ["--trainer.logger false", "--trainer.fast_dev_run true", "--trainer.enable_checkpointing false"])
+@pytest.mark.parametrize(
+    "off", ["--trainer.logger false", "--trainer.fast_dev_run true", "--trainer.enable_checkpointing false"]
+)
 def test_parts_can_be_switched_off(ok, off):
     ok(f"{RUN} {off}")
 

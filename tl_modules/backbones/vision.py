@@ -234,7 +234,7 @@ class HubBackbone(ImageBackbone):
 
     def __init__(
         self,
-        repo: str,
+        repo: Path | str,
         name: str,
         arguments: dict[str, Any] | None = None,
         weights: Weights = None,
@@ -247,9 +247,9 @@ class HubBackbone(ImageBackbone):
         source = "local" if folder.is_dir() else "github"
         if source == "local" and not (folder / "hubconf.py").is_file():
             raise UserError(f"repo: {folder} has no hubconf.py, so it is no torch.hub repository")
-        if source == "github" and repo.count("/") != 1:
+        if source == "github" and str(repo).count("/") != 1:
             raise UserError(f"repo: {repo} is neither a folder nor owner/name on GitHub")
-        where = str(folder) if source == "local" else repo
+        where = str(folder if source == "local" else repo)
         try:
             load_entry: Any = torch.hub.load
             model = load_entry(where, name, source=source, trust_repo=True, **(arguments or {}))

@@ -125,7 +125,9 @@ def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: st
         UserError: Nothing matched, or `strict` and something is missing or misshaped.
     """
     own = {_PREFIX.sub("", key): key for key in model.state_dict()}
-    given = {_PREFIX.sub("", key): value for key, value in pretrained.state.items()}
+    if len(own) < len(model.state_dict()):  # it has parts of such names itself
+        own = {key: key for key in model.state_dict()}
+    given = {key if key in own else _PREFIX.sub("", key): value for key, value in pretrained.state.items()}
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]

@@ -209,7 +209,7 @@ def _confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
         counts[pair] = times
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = max(5.0, 0.55 * len(names) + 1.5)
-    figure = Figure(figsize=(side, side), dpi=80)
+    figure = Figure(figsize=(side, side), dpi=80, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")

@@ -29,9 +29,9 @@ class StageTable(Callback):
             return
         self.shown = now
         modes = {f"stage_{i}": stage for i, stage in enumerate(pl_module.backbone.stages())}
-        table = Table(
-            title=f"epoch {trainer.current_epoch}: {type(pl_module.finetuning).__name__}", title_justify="left"
-        )
+        # a default strategy is a lazy instance, whose class has a prefix
+        strategy = type(pl_module.finetuning).__name__.removeprefix("LazyInstance_")
+        table = Table(title=f"epoch {trainer.current_epoch}: {strategy}", title_justify="left")
         for column, justify in (("stage", "left"), ("trains", "left"), ("parameters", "right"), ("lr", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("mode")

@@ -35,4 +35,5 @@ check: setup ## Lint, format, types
 	$(BIN)/mypy
 
 notebooks: setup ## Rewrite the notebooks from their .py pairs and execute them
-	$(BIN)/jupytext --to ipynb --execute notebooks/*.py
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

@@ -19,6 +19,7 @@ ALLOWED = {
     "base": LOW | {"backbones", "methods", "finetuning"},
     "tasks": LOW | {"base", "heads", "functional"},
     "runs": LOW,
+    "explain": LOW | {"runs"},
     "callbacks": LOW | {"base", "runs"},
     "cli": None,
     "demo": {"cli"},

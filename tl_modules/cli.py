@@ -6,11 +6,8 @@ argv -> config (later wins) -> data, model (num_outputs and class_names linked) 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,7 +30,8 @@ from lightning.pytorch.utilities import rank_zero_only
 import datamodules
 import tl_modules
 from tl_modules.callbacks import Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
-from tl_modules.errors import UserError, closest
+from tl_modules.errors import UserError
+from tl_modules.explain import explain, named, sentence
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
 
 
@@ -48,6 +46,8 @@ def _number(value: Any) -> float:
 # torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
 register_type(Number, serializer=_number, deserializer=_number)
 
+# what a config can name without its module
+KNOWN = [name for package in (tl_modules, datamodules) for name in package.__all__]
 COMMANDS = {
     "fit": "Transfer a pretrained backbone to your data.",
     "validate": "Measure a run on the validation split.",
@@ -68,7 +68,7 @@ class Parser(LightningArgumentParser):
         """Prints the cause, with the closest valid name, in place of the whole parser."""
         if not self.exit_on_error:  # a nested parser: the outer one adds its key
             super().error(message, ex)
-        stop(explain(message, self))
+        stop(explain(message, list(self._option_string_actions), list(COMMANDS), KNOWN))
 
 
 class TransferCLI(LightningCLI):
@@ -277,7 +277,7 @@ def absolute_paths(config: Any) -> None:
     if not isinstance(config, Namespace) or not isinstance(config.get("init_args"), Namespace):
         return
     hints: dict[str, Any] = {}
-    for parent in reversed(_named(config.class_path).__mro__):
+    for parent in reversed(named(config.class_path).__mro__):
         if "__init__" in vars(parent):
             with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
                 hints |= get_type_hints(parent.__init__)
@@ -287,11 +287,6 @@ def absolute_paths(config: Any) -> None:
             config.init_args[key] = os.path.abspath(full) if full.exists() else str(value)
         else:
             absolute_paths(value)
-
-
-def _named(class_path: str) -> Any:
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def with_defaults(args: list[str]) -> list[str]:
@@ -352,89 +347,6 @@ def stop(text: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def explain(message: str, parser: Any = None) -> str:
-    """The dotted key and the cause out of jsonargparse's report, which lists every type that a value could have had."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    key = ".".join(keys)
-    given = [re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", value) for value in re.findall(r"Given value: (.*)", message)]
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
-    if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
-        name = found[1]
-        known = _arguments(classes[-1]) if classes else []
-        where = f"{key}.{name}" if key else name
-        owner = f"{classes[-1].rpartition('.')[2]} has no argument {name}" if classes else f"there is no key {name}"
-        return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
-    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
-        option = found[1].split()[0].split("=")[0]
-        options = list(getattr(parser, "_option_string_actions", {}))
-        section, dot, rest = option.partition(".")
-        if dot and section not in ("--trainer", "--model", "--data"):
-            options = [f"{known}.{rest}" for known in ("--trainer", "--model", "--data")]
-        return f"there is no option {option}{closest(option, options)}"
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return f"there is no key {found[1]}{closest(found[1], SECTIONS)}; a config has {', '.join(SECTIONS)}"
-    if 'expected "subcommand"' in message:
-        return f"name a command: {', '.join(COMMANDS)}; `tl --help` says what they do"
-    if found := re.search(r"invalid choice: '([^']+)'", message):
-        return f"there is no command {found[1]}{closest(found[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
-    if found := re.search(r"the following arguments are required: (.*)", message):
-        owner = f"{classes[-1].rpartition('.')[2]} needs " if classes else "missing: "
-        return f"{key}: {owner}{found[1]}".removeprefix(": ")
-    if found := re.search(r"File does not exist: '?([^']+)'?", message):
-        return f"{key}: there is no file {found[1]}"
-    names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
-    if names:
-        name = next(filter(None, names[0]))
-        return f"{key}: there is no class {name}{_closest_class(name)}"
-    if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
-        return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
-    if found := re.search(r"Multiple subclasses with name (.*)", message):
-        return f"{key}: more than one class has the name {found[1]}"
-    expected = [
-        re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")
-    ]
-    if expected and given:
-        wanted = " or ".join(dict.fromkeys(line.removeprefix("Expected a ").partition(". Got")[0] for line in expected))
-        return f"{key}: {given[-1][:80]} is not {wanted.replace('NoneType', 'null')}"
-    details = [
-        line
-        for line in lines
-        if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))
-    ]
-    return f"{key}: {details[-1] if details else message}".removeprefix(": ")
-
-
-def _arguments(class_path: str) -> list[str]:
-    """The argument names of a class, its parents' behind **kwargs included."""
-    names: dict[str, None] = {}
-    for parent in _named(class_path).__mro__:
-        if "__init__" not in vars(parent):
-            continue
-        parameters = inspect.signature(parent.__init__).parameters.values()
-        names |= dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            break
-    return [name for name in names if name != "self"]
-
-
-def _closest_class(name: str) -> str:
-    """The nearest class in the module that a dotted name gives, or among those with a bare name."""
-    module, dot, bare = name.rpartition(".")
-    if dot:
-        try:
-            return closest(bare, dir(importlib.import_module(module)))
-        except ImportError as error:
-            return f" ({error})"
-    found: list[str] = [known for package in (tl_modules, datamodules) for known in package.__all__]
-    queue: list[type] = [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, Callback]
-    while queue:
-        children: list[type] = queue.pop().__subclasses__()
-        found += [child.__name__ for child in children]
-        queue += children
-    return closest(name, found)
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Runs `tl`: exits with 0, with 2 after a mistake of the user's, with 1 after one of ours.
 
@@ -453,14 +365,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if ours is None:
             raise
         stop(sentence(ours))
-
-
-def sentence(error: BaseException) -> str:
-    """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
-    text = str(error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
 
 
 def quiet() -> None:

@@ -1,18 +1,32 @@
 """Two processes on one machine agree with one."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 
-def run(line, cwd):
-    done = subprocess.run(
-        [sys.executable, "-m", "tl_modules", *line.split()], cwd=cwd, capture_output=True, text=True, timeout=300
+# tests that run side by side must not be given the same free port
+PORTS = itertools.count(20000 + os.getpid() % 997 * 10)
+
+
+def call(line, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "tl_modules", *line.split()],
+        cwd=cwd,
+        env=os.environ | {"MASTER_PORT": str(next(PORTS))},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+
+
+def run(line, cwd):
+    done = call(line, cwd)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -51,9 +65,7 @@ def test_two_processes(finetuning, strategy, tmp_path):
 
 def test_a_mistake_is_said_once(tmp_path):
     line = "fit --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --data.shots_per_class 100"
-    done = subprocess.run(
-        [sys.executable, "-m", "tl_modules", *line.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = call(line, tmp_path)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert done.stderr.count("tl: error: shots_per_class: class 0 has") == 1

@@ -18,6 +18,7 @@
 # source), then teach it digits on photographs (the target) from ten labelled images a class, in five ways.
 
 # %%
+import logging
 import statistics
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ from datamodules import Digits
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, GradualUnfreezing, LastStages
 
 warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 folder = Path(tempfile.mkdtemp())
 SEEDS = 3
 EPOCHS = 20

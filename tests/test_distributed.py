@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-
 # tests that run side by side must not be given the same free port
 PORTS = itertools.count(20000 + os.getpid() % 997 * 10)
 
@@ -17,7 +16,7 @@ def call(line, cwd):
     return subprocess.run(
         [sys.executable, "-m", "tl_modules", *line.split()],
         cwd=cwd,
-        env=os.environ | {"MASTER_PORT": str(next(PORTS))},
+        env=os.environ | {"MASTER_PORT": str(next(PORTS)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

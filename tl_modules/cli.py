@@ -22,14 +22,14 @@ from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import tl_modules
-from tl_modules.callbacks import Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
+from tl_modules.callbacks import Bar, Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
@@ -198,7 +198,7 @@ class TransferCLI(LightningCLI):
         if config.trainer.logger is not False:
             callbacks.append(Pictures(_flat({key: self.saved.get(key) for key in SECTIONS if key != "trainer"})))
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(leave=True) if sys.stdout.isatty() else PlainProgress())
+            callbacks.append(Bar() if sys.stdout.isatty() else PlainProgress())
         if self.subcommand == "predict":
             callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
         if self.subcommand == "fit":

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: one line an epoch."""
+"""Progress: a bar in a terminal, elsewhere one line an epoch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+
+def _shown(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    """The few metrics worth a place on the screen."""
+    monitor: str = getattr(module, "monitor", ("val/loss", ""))[0]
+    metrics = trainer.callback_metrics
+    return {key: float(metrics[key]) for key in ("train/loss", "val/loss", monitor) if key in metrics}
+
+
+class Bar(RichProgressBar):
+    """Lightning's rich bar, which stays for every epoch and shows the metrics of the last one."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The few metrics worth a place, instead of a truncated version number."""
+        return {key: f"{value:.3f}" for key, value in _shown(trainer, pl_module).items()}
 
 
 class PlainProgress(ProgressBar):
@@ -33,11 +51,7 @@ class PlainProgress(ProgressBar):
         """Prints the line."""
         if not self._enabled:
             return
-        monitor: str = getattr(pl_module, "monitor", ("val/loss", ""))[0]
-        metrics: dict[str, Any] = trainer.callback_metrics
-        shown = [f"{key} {float(metrics[key]):.4f}" for key in ("train/loss", "val/loss", monitor) if key in metrics]
+        shown = [f"{key} {value:.4f}" for key, value in _shown(trainer, pl_module).items()]
         seconds = time.perf_counter() - self.started
         last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        print(
-            f"epoch {trainer.current_epoch + 1}{last}", *dict.fromkeys(shown), f"{seconds:.1f} s", sep="  ", flush=True
-        )
+        print(f"epoch {trainer.current_epoch + 1}{last}", *shown, f"{seconds:.1f} s", sep="  ", flush=True)

@@ -42,4 +42,5 @@ class StageTable(Callback):
             count = sum(p.numel() for p in group["params"])
             rate = f"{group['lr']:.2g}" if trains else "-"
             table.add_row(name, "yes" if trains else "frozen", f"{count:,}", rate, "train" if training else "eval")
-        Console().print(table)
+        bar = getattr(trainer.progress_bar_callback, "progress", None)
+        (bar.console if bar is not None else Console()).print(table)  # a live bar must make room

@@ -19,11 +19,16 @@ def tl(tmp_path, monkeypatch, capsys):
 
     def call(line, **values):
         capsys.readouterr()
-        code = 0
+        code, before = 0, dict(os.environ)
         try:
             main([word.format(**values) for word in line.split()])
         except SystemExit as stop:
             code = stop.code or 0
+        finally:  # a run with several processes leaves its ranks and its group behind
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(before)
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 

@@ -77,6 +77,7 @@ CASES = {
     "unwritable run directory": (FIT + "--trainer.default_root_dir file", "cannot be written (Not a directory)"),
     "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
     "last batch of one": (FIT + "--data.shots_per_class 1 --data.batch_size 3", "10 training samples in batches of 3 leave a batch of one"),
+    "batches of one": (FIT + "--data.batch_size 1 --data.drop_last true", "in batches of 1 leave a batch of one"),
     "too few shots": (FIT + "--data.shots_per_class 100", "training samples, fewer than 100"),
     "shots without labels": (FIT + "--data.source true --data.shots_per_class 3", "hidden beside a source"),
     "ddp that loses stages": (FIT + "--model.finetuning GradualUnfreezing --trainer.strategy ddp --trainer.devices 1", "pass --trainer.strategy ddp_find_unused_parameters_true"),

@@ -215,8 +215,8 @@ class TransferModule(LightningModule):
         """Stops before the first step at what could only go wrong later.
 
         Raises:
-            UserError: A method lacks a domain, nothing is labelled, the labels are not this model's, DDP would lose
-                stages that open later, or BatchNorm would see a batch of one.
+            UserError: A method lacks a domain, DDP would lose stages that open later, or BatchNorm would see a batch
+                of one.
         """
         loaders = self.trainer.train_dataloader
         domains = dict(loaders) if isinstance(loaders, Mapping) else {}
@@ -244,7 +244,7 @@ class TransferModule(LightningModule):
             for m in self.modules()
         )
         size, samples = getattr(loader, "batch_size", None), len(getattr(loader, "sampler", ()))
-        if trained and size and not loader.drop_last and samples % size == 1 % size:
+        if trained and (size == 1 or (size and not loader.drop_last and samples % size == 1)):
             raise UserError(
                 f"batch_size: {samples} training samples in batches of {size} leave a batch of one, on which BatchNorm "
                 "cannot train; choose another --data.batch_size or pass --data.drop_last true"

@@ -172,7 +172,7 @@ class TransferCLI(LightningCLI):
         if config.get("ckpt_path") is not None:
             if not Path(config.ckpt_path).is_file() and config.ckpt_path not in ("last", "hpc"):
                 raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
-            backbone = config.model.init_args.get("backbone")
+            backbone = config.model.get("init_args", {}).get("backbone")
             if backbone is not None and "weights" in backbone.get("init_args", {}):
                 backbone.init_args.weights = None
 

@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.errors import UserError
@@ -97,6 +97,7 @@ class TransferModule(LightningModule):
         self.task_weight = {"source": 1.0, "target": target_weight}
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.head_transferred = self._transfer_head()
         for _, method in self.named_methods():
             method.attach(self)
@@ -153,22 +154,24 @@ class TransferModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
         """Loss and metrics on the validation split."""
-        return self._evaluate(batch, self.val_metrics, "val/loss")
+        return self._evaluate(batch, self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
         """Loss and metrics on the test split."""
-        return self._evaluate(batch, self.test_metrics, "test/loss")
+        return self._evaluate(batch, self.test_metrics, self.test_loss)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor | None]:
         """Predictions, and the row numbers that stand in the labels' place."""
         ((x, rows),) = batch.values()
         return self.predict(self(x)), rows
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, loss: str) -> dict[str, DomainView]:
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean: MeanMetric) -> dict[str, DomainView]:
         ((domain, view),) = self.look(batch).items()
         assert view.y is not None
         metrics.update(self.predict(view.output), view.y)
-        self.log(loss, self.loss(view.output, view.y), sync_dist=True, batch_size=len(view.y))
+        # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
+        mean.update(self.loss(view.output, view.y), len(view.y))
+        self.log(f"{metrics.prefix}loss", mean, batch_size=len(view.y))
         self.log_dict(metrics, batch_size=len(view.y))
         return {domain: view}
 

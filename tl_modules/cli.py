@@ -365,6 +365,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if ours is None:
             raise
         stop(sentence(ours))
+    finally:  # a group that is left to the end of the interpreter can abort there, and take the exit code along
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def quiet() -> None:

@@ -245,3 +245,26 @@ def test_print_config(ok):
     config = yaml.safe_load(ok("fit --model.finetuning LastStages --print_config"))
     assert config["model"]["init_args"]["finetuning"]["class_path"] == "tl_modules.LastStages"
     assert config["data"]["class_path"] == "datamodules.Digits"
+
+
+@pytest.mark.parametrize("form", ["--model.backbone.weights null", "--model.backbone.weights=null"])
+def test_a_nested_null_takes_a_configs_value_back(ok, tmp_path, form):
+    (tmp_path / "a.yaml").write_text(
+        "model:\n  class_path: Classification\n  init_args:\n    backbone:\n      class_path: ConvNet\n"
+        "      init_args: {weights: nowhere.pth, width: 4}\n"
+    )
+    config = yaml.safe_load(ok(f"fit -c a.yaml {form} --data.shots_per_class null --print_config"))
+    assert config["model"]["init_args"]["backbone"]["init_args"]["weights"] is None
+    assert config["model"]["init_args"]["backbone"]["init_args"]["width"] == 4
+    ok(f"fit -c a.yaml {form} --trainer.max_epochs 1 --data.shots_per_class 4")
+
+
+def test_the_parser_still_makes_a_word_of_a_nested_null():
+    """When this fails, jsonargparse is mended and `nested_nulls` can go."""
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningModule
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", skip={"num_outputs"})
+    args = ["--model", "Classification", "--model.backbone", "ConvNet", "--model.backbone.weights", "null"]
+    assert parser.parse_args(args).model.init_args.backbone.init_args.weights == "None"

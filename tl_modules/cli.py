@@ -81,7 +81,7 @@ class TransferCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.run: Path | None = None
         self.command = next((word for word in args if word in COMMANDS), None)
-        args = with_defaults(self._expand_run(list(args)))
+        args = with_defaults(self._expand_run(nested_nulls(args)))
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -289,6 +289,22 @@ def absolute_paths(config: Any) -> None:
             absolute_paths(value)
 
 
+def nested_nulls(args: Sequence[str]) -> list[str]:
+    """Writes `--model.backbone.weights null` as a config: the parser would make the word None of it (4.53)."""
+    words: list[str] = []
+    for word in args:
+        option, equals, value = (words[-1], "=", word) if words and word == "null" else word.partition("=")
+        section, *keys = option.removeprefix("--").split(".")
+        if equals and value == "null" and section in ("model", "data") and len(keys) > 1:
+            nested: Any = None
+            for key in reversed(keys):
+                nested = {"init_args": {key: nested}}
+            words = [*words[: len(words) - (word == "null")], "--config", yaml.safe_dump({section: nested})]
+        else:
+            words.append(word)
+    return words
+
+
 def with_defaults(args: list[str]) -> list[str]:
     """Names the embedded data and model where neither the command line nor a config does.
 
@@ -300,7 +316,10 @@ def with_defaults(args: list[str]) -> list[str]:
     for file in _values(args, "-c") + _values(args, "--config"):
         try:
             text = Path(file).read_text() if "\n" not in file else file
-            given |= set(yaml.safe_load(text) or ())
+            config = yaml.safe_load(text) or {}
+            if not isinstance(config, dict):
+                raise UserError(f"config: {file} is no mapping of {', '.join(SECTIONS)}")
+            given |= {key for key, value in config.items() if isinstance(value, str) or "class_path" in (value or ())}
         except OSError as error:
             raise UserError(f"config: {file} cannot be read ({error.strerror})") from error
         except yaml.YAMLError as error:

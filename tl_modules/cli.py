@@ -319,7 +319,9 @@ def with_defaults(args: list[str]) -> list[str]:
             config = yaml.safe_load(text) or {}
             if not isinstance(config, dict):
                 raise UserError(f"config: {file} is no mapping of {', '.join(SECTIONS)}")
-            given |= {key for key, value in config.items() if isinstance(value, str) or "class_path" in (value or ())}
+            for key, value in config.items():
+                if isinstance(value, str) or (isinstance(value, dict) and "class_path" in value):
+                    given.add(key)
         except OSError as error:
             raise UserError(f"config: {file} cannot be read ({error.strerror})") from error
         except yaml.YAMLError as error:

@@ -84,7 +84,7 @@ def reference(ok, recipe, tmp_path, options=""):
 
 @pytest.mark.slow
 def test_reference_quick_mnist_m_few_shot(ok, data_dir, tmp_path):
-    ok(f"fit -c {CONFIGS}/recipes/mnist_source.yaml --trainer.max_epochs 4 --model.lr_scheduler.T_max 4")
+    ok(f"fit -c {CONFIGS}/recipes/mnist_source.yaml --trainer.max_epochs 2 --model.lr_scheduler.T_max 2")
     transferred = reference(ok, "mnist_m_few_shot", tmp_path)
     ok(f"fit -c {CONFIGS}/recipes/mnist_m_few_shot.yaml --model.backbone.weights null --name scratch")
     ok("test --run runs/scratch")

@@ -20,6 +20,7 @@ ALLOWED = {
     "tasks": LOW | {"base", "heads", "functional"},
     "runs": LOW,
     "explain": LOW | {"runs"},
+    "arguments": LOW | {"runs"},
     "callbacks": LOW | {"base", "runs"},
     "cli": None,
     "demo": {"cli"},

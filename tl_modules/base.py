@@ -11,6 +11,7 @@ source beside an unlabelled target is adaptation. No switch tells them apart: th
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
 from tl_modules.methods.base import Method
 
+log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], nn.Module]
 Batch = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -264,13 +266,14 @@ class TransferModule(LightningModule):
             raise UserError(f"class_names: the data's are {_short(names)}, the model's are {_short(self.class_names)}")
 
     def _transfer_head(self) -> bool:
-        """Takes the source run's head along where task, labels and shape are the same."""
+        """Takes the source run's head along where task, labels and shape are the same, and says so."""
         pretrained = self.backbone.pretrained
         if pretrained is None or pretrained.task != self._task():
             return False
         if {k: v.shape for k, v in pretrained.head.items()} != {k: v.shape for k, v in self.head.state_dict().items()}:
             return False
         self.head.load_state_dict(pretrained.head)
+        log.info("head from %s too: the task and its labels are the same", pretrained.origin)
         return True
 
     def _task(self) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import tl_modules
+from tl_modules.arguments import given, nested_nulls, values, with_defaults
 from tl_modules.callbacks import Bar, Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
+from tl_modules.callbacks.best import monitor_of
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
@@ -81,7 +83,11 @@ class TransferCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.run: Path | None = None
         self.command = next((word for word in args if word in COMMANDS), None)
-        args = with_defaults(self._expand_run(nested_nulls(args)))
+        words = nested_nulls(args)
+        if self.command and not {"-h", "--help"} & set(words):
+            if words[0] != self.command:
+                raise UserError(f"write the command first: `tl {self.command} ...`")
+            words = with_defaults(self._expand_run(words))
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -94,7 +100,7 @@ class TransferCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=args,
+            args=words,
         )
 
     # Arguments
@@ -133,30 +139,27 @@ class TransferCLI(LightningCLI):
 
     def _expand_run(self, args: list[str]) -> list[str]:
         """`--run DIR` becomes DIR's config, below all that the command line says, and its best checkpoint."""
-        values = _values(args, "--run")
-        checkpoints = _values(args, "--ckpt_path")
-        if "fit" in args[:1]:
-            if values:
+        runs, checkpoints = values(args, "--run"), values(args, "--ckpt_path")
+        if self.command == "fit":
+            if runs:
                 raise UserError(
                     "run: `tl fit` starts a run of its own; to go on from a checkpoint pass --ckpt_path FILE"
                 )
             return args
-        if not values and checkpoints and not _values(args, "--config") and not _values(args, "-c"):
+        if not runs and checkpoints and not values(args, "--config", "-c"):
             folder = Path(checkpoints[-1]).parent.parent
-            values = [str(folder)] if (folder / "config.yaml").is_file() else []
-        if not values and not checkpoints and self.command and not {"-h", "--help", "--print_config"} & set(args):
+            runs = [str(folder)] if (folder / "config.yaml").is_file() else []
+        if not runs and not checkpoints and not given(args, "--print_config"):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
-        if not values or len(args) < 2:
+        if not runs:
             return args
-        self.run = find_run(values[-1])
-        config = read_config(self.run)
-        config["model"] = without_weights(config["model"])
+        self.run = find_run(runs[-1])
         if not checkpoints:
             best = self.run / "checkpoints" / "best.ckpt"
             if not best.is_file():
                 raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
             args = [*args, "--ckpt_path", str(best)]
-        return [args[0], "--config", yaml.safe_dump(config), *args[1:]]
+        return [args[0], "--config", yaml.safe_dump(read_config(self.run)), *args[1:]]
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone: Lightning would let the checkpoint's hyper-parameters win over the command line."""
@@ -172,9 +175,7 @@ class TransferCLI(LightningCLI):
         if config.get("ckpt_path") is not None:
             if not Path(config.ckpt_path).is_file() and config.ckpt_path not in ("last", "hpc"):
                 raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
-            backbone = config.model.get("init_args", {}).get("backbone")
-            if backbone is not None and "weights" in backbone.get("init_args", {}):
-                backbone.init_args.weights = None
+            without_weights(config.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Gives the Trainer its run directory, loggers and callbacks."""
@@ -196,7 +197,7 @@ class TransferCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         callbacks: list[Callback] = [RunDirectory(path, None if self.run else self._resolved())]
         if config.trainer.logger is not False:
-            callbacks.append(Pictures(_flat({key: self.saved.get(key) for key in SECTIONS if key != "trainer"})))
+            callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(Bar() if sys.stdout.isatty() else PlainProgress())
         if self.subcommand == "predict":
@@ -206,7 +207,8 @@ class TransferCLI(LightningCLI):
             if config.trainer.logger is not False:
                 callbacks.append(LearningRateMonitor("epoch"))
             if config.trainer.enable_checkpointing is not False:
-                monitor, mode = getattr(self.model, "monitor", ("val/loss", "min"))
+                monitor: str | None
+                monitor, mode = monitor_of(self.model)
                 if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
                     monitor, mode = None, "max"
                 folder = path / "checkpoints"
@@ -289,75 +291,6 @@ def absolute_paths(config: Any) -> None:
             absolute_paths(value)
 
 
-def nested_nulls(args: Sequence[str]) -> list[str]:
-    """Writes `--model.backbone.weights null` as a config: the parser would make the word None of it (4.53)."""
-    words: list[str] = []
-    for word in args:
-        option, equals, value = (words[-1], "=", word) if words and word == "null" else word.partition("=")
-        section, *keys = option.removeprefix("--").split(".")
-        if equals and value == "null" and section in ("model", "data") and len(keys) > 1:
-            nested: Any = None
-            for key in reversed(keys):
-                nested = {"init_args": {key: nested}}
-            words = [*words[: len(words) - (word == "null")], "--config", yaml.safe_dump({section: nested})]
-        else:
-            words.append(word)
-    return words
-
-
-def with_defaults(args: list[str]) -> list[str]:
-    """Names the embedded data and model where neither the command line nor a config does.
-
-    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
-    """
-    if not args or args[0] not in COMMANDS or "--help" in args or "-h" in args:
-        return args
-    given: set[str] = set()
-    for file in _values(args, "-c") + _values(args, "--config"):
-        try:
-            text = Path(file).read_text() if "\n" not in file else file
-            config = yaml.safe_load(text) or {}
-            if not isinstance(config, dict):
-                raise UserError(f"config: {file} is no mapping of {', '.join(SECTIONS)}")
-            for key, value in config.items():
-                if isinstance(value, str) or (isinstance(value, dict) and "class_path" in value):
-                    given.add(key)
-        except OSError as error:
-            raise UserError(f"config: {file} cannot be read ({error.strerror})") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"config: {file} is no YAML ({' '.join(str(error).split())})") from error
-    new: list[str] = []
-    if "model" not in given and not _has(args, "--model"):
-        backbone = [] if _has(args, "--model.backbone") else ["--model.backbone", "ConvNet"]
-        new += ["--model", "Classification", *backbone]
-    if "data" not in given and not _has(args, "--data"):
-        new += ["--data", "Digits"]
-    return [args[0], *new, *args[1:]]
-
-
-def _has(args: list[str], option: str) -> bool:
-    return any(word == option or word.startswith(f"{option}=") for word in args)
-
-
-def _values(args: list[str], option: str) -> list[str]:
-    """The values of an option, given as `--x V` or `--x=V`."""
-    follow = [args[i + 1] for i, word in enumerate(args[:-1]) if word == option]
-    return follow + [word.partition("=")[2] for word in args if word.startswith(f"{option}=")]
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"init_args": {"k": 1}}} -> {"model.k": 1}, for TensorBoard."""
-    if not isinstance(config, dict):
-        return {prefix: config if isinstance(config, int | float | str | bool) else str(config)}
-    if "class_path" in config:
-        short = {prefix: config["class_path"].rpartition(".")[2]}
-        return short | _flat({k: v for k, v in (config.get("init_args") or {}).items() if v is not None}, prefix)
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
 # Errors
 
 
@@ -402,4 +335,3 @@ def quiet() -> None:
     # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")
     warnings.filterwarnings("ignore", message="(Be aware that when using `ckpt_path`|The dirpath has changed)")
-    torch.set_float32_matmul_precision("high")

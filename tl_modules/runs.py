@@ -33,8 +33,7 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
     parent = Path(root) / "runs" / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(p.name[8:]) for p in parent.glob("version_*") if p.name[8:].isdigit()]
-        version = max(taken, default=-1) + 1
+        version = max(versions(parent), default=-1) + 1
         while True:
             try:
                 (parent / f"version_{version}" / "checkpoints").mkdir(parents=True)
@@ -48,6 +47,11 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
         ) from error
 
 
+def versions(folder: Path) -> dict[int, Path]:
+    """The run directories in `folder` by their number."""
+    return {int(p.name[8:]): p for p in folder.glob("version_*") if p.name[8:].isdigit()}
+
+
 def find_run(path: str | os.PathLike[str]) -> Path:
     """The run directory at `path`; for a folder of versions, the newest one.
 
@@ -55,9 +59,9 @@ def find_run(path: str | os.PathLike[str]) -> Path:
         UserError: It is no run directory.
     """
     run = Path(path).expanduser()
-    versions = [p for p in run.glob("version_*") if p.name[8:].isdigit() and (p / "config.yaml").is_file()]
-    if versions and not (run / "config.yaml").is_file():
-        run = max(versions, key=lambda p: int(p.name[8:]))
+    if not (run / "config.yaml").is_file():
+        whole = {n: p for n, p in versions(run).items() if (p / "config.yaml").is_file()}
+        run = whole[max(whole)] if whole else run
     if not (run / "config.yaml").is_file():
         raise UserError(f"run: {run} is no run directory: it has no config.yaml")
     return run
@@ -69,11 +73,11 @@ def read_config(run: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in SECTIONS}
 
 
-def without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's config that leaves its backbone random, for a checkpoint that fills it anyway."""
-    backbone = model.get("init_args", {}).get("backbone", {})
-    if backbone.get("init_args", {}).get("weights") is not None:
-        backbone["init_args"]["weights"] = None
+def without_weights(model: Any) -> Any:
+    """A model's config (mapping or Namespace) that leaves its backbone random, as a checkpoint fills it anyway."""
+    arguments = model.get("init_args", {}).get("backbone", {}).get("init_args", {})
+    if arguments.get("weights") is not None:
+        arguments["weights"] = None
     return model
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class ImageBackbone(Backbone):
         else:
             self.pretrained = Pretrained(str(weights), hub(str(weights)))
         load(self.model, self.pretrained, strict, f"{type(self).__name__} {self.name}".strip())
+        self.pretrained = replace(self.pretrained, state={})  # the model has them now
 
 
 class ConvNet(ImageBackbone):

@@ -7,15 +7,15 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
 
 from tl_modules.base import DomainView, TransferModule
+from tl_modules.callbacks.best import Best
 
 SHOWN = 16  # images in a grid
 POINTS = 500  # samples in the embedding projector
@@ -28,12 +28,12 @@ class Pictures(Callback):
     validation that was best so far; in `test`, of the test split).
 
     Args:
-        config: What TensorBoard's HPARAMS tab shows, flat.
+        config: What TensorBoard's HPARAMS tab shows; it is flattened.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        self.config = dict(config or {})
-        self.best: float | None = None
+        self.config = flat(dict(config or {}))
+        self.best = Best()
         self.kept: _Kept | None = None
         self.now = _Kept()
 
@@ -55,31 +55,26 @@ class Pictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keeps the batch's worst and its features."""
-        if _writer(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
+        if _tensorboard(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
             for view in outputs.values():
                 self.now.add(pl_module, view)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""
-        name, mode = getattr(pl_module, "monitor", ("val/loss", "min"))
-        value = trainer.callback_metrics.get(name)
-        if trainer.sanity_checking or value is None:
-            return
-        score = float(value) if mode == "max" else -float(value)
-        if self.best is None or score > self.best:
-            self.best, self.kept = score, self.now
+        if self.best.improved(trainer, pl_module):
+            self.kept = self.now
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the best validation, and the hyper-parameters with its metrics."""
+        from torch.utils.tensorboard.summary import hparams  # costs a second of start-up
+
+        kept = _gathered(self.kept, trainer)
         writer = _writer(trainer)
-        if writer is None or not isinstance(pl_module, TransferModule) or self.kept is None:
+        if writer is None or not isinstance(pl_module, TransferModule) or kept is None:
             return
-        self.kept.draw(writer, pl_module, "val", trainer.global_step)
-        metrics = {f"hp/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if self.best is not None:
-            name, mode = pl_module.monitor
-            metrics[f"hp/best_{name.removeprefix('val/')}"] = self.best if mode == "max" else -self.best
+        kept.draw(writer, pl_module, "val", trainer.global_step)
+        metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name != "epoch"}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
             writer._get_file_writer().add_summary(summary)
@@ -97,9 +92,10 @@ class Pictures(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the test split."""
+        kept = _gathered(self.now, trainer)
         writer = _writer(trainer)
-        if writer is not None and isinstance(pl_module, TransferModule):
-            self.now.draw(writer, pl_module, "test", trainer.global_step)
+        if writer is not None and kept is not None and isinstance(pl_module, TransferModule):
+            kept.draw(writer, pl_module, "test", trainer.global_step)
             writer.flush()
 
 
@@ -108,7 +104,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.worst: list[tuple[float, int, Tensor, str]] = []
-        self.confused: dict[tuple[int, int], tuple[Tensor, str]] = {}
+        self.confused: dict[tuple[int, int], Tensor] = {}
         self.pairs: Counter[tuple[int, int]] = Counter()
         self.points: list[tuple[Tensor, Tensor, str]] = []
         self.seen = 0
@@ -122,8 +118,8 @@ class _Kept:
         labels = view.y.cpu()
         classes = module.class_names is not None and prediction.ndim == 2
         guess = prediction.argmax(1) if classes else prediction
-        for i in range(len(labels)):
-            loss = float(module.loss(view.output[i : i + 1], view.y[i : i + 1]))
+        each = [module.loss(view.output[i : i + 1], view.y[i : i + 1]) for i in range(len(labels))]
+        for i, loss in enumerate(torch.stack(each).tolist()):
             title = f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {loss:.2f}"
             self.seen += 1
             heapq.heappush(self.worst, (loss, self.seen, images[i], title))
@@ -133,9 +129,16 @@ class _Kept:
                 pair = (int(labels[i]), int(guess[i]))
                 self.pairs[pair] += 1
                 if pair[0] != pair[1]:
-                    self.confused.setdefault(pair, (images[i], title))
+                    self.confused.setdefault(pair, images[i])
             if i < room:
                 self.points.append((view.features[i].float().cpu(), thumbnails[i], _name(module, labels[i])))
+
+    def merge(self, other: _Kept) -> None:
+        """Takes in what another process kept of its part of the split."""
+        self.worst = heapq.nlargest(SHOWN, [*self.worst, *other.worst], key=lambda item: item[0])
+        self.confused = other.confused | self.confused
+        self.pairs += other.pairs
+        self.points = [*self.points, *other.points][:POINTS]
 
     def draw(self, writer: Any, module: TransferModule, split: str, step: int) -> None:
         if not self.points:
@@ -152,7 +155,7 @@ class _Kept:
             rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
             writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
             if picture and top:
-                images = [self.confused[p][0] for p, _ in top]
+                images = [self.confused[p] for p, _ in top]
                 titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
                 writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(images, titles), step)
         features = torch.stack([point[0] for point in self.points])
@@ -162,10 +165,38 @@ class _Kept:
         writer.add_embedding(features, [point[2] for point in self.points], thumbnails, 0, folder.name)
 
 
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model": {"init_args": {"k": 1}}} -> {"model.k": 1}, for TensorBoard."""
+    if not isinstance(config, dict):
+        return {prefix: config if isinstance(config, int | float | str | bool) else str(config)}
+    if "class_path" in config:
+        short = {prefix: config["class_path"].rpartition(".")[2]}
+        return short | flat({k: v for k, v in (config.get("init_args") or {}).items() if v is not None}, prefix)
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _tensorboard(trainer: Trainer) -> TensorBoardLogger | None:
+    return next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
 def _writer(trainer: Trainer) -> Any:
     """TensorBoard's writer on the first process, or None."""
-    found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return found[0].experiment if found and trainer.is_global_zero else None
+    logger = _tensorboard(trainer)
+    return logger.experiment if logger is not None and trainer.is_global_zero else None
+
+
+def _gathered(kept: _Kept | None, trainer: Trainer) -> _Kept | None:
+    """What all processes kept, on each."""
+    if kept is None or trainer.world_size == 1:
+        return kept
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, kept)
+    for other in parts[1:]:
+        parts[0].merge(other)
+    return cast(_Kept, parts[0])
 
 
 def _is_image(x: Any) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from tl_modules.callbacks.best import floats, monitor_of
+
 
 def _shown(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     """The few metrics worth a place on the screen."""
-    monitor: str = getattr(module, "monitor", ("val/loss", ""))[0]
-    metrics = trainer.callback_metrics
-    return {key: float(metrics[key]) for key in ("train/loss", "val/loss", monitor) if key in metrics}
+    metrics = floats(trainer)
+    return {key: metrics[key] for key in ("train/loss", "val/loss", monitor_of(module)[0]) if key in metrics}
 
 
 class Bar(RichProgressBar):

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tl_modules.callbacks.best import Best, floats
 from tl_modules.errors import UserError
 from tl_modules.runs import write_metrics
 
@@ -25,7 +26,7 @@ class RunDirectory(Callback):
         self.path = path
         self.config = config
         self.rows: list[dict[str, float]] = []
-        self.best: dict[str, float] = {}
+        self.best = Best()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes config.yaml before anything is trained.
@@ -42,19 +43,15 @@ class RunDirectory(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the metrics of `tl validate`; in `fit`, remembers those of the epoch that best.ckpt holds."""
-        metrics = _floats(trainer, "val/")
         if trainer.state.fn == "validate":
-            self._write(trainer, metrics)
-        elif not trainer.sanity_checking:
-            name, mode = getattr(pl_module, "monitor", ("val/loss", "min"))
-            sign = 1 if mode == "max" else -1
-            if name in metrics and (not self.best or sign * metrics[name] > sign * self.best[name]):
-                self.best = metrics | {"epoch": trainer.current_epoch}
+            self._write(trainer, floats(trainer, "val/"))
+        else:
+            self.best.improved(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the epoch's row of metrics.csv."""
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **_floats(trainer), **rates}
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **floats(trainer), **rates}
         self.rows.append(row)
         if trainer.is_global_zero:
             columns = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -65,16 +62,12 @@ class RunDirectory(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the best epoch's metrics."""
-        self._write(trainer, self.best)
+        self._write(trainer, self.best.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the test metrics."""
-        self._write(trainer, _floats(trainer, "test/"))
+        self._write(trainer, floats(trainer, "test/"))
 
     def _write(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:
             write_metrics(self.path, metrics)
-
-
-def _floats(trainer: Trainer, prefix: str = "") -> dict[str, float]:
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefix)}

@@ -12,7 +12,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +110,7 @@ class TransferDataModule(LightningDataModule):
         return name, domains[name]
 
     def train_dataloader(self) -> CombinedLoader:
-        """All domains side by side; the shorter ones start over until the longest ends."""
+        """All domains side by side; an epoch is the longest one's, and a shorter one starts over, in a new order."""
         domains = self._of("train")
         hidden = len(domains) > 1 and not self.target_labels
         if hidden and self.shots_per_class:
@@ -115,16 +118,17 @@ class TransferDataModule(LightningDataModule):
                 "shots_per_class: it picks target samples by their labels, which are hidden beside a source; "
                 "pass --data.target_labels true"
             )
-        loaders = {}
+        views, loaders = {}, {}
         for name, dataset in domains.items():
             rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
             if name == "target" and self.shots_per_class:
                 rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
-            view = View(dataset, rows, self.augment, label="none" if hidden and name == "target" else "y")
-            sampler = Shuffled(view, self.seed)
-            size = min(self.batch_size, len(sampler))
-            loaders[name] = self._loader(view, size, sampler, collate, drop_last=self.drop_last)
-        return CombinedLoader(loaders, "max_size_cycle")
+            views[name] = View(dataset, rows, self.augment, label="none" if hidden and name == "target" else "y")
+        longest = max(map(len, views.values()))
+        for name, view in views.items():
+            sampler = Shuffled(view, longest, self.batch_size, self.seed)
+            loaders[name] = self._loader(view, sampler.batch_size, sampler, collate, drop_last=self.drop_last)
+        return CombinedLoader(loaders, "min_size")  # all are of one length
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split of the domain that selects the model."""
@@ -153,7 +157,7 @@ class TransferDataModule(LightningDataModule):
     def _loader(
         self, view: View, size: int, sampler: Any, collate_fn: Callable[..., Any], drop_last: bool = False
     ) -> DataLoader[Any]:
-        return DataLoader(
+        return Loader(
             view,
             batch_size=size,
             sampler=sampler,
@@ -162,6 +166,8 @@ class TransferDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
+            worker_init_fn=_deaf,
+            generator=torch.Generator(),  # of its own, so that making an iterator leaves the model's numbers alone
         )
 
 
@@ -176,11 +182,54 @@ class View(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, place: int | tuple[int, int]) -> tuple[Any, Any]:
+        index, seed = place if isinstance(place, tuple) else (place, 0)
         x, y = self.dataset[self.rows[index]]
         if self.transform is not None:
-            x = self.transform(x)
+            with seeded(seed):
+                x = self.transform(x)
         return x, {"y": y, "none": None, "row": index}[self.label]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and random follow from `seed` inside, and go on outside as if nothing were."""
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        random.setstate(state[2])
+
+
+def _deaf(worker: int) -> None:
+    """Leaves a signal to the whole process group, e.g. Ctrl-C's, to the main process, which still needs its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
+        self.done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the batches that it has given."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": getattr(self, "done", 0)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Leaves those batches out of that epoch."""
+        self.sampler.done = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
 def collate(samples: Sequence[tuple[Any, Any]], domain: str | None = None) -> Any:
@@ -196,11 +245,44 @@ def _world() -> tuple[int, int]:
 
 
 class Shuffled(DistributedSampler[Any]):
-    """This process's part of an order that follows from (seed, epoch) alone."""
+    """This process's part of an epoch: places and seeds that follow from (seed, epoch, place) alone.
 
-    def __init__(self, dataset: View, seed: int) -> None:
+    The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
+    that the batches of two processes together are those of one with twice the size. It is a DistributedSampler so that
+    Lightning keeps it and tells it the epoch.
+
+    Args:
+        dataset: What is sampled.
+        longest: Samples of the longest domain, which sets the length of an epoch.
+        batch_size: Samples in a step of this process.
+        seed: The run's seed.
+
+    Attributes:
+        batch_size: The same, or less where the longest domain has less.
+        done: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
+    """
+
+    def __init__(self, dataset: View, longest: int, batch_size: int, seed: int) -> None:
         rank, world = _world()
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+        self.num_samples = math.ceil(longest / world)
+        self.total_size = self.num_samples * world
+        self.batch_size = min(batch_size, self.num_samples)
+        self.done = (-1, 0)
+
+    @property
+    def start(self) -> int:
+        """How many samples of this epoch are left out."""
+        return self.done[1] if self.done[0] == self.epoch else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        size, parts = len(self.dataset), []  # type: ignore[arg-type]
+        for number in range(math.ceil(self.total_size / size)):
+            generator = np.random.default_rng((self.seed, self.epoch, number))
+            order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
+            parts.append(np.stack([order, seeds[order]], 1))
+        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas]
+        return iter([(place, seed) for place, seed in mine[self.start :].tolist()])
 
 
 class Shard(DistributedSampler[Any]):

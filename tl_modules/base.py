@@ -11,18 +11,20 @@ source beside an unlabelled target is adaptation. No switch tells them apart: th
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
 from tl_modules.backbones.base import Backbone
@@ -30,6 +32,7 @@ from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
 from tl_modules.methods.base import Method
+from tl_modules.terms import Terms
 
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], nn.Module]
@@ -69,6 +72,8 @@ class TransferModule(LightningModule):
         optimizer: Class or function of the parameter groups.
         lr_scheduler: Class or function of the optimizer; stepped each epoch (OneCycleLR and CyclicLR: each step).
         target_weight: lambda in L_S + lambda L_T, where both domains are labelled.
+        save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
+            backbone's pretrained weights again (a fingerprint makes sure that they are the same).
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
@@ -84,6 +89,7 @@ class TransferModule(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = None,
         target_weight: float = 1.0,
+        save: Literal["all", "trainable"] = "all",
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_outputs:
@@ -93,13 +99,18 @@ class TransferModule(LightningModule):
         self.class_names = class_names
         self.head = head(backbone.out_features, num_outputs)
         self.finetuning = finetuning
+        self.num_stages = len(backbone.stages())
+        self.depth = self.num_stages
         self.methods = nn.ModuleList(methods or [])
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.save = save
+        self._fingerprint: str | None = None
         self.task_weight = {"source": 1.0, "target": target_weight}
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.terms = Terms()
         self.head_transferred = self._transfer_head()
         for _, method in self.named_methods():
             method.attach(self)
@@ -149,10 +160,14 @@ class TransferModule(LightningModule):
         for name, method in self.named_methods():
             terms[name] = method.weight * method(self, views.get("source"), views.get("target"))
         total = torch.stack(list(terms.values())).sum()
-        size = max(len(view.output) for view in views.values())
-        logged = {"train/loss": total, **{f"train/{name}": term for name, term in terms.items()}}
-        self.log_dict(logged, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+        self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Logs the epoch's mean of each term, before the validation that ends it."""
+        if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
+            means = {f"train/{name}": mean for name, mean in self.terms.means().items()}
+            self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
         """Loss and metrics on the validation split."""
@@ -190,31 +205,62 @@ class TransferModule(LightningModule):
             named.append((name if seen[name] == 1 else f"{name}_{seen[name]}", method))
         return named
 
+    def now(self) -> float:
+        """How far training is, in the strategy's unit."""
+        if self._trainer is None or self.finetuning.unit == "epochs":
+            return self.current_epoch
+        steps = self.trainer.estimated_stepping_batches if self.finetuning.unit == "fraction" else 1
+        return self.global_step / steps
+
+    def open_stages(self) -> None:
+        """Opens what is open now."""
+        self.depth = self.finetuning.depth(self.now(), self.num_stages)
+        self.finetuning.apply(self, self.now())
+
     def on_train_epoch_start(self) -> None:
         """Opens what this epoch opens."""
-        self.finetuning.apply(self, self.current_epoch)
+        self.terms = Terms()
+        self.open_stages()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Opens what this step opens."""
+        if self.finetuning.unit != "epochs" and self.finetuning.depth(self.now(), self.num_stages) != self.depth:
+            self.open_stages()
 
     def train(self, mode: bool = True) -> TransferModule:
         """Train or eval mode; what is closed stays in eval mode."""
         super().train(mode)
         if mode:
-            self.finetuning.apply(self, self.current_epoch)
+            self.open_stages()
         return self
 
     def configure_optimizers(self) -> Any:
         """Named groups with discriminative learning rates, and the scheduler at its interval."""
         optimizer = self.optimizer(list(self.finetuning.param_groups(self)))
         for group in optimizer.param_groups:
-            group["lr"] *= group.pop("lr_scale")
+            group["lr"] *= group["lr_scale"]
             group["configured_lr"] = group["lr"]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        each_step = type(scheduler).__name__ in ("OneCycleLR", "CyclicLR")
+        each_step = isinstance(scheduler, OneCycleLR | CyclicLR)
+        if each_step:
+            _scale_cycle(optimizer, scheduler)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = scheduler.monitor
+            config["monitor"] = getattr(scheduler, "monitor", self.monitor[0])
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """As Lightning's, but for a plateau's scheduler, which it would step only after an epoch's checkpoint."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        """Steps a plateau's scheduler, so that the epoch's checkpoint has it."""
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
+                cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
 
     def on_train_start(self) -> None:
         """Stops before the first step at what could only go wrong later.
@@ -223,6 +269,7 @@ class TransferModule(LightningModule):
             UserError: A method lacks a domain, DDP would lose stages that open later, or BatchNorm would see a batch
                 of one.
         """
+        self.open_stages()  # a run that goes on within an epoch does not start it
         loaders = self.trainer.train_dataloader
         domains = dict(loaders) if isinstance(loaders, Mapping) else {}
         for _, method in self.named_methods():
@@ -232,14 +279,18 @@ class TransferModule(LightningModule):
                         f"methods: {type(method).__name__} needs a {domain} domain in training, but the data has only "
                         f"{' and '.join(domains)}; give --data.{domain}"
                     )
+        opens_later = self.finetuning.opens_later(self.num_stages)
         strategy = self.trainer.strategy
-        opens_later = self.finetuning.opens_later(len(self.backbone.stages()))
         plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
         if opens_later and plain_ddp:
             raise UserError(
                 f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot"
                 " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
             )
+        if self.device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self.modules()):
+            raise UserError("sync_batchnorm: it needs GPUs to train; leave --trainer.sync_batchnorm out")
+        if self.finetuning.unit == "fraction" and self.trainer.estimated_stepping_batches == float("inf"):
+            raise UserError("finetuning: a fraction of the run needs its end; give --trainer.max_epochs or max_steps")
         for loader in domains.values():
             self._check_last_batch(loader)
 
@@ -256,11 +307,16 @@ class TransferModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose classes are not the model's.
+        """Refuses data whose classes are not the model's, and strategies that split the parameters.
 
         Raises:
-            UserError: The class names differ.
+            UserError: The class names differ; the strategy is one of these.
         """
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise UserError(
+                "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
+                "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
+            )
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if names is not None and self.class_names is not None and list(names) != self.class_names:
             raise UserError(f"class_names: the data's are {_short(names)}, the model's are {_short(self.class_names)}")
@@ -282,9 +338,33 @@ class TransferModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the task is, so that the next transfer knows whether the labels are shared."""
         checkpoint["transfer"] = self._task()
+        if self.save == "trainable":
+            left_out = self._never_trains()
+            self._fingerprint = self._fingerprint or fingerprint(left_out)  # what never trains never changes
+            checkpoint["left_out"] = self._fingerprint
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in left_out}
+
+    def _never_trains(self) -> dict[str, Tensor]:
+        """The backbone's parameters that the strategy never opens."""
+        stages = self.backbone.stages()
+        closed = len(stages) - self.finetuning.depth(self.finetuning.end, len(stages))
+        held = {id(p) for stage in stages[:closed] for p in stage.parameters()}
+        return {name: p.detach() for name, p in self.named_parameters() if id(p) in held}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a learning rate given now win over the checkpoint's, at the schedule's present fraction of it."""
+        """Fills in what was left out; lets a learning rate given now win, at the schedule's present fraction of it.
+
+        Raises:
+            UserError: The checkpoint belongs to a backbone with other weights.
+        """
+        if "left_out" in checkpoint:
+            left_out = {k: v for k, v in self._never_trains().items() if k not in checkpoint["state_dict"]}
+            if checkpoint["left_out"] != fingerprint(left_out):
+                raise UserError(
+                    "checkpoint: it was saved with save: trainable on a backbone with other weights than this one; "
+                    "pass the same --model.backbone.weights"
+                )
+            checkpoint["state_dict"] = left_out | checkpoint["state_dict"]
         states = checkpoint.get("optimizer_states") or []
         if not states or self._trainer is None or not self.trainer.training:
             return
@@ -297,6 +377,25 @@ class TransferModule(LightningModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             if "base_lrs" in scheduler:
                 scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(cast(Any, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _scale_cycle(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Gives each group its share of a cycle's learning rates, which these schedulers set to one value for all."""
+    for number, group in enumerate(optimizer.param_groups):
+        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[key] *= group["lr_scale"]
+        for rates in (scheduler.base_lrs, getattr(scheduler, "max_lrs", None)):
+            if rates is not None:
+                rates[number] *= group["lr_scale"]
 
 
 def _short(names: Any) -> str:

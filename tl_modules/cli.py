@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -29,12 +29,23 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import tl_modules
-from tl_modules.arguments import given, nested_nulls, values, with_defaults
-from tl_modules.callbacks import Bar, Pictures, PlainProgress, PredictionTable, RunDirectory, StageTable
+from tl_modules.arguments import given, nested_nulls, values, with_defaults, without
+from tl_modules.batch_size import find_batch_size, out_of_memory
+from tl_modules.callbacks import (
+    Bar,
+    ExactResume,
+    FreezeAudit,
+    Interruptions,
+    Pictures,
+    PlainProgress,
+    PredictionTable,
+    RunDirectory,
+)
 from tl_modules.callbacks.best import monitor_of
+from tl_modules.checkpoints import WholeFiles, newest, sweep
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
-from tl_modules.runs import SECTIONS, find_run, new_run, read_config, without_weights
+from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
 
 
 def _number(value: Any) -> float:
@@ -48,6 +59,9 @@ def _number(value: Any) -> float:
 # torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
 register_type(Number, serializer=_number, deserializer=_number)
 
+# a value may not name what runs commands, e.g. os.system
+set_parsing_settings(import_path_denylist=[])
+
 # what a config can name without its module
 KNOWN = [name for package in (tl_modules, datamodules) for name in package.__all__]
 COMMANDS = {
@@ -57,6 +71,9 @@ COMMANDS = {
     "predict": "Label data with a run and write a CSV.",
 }
 TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 1}
+
+
+log = logging.getLogger(__name__)
 
 
 class Parser(LightningArgumentParser):
@@ -131,6 +148,16 @@ class TransferCLI(LightningCLI):
         """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
         parser.add_argument("--name", type=str | None, default=None, help="The run goes to runs/NAME/version_N.")
         parser.add_argument("--run", type=str | None, default=None, help="A run's directory: its config and best.ckpt.")
+        parser.add_argument(
+            "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
+        )
+        if self.command == "fit":
+            parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
+            parser.add_argument(
+                "--save_every", type=int | None, default=None, help="Save last.ckpt also after so many steps."
+            )
+            parser.add_argument("--audit", type=bool, default=True, help="Check that what trains is what should.")
+            parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
         if self.run is None:  # a run's config already has what the links give
@@ -138,28 +165,47 @@ class TransferCLI(LightningCLI):
                 parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
 
     def _expand_run(self, args: list[str]) -> list[str]:
-        """`--run DIR` becomes DIR's config, below all that the command line says, and its best checkpoint."""
-        runs, checkpoints = values(args, "--run"), values(args, "--ckpt_path")
-        if self.command == "fit":
+        """A run's config goes below all that the command line says, and its checkpoint above."""
+        trusted = [name for text in values(args, "--trust") for name in text.split(",")]
+        resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
+        self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
+        if self.run is None:
+            return without(args, "--ckpt_path") if resume else args
+        config = yaml.safe_dump(read_config(self.run, trusted))
+        if resume or not given(args, "--ckpt_path"):
+            file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
+            args = without(args, "--ckpt_path")
+            if file is None:
+                log.warning("%s has no checkpoint yet: it begins anew", self.run)
+            elif not file.is_file():
+                raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
+            else:
+                args = [*args, "--ckpt_path", str(file)]
+        return [args[0], "--config", config, *args[1:]]
+
+    def _run_to_resume(self, args: list[str], resume: bool) -> Path | None:
+        """The run that `tl fit` goes on with; None starts one."""
+        runs, names = values(args, "--run"), values(args, "--name")
+        if not resume:
             if runs:
-                raise UserError(
-                    "run: `tl fit` starts a run of its own; to go on from a checkpoint pass --ckpt_path FILE"
-                )
-            return args
-        if not runs and checkpoints and not values(args, "--config", "-c"):
+                raise UserError(f"run: `tl fit` starts a run of its own; to go on with {runs[-1]} pass --resume too")
+            return None
+        if runs:
+            return find_run(runs[-1])
+        if not names:
+            raise UserError("resume: pass --run DIR, or --name NAME for the newest run of that name (or its first one)")
+        folder = Path((values(args, "--trainer.default_root_dir") or ["."])[-1]) / "runs" / names[-1]
+        return find_run(folder) if any((p / "config.yaml").is_file() for p in versions(folder).values()) else None
+
+    def _trained_run(self, args: list[str]) -> Path | None:
+        """The run that a command measures or predicts with; None if only a checkpoint is given."""
+        runs, checkpoints = values(args, "--run"), values(args, "--ckpt_path")
+        if not runs and checkpoints and not given(args, "--config") and not given(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
-            runs = [str(folder)] if (folder / "config.yaml").is_file() else []
+            return find_run(folder) if (folder / "config.yaml").is_file() else None
         if not runs and not checkpoints and not given(args, "--print_config"):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
-        if not runs:
-            return args
-        self.run = find_run(runs[-1])
-        if not checkpoints:
-            best = self.run / "checkpoints" / "best.ckpt"
-            if not best.is_file():
-                raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
-            args = [*args, "--ckpt_path", str(best)]
-        return [args[0], "--config", yaml.safe_dump(read_config(self.run)), *args[1:]]
+        return find_run(runs[-1]) if runs else None
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the config alone: Lightning would let the checkpoint's hyper-parameters win over the command line."""
@@ -173,7 +219,7 @@ class TransferCLI(LightningCLI):
         absolute_paths(config.get("model"))
         self.saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True))
         if config.get("ckpt_path") is not None:
-            if not Path(config.ckpt_path).is_file() and config.ckpt_path not in ("last", "hpc"):
+            if not Path(config.ckpt_path).is_file():
                 raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
             without_weights(config.model)
 
@@ -190,12 +236,14 @@ class TransferCLI(LightningCLI):
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
+        self.trainer_defaults["plugins"] = [WholeFiles()]
         kwargs.setdefault("default_root_dir", str(path))
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, path: Path) -> list[Callback]:
         config = self.config[str(self.subcommand)]
-        callbacks: list[Callback] = [RunDirectory(path, None if self.run else self._resolved())]
+        self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
+        callbacks: list[Callback] = [self.files]
         if config.trainer.logger is not False:
             callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
@@ -203,27 +251,37 @@ class TransferCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
         if self.subcommand == "fit":
-            callbacks.append(StageTable())
+            callbacks += [FreezeAudit(config.audit), ExactResume()]
             if config.trainer.logger is not False:
                 callbacks.append(LearningRateMonitor("epoch"))
             if config.trainer.enable_checkpointing is not False:
-                monitor: str | None
-                monitor, mode = monitor_of(self.model)
-                if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
-                    monitor, mode = None, "max"
-                folder = path / "checkpoints"
-                for file, by, sense in (("best", monitor, mode), ("last", None, "min")):
-                    callbacks.append(
-                        ModelCheckpoint(
-                            folder,
-                            file,
-                            monitor=by,
-                            mode=sense,
-                            save_on_train_epoch_end=by is None,
-                            enable_version_counter=False,
-                        )
-                    )
+                callbacks += self._checkpoints(path / "checkpoints")
         return callbacks
+
+    def _checkpoints(self, folder: Path) -> list[Callback]:
+        """best.ckpt by the task's metric, last.ckpt after every epoch and whenever the run is interrupted."""
+        config = self.config[str(self.subcommand)]
+        monitor: str | None
+        monitor, mode = monitor_of(self.model)
+        if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
+            monitor, mode = None, "max"
+        each = {"best": (monitor, mode), "last": (None, "min")}
+        if first_process():
+            sweep(folder)
+        return [
+            Interruptions(folder / "last.ckpt", config.save_every),
+            *(
+                ModelCheckpoint(
+                    folder,
+                    file,
+                    monitor=by,
+                    mode=sense,
+                    save_on_train_epoch_end=by is None,
+                    enable_version_counter=False,
+                )
+                for file, (by, sense) in each.items()
+            ),
+        ]
 
     def _resolved(self) -> dict[str, Any]:
         """The config with what the data decided, so that the model can be built without the data."""
@@ -239,12 +297,37 @@ class TransferCLI(LightningCLI):
 
     # Commands
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            size = getattr(self.datamodule, "batch_size", 1)
+            raise UserError(
+                f"out of memory with a batch size of {size}; try --data.batch_size {max(1, size // 2)}"
+                + (", or pass --auto_batch" if subcommand == "fit" else "")
+            ) from error
+
+    def before_fit(self) -> None:
+        """Finds the batch size, if asked to, and writes it into the run's config."""
+        config = self.config[str(self.subcommand)]
+        if config.auto_batch:
+            size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
+            self.datamodule.batch_size = size
+            self.files.config["data"]["init_args"]["batch_size"] = size
+            self._say(f"batch size {size}")
+
     def predict(self, **kwargs: Any) -> None:
         """Predicts without keeping what the table already has."""
         self.trainer.predict(return_predictions=False, **kwargs)
 
     def after_fit(self) -> None:
         """Says where everything is."""
+        if not self.files.trained:
+            self._say(
+                f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
+            )
         self._say(f"tl test --run {self.directory}\ntensorboard --logdir {self.directory.parent}")
 
     def after_test(self) -> None:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 
+from tl_modules.checkpoints import load
 from tl_modules.errors import UserError
+from tl_modules.trust import check_names
 
 SECTIONS = ("seed_everything", "name", "trainer", "model", "data")
 
@@ -67,46 +69,70 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     return run
 
 
-def read_config(run: Path) -> dict[str, Any]:
-    """The sections of a run's config.yaml that every command shares."""
+def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a run's config.yaml that every command shares.
+
+    Raises:
+        UserError: It is no mapping, or names what a config of someone else's must not.
+    """
     config = yaml.safe_load((run / "config.yaml").read_text())
-    return {key: value for key, value in config.items() if key in SECTIONS}
+    if not isinstance(config, dict):
+        raise UserError(f"run: {run / 'config.yaml'} is no mapping of {', '.join(SECTIONS)}")
+    config = {key: value for key, value in config.items() if key in SECTIONS}
+    check_names(config, trusted, f"run: {run / 'config.yaml'}")
+    return config
 
 
 def without_weights(model: Any) -> Any:
-    """A model's config (mapping or Namespace) that leaves its backbone random, as a checkpoint fills it anyway."""
-    arguments = model.get("init_args", {}).get("backbone", {}).get("init_args", {})
-    if arguments.get("weights") is not None:
-        arguments["weights"] = None
+    """A model's config (mapping or Namespace) that leaves its backbone random, where a checkpoint fills it anyway."""
+    arguments = model.get("init_args", {})
+    backbone = arguments.get("backbone", {}).get("init_args", {})
+    if arguments.get("save") != "trainable" and backbone.get("weights") is not None:
+        backbone["weights"] = None
     return model
 
 
-def load_run(path: str | os.PathLike[str], checkpoint: str = "best") -> LightningModule:
+def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequence[str] = ()) -> LightningModule:
     """The trained module of a run, in eval mode.
 
     Args:
         path: The run's directory.
         checkpoint: "best" or "last".
+        trust: Modules of your own that its config may name; importing them runs their code.
 
     Raises:
-        UserError: It is no run directory, or the checkpoint is not there.
+        UserError: It is no run directory, the checkpoint is not there or damaged, or the config names what it must not.
     """
     run = find_run(path)
-    file = run / "checkpoints" / f"{checkpoint}.ckpt"
-    if not file.is_file():
-        raise UserError(f"run: {run} has no checkpoints/{checkpoint}.ckpt")
+    config = read_config(run, trust)
+    content = load(run / "checkpoints" / f"{checkpoint}.ckpt")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
-    config = parser.parse_object({"model": without_weights(read_config(run)["model"])})
-    module: LightningModule = parser.instantiate_classes(config).model
-    module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+    module: LightningModule = parser.instantiate_classes(
+        parser.parse_object({"model": without_weights(config["model"])})
+    ).model
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
     return module.eval()
 
 
 def write_metrics(run: Path, metrics: dict[str, float]) -> None:
-    """Merges metrics into metrics.json, replacing the file whole."""
+    """Merges metrics into metrics.json."""
     file = run / "metrics.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    temporary = file.with_suffix(".json.part")
-    temporary.write_text(json.dumps(known | metrics, indent=2) + "\n")
-    temporary.replace(file)
+    write_whole(file, json.dumps(known | metrics, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replaces a file at once, so that it is never half written.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("w", newline="") as stream:
+            stream.write(text)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from error

@@ -96,6 +96,11 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
         ) from error
     except Exception as error:  # each format has exceptions of its own; the cause is the same
         raise UserError(f"weights: {path} cannot be read as tensors ({str(error).splitlines()[0][:120]})") from error
+    if isinstance(content, Mapping) and "left_out" in content:
+        raise UserError(
+            f"weights: {path} was saved with save: trainable, so the frozen part of its backbone is not in it; train "
+            "that run with --model.save all to start others from it"
+        )
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -37,6 +37,14 @@ class Pictures(Callback):
         self.kept: _Kept | None = None
         self.now = _Kept()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
+        return {"best": self.best.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.best.metrics = dict(state["best"])
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draws the first batch, as the network gets it."""
         writer = _writer(trainer)

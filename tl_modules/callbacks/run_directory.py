@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.callbacks.best import Best, floats
-from tl_modules.errors import UserError
-from tl_modules.runs import write_metrics
+from tl_modules.runs import write_metrics, write_whole
 
 
 class RunDirectory(Callback):
@@ -19,12 +19,16 @@ class RunDirectory(Callback):
 
     Args:
         path: The directory; only the first process writes there.
-        config: What config.yaml says, or None to leave the file alone.
+        config: What config.yaml says; empty leaves the file alone.
+
+    Attributes:
+        trained: Whether any training was left to do.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any] | None) -> None:
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.config = config
+        self.trained = False
         self.rows: list[dict[str, float]] = []
         self.best = Best()
 
@@ -34,12 +38,21 @@ class RunDirectory(Callback):
         Raises:
             UserError: The directory cannot be written.
         """
-        if self.config is None or not trainer.is_global_zero:
+        if not self.config or not trainer.is_global_zero:
             return
-        try:
-            (self.path / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-        except OSError as error:
-            raise UserError(f"the run directory {self.path} cannot be written ({error.strerror})") from error
+        write_whole(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There is something to train."""
+        self.trained = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows and the best epoch so far, so that a resumed run has those of the undisturbed one."""
+        return {"rows": self.rows, "best": self.best.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.rows, self.best.metrics = list(state["rows"]), dict(state["best"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the metrics of `tl validate`; in `fit`, remembers those of the epoch that best.ckpt holds."""
@@ -55,10 +68,11 @@ class RunDirectory(Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             columns = list(dict.fromkeys(key for row in self.rows for key in row))
-            with (self.path / "metrics.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.rows)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_whole(self.path / "metrics.csv", text.getvalue())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the best epoch's metrics."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tl_modules.errors import UserError
-from tl_modules.finetuning.base import FineTuning
+from tl_modules.finetuning.base import FineTuning, Unit
 
 
 class Full(FineTuning):
     """Trains every stage from the start (the classical fine-tuning)."""
 
-    def depth(self, epoch: int, stages: int) -> int:
+    def depth(self, now: float, stages: int) -> int:
         """All."""
         return stages
 
@@ -17,7 +17,7 @@ class Full(FineTuning):
 class FeatureExtraction(FineTuning):
     """Trains the head on a frozen backbone."""
 
-    def depth(self, epoch: int, stages: int) -> int:
+    def depth(self, now: float, stages: int) -> int:
         """None."""
         return 0
 
@@ -36,44 +36,50 @@ class LastStages(FineTuning):
             raise UserError(f"k: {k} must not be negative")
         self.k = k
 
-    def depth(self, epoch: int, stages: int) -> int:
+    def depth(self, now: float, stages: int) -> int:
         """The last k."""
         return min(self.k, stages)
 
 
 class GradualUnfreezing(FineTuning):
-    """Opens one more stage every `every` epochs, from the head down (Howard and Ruder, ACL 2018).
+    """Opens one more stage every so often, from the head down (Howard and Ruder, ACL 2018).
 
     Args:
-        every: Epochs between two openings; the first stage opens after the first `every` epochs of the head alone.
+        every: How long between two openings, in `unit`; the first stage opens after the head has trained alone so long.
+        unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
         lr_decay: Learning rate of a stage relative to the one above it (the paper takes 1 / 2.6).
     """
 
-    def __init__(self, every: int = 1, lr_decay: float = 1.0) -> None:
+    def __init__(self, every: float = 1, unit: Unit = "epochs", lr_decay: float = 1.0) -> None:
         super().__init__(lr_decay)
-        if every < 1:
-            raise UserError(f"every: {every} must be at least 1 epoch")
-        self.every = every
+        self.every, self.unit = _checked("every", every, unit), unit
 
-    def depth(self, epoch: int, stages: int) -> int:
-        """One more every so many epochs."""
-        return min(epoch // self.every, stages)
+    def depth(self, now: float, stages: int) -> int:
+        """One more each time."""
+        return min(int(now / self.every + 1e-9), stages)
 
 
 class FreezeThenUnfreeze(FineTuning):
-    """Trains the head alone for some epochs, then everything (fastai's fine_tune).
+    """Trains the head alone for a while, then everything (fastai's fine_tune).
 
     Args:
-        epochs: How many epochs the backbone stays closed.
+        after: How long the backbone stays closed, in `unit`.
+        unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
         lr_decay: Learning rate of a stage relative to the one above it.
     """
 
-    def __init__(self, epochs: int = 1, lr_decay: float = 1.0) -> None:
+    def __init__(self, after: float = 1, unit: Unit = "epochs", lr_decay: float = 1.0) -> None:
         super().__init__(lr_decay)
-        if epochs < 0:
-            raise UserError(f"epochs: {epochs} must not be negative")
-        self.epochs = epochs
+        self.after, self.unit = _checked("after", after, unit), unit
 
-    def depth(self, epoch: int, stages: int) -> int:
+    def depth(self, now: float, stages: int) -> int:
         """None, then all."""
-        return stages if epoch >= self.epochs else 0
+        return stages if now >= self.after else 0
+
+
+def _checked(name: str, value: float, unit: Unit) -> float:
+    if unit == "fraction" and not 0 < value < 1:
+        raise UserError(f"{name}: {value} is no fraction of the run between 0 and 1")
+    if unit != "fraction" and (value < 1 or value != int(value)):
+        raise UserError(f"{name}: {value} must be a whole number of {unit}, at least 1 (or pass unit: fraction)")
+    return value

@@ -1,0 +1,69 @@
+"""What a checkpoint needs beside weights and optimizer so that a resumed run is the undisturbed one."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tl_modules.base import TransferModule
+
+
+class ExactResume(Callback):
+    """Saves every process's random numbers and running means, and restores them at the first step.
+
+    Not earlier: the loaders and the loops draw random numbers of their own until then.
+    """
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the state of each process."""
+        mine: dict[str, Any] = {"epoch": trainer.current_epoch, "random": random_state()}
+        if isinstance(pl_module, TransferModule):
+            mine["terms"] = pl_module.terms.state_dict()
+        ranks: list[Any] = [mine]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        checkpoint["ranks"] = ranks
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps this process's state until the first step."""
+        ranks = checkpoint.get("ranks", [])
+        self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restores it."""
+        if self.loaded is None:
+            return
+        restore_random_state(self.loaded["random"])
+        # at an epoch's end the means are those of the epoch before
+        if isinstance(pl_module, TransferModule) and self.loaded["epoch"] == trainer.current_epoch:
+            pl_module.terms.load_state_dict(self.loaded["terms"], pl_module.device)
+        self.loaded = None
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's global generators, as plain data."""
+    name, keys, *rest = cast(Any, np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets the generators to what `random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -370,6 +370,15 @@ class TransferModule(LightningModule):
             return
         fresh = self.configure_optimizers()  # the Trainer builds its own only after this hook
         fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh
+        names = [
+            [(g.get("name"), len(g["params"])) for g in groups]
+            for groups in (states[0]["param_groups"], fresh.param_groups)
+        ]
+        if names[0] != names[1]:
+            raise UserError(
+                f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; go on with "
+                "the same backbone, head and methods, or start a new run with --model.backbone.weights"
+            )
         for old, new in zip(states[0]["param_groups"], fresh.param_groups, strict=True):
             ratio = new["configured_lr"] / old.get("configured_lr", new["configured_lr"])
             for key in {"lr", "initial_lr", "configured_lr"} & old.keys():
@@ -396,6 +405,10 @@ def _scale_cycle(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
         for rates in (scheduler.base_lrs, getattr(scheduler, "max_lrs", None)):
             if rates is not None:
                 rates[number] *= group["lr_scale"]
+
+
+def _groups(groups: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({count} tensors)" for name, count in groups)
 
 
 def _short(names: Any) -> str:

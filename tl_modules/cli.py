@@ -99,6 +99,7 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.run: Path | None = None
+        self.configured = False
         self.command = next((word for word in args if word in COMMANDS), None)
         words = nested_nulls(args)
         if self.command and not {"-h", "--help"} & set(words):
@@ -160,7 +161,7 @@ class TransferCLI(LightningCLI):
             parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
-        if self.run is None:  # a run's config already has what the links give
+        if not self.configured:  # a run's config already has what the links give
             for attribute in ("num_outputs", "class_names"):
                 parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
 
@@ -171,7 +172,9 @@ class TransferCLI(LightningCLI):
         self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
         if self.run is None:
             return without(args, "--ckpt_path") if resume else args
-        config = yaml.safe_dump(read_config(self.run, trusted))
+        # a command line with --name says everything itself, as a job that is run again does
+        self.configured = bool(values(args, "--run")) or not resume
+        config = ["--config", yaml.safe_dump(read_config(self.run, trusted))] if self.configured else []
         if resume or not given(args, "--ckpt_path"):
             file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
@@ -181,7 +184,7 @@ class TransferCLI(LightningCLI):
                 raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
             else:
                 args = [*args, "--ckpt_path", str(file)]
-        return [args[0], "--config", config, *args[1:]]
+        return [args[0], *config, *args[1:]]
 
     def _run_to_resume(self, args: list[str], resume: bool) -> Path | None:
         """The run that `tl fit` goes on with; None starts one."""

@@ -54,18 +54,17 @@ class Interrupt(Callback):
             os.kill(os.getpid(), self.number)
 
     def on_train_end(self, trainer, pl_module):
-        state = pl_module.state_dict()
-        folder = Path(trainer.default_root_dir)
-        (folder / f"digest-{trainer.global_rank}").write_text(digest(state))
+        file = Path(trainer.default_root_dir) / f"digest-{trainer.global_rank}"
+        file.write_text(digest(dict(pl_module.named_parameters())))
 
 
 class Stateful(Method):
-    """A critic that learns, a memory, a teacher, a ramp over the steps, and noise."""
+    """A critic that learns, a memory and a teacher in buffers, a ramp over the steps, and noise."""
 
     def attach(self, module):
         width = module.backbone.out_features
         self.critic = nn.Linear(width, 2)
-        self.teacher = nn.Linear(width, module.num_outputs).requires_grad_(False)
+        self.register_buffer("teacher", torch.randn(module.num_outputs, width) / width)
         self.register_buffer("memory", torch.zeros(width))
 
     def forward(self, module, source, target):
@@ -78,9 +77,9 @@ class Stateful(Method):
         if self.training:
             with torch.no_grad():
                 self.memory.lerp_(target.features.mean(0), 0.1)
-                self.teacher.weight.add_(0.01 * self.memory)
+                self.teacher.add_(0.01 * self.memory)
         noisy = target.features + 0.1 * torch.randn_like(target.features)
-        near = (self.teacher(noisy) - target.output).square().mean()
+        near = (noisy @ self.teacher.T - target.output).square().mean()
         return sum(domains) + ramp * (near + (target.features.mean(0) - self.memory).square().mean())
 
 

@@ -1,0 +1,65 @@
+"""`pytest -m exact`: an interrupted and resumed run is the undisturbed one, to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+from harness import BATCHES, POINTS, STRATEGIES, check
+
+exact = [pytest.mark.slow, pytest.mark.exact]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_resumed_run_is_the_undisturbed_one(folder):
+    assert check("GradualUnfreezing", folder, points=[BATCHES + 3], more="--data.num_workers 2") == {}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("strategy", [pytest.param(name, marks=exact) for name in STRATEGIES])
+def test_one_process(strategy, workers, folder):
+    assert check(strategy, folder, more=f"--data.num_workers {workers}") == {}
+
+
+@pytest.mark.parametrize("workers", [pytest.param(number, marks=exact) for number in (0, 2)])
+def test_two_processes(workers, folder):
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "exact"}
+    common |= {"MASTER_PORT": str(30000 + os.getpid() % 900 * 10), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", Path(harness.__file__), f"--data.num_workers {workers}"],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=1200)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:]
+    assert json.loads(Path("report.json").read_text()) == {name: {} for name in STRATEGIES}
+
+
+@pytest.mark.parametrize("without", [
+    pytest.param(("datamodules.base.Loader.load_state_dict", lambda self, state: None), id="the sampler's place"),
+    pytest.param(("tl_modules.callbacks.exact_resume.restore_random_state", lambda state: None), id="random numbers"),
+    pytest.param(("tl_modules.terms.Terms.load_state_dict", lambda self, state, device: None), id="running means"),
+    pytest.param(("datamodules.base.seeded", None), id="seeded augmentation"),
+])  # fmt: skip
+def test_the_comparison_notices_what_is_left_out(without, folder, monkeypatch):
+    import contextlib
+
+    name, instead = without
+    monkeypatch.setattr(name, instead or (lambda seed: contextlib.nullcontext()))
+    found = check("GradualUnfreezing", folder, points=[POINTS[0]])
+    assert found, name
+    if "Terms" not in name:  # which move no weight
+        assert any("state_dict" in path for path in found[POINTS[0]])

@@ -21,7 +21,7 @@ def tl(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code, before = 0, dict(os.environ)
         try:
-            main([word.format(**values) for word in line.split()])
+            main(line.format(**values).split())
         except SystemExit as stop:
             code = stop.code or 0
         finally:  # a run with several processes leaves its ranks behind

@@ -38,8 +38,8 @@ class Doubled(nn.Module):
 
 
 class OnlyLate(FineTuning):
-    def depth(self, epoch, stages):
-        return 1 if epoch >= 1 else 0
+    def depth(self, now, stages):
+        return 1 if now >= 1 else 0
 
 
 class MeanMatch(Method):
@@ -93,9 +93,11 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_one_of_each(kind, mine, ok, tmp_path):
-    ok(f"fit --name x --trainer.max_epochs 2 {RUNS[kind]}")
-    ok("test --run runs/x/version_0")
+def test_one_of_each(kind, mine, ok, tl, tmp_path):
+    printed = ok(f"fit --name x --trainer.max_epochs 2 {RUNS[kind]}")
+    assert "tl test --run runs/x/version_0 --trust mine" in printed
+    assert "pass --trust mine" in tl("test --run runs/x/version_0").err
+    ok("test --run runs/x/version_0 --trust mine")
     rows = list(csv.DictReader((tmp_path / "runs/x/version_0/metrics.csv").open()))
     assert len(rows) == 2
     if kind == "method":
@@ -103,7 +105,7 @@ def test_one_of_each(kind, mine, ok, tmp_path):
     if kind == "strategy":
         assert float(rows[-1]["lr/stage_2"]) == 5e-4
     if kind in ("task", "datamodule"):
-        ok("predict --run runs/x/version_0 --out p.csv")
+        ok("predict --run runs/x/version_0 --out p.csv --trust mine")
         assert (tmp_path / "p.csv").read_text().startswith("id,brightness" if kind == "task" else "id,value")
 
 
@@ -113,4 +115,4 @@ def test_all_in_one_yaml(mine, ok, tmp_path):
         "    finetuning: mine.OnlyLate\n    methods: [L2SP]\ndata: mine.Grey\n"
     )
     ok("fit -c mine.yaml --trainer.max_epochs 2")
-    ok("test --run runs/grey/version_0")
+    ok("test --run runs/grey/version_0 --trust mine")

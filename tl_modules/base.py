@@ -248,7 +248,8 @@ class TransferModule(LightningModule):
             _scale_cycle(optimizer, scheduler)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = getattr(scheduler, "monitor", self.monitor[0])
+            # without a name it watches the loss, or the task's metric where that grows
+            config["monitor"] = getattr(scheduler, "monitor", "val/loss" if scheduler.mode == "min" else self.monitor[0])
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

@@ -49,7 +49,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
 
 
 def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precision: str) -> int:
-    """Trains copies of the module for two steps with growing batches; module and random numbers stay as they are.
+    """Trains and validates copies of the module for two steps with growing batches; module and random numbers stay as they are.
 
     Args:
         module: What will be trained.
@@ -71,10 +71,17 @@ def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precis
             return False
         data.batch_size = size
         trial = Trainer(
-            accelerator=trainer.strategy.root_device.type, devices=1, precision=precision, max_steps=2,  # type: ignore[arg-type]
-            limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, barebones=False,
-        )  # fmt: skip
+            accelerator=trainer.strategy.root_device.type,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=1,
+            limit_train_batches=2,
+            limit_val_batches=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         try:
             trial.fit(copy.deepcopy(module), data)
         except (RuntimeError, MemoryError) as error:

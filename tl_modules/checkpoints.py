@@ -7,6 +7,7 @@ A file's checksums are those of the zip format that torch.save writes: a CRC-32 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -50,7 +51,8 @@ class WholeFiles(CheckpointIO):
                 cause = cause.__context__
             if not isinstance(cause, OSError):
                 raise
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
             raise UserError(
                 f"checkpoint: {path} could not be written ({cause.strerror}); it needs {_size(checkpoint):,} bytes, "
                 f"{_free(path.parent):,} are free"

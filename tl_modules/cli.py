@@ -46,6 +46,7 @@ from tl_modules.checkpoints import WholeFiles, newest, sweep
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
+from tl_modules.trust import to_trust
 
 
 def _number(value: Any) -> float:
@@ -239,12 +240,15 @@ class TransferCLI(LightningCLI):
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
-        self.trainer_defaults["plugins"] = [WholeFiles()]
+        given_plugins = self._get(self.config_init, "trainer").plugins or []
+        kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
         kwargs.setdefault("default_root_dir", str(path))
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, path: Path) -> list[Callback]:
         config = self.config[str(self.subcommand)]
+        own = to_trust(self.saved)
+        self.trust = f" --trust {','.join(own)}" if own else ""
         self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
         callbacks: list[Callback] = [self.files]
         if config.trainer.logger is not False:
@@ -272,7 +276,9 @@ class TransferCLI(LightningCLI):
         if first_process():
             sweep(folder)
         return [
-            Interruptions(folder / "last.ckpt", config.save_every),
+            Interruptions(
+                folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"
+            ),
             *(
                 ModelCheckpoint(
                     folder,
@@ -331,7 +337,7 @@ class TransferCLI(LightningCLI):
             self._say(
                 f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
             )
-        self._say(f"tl test --run {self.directory}\ntensorboard --logdir {self.directory.parent}")
+        self._say(f"tl test --run {self.directory}{self.trust}\ntensorboard --logdir {self.directory.parent}")
 
     def after_test(self) -> None:
         """Says where the numbers are."""

@@ -13,37 +13,44 @@ class Terms:
     """Means over an epoch's samples, and the first step at which a term was not finite."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums = torch.zeros(0)
-        self.samples = 0
+        # steps that have the same terms are summed together; nearly always that is all of them
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.samples: dict[tuple[str, ...], int] = {}
         self.finite = torch.zeros(())
 
     def add(self, terms: Mapping[str, Tensor], size: int) -> None:
         """Takes in one step's terms, scalars that are means over `size` samples."""
+        names = tuple(terms)
         values = torch.stack([term.detach().float() for term in terms.values()])
-        if not self.names:
-            self.names, self.sums = list(terms), torch.zeros_like(values)
-            self.finite = torch.zeros((), device=values.device)
-        self.sums += values * size
-        self.samples += size
-        self.finite += self.sums.isfinite().all()  # a sum that was once not finite never is again
+        self.sums[names] = self.sums.get(names, 0) + values * size
+        self.samples[names] = self.samples.get(names, 0) + size
+        # a sum that was once not finite never is again
+        self.finite = (
+            self.finite.to(values.device) + torch.stack([s.isfinite().all() for s in self.sums.values()]).all()
+        )
 
     def means(self) -> dict[str, Tensor]:
         """The epoch's mean of each term so far."""
-        return dict(zip(self.names, self.sums / self.samples, strict=True)) if self.names else {}
+        means = {}
+        for name in dict.fromkeys(name for names in self.sums for name in names):
+            having = [names for names in self.sums if name in names]
+            total = torch.stack([self.sums[names][names.index(name)] for names in having]).sum()
+            means[name] = total / sum(self.samples[names] for names in having)
+        return means
 
     def bad(self) -> tuple[int, list[str]] | None:
         """How many steps were finite before the first that was not, and which terms were not; None if all were."""
-        good = self.sums.isfinite().tolist()
-        if all(good):
-            return None
-        return int(self.finite), [name for name, fine in zip(self.names, good, strict=True) if not fine]
+        fine = {names: sums.isfinite().tolist() for names, sums in self.sums.items()}
+        wrong = [name for names, each in fine.items() for name, good in zip(names, each, strict=True) if not good]
+        return (int(self.finite), list(dict.fromkeys(wrong))) if wrong else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"names": self.names, "sums": self.sums.cpu(), "samples": self.samples, "finite": self.finite.cpu()}
+        groups = [[list(names), sums.cpu(), self.samples[names]] for names, sums in self.sums.items()]
+        return {"groups": groups, "finite": self.finite.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on where `state` was taken."""
-        self.names, self.samples = list(state["names"]), int(state["samples"])
-        self.sums, self.finite = state["sums"].to(device), state["finite"].to(device)
+        self.sums = {tuple(names): sums.to(device) for names, sums, _ in state["groups"]}
+        self.samples = {tuple(names): samples for names, _, samples in state["groups"]}
+        self.finite = state["finite"].to(device)

@@ -63,6 +63,13 @@ def check_names(config: Any, trusted: Sequence[str], where: str) -> None:
             raise UserError(f"{where} names {name}, which is no class that a run is made of")
 
 
+def to_trust(config: Any) -> list[str]:
+    """The modules that a config of one's own names and `check_names` would ask to trust."""
+    tops = {name.partition(".")[0] for name, is_class in _names(config) if is_class}
+    hub = {name for name, _ in _names(config) if name.rpartition(".")[2] in RUN_CODE}
+    return sorted(tops - set(PACKAGES) | hub)
+
+
 def _names(config: Any, is_class: bool = False) -> Iterator[tuple[str, bool]]:
     """Every text that could be taken for the name of a class or function."""
     if isinstance(config, dict):

@@ -1,12 +1,14 @@
 """Domains, splits, few shots, hidden labels, and shards that repeat nothing."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, ImageArrays, TransferDataModule
-from datamodules.base import View, even_batch_size, few_shots, split_rows
+from datamodules.base import Shuffled, View, even_batch_size, few_shots, split_rows
 
 
 class Two(TransferDataModule):
@@ -105,6 +107,89 @@ def test_order_follows_from_seed_and_epoch():
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != order(1, 0)
+
+
+class Draw(torch.nn.Module):
+    """x + a number from each generator that a transform may use."""
+
+    def forward(self, x):
+        return torch.cat([x, torch.rand(1), torch.tensor([np.random.random(), random.random()])]).float()
+
+
+def drawn(epoch=0, world=1, batch_size=8, **kwargs):
+    """What each sample of the target (its label, a row number here) becomes."""
+    found = {}
+    for rank in range(world):
+        data = Two(names=("target",), augment=[Draw()], **kwargs)
+        data.batch_size = batch_size // world
+        data._domains["train"] = {"target": TensorDataset(torch.zeros(40, 1), torch.arange(40))}
+        loader = data.train_dataloader().iterables["target"]
+        loader.sampler.rank, loader.sampler.num_replicas = rank, world
+        loader.sampler.num_samples = 40 // world
+        loader.sampler.set_epoch(epoch)
+        for x, y in loader:
+            found |= {int(row): x[i].tolist() for i, row in enumerate(y)}
+    return found
+
+
+def test_augmentation_follows_from_seed_epoch_and_sample_alone():
+    first = drawn()
+    assert len({tuple(x) for x in first.values()}) == 40
+    assert first == drawn() == drawn(num_workers=2) == drawn(world=2)
+    assert first != drawn(epoch=1)
+    assert first != drawn(seed=1)
+
+
+def test_loading_leaves_the_models_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    drawn()
+    drawn(num_workers=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_a_loader_goes_on_where_it_was(done):
+    def loader():
+        return Two(names=("target",)).train_dataloader().iterables["target"]
+
+    whole, first = loader(), loader()
+    for each in (whole, first):
+        each.sampler.set_epoch(3)
+    expected = [x.tolist() + y.tolist() for x, y in whole]
+    batches = iter(first)
+    for _ in range(done):
+        next(batches)
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    second.sampler.set_epoch(3)
+    assert [x.tolist() + y.tolist() for x, y in second] == expected[done:]
+    assert len(second) == len(whole)
+    second.sampler.set_epoch(4)
+    assert len(list(second)) == len(whole)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_the_batches_of_two_processes_together_are_those_of_one(batch_size):
+    view = View(TensorDataset(torch.zeros(48, 1)), range(48))
+    one = list(Shuffled(view, 48, 2 * batch_size, seed=0))
+    ranks = [Shuffled(view, 48, batch_size, seed=0) for _ in range(2)]
+    for rank, sampler in enumerate(ranks):
+        sampler.rank, sampler.num_replicas, sampler.num_samples = rank, 2, 24
+    parts = [list(sampler) for sampler in ranks]
+    for start in range(0, 24, batch_size):
+        together = sorted(parts[0][start : start + batch_size] + parts[1][start : start + batch_size])
+        assert together == sorted(one[2 * start : 2 * (start + batch_size)])
+
+
+def test_the_shorter_domain_has_a_new_order_in_each_pass():
+    loader = Two().train_dataloader().iterables["target"]
+    order = [place for place, _ in loader.sampler]
+    assert len(order) == 40
+    passes = [order[:12], order[12:24], order[24:36]]
+    assert all(sorted(each) == list(range(12)) for each in passes)
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_augmentation_is_for_training_only():

@@ -25,6 +25,8 @@ DEPTHS = [
     (GradualUnfreezing(1), [0, 1, 2, 3, 4, 4]),
     (GradualUnfreezing(2), [0, 0, 1, 1, 2, 2]),
     (FreezeThenUnfreeze(2), [0, 0, 4, 4, 4, 4]),
+    (GradualUnfreezing(2, "steps"), [0, 0, 1, 1, 2, 2]),
+    (FreezeThenUnfreeze(3, "steps"), [0, 0, 0, 4, 4, 4]),
 ]
 
 
@@ -32,6 +34,27 @@ DEPTHS = [
 def test_depth(strategy, depths):
     assert [strategy.depth(epoch, 4) for epoch in range(6)] == depths
     assert strategy.opens_later(4) == (depths[0] != 4 and not isinstance(strategy, FeatureExtraction | LastStages))
+
+
+@pytest.mark.parametrize(("strategy", "depths"), [
+    (GradualUnfreezing(0.1, "fraction"), [0, 1, 2, 3, 4, 4, 4, 4, 4, 4, 4]),
+    (GradualUnfreezing(0.3, "fraction"), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),
+    (FreezeThenUnfreeze(0.5, "fraction"), [0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4]),
+])  # fmt: skip
+def test_depth_by_fraction(strategy, depths):
+    assert [strategy.depth(tenths / 10, 4) for tenths in range(11)] == depths
+    assert strategy.opens_later(4)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: GradualUnfreezing(0), "every: 0 must be a whole number of epochs"),
+    (lambda: GradualUnfreezing(0.5), "every: 0.5 must be a whole number of epochs, at least 1 .or pass unit: fraction"),
+    (lambda: GradualUnfreezing(2, "fraction"), "every: 2 is no fraction"),
+    (lambda: FreezeThenUnfreeze(1.5, "steps"), "after: 1.5 must be a whole number of steps"),
+])  # fmt: skip
+def test_how_long_has_a_range(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 def digests(module, prefix):
@@ -127,6 +150,68 @@ def test_one_cycle_keeps_its_groups_through_every_opening(ok, tmp_path):
     state = torch.load(tmp_path / "runs/s/version_0/checkpoints/last.ckpt", weights_only=True)
     assert state["lr_schedulers"][0]["last_epoch"] == 8
     assert len(state["optimizer_states"][0]["param_groups"]) == 4
+
+
+SMALL = "fit --name s --trainer.max_epochs 4 --model.backbone.width 4 --data.shots_per_class 4 --data.batch_size 16 "
+GRADUAL = "--model.finetuning GradualUnfreezing --model.finetuning.lr_decay 0.5 "
+SCHEDULE = "--model.lr_scheduler torch.optim.lr_scheduler."
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [("OneCycleLR", "max_lr 0.01 total_steps 12"), ("CyclicLR", "base_lr 0.001 max_lr 0.01 step_size_up 3")],
+)
+def test_a_cycle_keeps_each_groups_share_through_every_opening(scheduler, options, ok, tmp_path):
+    words = options.split()
+    given = " ".join(f"--model.lr_scheduler.{k} {v}" for k, v in zip(words[::2], words[1::2], strict=True))
+    ok(SMALL + GRADUAL + SCHEDULE + scheduler + " " + given)
+    import csv
+
+    rows = list(csv.DictReader((tmp_path / "runs/s/version_0/metrics.csv").open()))
+    assert len({row["lr/head"] for row in rows}) > 1
+    for row in rows:
+        rates = [float(row[f"lr/{name}"]) for name in ("head", "stage_2", "stage_1", "stage_0")]
+        assert rates == pytest.approx([rates[0] / 2**i for i in range(4)])
+
+
+def test_a_plateau_lowers_every_group_and_is_in_the_epochs_checkpoint(ok, tmp_path):
+    ok(SMALL + GRADUAL + SCHEDULE + "ReduceLROnPlateau "
+       "--model.lr_scheduler.patience 0 --model.lr_scheduler.mode max --model.lr_scheduler.threshold 10")  # fmt: skip
+    state = torch.load(tmp_path / "runs/s/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["last_epoch"] == 4
+    rates = [g["lr"] for g in state["optimizer_states"][0]["param_groups"]]
+    assert rates == pytest.approx([1e-6, 5e-7, 2.5e-7, 1.25e-7])  # lowered tenfold after epochs 1, 2 and 3
+
+
+def test_warm_up_and_cosine_live_through_every_opening():
+    from lightning.pytorch import Trainer
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+    from datamodules import Digits
+
+    def schedule(optimizer):
+        return SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=2), CosineAnnealingLR(optimizer, 4)], [2])
+
+    module = Classification(ConvNet(4), 10, finetuning=GradualUnfreezing(lr_decay=0.5), lr_scheduler=schedule)
+    trainer = Trainer(max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, Digits(shots_per_class=2))
+    rates = [g["lr"] for g in trainer.optimizers[0].param_groups]
+    assert rates == pytest.approx([rates[0] / 2**i for i in range(4)])
+    assert rates[0] == pytest.approx(1e-3 * (1 + 2**-0.5 * 0) / 2)
+
+
+@pytest.mark.parametrize(("unit", "every", "steps"), [("steps", 3, [3, 6, 9]), ("fraction", 0.25, [3, 6, 9])])
+def test_stages_open_within_an_epoch(unit, every, steps, ok):
+    printed = ok(f"{SMALL} {GRADUAL} --model.finetuning.unit {unit} --model.finetuning.every {every}")
+    opened = [int(line.split("step ")[1].split(":")[0]) for line in printed.splitlines() if "step " in line]
+    assert opened == [0, *steps]
+
+
+def test_a_fraction_needs_an_end(tl):
+    result = tl(f"{SMALL} --model.finetuning FreezeThenUnfreeze --model.finetuning.unit fraction "
+                "--model.finetuning.after .5 --trainer.max_epochs -1")  # fmt: skip
+    assert result.code == 2
+    assert "a fraction of the run needs its end" in result.err
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5])

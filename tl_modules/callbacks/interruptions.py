@@ -35,13 +35,15 @@ class Interruptions(Callback):
     Args:
         last: The file.
         every: Also save after so many optimizer steps; None saves at the epochs' ends only.
+        go_on: The command that resumes the run, for messages.
     """
 
-    def __init__(self, last: Path, every: int | None = None) -> None:
+    def __init__(self, last: Path, every: int | None = None, go_on: str = "fit again with this checkpoint") -> None:
         if every is not None and every < 1:
             raise UserError(f"save_every: {every} must be at least 1 step")
         self.last = last
         self.every = every
+        self.go_on = go_on
         self.signal = 0
         self.in_step = False
         self.saved_at = 0
@@ -125,7 +127,7 @@ class Interruptions(Callback):
             except UserError as error:
                 log.warning("%s", error)
         if self.last.is_file():
-            log.warning("to go on: tl fit --run %s --resume", self.last.parent.parent)
+            log.warning("to go on: %s", self.go_on)
 
     def _agreed(self, number: int, bad: bool) -> tuple[int, bool]:
         """A signal that any process has received, and whether any found a bad loss: all stop after the same step."""
@@ -137,7 +139,7 @@ class Interruptions(Callback):
 
     def _exit(self, trainer: Trainer, number: int) -> None:
         if trainer.is_global_zero:
-            log.warning("stopped; to go on: tl fit --run %s --resume", self.last.parent.parent)
+            log.warning("stopped; to go on: %s", self.go_on)
             if number == getattr(signal, "SIGUSR1", None):
                 requeue()
         raise SystemExit(128 + number)

@@ -64,7 +64,10 @@ class RunDirectory(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the epoch's row of metrics.csv."""
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **floats(trainer), **rates}
+        metrics = {
+            name: value for name, value in floats(trainer).items() if not name.startswith("lr-")
+        }  # TensorBoard's
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics, **rates}
         self.rows.append(row)
         if trainer.is_global_zero:
             columns = list(dict.fromkeys(key for row in self.rows for key in row))

@@ -87,6 +87,10 @@ CASES = {
     "labels that do not match": (FIT + "--data ImageArrays --data.target a.npz", "labels must be one for each of the 6 images, there are 5"),
     "run of fit": ("fit --run runs/x", "run: `tl fit` starts a run of its own"),
     "no run": ("test --run nowhere", "nowhere is no run directory"),
+    "sync_batchnorm on CPU": (FIT + "--trainer.sync_batchnorm true --trainer.strategy ddp --trainer.devices 1 --trainer.accelerator cpu", "sync_batchnorm: it needs GPUs"),
+    "save_every": (FIT + "--save_every 0", "save_every: 0 must be at least 1 step"),
+    "last without a run": (FIT + "--ckpt_path last", "resume: pass --run DIR, or --name NAME"),
+    "command after an option": ("-c bad.yaml fit", "write the command first: `tl fit ...`"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 

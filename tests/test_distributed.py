@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 # tests that run side by side must not be given the same free port
 PORTS = itertools.count(20000 + os.getpid() % 997 * 10)
@@ -58,6 +59,116 @@ def test_two_processes(finetuning, strategy, ok, tmp_path):
     assert by_one["val/accuracy"] == pytest.approx(reported["val/accuracy"], abs=1e-6)
     rows = [[row.split(",")[:2] for row in (tmp_path / f"{n}.csv").read_text().splitlines()] for n in ("one", "two")]
     assert rows[0] == rows[1]
+
+
+PLAIN = """
+from torch import nn
+from tl_modules import Backbone
+
+
+class Plain(Backbone):
+    out_features = 16
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in ((3, 8), (8, 8), (8, 16))
+        )
+
+    def forward(self, x):
+        x = x.float().expand(-1, 3, -1, -1) / 255
+        for block in self.blocks:
+            x = block(x)
+        return x.mean((2, 3))
+
+    def stages(self):
+        return list(self.blocks)
+"""
+PLAIN_RUN = (
+    "fit --trainer.accelerator cpu --model Classification --model.backbone plain.Plain --trainer.max_epochs 4 "
+    "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.3 --model.finetuning GradualUnfreezing"
+)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    (tmp_path / "plain.py").write_text(PLAIN)
+
+
+def weights(tmp_path, name):
+    path = tmp_path / "runs" / name / "version_0" / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_same_global_batch(plain, tmp_path):
+    """Without BatchNorm, whose statistics are each process's own."""
+    two = "--trainer.devices 2 --trainer.strategy ddp_find_unused_parameters_true"
+    run(f"{PLAIN_RUN} {two} --data.batch_size 28 --name two", tmp_path)
+    run(f"{PLAIN_RUN} --trainer.devices 1 --data.batch_size 56 --name one", tmp_path)
+    one, both = weights(tmp_path, "one"), weights(tmp_path, "two")
+    start = json.loads((tmp_path / "runs/one/version_0/metrics.json").read_text())
+    assert all(torch.allclose(one[k], both[k], atol=1e-5, rtol=0) for k in one)
+    for key, value in json.loads((tmp_path / "runs/two/version_0/metrics.json").read_text()).items():
+        assert value == pytest.approx(start[key], abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_domains_of_uneven_size_end_together(plain, tmp_path):
+    two = "--trainer.devices 2 --trainer.strategy ddp_find_unused_parameters_true"
+    more = "--data.source true --data.target_labels true --data.shots_per_class 3 --data.batch_size 9"
+    run(f"{PLAIN_RUN} {two} {more}", tmp_path)
+
+
+@pytest.mark.slow
+def test_two_nodes_by_torchrun(plain, tmp_path):
+    """Two torchrun agents on loopback, as on two machines with a shared folder; resumed on one node with two processes."""
+    line = f"{PLAIN_RUN} --trainer.strategy ddp_find_unused_parameters_true --data.batch_size 28"
+    port = str(next(PORTS))
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1",
+             "--master_addr", "127.0.0.1", "--master_port", port, "-m", "tl_modules",
+             *f"{line} --trainer.num_nodes 2 --trainer.devices 1 --name nodes".split()],
+            cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    run(f"{line} --trainer.devices 2 --name processes", tmp_path)
+    one, other = weights(tmp_path, "nodes"), weights(tmp_path, "processes")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert [p.name for p in (tmp_path / "runs/nodes").iterdir()] == ["version_0"]
+
+
+def test_frozen_batchnorm_stays_frozen_when_it_is_synchronised():
+    from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+
+    from tl_modules import Classification, ConvNet, LastStages
+
+    module = TorchSyncBatchNorm().apply(Classification(ConvNet(4), 10, finetuning=LastStages(1)))
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert [m.train() and m.training for m in norms] == [True] * 6
+    module.train()
+    assert [m.training for m in norms] == [False] * 4 + [True] * 2
+    assert [any(p.requires_grad for p in m.parameters()) for m in norms] == [False] * 4 + [True] * 2
+    held = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+
+
+def test_strategies_that_split_parameters_are_refused():
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    from tl_modules import Classification, ConvNet, UserError
+
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+        module = Classification(ConvNet(4), 10)
+        module._trainer = SimpleNamespace(strategy=strategy)
+        with pytest.raises(UserError, match=r"pass --trainer\.strategy ddp"):
+            module.setup("fit")
 
 
 def test_a_mistake_is_said_once(tmp_path):

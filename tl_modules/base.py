@@ -249,7 +249,9 @@ class TransferModule(LightningModule):
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):
             # without a name it watches the loss, or the task's metric where that grows
-            config["monitor"] = getattr(scheduler, "monitor", "val/loss" if scheduler.mode == "min" else self.monitor[0])
+            config["monitor"] = getattr(
+                scheduler, "monitor", "val/loss" if scheduler.mode == "min" else self.monitor[0]
+            )
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -288,8 +290,6 @@ class TransferModule(LightningModule):
                 f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot"
                 " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
             )
-        if self.device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self.modules()):
-            raise UserError("sync_batchnorm: it needs GPUs to train; leave --trainer.sync_batchnorm out")
         if self.finetuning.unit == "fraction" and self.trainer.estimated_stepping_batches == float("inf"):
             raise UserError("finetuning: a fraction of the run needs its end; give --trainer.max_epochs or max_steps")
         for loader in domains.values():
@@ -308,16 +308,18 @@ class TransferModule(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose classes are not the model's, and strategies that split the parameters.
+        """Refuses data whose classes are not the model's, and strategies that cannot keep what this one promises.
 
         Raises:
-            UserError: The class names differ; the strategy is one of these.
+            UserError: The class names differ; parameters would be split; BatchNorm synchronised on CPUs.
         """
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise UserError(
                 "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
                 "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
             )
+        if getattr(self.trainer.strategy, "_layer_sync", None) and self.trainer.strategy.root_device.type == "cpu":
+            raise UserError("sync_batchnorm: it needs GPUs; leave --trainer.sync_batchnorm out")
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if names is not None and self.class_names is not None and list(names) != self.class_names:
             raise UserError(f"class_names: the data's are {_short(names)}, the model's are {_short(self.class_names)}")

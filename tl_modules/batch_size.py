@@ -49,7 +49,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
 
 
 def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precision: str) -> int:
-    """Trains and validates copies of the module for two steps with growing batches; module and random numbers stay as they are.
+    """Trains and validates copies of the module with growing batches; module and random numbers stay as they are.
 
     Args:
         module: What will be trained.

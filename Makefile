@@ -4,7 +4,7 @@ BIN := .venv/bin
 # the tested set is for the tested Python; another one resolves its own within the floors
 TESTED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: help setup demo test test-slow format check notebooks
+.PHONY: help setup demo test test-slow test-exact format check notebooks
 
 help: ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: setup ## Fast tests
 
 test-slow: setup ## Reference scores on TL_DATA_DIR, notebooks, several processes
 	$(BIN)/python -m pytest -m slow
+
+test-exact: setup ## Interrupted runs against undisturbed ones, to the bit
+	$(BIN)/python -m pytest -m exact -n auto --dist worksteal
 
 format: setup ## Format the code
 	$(BIN)/ruff format .

@@ -49,6 +49,8 @@ def test_damage_is_seen(file, break_):
     assert "is damaged" in damage(file)
     with pytest.raises(UserError, match=r"last.ckpt is damaged"):
         load(file)
+    with pytest.raises(UserError, match=r"weights: .*last.ckpt (is damaged|cannot be read)"):
+        read(file)
 
 
 def test_every_flipped_bit_of_the_tensors_is_seen(file):

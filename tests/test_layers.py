@@ -13,7 +13,7 @@ ALLOWED = {
     "heads": set(),
     "functional": set(),
     "scores": set(),
-    "backbones": LOW,
+    "backbones": LOW | {"checkpoints"},
     "methods": LOW | {"functional"},
     "finetuning": LOW | {"functional"},
     "terms": set(),

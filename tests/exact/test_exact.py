@@ -29,8 +29,9 @@ def test_one_process(strategy, workers, folder):
     assert check(strategy, folder, more=f"--data.num_workers {workers}") == {}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(number, marks=exact) for number in (0, 2)])
-def test_two_processes(workers, folder):
+@pytest.mark.parametrize("workers", [pytest.param(n, marks=exact, id=f"{n} workers") for n in (0, 2)])
+def test_together(workers, folder):
+    """Two processes with gloo; the second one gets the signal."""
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "exact"}
     common |= {"MASTER_PORT": str(30000 + os.getpid() % 900 * 10), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
     ranks = [

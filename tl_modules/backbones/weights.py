@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_modules.checkpoints import damage
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
         if not best.is_file():
             raise UserError(f"weights: {path} is no run directory: it has no checkpoints/best.ckpt")
         path = best
+    if zipfile.is_zipfile(path) and (fault := damage(path)):
+        raise UserError(f"weights: {path} {fault}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.base import TransferModule
+
+log = logging.getLogger(__name__)
 
 
 class ExactResume(Callback):
@@ -36,6 +39,12 @@ class ExactResume(Callback):
         """Keeps this process's state until the first step."""
         ranks = checkpoint.get("ranks", [])
         self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        if self.loaded is None and trainer.is_global_zero and trainer.training:
+            log.warning(
+                "the checkpoint has the random numbers of %d processes, this run %d: it goes on, but not to the bit",
+                len(ranks),
+                trainer.world_size,
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restores it."""

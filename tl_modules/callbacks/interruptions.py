@@ -63,7 +63,8 @@ class Interruptions(Callback):
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        log.warning("%s: saving after this step; once more stops at once", signal.Signals(number).name)
+        # not by logging, which this signal may have interrupted
+        os.write(2, f"{signal.Signals(number).name}: saving after this step; once more stops at once\n".encode())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the state is between two exact ones."""

@@ -1,6 +1,6 @@
 """What exactness costs: epochs with the audit, checksummed atomic files and exact sampling, and without.
 
-    python benchmarks/exact_cost.py [--data DIR_WITH_clothing_AND_weights] [--pairs 30] [--json FILE]
+    python benchmarks/exact_cost.py [--data DIR_WITH_clothing_AND_weights] [--pairs 30] [--only clothing] [--json FILE]
 
 An epoch is its training, its validation and its checkpoint. "Without" is Lightning's own: DataLoader(shuffle=True), its
 checkpoint files, no audit, no interruption handling. One run of one process takes turns epoch by epoch, since two
@@ -132,6 +132,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--only", default="", help="a part of the cases' names")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     seed_everything(0, verbose=False)
@@ -142,6 +143,8 @@ def main():
     print("| case | seconds with | without | ratio | its quartiles |\n|---|---|---|---|---|")
     results = {}
     for name, model, data, batches in cases(args.data):
+        if args.only not in name:
+            continue
         measured = pairs(model, data, args.pairs, batches)
         low, ratio, high = statistics.quantiles([with_ / without for with_, without in measured], n=4)
         medians = [statistics.median(each) for each in zip(*measured, strict=True)]

@@ -255,7 +255,7 @@ class TransferModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """As Lightning's, but for a plateau's scheduler, which it would step only after an epoch's checkpoint."""
+        """Leaves out a plateau's, which Lightning would step after the epoch's checkpoint (its pull request 7877)."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 

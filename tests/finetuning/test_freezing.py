@@ -183,6 +183,16 @@ def test_a_plateau_lowers_every_group_and_is_in_the_epochs_checkpoint(ok, tmp_pa
     assert rates == pytest.approx([1e-6, 5e-7, 2.5e-7, 1.25e-7])  # lowered tenfold after epochs 1, 2 and 3
 
 
+def test_lightning_still_steps_a_plateau_after_the_epochs_checkpoint():
+    """When this fails, `lr_scheduler_step` and `on_train_epoch_end` of TransferModule can leave the plateau to Lightning."""
+    import inspect
+
+    from lightning.pytorch.loops import _FitLoop
+
+    source = inspect.getsource(_FitLoop.on_advance_end)
+    assert source.index('"on_train_epoch_end", monitoring_callbacks=True') < source.index("update_lr_schedulers")
+
+
 def test_warm_up_and_cosine_live_through_every_opening():
     from lightning.pytorch import Trainer
     from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR

@@ -159,7 +159,8 @@ def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
     """Whether the optimizer has stepped, and neither a validation nor the epoch's end comes now."""
     done = batch_idx + 1
     check = trainer.val_check_batch
-    validates = isinstance(check, int) and trainer.limit_val_batches != 0 and done % check == 0
+    counted = done if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1
+    validates = isinstance(check, int) and trainer.limit_val_batches != 0 and counted % check == 0
     return done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches and not validates
 
 

@@ -85,6 +85,7 @@ class TransferDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.seed = seed
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
+        self._loaders: list[Loader] = []
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each domain that this split has.
@@ -157,7 +158,7 @@ class TransferDataModule(LightningDataModule):
     def _loader(
         self, view: View, size: int, sampler: Any, collate_fn: Callable[..., Any], drop_last: bool = False
     ) -> DataLoader[Any]:
-        return Loader(
+        loader = Loader(
             view,
             batch_size=size,
             sampler=sampler,
@@ -169,6 +170,17 @@ class TransferDataModule(LightningDataModule):
             worker_init_fn=_deaf,
             generator=torch.Generator(),  # of its own, so that making an iterator leaves the model's numbers alone
         )
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str) -> None:
+        """Ends the loaders' workers."""
+        while self._loaders:
+            self._loaders.pop().stop()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends them too where a run ends early."""
+        self.teardown("")
 
 
 class View(Dataset[Any]):
@@ -206,11 +218,19 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(state[2])
 
 
+GRACE = 30  # seconds
+
+
 def _deaf(worker: int) -> None:
-    """Leaves a signal to the whole process group, e.g. Ctrl-C's, to the main process, which still needs its workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    """Keeps a worker alive through a signal to the whole process group or job: the main process still needs it to save.
+
+    SIGTERM is also how a process ends its workers, so it is obeyed, but only after a while; `Loader.stop` is faster.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE) and None)
 
 
 class Loader(DataLoader[Any]):
@@ -222,6 +242,13 @@ class Loader(DataLoader[Any]):
         for batch in super().__iter__():
             self.done += 1
             yield batch
+
+    def stop(self) -> None:
+        """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
+        iterator: Any = self._iterator
+        self._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the batches that it has given."""

@@ -195,3 +195,31 @@ def test_resume_finds_its_run(tl, ok, last):
     shutil.rmtree(last.parent)
     ok("fit --run runs/x --resume --trainer.max_epochs 1")  # killed before its first save
     assert load(last)["epoch"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["group", "main process"])
+def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
+    """`timeout`, Ctrl-C and schedulers signal the whole group, workers included; `kill` only the first process."""
+    import subprocess
+    import sys
+    import time
+
+    two = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp" if who == "main process" else ""
+    line = f"{RUN} --trainer.max_epochs 500 --data.num_workers 2 --save_every 1 {two}"
+    port = str(29000 + os.getpid() % 900)
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "tl_modules", *line.split()], cwd=tmp_path, stdout=said, stderr=said,
+            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": port},
+        )  # fmt: skip
+    while "epoch 2/" not in (tmp_path / "said").read_text():
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.1)
+    (os.killpg if who == "group" else os.kill)(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 143, (tmp_path / "said").read_text()
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert load(last)["epoch"] >= 2
+    time.sleep(1)
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(run.pid, 0)

@@ -6,24 +6,11 @@ import signal
 import time
 
 import pytest
-import torch
-from harness import call, compare, line
+from harness import call, compare, forked, line
 
 from tl_modules.checkpoints import damage
 
 KILLS = 20
-
-
-def forked(words):
-    """Starts `tl` in a forked process, which spares the imports."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os._exit(call(words))
-    return child
 
 
 @pytest.mark.slow

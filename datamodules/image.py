@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import SPLIT_NAMES, SPLITS, DataError, TransferDataModule, expand, log, three_way
+from datamodules.base import SPLIT_NAMES, SPLITS, DataError, TransferDataModule, digest, expand, log, three_way
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
@@ -73,6 +74,12 @@ class FolderImages(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def fingerprint(self) -> str:
+        """What names its contents: a file's size, and when its contents, and when its entry, last changed."""
+        stats = [os.stat(path) for path in self.ids]
+        files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
+        return digest(files, self.targets, self.size, self.max_pixels)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return read_image(Path(self.ids[index]), self.size, self.max_pixels), int(self.targets[index])
@@ -119,7 +126,7 @@ class ImageFolders(TransferDataModule):
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
         max_pixels: Larger images are bad images, found by their header before decoding.
-        num_workers: Processes that decode images.
+        num_workers: Processes that decode images; None is one per core, at most 8.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -136,7 +143,7 @@ class ImageFolders(TransferDataModule):
         classes: list[str] | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
         max_pixels: int = 50_000_000,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, **kwargs)
@@ -246,6 +253,10 @@ class ArrayImages(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def fingerprint(self) -> str:
+        """What names its contents."""
+        return digest(self.images, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[index], self.targets[index]

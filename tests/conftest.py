@@ -77,3 +77,9 @@ def data_dir():
     if not path.is_dir():
         pytest.skip("TL_DATA_DIR is not set")
     return path.resolve()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_folder(tmp_path_factory):
+    """Cached features of tests are nobody else's."""
+    os.environ["TL_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))

@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -28,6 +29,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, MetricCollection
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.cached import Cached
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
@@ -36,7 +38,7 @@ from tl_modules.terms import Terms
 
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], nn.Module]
-Batch = Mapping[str, tuple[Tensor, Tensor | None]]
+Batch = Mapping[str, tuple[Tensor | Cached, Tensor | None]]
 
 
 @dataclass
@@ -44,13 +46,13 @@ class DomainView:
     """What the network sees of one domain in one step.
 
     Attributes:
-        x: The raw input, (B, ...).
+        x: The raw input, (B, ...); where the frozen stages are cached, a `Cached`.
         y: The labels, (B, ...), or None where they are hidden.
         features: (B, out_features).
         output: The head's output, (B, num_outputs).
     """
 
-    x: Tensor
+    x: Tensor | Cached
     y: Tensor | None
     features: Tensor
     output: Tensor
@@ -138,16 +140,22 @@ class TransferModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw input (B, ...) -> outputs (B, num_outputs)."""
-        output: Tensor = self.head(self.backbone(x))
-        return output
+        return self._output(self.backbone(x))
 
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """One view per domain of the batch."""
         views = {}
         for domain, (x, y) in batch.items():
-            features = self.backbone(x)
-            views[domain] = DomainView(x, y, features, self.head(features))
+            features = x.features() if isinstance(x, Cached) else self.backbone(x)
+            views[domain] = DomainView(x, y, features, self._output(features))
         return views
+
+    def _output(self, features: Tensor) -> Tensor:
+        """The head in full precision, which its few products can afford and a regression's values need."""
+        if not torch.is_autocast_enabled(features.device.type):
+            return cast(Tensor, self.head(features))
+        with torch.autocast(features.device.type, enabled=False):
+            return cast(Tensor, self.head(features.float()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
@@ -159,7 +167,7 @@ class TransferModule(LightningModule):
         }
         for name, method in self.named_methods():
             terms[name] = method.weight * method(self, views.get("source"), views.get("target"))
-        total = torch.stack(list(terms.values())).sum()
+        total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
 
@@ -191,6 +199,15 @@ class TransferModule(LightningModule):
         self.log(f"{metrics.prefix}loss", mean, batch_size=len(view.y))
         self.log_dict(metrics, batch_size=len(view.y))
         return {domain: view}
+
+    # At full speed
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning notes the running hook's name fifty times a step, and a network's own way costs 2 us each time."""
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # Fine-tuning
 
@@ -236,7 +253,7 @@ class TransferModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Named groups with discriminative learning rates, and the scheduler at its interval."""
-        optimizer = self.optimizer(list(self.finetuning.param_groups(self)))
+        optimizer = fused(self.optimizer(list(self.finetuning.param_groups(self))))
         for group in optimizer.param_groups:
             group["lr"] *= group["lr_scale"]
             group["configured_lr"] = group["lr"]
@@ -389,6 +406,19 @@ class TransferModule(LightningModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             if "base_lrs" in scheduler:
                 scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]
+
+
+def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Lets an optimizer that can update all parameters in one kernel do so, unless another way was asked for."""
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    ways = [optimizer.defaults.get(key) for key in ("fused", "foreach", "capturable", "differentiable")]
+    if "fused" in optimizer.defaults and not any(ways) and all(p.is_floating_point() for p in everything):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    if all(p.device.type == "cpu" for p in everything):
+        # torch asks the driver for a GPU in each step, to refuse one in a graph (its Adam and AdamW; 0.1 ms)
+        optimizer._accelerator_graph_capture_health_check = lambda: None  # type: ignore[attr-defined]
+    return optimizer
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ import gc
 import logging
 import resource
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 from tl_modules.callbacks.exact_resume import random_state, restore_random_state
 from tl_modules.errors import UserError
+from tl_modules.memory import free_memory
 
 log = logging.getLogger(__name__)
 SHARE = 0.8  # of the free main memory that may be filled; the kernel kills a process that asks for more than there is
@@ -63,7 +63,7 @@ def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precis
     start: int = data.batch_size
     state = random_state()
     most = max(len(loader.sampler) for loader in data.train_dataloader().flattened)
-    before, room = _peak(), _free()
+    before, room = _peak(), free_memory()
 
     def fits(size: int) -> bool:
         on_cpu = trainer.strategy.root_device.type == "cpu"
@@ -102,13 +102,3 @@ def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precis
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _free() -> int:
-    """Bytes of main memory that this process may still take."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return min(found, default=2**62)

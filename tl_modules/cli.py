@@ -34,6 +34,7 @@ from tl_modules.batch_size import find_batch_size, out_of_memory
 from tl_modules.callbacks import (
     Bar,
     ExactResume,
+    FeatureCache,
     FreezeAudit,
     Interruptions,
     Pictures,
@@ -153,6 +154,7 @@ class TransferCLI(LightningCLI):
         parser.add_argument(
             "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
         )
+        parser.add_class_arguments(FeatureCache, "cache")
         if self.command == "fit":
             parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
             parser.add_argument(
@@ -250,7 +252,7 @@ class TransferCLI(LightningCLI):
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
         self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
-        callbacks: list[Callback] = [self.files]
+        callbacks: list[Callback] = [self.files, FeatureCache(**config.cache)]
         if config.trainer.logger is not False:
             callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:

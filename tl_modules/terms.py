@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ class Terms:
     def add(self, terms: Mapping[str, Tensor], size: int) -> None:
         """Takes in one step's terms, scalars that are means over `size` samples."""
         names = tuple(terms)
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        self.sums[names] = self.sums.get(names, 0) + values * size
-        self.samples[names] = self.samples.get(names, 0) + size
-        # a sum that was once not finite never is again
-        self.finite = (
-            self.finite.to(values.device) + torch.stack([s.isfinite().all() for s in self.sums.values()]).all()
-        )
+        values = torch.stack([term.detach() for term in terms.values()]).float()
+        if names not in self.sums:
+            self.sums[names], self.samples[names] = torch.zeros_like(values), 0
+            self.finite = self.finite.to(values.device)
+        self.sums[names].add_(values, alpha=size)
+        self.samples[names] += size
+        # a sum that was once not finite never is again, and nothing times 0 is 0 then
+        self.finite += reduce(torch.add, [s.sum() for s in self.sums.values()]) * 0 == 0
 
     def means(self) -> dict[str, Tensor]:
         """The epoch's mean of each term so far."""

@@ -29,12 +29,14 @@ class Cut:
     """Both sides of a backbone; they share its modules.
 
     Attributes:
-        trunk: x (B, ...) -> the boundary, tensors of B rows each.
-        tail: The boundary -> features (B, out_features).
+        closed: After how many stages.
+        trunk: x (B, ...) -> the boundary, one or several tensors of B rows each.
+        tail: These tensors -> features (B, out_features).
     """
 
-    trunk: Callable[[Tensor], Boundary]
-    tail: Callable[[Boundary], Tensor]
+    closed: int
+    trunk: nn.Module
+    tail: Callable[..., Tensor]
 
 
 def cut(backbone: Backbone, closed: int) -> Cut:
@@ -49,7 +51,7 @@ def cut(backbone: Backbone, closed: int) -> Cut:
     """
     stages = backbone.stages()
     if closed == len(stages):
-        return Cut(lambda x: (backbone(x),), lambda boundary: boundary[0])
+        return Cut(closed, backbone, lambda features: features)
     graph = _graph(backbone, closed)
     open_nodes = _open_nodes(backbone, graph, closed)
     border = [
@@ -61,27 +63,29 @@ def cut(backbone: Backbone, closed: int) -> Cut:
         raise NotCut("its open stages read the input itself")
     trunk = _part(backbone, graph, [n for n in graph.nodes if n not in open_nodes], [], border)
     tail = _part(backbone, graph, [n for n in graph.nodes if n in open_nodes or n.op == "get_attr"], border, None)
-    return Cut(lambda x: tuple(trunk(x)), lambda boundary: tail(*boundary))
+    return Cut(closed, trunk, tail)
 
 
-def checked_cut(backbone: Backbone, closed: int, x: Tensor) -> tuple[Cut, Boundary]:
-    """Cuts, and compares with the whole on a batch in eval mode.
+def run_trunk(cut: Cut, x: Tensor) -> Boundary:
+    """The boundary of a batch."""
+    boundary = cut.trunk(x)
+    return boundary if isinstance(boundary, tuple) else (boundary,)
 
-    Returns:
-        The cut, and the batch's boundary.
+
+def check(cut: Cut, backbone: Backbone, x: Tensor, boundary: Boundary) -> None:
+    """Compares with the whole on a batch in eval mode.
 
     Raises:
-        NotCut: As `cut`; or the boundary is not a row per sample, or the parts do not give what the whole does.
+        NotCut: The boundary is not a row per sample, or the parts do not give what the whole does.
     """
-    both = cut(backbone, closed)
-    boundary = both.trunk(x)
     if not all(isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(x) for part in boundary):
         raise NotCut("what passes between its stages is not a tensor with a row per sample")
     # half of the batch, so that a cut which has remembered the batch's size shows
     half = (len(x) + 1) // 2
-    if not torch.allclose(both.tail(tuple(part[:half] for part in boundary)), backbone(x[:half]), 1e-2, 1e-3):
+    tolerance = 1e-5 if all(part.dtype == torch.float32 for part in boundary) else 1e-2
+    given = cut.tail(*(part[:half] for part in boundary))
+    if not torch.allclose(given, backbone(x[:half]), tolerance, 10 * tolerance):
         raise NotCut("its parts do not give what the whole does")
-    return both, boundary
 
 
 class _Skeleton(fx.Tracer):

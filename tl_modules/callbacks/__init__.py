@@ -1,6 +1,7 @@
-"""What watches a run: its directory, the freeze audit, interruptions, the progress lines, TensorBoard's pictures."""
+"""What watches a run: its directory, the feature cache, the freeze audit, interruptions, the progress lines, TensorBoard's pictures."""
 
 from tl_modules.callbacks.exact_resume import ExactResume
+from tl_modules.callbacks.feature_cache import FeatureCache
 from tl_modules.callbacks.freeze_audit import FreezeAudit
 from tl_modules.callbacks.interruptions import Interruptions
 from tl_modules.callbacks.pictures import Pictures
@@ -11,6 +12,7 @@ from tl_modules.callbacks.run_directory import RunDirectory
 __all__ = [
     "Bar",
     "ExactResume",
+    "FeatureCache",
     "FreezeAudit",
     "Interruptions",
     "Pictures",

@@ -6,8 +6,9 @@ import heapq
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from tl_modules.base import DomainView, TransferModule
+from tl_modules.cached import Cached
 from tl_modules.callbacks.best import Best
 
 SHOWN = 16  # images in a grid
@@ -36,6 +38,7 @@ class Pictures(Callback):
         self.best = Best()
         self.kept: _Kept | None = None
         self.now = _Kept()
+        self.loader: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
@@ -51,13 +54,15 @@ class Pictures(Callback):
         if writer is None or trainer.global_step > 0 or batch_idx > 0 or not isinstance(pl_module, TransferModule):
             return
         for domain, (x, y) in batch.items():
+            x = x.read(SHOWN) if isinstance(x, Cached) else x
             if _is_image(x):
                 titles = ["hidden"] * len(x) if y is None else [_name(pl_module, value) for value in y[:SHOWN]]
                 writer.add_figure(f"inputs/{domain}", _grid(list(x[:SHOWN].cpu()), titles), 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
-        self.now = _Kept()
+        self.loader = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
+        self.now = _Kept(self.loader)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -66,7 +71,7 @@ class Pictures(Callback):
         if _tensorboard(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
             for view in outputs.values():
-                self.now.add(pl_module, view)
+                self.now.add(view)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""
@@ -81,7 +86,7 @@ class Pictures(Callback):
         writer = _writer(trainer)
         if writer is None or not isinstance(pl_module, TransferModule) or kept is None:
             return
-        kept.draw(writer, pl_module, "val", trainer.global_step)
+        kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
         metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name != "epoch"}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
@@ -103,74 +108,76 @@ class Pictures(Callback):
         kept = _gathered(self.now, trainer)
         writer = _writer(trainer)
         if writer is not None and kept is not None and isinstance(pl_module, TransferModule):
-            kept.draw(writer, pl_module, "test", trainer.global_step)
+            kept.draw(writer, pl_module, self.loader.dataset, "test", trainer.global_step)
             writer.flush()
 
 
 class _Kept:
-    """What one pass over a split leaves for drawing."""
+    """What one pass over a split leaves for drawing.
 
-    def __init__(self) -> None:
-        self.worst: list[tuple[float, int, Tensor, str]] = []
-        self.confused: dict[tuple[int, int], Tensor] = {}
-        self.pairs: Counter[tuple[int, int]] = Counter()
-        self.points: list[tuple[Tensor, Tensor, str]] = []
-        self.seen = 0
+    Args:
+        loader: What the pass reads; its images are read again when they are drawn.
+    """
 
-    def add(self, module: TransferModule, view: DomainView) -> None:
+    def __init__(self, loader: Any = None) -> None:
+        dataset = getattr(loader, "dataset", ())
+        self.rows: list[int] = list(getattr(getattr(loader, "sampler", None), "rows", range(len(dataset))))
+        self.outputs: list[Tensor] = []
+        self.labels: list[Tensor] = []
+        self.features: list[Tensor] = []
+
+    def add(self, view: DomainView) -> None:
         assert view.y is not None
-        prediction = module.predict(view.output).cpu()
-        images = view.x.cpu()
-        room = max(0, POINTS - self.seen)
-        thumbnails = _thumbnails(images[:room]) if _is_image(images) else images[:room]
-        labels = view.y.cpu()
-        classes = module.class_names is not None and prediction.ndim == 2
-        guess = prediction.argmax(1) if classes else prediction
-        each = [module.loss(view.output[i : i + 1], view.y[i : i + 1]) for i in range(len(labels))]
-        for i, loss in enumerate(torch.stack(each).tolist()):
-            title = f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {loss:.2f}"
-            self.seen += 1
-            heapq.heappush(self.worst, (loss, self.seen, images[i], title))
-            if len(self.worst) > SHOWN:
-                heapq.heappop(self.worst)
-            if classes:
-                pair = (int(labels[i]), int(guess[i]))
-                self.pairs[pair] += 1
-                if pair[0] != pair[1]:
-                    self.confused.setdefault(pair, images[i])
-            if i < room:
-                self.points.append((view.features[i].float().cpu(), thumbnails[i], _name(module, labels[i])))
+        self.outputs.append(view.output)
+        self.labels.append(view.y)
+        if len(self.features) * len(view.y) < POINTS:
+            self.features.append(view.features.float())
 
-    def merge(self, other: _Kept) -> None:
-        """Takes in what another process kept of its part of the split."""
-        self.worst = heapq.nlargest(SHOWN, [*self.worst, *other.worst], key=lambda item: item[0])
-        self.confused = other.confused | self.confused
-        self.pairs += other.pairs
-        self.points = [*self.points, *other.points][:POINTS]
+    def on_cpu(self) -> _Kept:
+        """The same, ready to be sent; its rows are those that a limited pass has seen."""
+        for part in (self.outputs, self.labels, self.features):
+            part[:] = [torch.cat(part).cpu()] if part else []
+        self.rows = self.rows[: len(self.labels[0])] if self.labels else []
+        return self
 
-    def draw(self, writer: Any, module: TransferModule, split: str, step: int) -> None:
-        if not self.points:
+    def draw(self, writer: Any, module: TransferModule, dataset: Any, split: str, step: int) -> None:
+        if not self.rows:
             return
-        picture = _is_image(self.worst[0][2][None])
-        if picture:
-            worst = sorted(self.worst, key=lambda item: -item[0])
-            titles = [item[3] for item in worst]
-            writer.add_figure(f"{split}/worst: true, predicted, loss", _grid([item[2] for item in worst], titles), step)
-        if module.class_names is not None and self.pairs:
-            writer.add_figure(f"{split}/confusion", _confusion(self.pairs, module.class_names), step)
-            top = [(p, n) for p, n in self.pairs.most_common() if p[0] != p[1]][:SHOWN]
-            names = module.class_names
+        outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
+        with torch.inference_mode():
+            on_device = outputs.to(module.device).split(1), labels.to(module.device).split(1)
+            losses = torch.stack([module.loss(o, y) for o, y in zip(*on_device, strict=True)]).tolist()
+            prediction = module.predict(outputs)
+        names = module.class_names
+        classes = names is not None and prediction.ndim == 2
+        guess = prediction.argmax(1) if classes else prediction
+        picture = _is_image(dataset[self.rows[0]][0][None])
+
+        def grid(title: str, places: list[int], titles: list[str]) -> None:
+            if picture and places:
+                writer.add_figure(title, _grid([dataset[self.rows[i]][0] for i in places], titles), step)
+
+        worst = heapq.nlargest(SHOWN, range(len(losses)), key=losses.__getitem__)
+        titles = [f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {losses[i]:.2f}" for i in worst]
+        grid(f"{split}/worst: true, predicted, loss", worst, titles)
+        if classes and names is not None:
+            pairs = Counter(zip(labels.tolist(), guess.tolist(), strict=True))
+            writer.add_figure(f"{split}/confusion", _confusion(pairs, names), step)
+            top = [(p, n) for p, n in pairs.most_common() if p[0] != p[1]][:SHOWN]
             rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
             writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
-            if picture and top:
-                images = [self.confused[p] for p, _ in top]
-                titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
-                writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(images, titles), step)
-        features = torch.stack([point[0] for point in self.points])
-        thumbnails = torch.stack([point[1] for point in self.points]) if picture else None
+            first = {pair: i for i, pair in reversed(list(enumerate(zip(labels.tolist(), guess.tolist(), strict=True))))}
+            titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
+            grid(f"{split}/most confused: true, predicted, times", [first[p] for p, _ in top], titles)
+        thumbnails = None
+        if picture:
+            with ThreadPoolExecutor() as pool:
+                images = pool.map(lambda row: _thumbnail(dataset[row][0]), self.rows[: len(features)])
+            thumbnails = torch.stack(list(images))
         folder = Path(writer.log_dir) / "00000" / f"{split}_features"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
-        writer.add_embedding(features, [point[2] for point in self.points], thumbnails, 0, folder.name)
+        shown = [_name(module, y) for y in labels[: len(features)]]
+        writer.add_embedding(features, shown, thumbnails, 0, folder.name)
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -199,12 +206,20 @@ def _writer(trainer: Trainer) -> Any:
 def _gathered(kept: _Kept | None, trainer: Trainer) -> _Kept | None:
     """What all processes kept, on each."""
     if kept is None or trainer.world_size == 1:
-        return kept
+        return kept and kept.on_cpu()
     parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, kept)
-    for other in parts[1:]:
-        parts[0].merge(other)
-    return cast(_Kept, parts[0])
+    torch.distributed.all_gather_object(parts, kept.on_cpu())
+    whole = _Kept()
+    # features are of the first samples of each process, so the samples that have one come first
+    for rest in (False, True):
+        for part in parts:
+            count = len(part.features[0]) if part.features else 0
+            chosen = slice(count, None) if rest else slice(count)
+            whole.rows += part.rows[chosen]
+            whole.outputs += [each[chosen] for each in part.outputs]
+            whole.labels += [each[chosen] for each in part.labels]
+            whole.features += [] if rest else part.features
+    return whole
 
 
 def _is_image(x: Any) -> bool:
@@ -217,11 +232,11 @@ def _name(module: TransferModule, value: Tensor) -> str:
     return ", ".join(f"{v:.3g}" for v in value.reshape(-1).tolist())
 
 
-def _thumbnails(images: Tensor) -> Tensor:
-    """(B, C, H, W) images -> (B, 3, 32, 32) floats in [0, 1]."""
-    x = images.float() / (255 if images.dtype == torch.uint8 else 1)
+def _thumbnail(image: Tensor) -> Tensor:
+    """(C, H, W) image -> (3, 32, 32) floats in [0, 1]."""
+    x = image[None].float() / (255 if image.dtype == torch.uint8 else 1)
     small = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True)
-    return small.expand(-1, 3, -1, -1).clamp(0, 1)
+    return small[0].expand(3, -1, -1).clamp(0, 1)
 
 
 def _grid(images: list[Tensor], titles: list[str]) -> Any:

@@ -18,12 +18,14 @@ class Method(nn.Module):
 
     Attributes:
         needs: The domains that must be present in training, of "source" and "target".
+        reads_x: Whether it looks at a view's `x`, which is then read in every epoch even where features could be cached.
 
     Args:
         weight: What the term is multiplied by.
     """
 
     needs: tuple[str, ...] = ()
+    reads_x: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()

@@ -52,13 +52,14 @@ class Classification(TransferModule):
 
     def metrics(self) -> MetricCollection:
         """Accuracy (micro), F1 and AUROC (macro), and the calibration error over 15 bins."""
-        classes = self.num_outputs
+        # each check of the arguments would wait for the device
+        common: dict[str, Any] = {"num_classes": self.num_outputs, "validate_args": False}
         return MetricCollection(
             {
-                "accuracy": MulticlassAccuracy(classes, average="micro"),
-                "f1": MulticlassF1Score(classes, average="macro"),
-                "auroc": MulticlassAUROC(classes, average="macro", thresholds=200),
-                "calibration_error": MulticlassCalibrationError(classes, n_bins=15),
+                "accuracy": MulticlassAccuracy(average="micro", **common),
+                "f1": MulticlassF1Score(average="macro", **common),
+                "auroc": MulticlassAUROC(average="macro", thresholds=200, **common),
+                "calibration_error": MulticlassCalibrationError(n_bins=15, **common),
             }
         )
 

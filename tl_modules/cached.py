@@ -1,0 +1,51 @@
+"""What a batch holds in place of x where the frozen part of the backbone has been run before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tl_modules.errors import UserError
+
+
+class Cached:
+    """The activations of a batch where the closed stages end.
+
+    Args:
+        boundary: Tensors of B rows each.
+        tail: The boundary -> features (B, out_features).
+        read: How many -> so many of the batch's raw inputs, read anew.
+    """
+
+    def __init__(
+        self, boundary: tuple[Tensor, ...], tail: Callable[..., Tensor], read: Callable[[int], Tensor]
+    ) -> None:
+        self.boundary, self.tail, self.read = boundary, tail, read
+
+    def features(self) -> Tensor:
+        """Features (B, out_features)."""
+        return self.tail(*self.boundary)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Cached:
+        """The same on a device."""
+        moved = tuple(part.to(device, non_blocking=non_blocking) for part in self.boundary)
+        return Cached(moved, self.tail, self.read)
+
+    def __len__(self) -> int:
+        return len(self.boundary[0])
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Whoever takes it for a tensor is told what to do."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UserError(f"cache: x.{name} is asked for, but x was not read: its features are cached; let the method "
+                        "say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        """The same for torch's functions."""
+        raise UserError(f"cache: {function.__name__} is asked of x, but x was not read: its features are cached; let "
+                        "the method say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip

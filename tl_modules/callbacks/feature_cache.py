@@ -1,0 +1,366 @@
+"""Runs what is frozen once: while stages stay closed, training and evaluation go on from their cached output.
+
+    FeatureExtraction   images -> [ closed ] -> features .......... cached -> head
+    LastStages(1)       images -> [ closed ] -> boundary .......... cached -> last stage -> head
+    GradualUnfreezing   the same, with a new boundary at each opening
+
+An entry's key is made of the weights and buffers up to the boundary, the code that runs there, the data's fingerprint,
+precision and versions: whatever changes one of them misses, so that an entry is never stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
+from tl_modules.base import TransferModule, fingerprint
+from tl_modules.cached import Cached
+from tl_modules.memory import free_memory
+from tl_modules.store import Store, default_folder
+
+log = logging.getLogger(__name__)
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+BATCH = 32  # at least so many samples go through the closed stages at once
+MANY = 1000
+SHARE = 0.5  # of the free memory that an entry may take where the disk is not to be had
+
+
+class FeatureCache(Callback):
+    """Caches the output of the closed stages, on disk and for later runs too.
+
+    Caching begins where at least two passes read the entry, or an earlier run left it. Training data with random
+    augmentation are cached only as `views` fixed views; validation data always.
+
+    Args:
+        enabled: Whether to cache.
+        views: So many augmented views of each training sample are cached, and each epoch draws one of them; 0 caches
+            no augmented data.
+        dtype: What floating-point activations are stored as; None as they are computed.
+        folder: Where; None is $TL_CACHE_DIR, or lightning-transfer in the user's cache folder.
+        disk_gb: The least recently used entries are removed where all together would take more.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        views: int = 0,
+        dtype: Literal["float16", "bfloat16"] | None = None,
+        folder: str | None = None,
+        disk_gb: float = 50.0,
+    ) -> None:
+        self.enabled, self.views, self.dtype = enabled, views, dtype
+        self.store = Store(Path(folder).expanduser() if folder else default_folder(), int(disk_gb * 1e9))
+        self._forget()
+
+    def _forget(self) -> None:
+        self.cuts: dict[int, Cut | None] = {}
+        self.entries: dict[tuple[int, int], list[Tensor]] = {}
+        self.said: set[str] = set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets an earlier run."""
+        self._forget()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Serves an epoch that is gone on with; any other is served when it starts."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Serves the training data of every domain."""
+        loaders = trainer.train_dataloader
+        domains = loaders if isinstance(loaders, Mapping) else {}
+        named = {f"{name} train": loader for name, loader in domains.items()}
+        self._serve(trainer, pl_module, named, trainer.limit_train_batches)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Serves the validation data."""
+        self._serve(trainer, pl_module, {"val": trainer.val_dataloaders}, trainer.limit_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Serves the test data."""
+        self._serve(trainer, pl_module, {"test": trainer.test_dataloaders}, trainer.limit_test_batches)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go of the entries."""
+        self._forget()
+
+    def _serve(self, trainer: Trainer, module: LightningModule, loaders: Mapping[str, Any], limit: Any) -> None:
+        """Lets each loader give cached activations, or read where that is not to be."""
+        if not self.enabled or not isinstance(module, TransferModule) or not _straight(module):
+            return
+        for name, loader in loaders.items():
+            if hasattr(loader, "memory"):
+                passes = _passes(trainer, module) * _share(limit, len(loader))
+                loader.memory = self._memory(trainer, module, loader, name, passes)
+                if loader.memory is not None:
+                    loader.stop()
+
+    def _memory(
+        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
+    ) -> _Memory | None:
+        view, closed = loader.dataset, _closed(trainer, module)
+        if closed == 0:
+            return None
+        views = self.views if view.transform is not None else 1
+        if not views:
+            self._say(trainer, f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; "
+                               "--cache.views 4 would cache four augmented views of each sample")  # fmt: skip
+            return None
+        both = self._cut(trainer, module, closed)
+        if both is None:
+            return None
+        if (id(loader), closed) not in self.entries:
+            entry = self._entry(trainer, module, loader, name, both, views, passes)
+            if entry is None:
+                return None
+            # the boundary before is not needed any more
+            self.entries = {k: e for k, e in self.entries.items() if k[0] != id(loader)}
+            self.entries[id(loader), closed] = entry
+        dtype = module.dtype if self.dtype else None
+        return _Memory(view, self.entries[id(loader), closed], both, views, cast(Any, dtype))
+
+    def _cut(self, trainer: Trainer, module: TransferModule, closed: int) -> Cut | None:
+        if closed not in self.cuts:
+            try:
+                self.cuts[closed] = cut(module.backbone, closed)
+            except NotCut as reason:
+                self.cuts[closed] = None
+                self._say(trainer, f"the frozen stages run in every epoch: {reason}")
+        return self.cuts[closed]
+
+    def _entry(
+        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, both: Cut, views: int, passes: float
+    ) -> list[Tensor] | None:
+        """What an earlier run left, or a new entry where enough passes will read it."""
+        samples, what = len(loader.dataset), _what(both, module)
+        data = loader.dataset.fingerprint()
+        key = self._key(trainer, module, both, data, views) if data else None
+        found = self.store.open(key) if key else None
+        if _all_agree(trainer, found is not None):
+            assert found is not None
+            self._say(trainer, f"{name}: {what} of an earlier run, {samples:,} samples, {_size(found)}")
+            return found
+        if passes < 2:
+            return None
+        start = time.perf_counter()
+        # a sample's views are the same in every run
+        seeds = [np.random.default_rng(view).integers(2**62, size=samples).tolist() for view in range(views)]
+        places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
+        training = module.training
+        module.eval()
+        try:
+            built = self._build(trainer, module, loader, places, both, key)
+        except NotCut as reason:
+            self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
+            return None
+        finally:
+            module.train(training)
+        saved = f"; {passes:.0f} epochs go on from there" if passes < MANY else ""
+        self._say(trainer, f"{name}: {what} cached in {time.perf_counter() - start:.1f} s, {samples:,} samples, "
+                           f"{_size(built)}{saved}")  # fmt: skip
+        return built
+
+    def _build(
+        self, trainer: Trainer, module: TransferModule, loader: Any, places: Sequence[Any], both: Cut, key: str | None
+    ) -> list[Tensor]:
+        """Sends all samples through the closed stages, each process of a machine its part."""
+        if key is None:
+            _check_deterministic(loader, places)
+        rank, world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
+        token = str(trainer.strategy.broadcast(os.getpid())) + f".{trainer.node_rank}"
+        name = key or "once"
+        mine = places[rank::world]
+        size = max(BATCH, loader.batch_size)
+        tensors: list[Tensor] = []
+        on_disk = True
+        done = 0
+        with torch.no_grad():
+            for x, y in loader.read(mine, size):
+                x = trainer.precision_plugin.convert_input(x.to(module.device, non_blocking=True))
+                with trainer.precision_plugin.forward_context():
+                    boundary = run_trunk(both, x)
+                    if not tensors:
+                        check(both, module.backbone, x, boundary)
+                rows = [self._stored(part) for part in boundary]
+                if y is not None:
+                    if not isinstance(y, Tensor):
+                        raise NotCut("its labels are not tensors")
+                    rows.append(y)
+                if not tensors:
+                    specs = [((len(places), *row.shape[1:]), row.dtype) for row in rows]
+                    on_disk, tensors = self._room(trainer, specs, name, token, rank)
+                for whole, row in zip(tensors, rows, strict=True):
+                    whole[rank::world][done : done + len(row)].copy_(row)
+                done += len(x)
+        trainer.strategy.barrier()
+        if on_disk and rank == 0:
+            if key:
+                self.store.commit(key, token, tensors)
+            else:
+                self.store.drop(name, token)
+        trainer.strategy.barrier()
+        return tensors
+
+    def _room(
+        self, trainer: Trainer, specs: list[Any], name: str, token: str, rank: int
+    ) -> tuple[bool, list[Tensor]]:
+        """Tensors on disk, or in memory where the disk is not to be had."""
+        size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
+        reason = self.store.room(size)
+        if _all_agree(trainer, reason is None):
+            if rank == 0:
+                self.store.begin(name, token, specs)
+            trainer.strategy.barrier()
+            return True, self.store.begin(name, token, specs, create=False)
+        if trainer.world_size == 1 and size < SHARE * free_memory():
+            return False, [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
+        raise NotCut(f"{reason or 'another process has no room'}")
+
+    def _stored(self, part: Tensor) -> Tensor:
+        return part.to(DTYPES[self.dtype]) if self.dtype and part.is_floating_point() else part
+
+    def _key(self, trainer: Trainer, module: TransferModule, both: Cut, data: str, views: int) -> str:
+        whole = both.trunk.state_dict(keep_vars=True)
+        used = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
+        parts = [
+            fingerprint(used),
+            code(both.trunk, module.backbone),
+            data,
+            views,
+            self.dtype,
+            trainer.precision,
+            module.device.type,
+            torch.__version__,
+            # the rounding of a batch's rows can depend on which others are in it
+            trainer.num_devices if trainer.world_size > 1 else 1,
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _say(self, trainer: Trainer, text: str) -> None:
+        if trainer.is_global_zero and text not in self.said:
+            self.said.add(text)
+            log.info("cache: %s", text)
+
+
+class _Memory:
+    """Gives a batch of an entry in place of a batch that is read.
+
+    Args:
+        view: The data that the entry holds.
+        tensors: The boundary, and last, where they are not hidden, the labels.
+        both: The cut that the boundary belongs to.
+        views: How many views of each sample there are.
+        dtype: What converted activations are computed with; None leaves them.
+    """
+
+    def __init__(
+        self, view: Any, tensors: list[Tensor], both: Cut, views: int, dtype: torch.dtype | None
+    ) -> None:
+        self.view, self.tail, self.views, self.dtype = view, both.tail, views, dtype
+        self.parts, self.y = (tensors, None) if view.label == "none" else (tensors[:-1], tensors[-1])
+
+    def __call__(self, places: Sequence[Any]) -> tuple[Cached, Tensor | None]:
+        """The batch at these places: row numbers, or row numbers with the seeds that choose a view."""
+        pairs = [place if isinstance(place, tuple) else (place, 0) for place in places]
+        index = torch.tensor([row + len(self.view) * (seed % self.views) for row, seed in pairs])
+        boundary = tuple(part.index_select(0, index) for part in self.parts)
+        if self.dtype is not None:
+            boundary = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in boundary)
+        labels = None if self.y is None else self.y.index_select(0, index)
+        return Cached(boundary, self.tail, lambda count: self._read(pairs[:count])), labels
+
+    def _read(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        xs: Tensor = default_collate([self.view[pair][0] for pair in pairs])
+        return xs
+
+
+def _straight(module: TransferModule) -> bool:
+    """Whether x goes to the backbone and nowhere else."""
+    steps = ("look", "training_step", "validation_step", "test_step", "_evaluate")
+    own = any(getattr(type(module), name) is not getattr(TransferModule, name) for name in steps)
+    return not own and not any(method.reads_x for _, method in module.named_methods())
+
+
+def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
+    """How many stages are still closed at the end of the present epoch, or of one `later`."""
+    strategy = module.finetuning
+    now: float = trainer.current_epoch + later
+    if trainer.state.fn != "fit":
+        now = strategy.end
+    elif strategy.unit != "epochs":
+        steps = trainer.estimated_stepping_batches  # also loads the training data
+        now = (now + 1) * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        now = now / steps if strategy.unit == "fraction" else now
+    return module.num_stages - strategy.depth(now, module.num_stages)
+
+
+def _passes(trainer: Trainer, module: TransferModule) -> int:
+    """How many epochs, from the present one on, have the same stages closed."""
+    if trainer.state.fn != "fit":
+        return MANY  # the pass that fills the entry is the evaluation itself
+    end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else MANY
+    closed, left = _closed(trainer, module), max(1, end - trainer.current_epoch)
+    return next((n for n in range(1, left) if _closed(trainer, module, n) != closed), left)
+
+
+def _share(limit: float | int | None, batches: int) -> float:
+    """How much of the data an epoch sees."""
+    if limit is None:
+        return 1.0
+    return limit if isinstance(limit, float) else min(1.0, limit / max(1, batches))
+
+
+def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
+    """Reads the first samples twice.
+
+    Raises:
+        NotCut: They differ.
+    """
+    for place in places[:8]:
+        first, second = (loader.dataset[place][0] for _ in range(2))
+        if not (isinstance(first, Tensor) and torch.equal(first, second)):
+            raise NotCut("the data set draws random numbers of its own")
+
+
+def _all_agree(trainer: Trainer, flag: bool) -> bool:
+    return trainer.strategy.reduce_boolean_decision(flag, all=True) if trainer.world_size > 1 else flag
+
+
+def _what(both: Cut, module: TransferModule) -> str:
+    return "features" if both.trunk is module.backbone else f"what leaves the first {both.closed} stages"
+
+
+def _size(tensors: Sequence[Tensor]) -> str:
+    return f"{sum(t.nbytes for t in tensors) / 1e6:.1f} MB"
+
+
+def code(*modules: Any) -> str:
+    """SHA-256 of what the modules' classes do: their source files, and the text of a recorded graph."""
+    total = hashlib.sha256()
+    files = set()
+    for module in modules:
+        total.update(repr(module).encode())
+        total.update(getattr(module, "code", "").encode() if isinstance(getattr(module, "code", ""), str) else b"")
+        for each in module.modules():
+            for parent in type(each).__mro__:
+                try:
+                    files.add(inspect.getsourcefile(parent))
+                except (TypeError, OSError):  # made at run time, or without a file
+                    total.update(parent.__qualname__.encode())
+    for file in sorted(f for f in files if f):
+        total.update(Path(file).read_bytes() if Path(file).is_file() else file.encode())
+    return total.hexdigest()

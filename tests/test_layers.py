@@ -20,6 +20,7 @@ ALLOWED = {
     "cached": LOW,
     "store": set(),
     "memory": set(),
+    "precision": set(),
     "base": LOW | {"backbones", "methods", "finetuning", "terms", "cached"},
     "tasks": LOW | {"base", "heads", "functional"},
     "checkpoints": LOW,

@@ -46,6 +46,7 @@ from tl_modules.callbacks.best import monitor_of
 from tl_modules.checkpoints import WholeFiles, newest, sweep
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
+from tl_modules.precision import best_precision
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
 from tl_modules.trust import to_trust
 
@@ -72,7 +73,7 @@ COMMANDS = {
     "test": "Measure a run on the test split.",
     "predict": "Label data with a run and write a CSV.",
 }
-TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 1}
+TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 50}
 
 
 log = logging.getLogger(__name__)
@@ -239,6 +240,8 @@ class TransferCLI(LightningCLI):
         else:
             path = self.run or new_run(trainer.default_root_dir or ".", name)
         self.directory = path
+        if trainer.precision is None:
+            trainer.precision = self.saved["trainer"]["precision"] = best_precision(self.model, trainer.accelerator)
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)

@@ -63,6 +63,9 @@ class ImageBackbone(Backbone):
     def __init__(self, model: nn.Module, out_features: int, mean: Statistics = None, std: Statistics = None) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # twice as fast for convolutions, also on CPU
+        # on CPUs grouped convolutions train slower in bfloat16 (benchmarks/precision.py)
+        grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
+        self.bf16 = ("cuda",) if grouped else ("cuda", "cpu")
         self.out_features = out_features
         self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(-1, 1, 1))
@@ -225,6 +228,8 @@ class TimmBackbone(ImageBackbone):
         from timm.models import group_parameters
 
         model: Any = self.model
+        if not hasattr(model, "group_matcher"):
+            return super().stages()
         return stages_by_name(model, group_parameters(model, model.group_matcher(coarse=True), reverse=True))
 
 

@@ -1,0 +1,24 @@
+"""Which precision a run takes where none is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def best_precision(module: Any, accelerator: Any = "auto") -> str:
+    """bf16-mixed where device and backbone gain by it, otherwise 32-true; the same in every run on a machine.
+
+    Args:
+        module: Has a `backbone` that says in `bf16` whether it may; anything else stays in 32 bits.
+        accelerator: As for the Trainer.
+    """
+    backbone = getattr(module, "backbone", None)
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    wanted = ("cuda" if on_gpu else "cpu") in getattr(backbone, "bf16", ())
+    if on_gpu:
+        has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = accelerator in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if has and wanted else "32-true"

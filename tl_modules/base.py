@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar, Literal, cast
@@ -140,36 +141,38 @@ class TransferModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw input (B, ...) -> outputs (B, num_outputs)."""
-        return self._output(self.backbone(x))
+        features = single(self.backbone(x))
+        with self._full_precision():
+            return cast(Tensor, self.head(features))
 
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """One view per domain of the batch."""
         views = {}
         for domain, (x, y) in batch.items():
-            features = x.features() if isinstance(x, Cached) else self.backbone(x)
-            views[domain] = DomainView(x, y, features, self._output(features))
+            features = single(x.features() if isinstance(x, Cached) else self.backbone(x))
+            with self._full_precision():
+                views[domain] = DomainView(x, y, features, self.head(features))
         return views
-
-    def _output(self, features: Tensor) -> Tensor:
-        """The head in full precision, which its few products can afford and a regression's values need."""
-        if not torch.is_autocast_enabled(features.device.type):
-            return cast(Tensor, self.head(features))
-        with torch.autocast(features.device.type, enabled=False):
-            return cast(Tensor, self.head(features.float()))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
         views = self.look(batch)
-        terms = {
-            f"task/{domain}": self.task_weight[domain] * self.loss(view.output, view.y)
-            for domain, view in views.items()
-            if view.y is not None
-        }
-        for name, method in self.named_methods():
-            terms[name] = method.weight * method(self, views.get("source"), views.get("target"))
+        with self._full_precision():
+            terms = {
+                f"task/{domain}": self.task_weight[domain] * self.loss(view.output, view.y)
+                for domain, view in views.items()
+                if view.y is not None
+            }
+            for name, method in self.named_methods():
+                terms[name] = method.weight * method(self, views.get("source"), views.get("target"))
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """Head, losses and methods are small and need their digits: mixed precision ends at the features."""
+        mixed = torch.is_autocast_enabled(self.device.type)
+        return torch.autocast(self.device.type, enabled=False) if mixed else nullcontext()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Logs the epoch's mean of each term, before the validation that ends it."""
@@ -406,6 +409,11 @@ class TransferModule(LightningModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             if "base_lrs" in scheduler:
                 scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]
+
+
+def single(features: Tensor) -> Tensor:
+    """Features that mixed precision has made half ones, in single precision."""
+    return features.float() if torch.is_autocast_enabled(features.device.type) else features
 
 
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

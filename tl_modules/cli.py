@@ -241,7 +241,8 @@ class TransferCLI(LightningCLI):
             path = self.run or new_run(trainer.default_root_dir or ".", name)
         self.directory = path
         if trainer.precision is None:
-            trainer.precision = self.saved["trainer"]["precision"] = best_precision(self.model, trainer.accelerator)
+            precision = best_precision(self.model, trainer.accelerator)
+            kwargs["precision"] = trainer.precision = self.saved["trainer"]["precision"] = precision
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)

@@ -51,7 +51,7 @@ CASES = {
     "in no optimizer": ("--model faults.Forgets --model.backbone ConvNet", "head.bias trains but is in no optimizer"),
     "twice": ("--model faults.Twice --model.backbone ConvNet", "head.bias is in the optimizer 2 times"),
     "a closed weight moves": ("--model.finetuning LastStages --trainer.callbacks+=faults.Touches", "stage_0 is closed, but its weights or buffers changed in epoch 0"),
-    "a closed BatchNorm moves": ("--model.finetuning FeatureExtraction --trainer.callbacks+=faults.Thaws", "stage_0 is closed, but its weights or buffers changed in epoch 0"),
+    "a closed BatchNorm moves": ("--model.finetuning FeatureExtraction --cache.enabled false --trainer.callbacks+=faults.Thaws", "stage_0 is closed, but its weights or buffers changed in epoch 0"),
     "no gradient": ("--model.backbone faults.Unused", "backbone.model.2.extra was open for the whole epoch 0 but never got a gradient"),
 }  # fmt: skip
 

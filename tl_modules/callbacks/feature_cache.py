@@ -303,7 +303,8 @@ def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
         now = strategy.end
     elif strategy.unit != "epochs":
         steps = trainer.estimated_stepping_batches  # also loads the training data
-        now = (now + 1) * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        each = trainer.num_training_batches / trainer.accumulate_grad_batches
+        now = strategy.end if each == math.inf else (now + 1) * math.ceil(each)
         now = now / steps if strategy.unit == "fraction" else now
     return module.num_stages - strategy.depth(now, module.num_stages)
 
@@ -341,7 +342,7 @@ def _all_agree(trainer: Trainer, flag: bool) -> bool:
 
 
 def _what(both: Cut, module: TransferModule) -> str:
-    return "features" if both.trunk is module.backbone else f"what leaves the first {both.closed} stages"
+    return "features" if both.trunk is module.backbone else f"what leaves stage_{both.closed - 1}"
 
 
 def _size(tensors: Sequence[Tensor]) -> str:

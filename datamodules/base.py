@@ -148,7 +148,25 @@ class TransferDataModule(LightningDataModule):
     def ids(self) -> list[str]:
         """The name of each row of `predict_dataloader`."""
         _, dataset = self._one("test")
-        return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
+        return _ids(dataset)
+
+    def every_split(self) -> dict[tuple[str, str], DataLoader[Any]]:
+        """A loader of row numbers for each (domain, split), without augmentation; a split that is another one, once."""
+        found: dict[tuple[str, str], DataLoader[Any]] = {}
+        seen: list[Dataset[Any]] = []
+        for split in SPLITS:
+            for domain, dataset in self._of(split).items():
+                if not any(dataset is other for other in seen):
+                    seen.append(dataset)
+                    found[domain, split] = self._rows(dataset, domain, "row")
+        return found
+
+    def described(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
+        """The names and the labels of a split's rows; a class by its name."""
+        dataset = self._of(split)[domain]
+        labels = targets_of(dataset).tolist()
+        names = self.class_names
+        return _ids(dataset), labels if names is None else [names[label] for label in labels]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """On a CPU the batch is there."""
@@ -156,10 +174,13 @@ class TransferDataModule(LightningDataModule):
 
     def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
         name, dataset = self._one(split)
+        return self._rows(dataset, name, label)
+
+    def _rows(self, dataset: Dataset[Any], domain: str, label: str) -> DataLoader[Any]:
         view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
         sampler = Shard(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
-        return self._loader(view, size, sampler, domain=name)
+        return self._loader(view, size, sampler, domain=domain)
 
     def _loader(
         self, view: View, size: int, sampler: Any, domain: str | None = None, drop_last: bool = False
@@ -399,6 +420,10 @@ def even_batch_size(samples: int, world: int, batch_size: int) -> int:
         if math.ceil(low / size) == math.ceil(high / size):
             return size
     return high
+
+
+def _ids(dataset: Dataset[Any]) -> list[str]:
+    return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
 
 
 def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:

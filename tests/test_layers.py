@@ -30,6 +30,8 @@ ALLOWED = {
     "arguments": LOW | {"runs"},
     "callbacks": LOW | {"base", "runs", "backbones", "cached", "store", "memory"},
     "batch_size": LOW | {"callbacks", "memory"},
+    "evaluation": LOW | {"base"},
+    "trainer": LOW | {"base", "checkpoints", "evaluation", "runs"},
     "cli": None,
     "demo": {"cli"},
     "__init__": None,

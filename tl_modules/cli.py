@@ -48,6 +48,7 @@ from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.precision import best_precision
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
+from tl_modules.trainer import TransferTrainer, compile_backbone
 from tl_modules.trust import to_trust
 
 
@@ -72,7 +73,11 @@ COMMANDS = {
     "validate": "Measure a run on the validation split.",
     "test": "Measure a run on the test split.",
     "predict": "Label data with a run and write a CSV.",
+    "embed": "Write a backbone's features of your data.",
+    "benchmark": "Measure what predicting with a run costs here.",
 }
+# commands that are methods of our Trainer, and what the CLI gives them itself
+OWN = {"embed", "benchmark"}
 TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 50}
 
 
@@ -112,6 +117,7 @@ class TransferCLI(LightningCLI):
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
+            trainer_class=TransferTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
@@ -130,6 +136,7 @@ class TransferCLI(LightningCLI):
         """The command that is asked for; building the arguments of the others would only cost time."""
         known = LightningCLI.subcommands()
         known["predict"].add("return_predictions")
+        known |= {name: {"model", "datamodule"} for name in OWN}
         return {self.command: known[self.command]} if self.command else known
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -140,7 +147,7 @@ class TransferCLI(LightningCLI):
                 self._subcommand_parsers[name] = self.init_parser(description=COMMANDS[name])
             else:
                 self._subcommand_parsers[name] = self._prepare_subcommand_parser(
-                    Trainer, name, description=COMMANDS[name]
+                    TransferTrainer, name, description=COMMANDS[name]
                 )
             commands.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
 
@@ -162,6 +169,7 @@ class TransferCLI(LightningCLI):
                 "--save_every", type=int | None, default=None, help="Save last.ckpt also after so many steps."
             )
             parser.add_argument("--audit", type=bool, default=True, help="Check that what trains is what should.")
+            parser.add_argument("--compile", action="store_true", help="Run the backbone through torch.compile.")
             parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
@@ -210,7 +218,7 @@ class TransferCLI(LightningCLI):
         if not runs and checkpoints and not given(args, "--config") and not given(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
             return find_run(folder) if (folder / "config.yaml").is_file() else None
-        if not runs and not checkpoints and not given(args, "--print_config"):
+        if not runs and not checkpoints and self.command != "embed" and not given(args, "--print_config"):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
         return find_run(runs[-1]) if runs else None
 
@@ -325,13 +333,15 @@ class TransferCLI(LightningCLI):
             ) from error
 
     def before_fit(self) -> None:
-        """Finds the batch size, if asked to, and writes it into the run's config."""
+        """Finds the batch size, if asked to, and writes it into the run's config; compiles."""
         config = self.config[str(self.subcommand)]
         if config.auto_batch:
             size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
             self.datamodule.batch_size = size
             self.files.config["data"]["init_args"]["batch_size"] = size
             self._say(f"batch size {size}")
+        if config.compile:
+            compile_backbone(self.model)
 
     def predict(self, **kwargs: Any) -> None:
         """Predicts without keeping what the table already has."""

@@ -29,6 +29,7 @@ from torch.utils.data import default_collate
 from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
 from tl_modules.base import TransferModule, fingerprint
 from tl_modules.cached import Cached
+from tl_modules.errors import UserError
 from tl_modules.memory import free_memory
 from tl_modules.store import Store, default_folder
 
@@ -62,6 +63,10 @@ class FeatureCache(Callback):
         folder: str | None = None,
         disk_gb: float = 50.0,
     ) -> None:
+        if views < 0:
+            raise UserError(f"views: {views} must not be negative; 0 caches no augmented data")
+        if disk_gb <= 0:
+            raise UserError(f"disk_gb: {disk_gb} must be above 0; to cache nothing pass --cache.enabled false")
         self.enabled, self.views, self.dtype = enabled, views, dtype
         self.store = Store(Path(folder).expanduser() if folder else default_folder(), int(disk_gb * 1e9))
         self._forget()
@@ -296,7 +301,7 @@ def _straight(module: TransferModule) -> bool:
 
 
 def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
-    """How many stages are still closed at the end of the present epoch, or of one `later`."""
+    """How many stages are still closed in the last step of the present epoch, or of one `later`."""
     strategy = module.finetuning
     now: float = trainer.current_epoch + later
     if trainer.state.fn != "fit":
@@ -304,7 +309,7 @@ def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
     elif strategy.unit != "epochs":
         steps = trainer.estimated_stepping_batches  # also loads the training data
         each = trainer.num_training_batches / trainer.accumulate_grad_batches
-        now = strategy.end if each == math.inf else (now + 1) * math.ceil(each)
+        now = strategy.end if each == math.inf else (now + 1) * math.ceil(each) - 1  # what opens after it is later
         now = now / steps if strategy.unit == "fraction" else now
     return module.num_stages - strategy.depth(now, module.num_stages)
 

@@ -1,0 +1,53 @@
+"""What the benchmarks share: the machine's name, timed commands, a table of ratios."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TL = [sys.executable, "-m", "tl_modules"]
+
+
+def timed(command, folder, environment=None):
+    """Seconds of a command, and what it printed."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.perf_counter() - start, done.stdout
+
+
+def machine():
+    """The processor's name and how many cores there are."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    bf16 = ", avx512_bf16" if "avx512_bf16" in info else ""
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores{bf16}"
+
+
+def report(rows, out=None):
+    """Prints the median of each case's sides and of its ratio over the pairs, and writes all as JSON.
+
+    Args:
+        rows: Of `case`, `ours`, `theirs` (in one unit), `wanted` (a text).
+        out: A file, or None.
+    """
+    print(f"\n{machine()}\n\n| case | ours | theirs | theirs / ours, median of the pairs | wanted |\n|---|---|---|---|---|")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        ours, theirs = (statistics.median(row[side] for row in own) for side in ("ours", "theirs"))
+        ratio = statistics.median(row["theirs"] / row["ours"] for row in own)
+        print(f"| {case} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {own[0]['wanted']} |")
+    if out:
+        Path(out).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

@@ -1,0 +1,206 @@
+"""What `tl fit` adds to a hand-written loop with the same tricks: time of a step, memory of a step, start-up.
+
+    python benchmarks/overhead.py --out overhead.json
+
+The hand-written loops have channels_last, bfloat16 where `tl` takes it, a fused AdamW, data in memory and no `.item()`.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import TL, report, timed
+from lightning.pytorch import Callback
+from torch import nn
+from torch.nn import functional as F
+from torchvision import models
+
+from tl_modules import Classification, LastStages, TorchvisionBackbone
+from tl_modules.cli import main as tl
+from tl_modules.evaluation import peak_memory
+
+STEPS = []
+
+
+class Clock(Callback):
+    """The time between the beginnings of two steps of an epoch."""
+
+    def __init__(self):
+        self.last = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        now = time.perf_counter()
+        if self.last is not None and batch_idx > 0:
+            STEPS.append(now - self.last)
+        self.last = now
+
+
+def ours(line):
+    """Median seconds of a step of `tl fit`; the first epoch, which builds caches and draws pictures, is left out."""
+    STEPS.clear()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        tl(f"{line} --trainer.callbacks+=overhead.Clock".split())
+    return statistics.median(STEPS[len(STEPS) // 2 :])
+
+
+def network_step(images, labels, batch, steps):
+    """Median seconds of a step of a hand-written loop on resnet18."""
+    model = models.resnet18()
+    model.fc = nn.Linear(512, 10)
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1)
+    bf16, times = torch.cpu._is_avx512_bf16_supported(), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        rows = torch.randint(len(images), (batch,))
+        x = ((images[rows] / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(x)
+        loss = F.cross_entropy(output.float(), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[len(times) // 2 :])
+
+
+def head_step(features, labels, batch, steps):
+    """Median seconds of a step of a hand-written loop on features."""
+    head = nn.Linear(features.shape[1], 10)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
+    total, times = torch.zeros(()), []
+    order = torch.randperm(len(features))
+    for step in range(steps):
+        start = time.perf_counter()
+        place = step * batch % (len(features) - batch)
+        rows = order[place : place + batch]
+        loss = F.cross_entropy(head(features[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def memory():
+    """Bytes at the peak of a partly frozen step, and what the two halves need: no-grad forward plus the open part's."""
+    torch.manual_seed(0)
+    module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=LastStages(1)).train()
+    x, y = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 10
+    batch = {"target": (x, y)}
+    from tl_modules.backbones.split import cut
+
+    both = cut(module.backbone, 4)
+
+    def step():
+        module.zero_grad(set_to_none=True)
+        module.training_step(batch, 0).backward()
+
+    def trunk():
+        with torch.no_grad():
+            both.trunk(x)
+
+    with torch.no_grad():
+        boundary = both.trunk(x)
+
+    def tail():
+        module.zero_grad(set_to_none=True)
+        module.loss(module.head(both.tail(boundary)), y).backward()
+
+    step()
+    whole = peak_memory(step, x.device)
+    module.zero_grad(set_to_none=True)
+    parts = peak_memory(trunk, x.device), peak_memory(tail, x.device)
+    return whole, sum(parts), max(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    rows = []
+
+    def add(case, mine, theirs, wanted):
+        rows.append({"case": case, "ours": mine, "theirs": theirs, "wanted": wanted})
+        print(f"{case}: {mine:.4g} {theirs:.4g} {theirs / mine:.3f}", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        os.environ["TL_CACHE_DIR"] = str(Path(scratch) / "cache")
+        generator = np.random.default_rng(0)
+        labels = generator.integers(10, size=320)
+        for name, side, count in (("large", 224, 128), ("small", 32, 3200)):
+            images = generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+            numbers = generator.integers(10, size=count)
+            numbers[:10] = range(10)
+            few = {"val_images": images[:32], "val_labels": numbers[:32]}
+            np.savez(f"{name}.npz", train_images=images, train_labels=numbers, **few)
+        large = np.load("large.npz")
+        images = torch.from_numpy(large["train_images"]).permute(0, 3, 1, 2).contiguous()
+        labels = torch.from_numpy(large["train_labels"])
+        common = "fit --data ImageArrays --model Classification --model.optimizer torch.optim.AdamW --model.optimizer.lr 1e-3 "
+        for _ in range(args.pairs):
+            theirs = network_step(images, labels, 32, 12)
+            mine = ours(
+                common + "--data.target large.npz --model.backbone TorchvisionBackbone --model.backbone.name resnet18 "
+                "--trainer.max_epochs 4 --model.finetuning Full"
+            )
+            add("step of resnet18, 224 px, batch 32, s", mine, theirs, "1 / 1.03")
+        features, numbers = torch.randn(3200, 128), torch.randint(10, (3200,))
+        for batch in (32, 512):
+            for _ in range(args.pairs):
+                theirs = head_step(features, numbers, batch, 1000)
+                mine = ours(
+                    common + f"--data.target small.npz --data.batch_size {batch} --model.finetuning FeatureExtraction "
+                    f"--trainer.max_epochs {6 if batch == 32 else 30}"
+                )
+                wanted = "1 / 2" if batch == 32 else ""
+                add(f"step on cached features, batch {batch}, s", mine, theirs, wanted)
+                print(f"   {batch / mine:,.0f} samples/s")
+        whole, both, _ = memory()
+        add("memory of a LastStages(1) step, resnet18, batch 16, bytes", whole, both, "1 / 1.1")
+        (Path(scratch) / "bare.py").write_text(BARE)
+        for _ in range(args.pairs):
+            theirs, _ = timed([sys.executable, "-c", "import lightning.pytorch.cli"], scratch)
+            add("tl --help beside importing lightning's CLI, s", timed([*TL, "--help"], scratch)[0], theirs, "1 / 1.2")
+            line = "fit --trainer.max_steps 1 --trainer.limit_val_batches 0 --trainer.enable_checkpointing false"
+            theirs, _ = timed([sys.executable, "bare.py"], scratch)
+            add("tl fit to its first step beside a bare Trainer, s", timed([*TL, *line.split()], scratch)[0], theirs, "2 s more")
+    report(rows, args.out)
+
+
+BARE = """
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+data = TensorDataset(torch.rand(448, 3, 28, 28), torch.randint(10, (448,)))
+Trainer(max_steps=1, enable_checkpointing=False).fit(Net(), DataLoader(data, 32, shuffle=True))
+"""
+
+
+if __name__ == "__main__":
+    main()

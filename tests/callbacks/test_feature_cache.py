@@ -1,0 +1,386 @@
+"""Cached training is uncached training, an entry is never stale, and what cannot be cached is not."""
+
+import csv
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import image, make_tree
+from lightning.pytorch import Trainer, seed_everything
+from torch.utils.data import Dataset
+
+import tl_modules
+from datamodules import Digits, ImageFolders, TransferDataModule
+from tl_modules import Classification, ConvNet, FineTuning, GradualUnfreezing, LastStages, Method, UserError
+from tl_modules.cached import Cached
+from tl_modules.callbacks import FeatureCache
+
+STRATEGIES = {
+    "FeatureExtraction": "",
+    "LastStages": "--model.finetuning.k 1",
+    "GradualUnfreezing": "--model.finetuning.every 2",
+    "GradualUnfreezing:steps": "--model.finetuning.every 15 --model.finetuning.unit steps",
+    "GradualUnfreezing:fraction": "--model.finetuning.every 0.4 --model.finetuning.unit fraction",
+    "FreezeThenUnfreeze": "--model.finetuning.after 2",
+    "Full": "",
+}
+RUN = (
+    "fit --data Digits --trainer.max_epochs 4 --trainer.precision 32-true --trainer.logger false --model.backbone.width 4 "
+    "--data.batch_size 48 --cache.folder cache --model.optimizer torch.optim.SGD --model.optimizer.lr 0.05 "
+)
+
+
+@pytest.fixture
+def said(caplog):
+    """What the cache has said since it was last asked."""
+    caplog.set_level(logging.INFO, "tl_modules")
+
+    def call():
+        texts = [r.getMessage() for r in caplog.records if r.getMessage().startswith("cache: ")]
+        caplog.clear()
+        return texts
+
+    return call
+
+
+def curve(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_every_strategy_has_a_case():
+    named = {k for k, c in vars(tl_modules).items() if isinstance(c, type) and issubclass(c, FineTuning)}
+    assert named - {"FineTuning"} <= {name.partition(":")[0] for name in STRATEGIES}
+
+
+@pytest.mark.parametrize("data", ["", "--data.source true"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_cached_training_is_uncached_training(strategy, data, ok, said, tmp_path):
+    line = f"{RUN} --model.finetuning {strategy.partition(':')[0]} {STRATEGIES[strategy]} {data} "
+    ok(line + "--name off --cache.enabled false")
+    assert not said()
+    ok(line + "--name on")
+    first = said()
+    ok(line + "--name again")
+    again = said()
+    if strategy == "Full":
+        assert not first
+    else:
+        assert any("train: features cached in" in t or "train: what leaves" in t for t in first), first
+        assert any(t.startswith("cache: val: ") for t in first)
+        assert again
+        assert all("of an earlier run" in t for t in again), again
+    off, on, more = (curve(tmp_path / "runs" / n / "version_0") for n in ("off", "on", "again"))
+    assert on == more
+    for one, two in zip(off, on, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+
+
+def fit(data, module, epochs=2, **options):
+    seed_everything(0)
+    cache = FeatureCache(**options)
+    trainer = Trainer(
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[cache]
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+def small(strategy="FeatureExtraction", **options):
+    torch.manual_seed(0)
+    return Classification(ConvNet(4), 3, finetuning=getattr(tl_modules, strategy)(), **options)
+
+
+def folders(tree, **options):
+    return ImageFolders(tree, image_size=32, num_workers=0, batch_size=8, **options)
+
+
+def reused(said, tree, folder, module=None, **options):
+    fit(folders(tree, **options), module or small(), folder=str(folder))
+    return [text.split(":")[1].strip() for text in said() if "of an earlier run" in text]
+
+
+def test_whatever_changes_misses(tree, tmp_path, said):
+    there = tmp_path / "cache"
+    assert reused(said, tree, there) == []
+    assert reused(said, tree, there) == ["val", "target train"]
+
+    def same_size(path):
+        """The same number of bytes and the same time of change."""
+        before = path.stat()
+        content = bytearray(path.read_bytes())
+        image(path, (90, 10, 90), seed=5)
+        other = path.read_bytes()
+        path.write_bytes(other[: len(content)].ljust(len(content), b"\0"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_mtime_ns == before.st_mtime_ns
+        assert path.stat().st_size == before.st_size
+
+    same_size(tree / "train" / "red" / "0.png")
+    assert reused(said, tree, there) == ["val"]
+    image(tree / "val" / "red" / "extra.png", (200, 0, 0))
+    assert reused(said, tree, there) == ["target train"]
+    assert reused(said, tree, there, shots_per_class=2) == ["val"]
+
+    weights = small()
+    with torch.no_grad():
+        weights.backbone.model[0][0].weight[0, 0, 0, 0] += 1e-3
+    assert reused(said, tree, there, weights) == []
+    buffers = small()
+    buffers.backbone.model[2][1].running_mean += 1e-3
+    assert reused(said, tree, there, buffers) == []
+    shift = small()
+    shift.backbone.mean += 0.01
+    assert reused(said, tree, there, shift) == []
+    assert reused(said, tree, there) == ["val", "target train"]
+
+
+def test_code_precision_and_boundary_are_in_the_key(tree, tmp_path, said, monkeypatch):
+    there = tmp_path / "cache"
+    assert reused(said, tree, there) == []
+    assert reused(said, tree, there, small("LastStages")) == []
+    from tl_modules.callbacks import feature_cache
+
+    with monkeypatch.context() as other:
+        other.setattr(feature_cache.torch, "__version__", "0.0")
+        assert reused(said, tree, there) == []
+
+    class Mine(ConvNet):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    mine = Classification(Mine(4), 3, finetuning=tl_modules.FeatureExtraction())
+    assert reused(said, tree, there, mine) == []
+    assert reused(said, tree, there) == ["val", "target train"]
+
+
+def test_only_the_weights_below_the_boundary_count(tree, tmp_path, said):
+    there = tmp_path / "cache"
+    assert reused(said, tree, there, small("LastStages")) == []
+    above = small("LastStages")
+    with torch.no_grad():
+        above.backbone.model[2][0].weight += 1
+    assert reused(said, tree, there, above) == ["val", "target train"]
+
+
+def test_augmentation_runs_in_every_epoch_unless_views_are_asked_for(tree, tmp_path, said):
+    from torchvision.transforms.v2 import RandomHorizontalFlip
+
+    def run(**options):
+        fit(folders(tree, augment=[RandomHorizontalFlip()]), small(), folder=str(tmp_path / "c"), **options)
+        return said()
+
+    assert any("augmentation changes what the frozen stages see" in text for text in run())
+    texts = run(views=3)
+    assert any("target train: features cached" in text for text in texts)
+
+
+def test_views_are_views_of_each_sample(tmp_path):
+    from torchvision.transforms.v2 import RandomAffine
+
+    seen = {}
+
+    class Look(Method):
+        def forward(self, module, source, target):
+            for row, y in zip(target.features.detach(), target.y, strict=True):
+                seen.setdefault(int(y), set()).add(tuple(row.tolist()))
+            return target.features.sum() * 0
+
+    tree = make_tree(tmp_path / "t", (("train", 2), ("val", 2)))
+    data = folders(tree, augment=[RandomAffine(180)])
+    fit(data, small(methods=[Look()]), epochs=30, views=3, folder=str(tmp_path / "c"))
+    assert all(len(rows) == 6 for rows in seen.values())  # two images of each class, three views of each
+
+
+def test_an_entry_can_be_stored_in_half_precision(tree, tmp_path, said):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    fit(folders(tree), small("LastStages"), folder=str(whole))
+    fit(folders(tree), small("LastStages"), folder=str(half), dtype="float16")
+    sizes = [sum(f.stat().st_size for f in d.rglob("0.bin")) for d in (whole, half)]
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_training_never_sees_labels_that_are_hidden(tmp_path):
+    seen = []
+
+    class Look(Method):
+        def forward(self, module, source, target):
+            seen.append((type(target.x), target.y))
+            return target.features.sum() * 0
+
+    module = Classification(ConvNet(4), 10, finetuning=tl_modules.FeatureExtraction(), methods=[Look()])
+    fit(Digits(source=True), module, folder=str(tmp_path / "c"))
+    assert set(seen) == {(Cached, None)}
+
+
+def test_a_method_that_reads_x_gets_it(tree, tmp_path, said):
+    class Reads(Method):
+        def forward(self, module, source, target):
+            return target.x.float().mean() * 0
+
+    with pytest.raises(UserError, match="let the method say `reads_x = True`"):
+        fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
+    Reads.reads_x = True
+    said()
+    fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
+    assert not said()
+
+    class Uses(Method):
+        def forward(self, module, source, target):
+            return torch.mean(target.x) * 0
+
+    with pytest.raises(UserError, match="mean is asked of x, but x was not read"):
+        fit(folders(tree), small(methods=[Uses()]), folder=str(tmp_path / "c"))
+
+
+def test_a_step_of_ones_own_gets_x(tree, tmp_path, said):
+    class Own(Classification):
+        def training_step(self, batch, batch_idx):
+            assert isinstance(batch["target"][0], torch.Tensor)
+            return super().training_step(batch, batch_idx)
+
+    fit(folders(tree), Own(ConvNet(4), 3, finetuning=tl_modules.FeatureExtraction()), folder=str(tmp_path / "c"))
+    assert not said()
+
+
+def test_a_single_pass_is_not_cached(tree, tmp_path, said):
+    fit(folders(tree), small(), epochs=1, folder=str(tmp_path / "c"))
+    assert not said()
+    trainer = Trainer(
+        max_epochs=3, limit_train_batches=1, limit_val_batches=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[FeatureCache(folder=str(tmp_path / "c"))],
+    )  # fmt: skip
+    data = folders(tree)
+    data.batch_size = 2
+    trainer.fit(small(), data)
+    assert not said()
+
+
+class Noisy(Dataset):
+    """Draws on its own."""
+
+    targets = np.arange(12) % 3
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.rand(3, 8, 8), int(self.targets[index])
+
+
+class Quiet(Noisy):
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), index / 12), int(self.targets[index])
+
+
+class Own(TransferDataModule):
+    num_outputs, class_names = 3, None
+
+    def __init__(self, dataset):
+        super().__init__(batch_size=4)
+        self.dataset = dataset
+
+    def domains(self, split):
+        return {"target": self.dataset}
+
+
+def test_data_that_cannot_name_themselves_are_cached_for_one_run(tmp_path, said):
+    folder = tmp_path / "c"
+    for _ in range(2):
+        fit(Own(Quiet()), small(), folder=str(folder))
+        assert sum("features cached" in text for text in said()) == 2
+    assert list(folder.iterdir()) == []
+
+
+def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said):
+    fit(Own(Noisy()), small(), folder=str(tmp_path / "c"))
+    assert all("the data set draws random numbers of its own" in text for text in said())
+
+
+def test_without_a_disk_there_is_the_memory(tree, tmp_path, said):
+    (tmp_path / "file").write_text("")
+    fit(folders(tree), small(), folder=str(tmp_path / "file" / "c"))
+    assert sum("features cached" in text for text in said()) == 2
+
+
+def test_without_room_the_stages_run(tree, tmp_path, said, monkeypatch):
+    monkeypatch.setattr("tl_modules.callbacks.feature_cache.free_memory", lambda: 0)
+    trainer = fit(folders(tree), small(), folder=str(tmp_path / "c"), disk_gb=1e-9)
+    assert any("more than --cache.disk_gb" in text for text in said())
+    assert trainer.current_epoch == 2
+
+
+def test_a_damaged_entry_is_made_anew(tree, tmp_path, said):
+    there = tmp_path / "cache"
+    reused(said, tree, there)
+    for file in there.rglob("0.bin"):
+        file.write_bytes(b"\1" * file.stat().st_size)
+    assert reused(said, tree, there) == []
+    assert reused(said, tree, there) == ["val", "target train"]
+
+
+def test_a_backbone_that_cannot_be_cut_trains_all_the_same(tree, tmp_path, said):
+    class Depends(ConvNet):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else x)
+
+    def run(strategy):
+        fit(folders(tree), Classification(Depends(4), 3, finetuning=strategy), folder=str(tmp_path / "c"))
+        return said()
+
+    assert any("the frozen stages run in every epoch: torch.fx cannot" in text for text in run(LastStages(1)))
+    assert any("features cached" in text for text in run(tl_modules.FeatureExtraction()))
+
+
+def test_test_data_are_cached_for_the_next_head(ok, said):
+    ok(RUN + "--model.finetuning FeatureExtraction --name x")
+    said()
+    ok("test --run runs/x --cache.folder cache")
+    ok("test --run runs/x --cache.folder cache")
+    first, second = said()
+    assert first.startswith("cache: test: features cached")
+    assert "of an earlier run" in second
+
+
+def test_pictures_show_what_was_not_read(ok, tmp_path):
+    ok(RUN.replace("--trainer.logger false", "") + "--model.finetuning FeatureExtraction --name x")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs/x/version_0"), {"images": 0})
+    events.Reload()
+    assert {"inputs/target", "val/worst: true, predicted, loss"} <= set(events.Tags()["images"])
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ("--cache.views -1", "views: -1 must not be negative"),
+    ("--cache.disk_gb 0", "disk_gb: 0.0 must be above 0"),
+    ("--cache.dtype int8", "cache.dtype"),
+])  # fmt: skip
+def test_mistakes(options, text, tl):
+    result = tl(RUN + options)
+    assert result.code == 2
+    assert text in result.err
+    assert "Traceback" not in result.err
+
+
+def test_gradual_unfreezing_moves_the_boundary(tmp_path, said):
+    module = Classification(ConvNet(4), 10, finetuning=GradualUnfreezing(2))
+    fit(Digits(), module, epochs=8, folder=str(tmp_path / "c"))
+    texts = [text.split(" cached")[0] for text in said() if "train" in text]
+    assert texts == [f"cache: target train: {w}" for w in ("features", "what leaves stage_1", "what leaves stage_0")]
+
+
+def test_a_cached_batch_is_no_tensor():
+    cached = Cached((torch.ones(2, 3),), lambda features: features, lambda count: torch.zeros(count))
+    assert len(cached) == 2
+    assert torch.equal(cached.features(), torch.ones(2, 3))
+    assert isinstance(cached.to(torch.device("cpu")), Cached)
+    with pytest.raises(UserError, match=r"x.shape is asked for"):
+        _ = cached.shape
+
+

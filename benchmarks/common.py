@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, timed commands, a table of ratios."""
+"""What the benchmarks share: the machine's name, timed commands and steps, a table of ratios."""
 
 import json
 import os
@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from lightning.pytorch import Callback
+
+STEPS = []
 TL = [sys.executable, "-m", "tl_modules"]
 
 
@@ -51,3 +54,16 @@ def report(rows, out=None):
         print(f"| {case} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {own[0]['wanted']} |")
     if out:
         Path(out).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+class Clock(Callback):
+    """The time between the beginnings of two steps of an epoch."""
+
+    def __init__(self):
+        self.last = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        now = time.perf_counter()
+        if self.last is not None and batch_idx > 0:
+            STEPS.append(now - self.last)
+        self.last = now

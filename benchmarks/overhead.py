@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import TL, report, timed
-from lightning.pytorch import Callback
+from common import STEPS, TL, report, timed
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -27,27 +26,11 @@ from tl_modules import Classification, LastStages, TorchvisionBackbone
 from tl_modules.cli import main as tl
 from tl_modules.evaluation import peak_memory
 
-STEPS = []
-
-
-class Clock(Callback):
-    """The time between the beginnings of two steps of an epoch."""
-
-    def __init__(self):
-        self.last = None
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        now = time.perf_counter()
-        if self.last is not None and batch_idx > 0:
-            STEPS.append(now - self.last)
-        self.last = now
-
-
 def ours(line):
     """Median seconds of a step of `tl fit`; the first epoch, which builds caches and draws pictures, is left out."""
     STEPS.clear()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        tl(f"{line} --trainer.callbacks+=overhead.Clock".split())
+    with contextlib.redirect_stdout(io.StringIO()):
+        tl(f"{line} --trainer.callbacks+=common.Clock".split())
     return statistics.median(STEPS[len(STEPS) // 2 :])
 
 
@@ -163,7 +146,7 @@ def main():
             for _ in range(args.pairs):
                 theirs = head_step(features, numbers, batch, 1000)
                 mine = ours(
-                    common + f"--data.target small.npz --data.batch_size {batch} --model.finetuning FeatureExtraction "
+                    common + f"--data.target small.npz --model.backbone ConvNet --data.batch_size {batch} --model.finetuning FeatureExtraction "
                     f"--trainer.max_epochs {6 if batch == 32 else 30}"
                 )
                 wanted = "1 / 2" if batch == 32 else ""

@@ -48,7 +48,7 @@ from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.precision import best_precision
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
-from tl_modules.trainer import TransferTrainer, compile_backbone
+from tl_modules.trainer import NoProfiler, TransferTrainer, compile_backbone
 from tl_modules.trust import to_trust
 
 
@@ -257,6 +257,8 @@ class TransferCLI(LightningCLI):
         given_plugins = self._get(self.config_init, "trainer").plugins or []
         kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
         kwargs.setdefault("default_root_dir", str(path))
+        if trainer.profiler is None:
+            kwargs["profiler"] = NoProfiler()
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, path: Path) -> list[Callback]:

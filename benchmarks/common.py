@@ -46,7 +46,7 @@ def report(rows, out=None):
         rows: Of `case`, `ours`, `theirs` (in one unit), `wanted` (a text).
         out: A file, or None.
     """
-    print(f"\n{machine()}\n\n| case | ours | theirs | theirs / ours, median of the pairs | wanted |\n|---|---|---|---|---|")
+    print(f"\n{machine()}\n\n| case | ours | theirs | theirs / ours, median | wanted |\n|---|---|---|---|---|")
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]
         ours, theirs = (statistics.median(row[side] for row in own) for side in ("ours", "theirs"))

@@ -1,6 +1,6 @@
 """Images a second: ours beside torchvision's ImageFolder and a DataLoader, one epoch each in turns.
 
-    python benchmarks/data.py --data $TL_DATA_DIR --out data.json
+python benchmarks/data.py --data $TL_DATA_DIR --out data.json
 """
 
 import argparse

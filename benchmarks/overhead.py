@@ -26,6 +26,7 @@ from tl_modules import Classification, LastStages, TorchvisionBackbone
 from tl_modules.cli import main as tl
 from tl_modules.evaluation import peak_memory
 
+
 def ours(line):
     """Median seconds of a step of `tl fit`; the first epoch, which builds caches and draws pictures, is left out."""
     STEPS.clear()
@@ -81,7 +82,7 @@ def memory():
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=LastStages(1)).train()
     x, y = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 10
     batch = {"target": (x, y)}
-    from tl_modules.backbones.split import cut
+    from tl_modules.backbones.split import cut, run_trunk
 
     both = cut(module.backbone, 4)
 
@@ -94,11 +95,11 @@ def memory():
             both.trunk(x)
 
     with torch.no_grad():
-        boundary = both.trunk(x)
+        boundary = run_trunk(both, x)
 
     def tail():
         module.zero_grad(set_to_none=True)
-        module.loss(module.head(both.tail(boundary)), y).backward()
+        module.loss(module.head(both.tail(*boundary)), y).backward()
 
     step()
     whole = peak_memory(step, x.device)
@@ -133,7 +134,8 @@ def main():
         large = np.load("large.npz")
         images = torch.from_numpy(large["train_images"]).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(large["train_labels"])
-        common = "fit --data ImageArrays --model Classification --model.optimizer torch.optim.AdamW --model.optimizer.lr 1e-3 "
+        common = "fit --data ImageArrays --model Classification --model.optimizer torch.optim.AdamW "
+        common += "--model.optimizer.lr 1e-3 "
         for _ in range(args.pairs):
             theirs = network_step(images, labels, 32, 12)
             mine = ours(
@@ -146,7 +148,8 @@ def main():
             for _ in range(args.pairs):
                 theirs = head_step(features, numbers, batch, 1000)
                 mine = ours(
-                    common + f"--data.target small.npz --model.backbone ConvNet --data.batch_size {batch} --model.finetuning FeatureExtraction "
+                    common + f"--data.target small.npz --model.backbone ConvNet --data.batch_size {batch} "
+                    "--model.finetuning FeatureExtraction "
                     f"--trainer.max_epochs {6 if batch == 32 else 30}"
                 )
                 wanted = "1 / 2" if batch == 32 else ""
@@ -160,7 +163,12 @@ def main():
             add("tl --help beside importing lightning's CLI, s", timed([*TL, "--help"], scratch)[0], theirs, "1 / 1.2")
             line = "fit --trainer.max_steps 1 --trainer.limit_val_batches 0 --trainer.enable_checkpointing false"
             theirs, _ = timed([sys.executable, "bare.py"], scratch)
-            add("tl fit to its first step beside a bare Trainer, s", timed([*TL, *line.split()], scratch)[0], theirs, "2 s more")
+            add(
+                "tl fit to its first step beside a bare Trainer, s",
+                timed([*TL, *line.split()], scratch)[0],
+                theirs,
+                "2 s more",
+            )
     report(rows, args.out)
 
 
@@ -173,7 +181,8 @@ from torch.utils.data import DataLoader, TensorDataset
 class Net(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        pool = nn.AdaptiveAvgPool2d(1)
+        self.net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(32, 10))
     def training_step(self, batch, batch_idx):
         x, y = batch
         return nn.functional.cross_entropy(self.net(x), y)

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --out scaling.json
 
-Seconds of `tl fit` less those of its start-up (a run of one image size, one epoch and few images), on made-up JPEG files.
+Seconds of `tl fit` less those of its start-up (a run of one epoch on few images), on made-up JPEG files.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/train.py --data $TL_DATA_DIR --cases features last --pairs 3 --out train.json
 
-Both sides have the same images, weights, batch size, epochs and optimizer. The first `tl fit` of a pair finds an empty cache,
-the second one what the first has left. `--tutorial_epochs 2` runs so many of the tutorial's epochs, which are all alike, and
-adds the others at their mean (not for `gradual`, whose epochs differ).
+Both sides have the same images, weights, batch size, epochs and optimizer. The first `tl fit` of a pair finds an empty
+cache, the second what the first has left. `--tutorial_epochs 2` runs so many of the tutorial's epochs, which are all
+alike, and adds the others at their mean (not for `gradual`, whose epochs differ).
 """
 
 import argparse
@@ -26,7 +26,13 @@ FINETUNING = {
     "full": ["Full"],
 }
 # what the issue of speed asks for
-WANTED = {"features": "12", "features again": "35", "last": "3", "gradual": "1.5", "full": "2 (1.25 without avx512_bf16)"}
+WANTED = {
+    "features": "12",
+    "features again": "35",
+    "last": "3",
+    "gradual": "1.5",
+    "full": "2 (1.25 without avx512_bf16)",
+}
 
 
 def subset(source, images, folder):
@@ -69,7 +75,16 @@ def main():
                 seconds, said = timed(tutorial, folder)
                 finished = json.loads(said.splitlines()[-1])
                 seconds += statistics.mean(finished["seconds"]) * (args.epochs - ran)
-                ours = [*TL, "fit", "--name", "x", "--model", "Classification", "--model.backbone", "TorchvisionBackbone"]
+                ours = [
+                    *TL,
+                    "fit",
+                    "--name",
+                    "x",
+                    "--model",
+                    "Classification",
+                    "--model.backbone",
+                    "TorchvisionBackbone",
+                ]
                 ours += ["--model.backbone.name", model, "--data", "ImageFolders", f"--data.target={data}"]
                 ours += [f"--data.image_size={args.size}", f"--trainer.max_epochs={args.epochs}"]
                 ours += ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "1e-3"]
@@ -87,7 +102,9 @@ def main():
                         rows.append(row | {"accuracy": reached, "their accuracy": accuracy, "their epochs run": ran})
                         print(json.dumps(rows[-1]), flush=True)
                 shutil.rmtree(folder)
-    print(f"\nseconds; {args.images or 'all'} training images of {args.size} px, {args.epochs} epochs, {args.pairs} pairs")
+    print(
+        f"\nseconds; {args.images or 'all'} training images of {args.size} px, {args.epochs} epochs, {args.pairs} pairs"
+    )
     report(rows, args.out)
 
 

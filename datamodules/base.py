@@ -285,7 +285,7 @@ class Loader(DataLoader[Any]):
     """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this.
 
     Attributes:
-        memory: What gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+        memory: Gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
     """
 
     memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,10 +67,13 @@ class FolderImages(Dataset[Any]):
         targets: The class numbers.
     """
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int], size: int, max_pixels: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], targets: Sequence[int], size: int, max_pixels: int, keep: bool = False
+    ) -> None:
         self.ids = [str(path) for path in paths]
         self.targets = np.asarray(targets, dtype=np.int64)
         self.size, self.max_pixels = size, max_pixels
+        self.kept = _Kept(len(paths), size) if keep else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,10 +85,15 @@ class FolderImages(Dataset[Any]):
         return digest(files, self.targets, self.size, self.max_pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return read_image(Path(self.ids[index]), self.size, self.max_pixels), int(self.targets[index])
-        except DataError as error:
-            raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
+        image = self.kept.get(index) if self.kept else None
+        if image is None:
+            try:
+                image = read_image(Path(self.ids[index]), self.size, self.max_pixels)
+            except DataError as error:
+                raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
+            if self.kept:
+                self.kept.put(index, image)
+        return image, int(self.targets[index])
 
     def without_bad(self, field: str) -> FolderImages:
         """The same without the images that cannot be read, and a line that counts them."""
@@ -104,7 +113,27 @@ class FolderImages(Dataset[Any]):
         if not all(good):
             log.warning("%s: skipped %d of %d images", field, good.count(False), len(good))
         rows = np.flatnonzero(good)
-        return FolderImages([Path(self.ids[i]) for i in rows], self.targets[rows].tolist(), self.size, self.max_pixels)
+        paths = [Path(self.ids[i]) for i in rows]
+        return FolderImages(paths, self.targets[rows].tolist(), self.size, self.max_pixels, self.kept is not None)
+
+
+class _Kept:
+    """Decoded images in a file that has no name any more; forked workers share it through memory."""
+
+    def __init__(self, count: int, size: int) -> None:
+        handle, name = tempfile.mkstemp()
+        os.close(handle)
+        each = 3 * size * size
+        mapped: Tensor = torch.from_file(name, shared=True, size=count * (each + 1), dtype=torch.uint8)
+        os.unlink(name)
+        self.pixels, self.there = mapped[: count * each].view(count, 3, size, size), mapped[count * each :]
+
+    def get(self, index: int) -> Tensor | None:
+        return self.pixels[index].clone() if self.there[index] else None
+
+    def put(self, index: int, image: Tensor) -> None:
+        self.pixels[index] = image
+        self.there[index] = 1
 
 
 class ImageFolders(TransferDataModule):
@@ -126,6 +155,7 @@ class ImageFolders(TransferDataModule):
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
         max_pixels: Larger images are bad images, found by their header before decoding.
+        keep_decoded: Keeps decoded images in a temporary file mapped into memory, so that only the first epoch decodes.
         num_workers: Processes that decode images; None is one per core, at most 8.
         **kwargs: As for `TransferDataModule`.
 
@@ -143,6 +173,7 @@ class ImageFolders(TransferDataModule):
         classes: list[str] | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
         max_pixels: int = 50_000_000,
+        keep_decoded: bool = False,
         num_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -154,6 +185,7 @@ class ImageFolders(TransferDataModule):
         self.roots = {name: root for name, root in roots.items() if root is not None}
         self.image_size, self.max_pixels, self.on_bad_image = image_size, max_pixels, on_bad_image
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.keep_decoded = keep_decoded
         self.class_names = classes if classes is not None else self._read_classes()
         self.num_outputs = len(self.class_names)
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
@@ -215,7 +247,7 @@ class ImageFolders(TransferDataModule):
         return self._images(paths, targets, name)
 
     def _images(self, paths: list[Path], targets: list[int], name: str) -> FolderImages:
-        images = FolderImages(paths, targets, self.image_size, self.max_pixels)
+        images = FolderImages(paths, targets, self.image_size, self.max_pixels, self.keep_decoded)
         return images.without_bad(name) if self.on_bad_image == "skip" else images
 
 

@@ -419,13 +419,14 @@ def single(features: Tensor) -> Tensor:
 def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Lets an optimizer that can update all parameters in one kernel do so, unless another way was asked for."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
-    ways = [optimizer.defaults.get(key) for key in ("fused", "foreach", "capturable", "differentiable")]
-    if "fused" in optimizer.defaults and not any(ways) and all(p.is_floating_point() for p in everything):
+    given = optimizer.defaults
+    asked = given.get("foreach") is not None or given.get("capturable") or given.get("differentiable")
+    if given.get("fused", False) is None and not asked and all(p.is_floating_point() for p in everything):
         for group in optimizer.param_groups:
             group["fused"] = True
     if all(p.device.type == "cpu" for p in everything):
         # torch asks the driver for a GPU in each step, to refuse one in a graph (its Adam and AdamW; 0.1 ms)
-        optimizer._accelerator_graph_capture_health_check = lambda: None  # type: ignore[attr-defined]
+        cast(Any, optimizer)._accelerator_graph_capture_health_check = lambda: None
     return optimizer
 
 

@@ -266,7 +266,7 @@ class TransferCLI(LightningCLI):
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
         self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
-        callbacks: list[Callback] = [self.files, FeatureCache(**config.cache)]
+        callbacks: list[Callback] = [self.files]
         if config.trainer.logger is not False:
             callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
@@ -279,7 +279,8 @@ class TransferCLI(LightningCLI):
                 callbacks.append(LearningRateMonitor("epoch"))
             if config.trainer.enable_checkpointing is not False:
                 callbacks += self._checkpoints(path / "checkpoints")
-        return callbacks
+        # last, so that what it builds comes after the signal handlers
+        return [*callbacks, FeatureCache(**config.cache)]
 
     def _checkpoints(self, folder: Path) -> list[Callback]:
         """best.ckpt by the task's metric, last.ckpt after every epoch and whenever the run is interrupted."""

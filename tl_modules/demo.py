@@ -48,7 +48,8 @@ def run(lines: list[str]) -> None:
 
 def jobs(folder: Path, seed: int) -> dict[str, list[str]]:
     """The command lines of each way for one seed, which draws the shots, the start weights and the order."""
-    common = f"--seed_everything {seed} --data Digits --data.seed {seed} --trainer.default_root_dir {folder}"
+    common = f"--seed_everything {seed} --data Digits --data.seed {seed} --trainer.default_root_dir {folder} "
+    common += "--trainer.precision 32-true"  # so that its table is the same on every machine
     affine = "--data.augment+=torchvision.transforms.v2.RandomAffine --data.augment.degrees 10"
     model = "--model Classification --model.backbone ConvNet --model.backbone.width 16"
     source = place(folder, "source", seed)

@@ -51,11 +51,15 @@ class Store:
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
         if [_checksum(t) for t in tensors] != [p["checksum"] for p in meta["parts"]]:
-            shutil.rmtree(place, ignore_errors=True)
+            self.remove(key)
             return None
         with contextlib.suppress(OSError):
             os.utime(place / "meta.json")
         return tensors
+
+    def remove(self, key: str) -> None:
+        """Removes an entry; tensors mapped to it stay readable."""
+        shutil.rmtree(self.folder / key, ignore_errors=True)
 
     def room(self, size: int) -> str | None:
         """Why an entry of `size` bytes does not fit, or None."""
@@ -133,7 +137,7 @@ def _map(place: Path, specs: Sequence[Spec], new: bool) -> list[Tensor]:
 
 def _checksum(tensor: Tensor) -> int:
     total = 0
-    flat = tensor.reshape(-1).view(torch.uint8)
+    flat: Any = tensor.reshape(-1).view(torch.uint8)
     for chunk in flat.split(1 << 26):
         total = zlib.crc32(memoryview(chunk.numpy()), total)
     return total

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from tl_modules.runs import write_whole
 
 class TransferTrainer(Trainer):
     """The Trainer of `tl`."""
+
+    callbacks: list[Callback]
+    profiler: Any
 
     def _run_stage(self) -> Any:
         with asked_only(self):
@@ -145,31 +148,36 @@ class TransferTrainer(Trainer):
 
 
 STEP_HOOKS = (
-    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
     "on_train_batch_end",
-)  # fmt: skip
+)
 
 
 @contextmanager
-def asked_only(trainer: Trainer) -> Iterator[None]:
-    """Inside, a hook of every step reaches the callbacks that have it: Lightning asks all of them for all, 0.1 ms a step."""
-    everyone = call._call_callback_hooks
-    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}  # type: ignore[attr-defined]
+def asked_only(trainer: TransferTrainer) -> Iterator[None]:
+    """Inside, a step's hooks reach the callbacks that have them: Lightning asks all of them for all, 0.1 ms a step."""
+    everyone: Any = call._call_callback_hooks
+    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
 
-    def some(owner: Trainer, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        if owner is not trainer or hook_name not in having or not isinstance(trainer.profiler, NoProfiler):
-            return everyone(owner, hook_name, *args, **kwargs)
+    def some(owner: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        if owner is not trainer or hook_name not in having or not isinstance(owner.profiler, NoProfiler):
+            everyone(owner, hook_name, *args, **kwargs)
+            return
         module = trainer.lightning_module
         before, module._current_fx_name = module._current_fx_name, hook_name
         for callback in having[hook_name]:
             getattr(callback, hook_name)(trainer, module, *args, **kwargs)
         module._current_fx_name = before
 
-    call._call_callback_hooks = some
+    cast(Any, call)._call_callback_hooks = some
     try:
         yield
     finally:
-        call._call_callback_hooks = everyone
+        cast(Any, call)._call_callback_hooks = everyone
 
 
 def _has(callback: Callback, hook: str) -> bool:

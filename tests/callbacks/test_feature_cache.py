@@ -104,6 +104,33 @@ def reused(said, tree, folder, module=None, **options):
     return [text.split(":")[1].strip() for text in said() if "of an earlier run" in text]
 
 
+def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
+    (tmp_path / "preempted.py").write_text(
+        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.base import Rows\n"
+        "class Signals(Rows):\n"
+        "    def __getitem__(self, index):\n"
+        "        if not os.path.exists('sent') and index == 100:\n"
+        "            open('sent', 'w').close()\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return super().__getitem__(index)\n"
+        "    def fingerprint(self):\n"
+        "        return 'x'\n"
+        "class Preempted(Digits):\n"
+        "    def domains(self, split):\n"
+        "        found = super().domains(split)\n"
+        "        return {'target': Signals(found['target'], range(len(found['target'])))} if split == 'train' else found\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    line = RUN.replace("--data Digits", "--data preempted.Preempted") + "--model.finetuning FeatureExtraction --name x"
+    result = tl(line)
+    assert result.code == 143
+    assert "Traceback" not in result.err
+    assert "a signal asks to stop" in " ".join(said())
+    assert not list((tmp_path / "cache").glob(".*.part"))
+    assert tl("fit --run runs/x --resume --trust preempted").code == 0
+    assert curve(tmp_path / "runs" / "x" / "version_0")[-1]["epoch"] == 3
+
+
 def test_whatever_changes_misses(tree, tmp_path, said):
     there = tmp_path / "cache"
     assert reused(said, tree, there) == []
@@ -157,6 +184,33 @@ def test_code_precision_and_boundary_are_in_the_key(tree, tmp_path, said, monkey
     mine = Classification(Mine(4), 3, finetuning=tl_modules.FeatureExtraction())
     assert reused(said, tree, there, mine) == []
     assert reused(said, tree, there) == ["val", "target train"]
+
+
+def test_what_the_key_cannot_know_is_noticed(tree, tmp_path, said, monkeypatch):
+    there = tmp_path / "cache"
+    assert reused(said, tree, there) == []
+    from tl_modules.callbacks import feature_cache
+
+    monkeypatch.setattr(feature_cache, "code", lambda *modules: "the same")
+    assert reused(said, tree, there) == []
+
+    class Helper(ConvNet):
+        def preprocess(self, images):
+            return -super().preprocess(images)
+
+    torch.manual_seed(0)
+    assert reused(said, tree, there) == ["val", "target train"]
+    changed = Classification(Helper(4), 3, finetuning=tl_modules.FeatureExtraction())
+    assert reused(said, tree, there, changed) == []
+
+
+def test_code_without_a_file_serves_one_run(tree, tmp_path, said):
+    space = {"ConvNet": ConvNet, "__name__": "nowhere"}
+    exec("class Interactive(ConvNet):\n    pass", space)
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = Classification(space["Interactive"](4), 3, finetuning=tl_modules.FeatureExtraction())
+        assert reused(said, tree, tmp_path / "cache", module) == []
 
 
 def test_only_the_weights_below_the_boundary_count(tree, tmp_path, said):
@@ -315,6 +369,16 @@ def test_without_room_the_stages_run(tree, tmp_path, said, monkeypatch):
     assert trainer.current_epoch == 2
 
 
+def test_an_entry_is_the_same_whenever_it_is_built(tree, tmp_path):
+    for name in ("one", "two"):
+        fit(folders(tree), small("LastStages"), folder=str(tmp_path / name))
+    files = [
+        {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*.bin")} for n in ("one", "two")
+    ]
+    assert len(files[0]) == 4
+    assert files[0] == files[1]
+
+
 def test_a_damaged_entry_is_made_anew(tree, tmp_path, said):
     there = tmp_path / "cache"
     reused(said, tree, there)
@@ -327,7 +391,7 @@ def test_a_damaged_entry_is_made_anew(tree, tmp_path, said):
 def test_a_backbone_that_cannot_be_cut_trains_all_the_same(tree, tmp_path, said):
     class Depends(ConvNet):
         def forward(self, x):
-            return super().forward(x if x.sum() > 0 else x)
+            return super().forward(x) if x.sum() > 0 else super().forward(x + 1)
 
     def run(strategy):
         fit(folders(tree), Classification(Depends(4), 3, finetuning=strategy), folder=str(tmp_path / "c"))
@@ -382,5 +446,3 @@ def test_a_cached_batch_is_no_tensor():
     assert isinstance(cached.to(torch.device("cpu")), Cached)
     with pytest.raises(UserError, match=r"x.shape is asked for"):
         _ = cached.shape
-
-

@@ -116,3 +116,22 @@ def test_skip_leaves_bad_images_out(tree, caplog):
 def test_fractions_leave_something_to_train_on(tree, fractions):
     with pytest.raises(DataError, match="val_fraction"):
         ImageFolders(tree, val_fraction=fractions[0], test_fraction=fractions[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kept_images_are_decoded_once(tree, workers):
+    data = ImageFolders(tree, image_size=32, num_workers=workers, keep_decoded=True, batch_size=8)
+    loader = data.train_dataloader()
+
+    def epoch(number):
+        for each in loader.flattened:
+            each.sampler.set_epoch(number)
+        batches = [batch["target"] for batch, _, _ in iter(loader)]
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        return sorted((int(label), int(image.long().sum())) for image, label in zip(x, y, strict=True))
+
+    first = epoch(0)
+    for file in tree.rglob("*.png"):
+        file.unlink()
+    assert epoch(1) == first
+    data.teardown("fit")

@@ -23,8 +23,14 @@ def test_a_resumed_run_is_the_undisturbed_one(folder):
     assert check("GradualUnfreezing", folder, points=[BATCHES + 3], more="--data.num_workers 2") == {}
 
 
+def test_a_resumed_run_on_the_cache_is_the_undisturbed_one(folder):
+    assert check("GradualUnfreezing:fraction", folder, points=[BATCHES + 3], more="--cache.views 2") == {}
+
+
+# in the main process, in two workers, and from cached views where stages are closed
 cases = pytest.mark.parametrize(
-    ("strategy", "workers"), [pytest.param(name, n, marks=exact) for name in STRATEGIES for n in (0, 2)]
+    ("strategy", "workers"),
+    [pytest.param(name, n, marks=exact) for name in STRATEGIES for n in ("0", "2", "0 --cache.views 2")],
 )
 
 

@@ -2,9 +2,9 @@
 
     x -> [ closed: a function of x alone, nothing in it moves ] -> boundary -> [ open stages ] -> features
 
-The cut goes through the graph of `forward`, which torch.fx records: all that depends on no open stage is on the left, skip
-connections and the operations between modules included. Only the modules that hold both closed and open parts are looked
-into; every other one stays whole, with its train or eval mode.
+The cut goes through the graph of `forward`, which torch.fx records: all that depends on no open stage is on the left,
+skip connections and the operations between modules included. Only the modules that hold both closed and open parts are
+looked into; every other one stays whole, with its train or eval mode.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What watches a run: its directory, the feature cache, the freeze audit, interruptions, the progress lines, TensorBoard's pictures."""
+"""What watches a run: its directory, the feature cache, the freeze audit, interruptions, progress, pictures."""
 
 from tl_modules.callbacks.exact_resume import ExactResume
 from tl_modules.callbacks.feature_cache import FeatureCache

@@ -16,7 +16,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,7 +36,7 @@ from tl_modules.store import Store, default_folder
 
 log = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-BATCH = 32  # at least so many samples go through the closed stages at once
+BATCH = 32  # so many samples go through the closed stages at once, or fewer, where training takes fewer
 MANY = 1000
 SHARE = 0.5  # of the free memory that an entry may take where the disk is not to be had
 
@@ -152,9 +153,14 @@ class FeatureCache(Callback):
     ) -> list[Tensor] | None:
         """What an earlier run left, or a new entry where enough passes will read it."""
         samples, what = len(loader.dataset), _what(both, module)
-        data = loader.dataset.fingerprint()
-        key = self._key(trainer, module, both, data, views) if data else None
+        key = self._key(trainer, module, loader, both, views)
+        # a sample's views are the same in every run
+        seeds = [np.random.default_rng(view).integers(2**62, size=samples).tolist() for view in range(views)]
+        places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
         found = self.store.open(key) if key else None
+        if found and not self._holds(trainer, module, loader, places, both, found):
+            found = None
+            self.store.remove(str(key))
         if _all_agree(trainer, found is not None):
             assert found is not None
             self._say(trainer, f"{name}: {what} of an earlier run, {samples:,} samples, {_size(found)}")
@@ -162,18 +168,12 @@ class FeatureCache(Callback):
         if passes < 2:
             return None
         start = time.perf_counter()
-        # a sample's views are the same in every run
-        seeds = [np.random.default_rng(view).integers(2**62, size=samples).tolist() for view in range(views)]
-        places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
-        training = module.training
-        module.eval()
         try:
-            built = self._build(trainer, module, loader, places, both, key)
+            with _evaluating(module):
+                built = self._build(trainer, module, loader, places, both, key)
         except NotCut as reason:
             self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
             return None
-        finally:
-            module.train(training)
         saved = f"; {passes:.0f} epochs go on from there" if passes < MANY else ""
         self._say(trainer, f"{name}: {what} cached in {time.perf_counter() - start:.1f} s, {samples:,} samples, "
                            f"{_size(built)}{saved}")  # fmt: skip
@@ -189,28 +189,22 @@ class FeatureCache(Callback):
         token = str(trainer.strategy.broadcast(os.getpid())) + f".{trainer.node_rank}"
         name = key or "once"
         mine = places[rank::world]
-        size = max(BATCH, loader.batch_size)
         tensors: list[Tensor] = []
-        on_disk = True
-        done = 0
-        with torch.no_grad():
-            for x, y in loader.read(mine, size):
-                x = trainer.precision_plugin.convert_input(x.to(module.device, non_blocking=True))
-                with trainer.precision_plugin.forward_context():
-                    boundary = run_trunk(both, x)
-                    if not tensors:
-                        check(both, module.backbone, x, boundary)
-                rows = [self._stored(part) for part in boundary]
-                if y is not None:
-                    if not isinstance(y, Tensor):
-                        raise NotCut("its labels are not tensors")
-                    rows.append(y)
+        on_disk, done = True, 0
+        try:
+            for x, y in loader.read(mine, _batch(loader)):
+                if trainer.world_size == 1 and any(getattr(c, "signal", 0) for c in cast(Any, trainer).callbacks):
+                    raise NotCut("a signal asks to stop")  # there may be no time to finish the entry
+                rows = self._rows(trainer, module, both, x, y, first=not tensors)
                 if not tensors:
                     specs = [((len(places), *row.shape[1:]), row.dtype) for row in rows]
                     on_disk, tensors = self._room(trainer, specs, name, token, rank)
                 for whole, row in zip(tensors, rows, strict=True):
                     whole[rank::world][done : done + len(row)].copy_(row)
                 done += len(x)
+        except BaseException:
+            self.store.drop(name, token)
+            raise
         trainer.strategy.barrier()
         if on_disk and rank == 0:
             if key:
@@ -220,9 +214,39 @@ class FeatureCache(Callback):
         trainer.strategy.barrier()
         return tensors
 
-    def _room(
-        self, trainer: Trainer, specs: list[Any], name: str, token: str, rank: int
-    ) -> tuple[bool, list[Tensor]]:
+    def _rows(
+        self, trainer: Trainer, module: TransferModule, both: Cut, x: Tensor, y: Any, first: bool = False
+    ) -> list[Tensor]:
+        """What an entry holds of a batch."""
+        x = trainer.precision_plugin.convert_input(x.to(module.device, non_blocking=True))
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            boundary = run_trunk(both, x)
+            if first:
+                check(both, module.backbone, x, boundary)
+        rows = [self._stored(part) for part in boundary]
+        if y is not None and not isinstance(y, Tensor):
+            raise NotCut("its labels are not tensors")
+        return rows if y is None else [*rows, y]
+
+    def _holds(
+        self,
+        trainer: Trainer,
+        module: TransferModule,
+        loader: Any,
+        places: Sequence[Any],
+        both: Cut,
+        found: list[Tensor],
+    ) -> bool:
+        """Whether a few samples still give what an earlier run stored, whatever the key cannot know."""
+        few = sorted({round(i * (len(places) - 1) / 3) for i in range(4)})
+        with _evaluating(module):
+            for x, y in loader.read([places[i] for i in few], len(few)):
+                rows = self._rows(trainer, module, both, x, y)
+        return len(rows) == len(found) and all(
+            new.shape == old[few].shape and _close(new.cpu(), old[few]) for new, old in zip(rows, found, strict=True)
+        )
+
+    def _room(self, trainer: Trainer, specs: list[Any], name: str, token: str, rank: int) -> tuple[bool, list[Tensor]]:
         """Tensors on disk, or in memory where the disk is not to be had."""
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
         reason = self.store.room(size)
@@ -238,19 +262,24 @@ class FeatureCache(Callback):
     def _stored(self, part: Tensor) -> Tensor:
         return part.to(DTYPES[self.dtype]) if self.dtype and part.is_floating_point() else part
 
-    def _key(self, trainer: Trainer, module: TransferModule, both: Cut, data: str, views: int) -> str:
+    def _key(self, trainer: Trainer, module: TransferModule, loader: Any, both: Cut, views: int) -> str | None:
+        """The name of an entry; None where something cannot be named, so that it serves this run only."""
+        data, does = loader.dataset.fingerprint(), code(both.trunk, module.backbone)
+        if data is None or does is None:
+            return None
         whole = both.trunk.state_dict(keep_vars=True)
         used = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
         parts = [
             fingerprint(used),
-            code(both.trunk, module.backbone),
+            does,
             data,
             views,
             self.dtype,
             trainer.precision,
             module.device.type,
             torch.__version__,
-            # the rounding of a batch's rows can depend on which others are in it
+            # the rounding of a batch's rows can depend on how many there are
+            _batch(loader),
             trainer.num_devices if trainer.world_size > 1 else 1,
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -272,11 +301,10 @@ class _Memory:
         dtype: What converted activations are computed with; None leaves them.
     """
 
-    def __init__(
-        self, view: Any, tensors: list[Tensor], both: Cut, views: int, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, view: Any, tensors: list[Tensor], both: Cut, views: int, dtype: torch.dtype | None) -> None:
         self.view, self.tail, self.views, self.dtype = view, both.tail, views, dtype
-        self.parts, self.y = (tensors, None) if view.label == "none" else (tensors[:-1], tensors[-1])
+        self.parts = tensors if view.label == "none" else tensors[:-1]
+        self.y = None if view.label == "none" else tensors[-1]
 
     def __call__(self, places: Sequence[Any]) -> tuple[Cached, Tensor | None]:
         """The batch at these places: row numbers, or row numbers with the seeds that choose a view."""
@@ -323,6 +351,27 @@ def _passes(trainer: Trainer, module: TransferModule) -> int:
     return next((n for n in range(1, left) if _closed(trainer, module, n) != closed), left)
 
 
+def _batch(loader: Any) -> int:
+    return min(BATCH, int(loader.batch_size))
+
+
+@contextmanager
+def _evaluating(module: TransferModule) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _close(new: Tensor, old: Tensor) -> bool:
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(old.dtype, 2e-2)
+    if not old.is_floating_point():
+        return torch.equal(new, old)
+    return bool((new.float() - old.float()).abs().max() <= tolerance * (1 + old.float().abs().max()))
+
+
 def _share(limit: float | int | None, batches: int) -> float:
     """How much of the data an epoch sees."""
     if limit is None:
@@ -354,19 +403,24 @@ def _size(tensors: Sequence[Tensor]) -> str:
     return f"{sum(t.nbytes for t in tensors) / 1e6:.1f} MB"
 
 
-def code(*modules: Any) -> str:
-    """SHA-256 of what the modules' classes do: their source files, and the text of a recorded graph."""
+def code(*modules: Any) -> str | None:
+    """SHA-256 of what the modules' classes do: their source files, and the text of a recorded graph.
+
+    Returns:
+        None where a class has no file, e.g. one of a notebook.
+    """
     total = hashlib.sha256()
     files = set()
     for module in modules:
-        total.update(repr(module).encode())
-        total.update(getattr(module, "code", "").encode() if isinstance(getattr(module, "code", ""), str) else b"")
-        for each in module.modules():
-            for parent in type(each).__mro__:
-                try:
-                    files.add(inspect.getsourcefile(parent))
-                except (TypeError, OSError):  # made at run time, or without a file
-                    total.update(parent.__qualname__.encode())
-    for file in sorted(f for f in files if f):
-        total.update(Path(file).read_bytes() if Path(file).is_file() else file.encode())
+        total.update(f"{module!r} {getattr(module, 'code', '')}".encode())
+        for kind in {parent for each in module.modules() for parent in type(each).__mro__[:-1]}:
+            try:
+                files.add(inspect.getsourcefile(kind))
+            except (TypeError, OSError):
+                if kind.__module__ not in ("builtins", "typing", "abc"):
+                    return None
+    for file in sorted(filter(None, files)):
+        if not Path(file).is_file():
+            return None
+        total.update(Path(file).read_bytes())
     return total.hexdigest()

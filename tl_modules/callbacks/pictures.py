@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -145,7 +145,7 @@ class _Kept:
             return
         outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
         with torch.inference_mode():
-            on_device = outputs.to(module.device).split(1), labels.to(module.device).split(1)
+            on_device = [cast(Any, part.to(module.device)).split(1) for part in (outputs, labels)]
             losses = torch.stack([module.loss(o, y) for o, y in zip(*on_device, strict=True)]).tolist()
             prediction = module.predict(outputs)
         names = module.class_names
@@ -166,7 +166,9 @@ class _Kept:
             top = [(p, n) for p, n in pairs.most_common() if p[0] != p[1]][:SHOWN]
             rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
             writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
-            first = {pair: i for i, pair in reversed(list(enumerate(zip(labels.tolist(), guess.tolist(), strict=True))))}
+            first = {
+                pair: i for i, pair in reversed(list(enumerate(zip(labels.tolist(), guess.tolist(), strict=True))))
+            }
             titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
             grid(f"{split}/most confused: true, predicted, times", [first[p] for p, _ in top], titles)
         thumbnails = None

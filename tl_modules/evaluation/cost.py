@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-
 Context = Callable[[], AbstractContextManager[Any]]
 
 
@@ -23,7 +22,7 @@ def macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of matrix products, convolutions and attention for one sample of x (B, ...)."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         module(x[:1])
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2
 
 
 def speed(
@@ -56,7 +55,7 @@ def speed(
 
 
 def repeated(x: Tensor, batch_size: int) -> Tensor:
-    """x (B, ...) as often as needed -> (batch_size, ...)."""
+    """Samples (B, ...) as often as needed -> (batch_size, ...)."""
     return x.repeat(-(-batch_size // len(x)), *[1] * (x.ndim - 1))[:batch_size]
 
 
@@ -65,20 +64,20 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = int(torch.cuda.memory_allocated(device))
         work()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device)) - before
     with _Live() as live:
         work()
-    return live.peak
+    return int(live.peak)
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are made while it is on and are still held."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known: dict[int, int] = {}
         self.now = self.peak = 0
 

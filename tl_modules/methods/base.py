@@ -18,7 +18,7 @@ class Method(nn.Module):
 
     Attributes:
         needs: The domains that must be present in training, of "source" and "target".
-        reads_x: Whether it looks at a view's `x`, which is then read in every epoch even where features could be cached.
+        reads_x: Whether it looks at a view's `x`; features are then not cached.
 
     Args:
         weight: What the term is multiplied by.

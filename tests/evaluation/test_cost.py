@@ -1,0 +1,71 @@
+"""What a network costs, against numbers by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from tl_modules import Classification, FeatureExtraction, LastStages, TorchvisionBackbone
+from tl_modules.backbones.split import cut, run_trunk
+from tl_modules.evaluation import macs, peak_memory, speed
+
+CPU = torch.device("cpu")
+
+
+def test_macs_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    assert macs(net, torch.zeros(4, 3, 6, 6)) == 3 * 8 * 9 * 36 + 8 * 36 * 5
+
+
+def test_peak_memory_by_hand():
+    def work():
+        a = torch.zeros(1000)
+        b = a + 1  # both are held
+        del a
+        c = b.view(10, 100)  # no memory of its own
+        return c * 2  # b and the result
+
+    assert peak_memory(work, CPU) == 8000
+
+
+def test_speed_is_ordered_and_counts_samples():
+    class Slow(nn.Module):
+        sizes = []
+
+        def forward(self, x):
+            self.sizes.append(len(x))
+            return x
+
+    found = speed(Slow(), torch.zeros(2, 3), 5, seconds=0.01)
+    assert set(Slow.sizes) == {5}
+    assert len(Slow.sizes) >= 8
+    assert 0 < found["p50"] <= found["p95"] <= found["p99"]
+    assert found["throughput"] > 0
+
+
+@pytest.mark.parametrize("strategy", [FeatureExtraction(), LastStages(1), LastStages(2)])
+def test_closed_stages_keep_nothing_for_a_backward_pass(strategy):
+    """At most 10 % more than the no-grad forward of the closed part and what the open part needs."""
+    module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=strategy).train()
+    x, y = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8), torch.arange(4)
+    both = cut(module.backbone, 5 - strategy.depth(0, 5))
+    with torch.no_grad():
+        boundary = run_trunk(both, x)
+
+    def step():
+        module.training_step({"target": (x, y)}, 0).backward()
+
+    def trunk():
+        with torch.no_grad():
+            both.trunk(x)
+
+    def tail():
+        module.loss(module.head(both.tail(*boundary)), y).backward()
+
+    used = []
+    for work in (step, trunk, tail):
+        module.zero_grad(set_to_none=True)
+        used.append(peak_memory(work, CPU))
+    assert used[0] <= 1.1 * (used[1] + used[2])
+    module.backbone.requires_grad_(True)
+    module.zero_grad(set_to_none=True)
+    assert peak_memory(lambda: module.loss(module(x), y).backward(), CPU) > 1.2 * used[0]

@@ -23,7 +23,7 @@ def test_both_parts_are_the_whole(name):
     backbone = BACKBONES[name]()
     x = torch.randint(0, 256, (3, 3, 224 if "vit" in name else 64, 224 if "vit" in name else 64), dtype=torch.uint8)
     stages = backbone.stages()
-    for closed in range(1, len(stages) + 1):
+    for closed in range(1, len(stages) + 1) if len(stages) < 9 else (1, 6, len(stages)):
         backbone.train().requires_grad_(True)
         for stage in stages[:closed]:
             stage.eval().requires_grad_(False)

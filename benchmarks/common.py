@@ -56,6 +56,13 @@ def report(rows, out=None):
         Path(out).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
+class Leave(Callback):
+    """Ends the process where the first step begins."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        os._exit(0)
+
+
 class Clock(Callback):
     """The time between the beginnings of two steps of an epoch."""
 

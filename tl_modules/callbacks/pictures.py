@@ -48,10 +48,14 @@ class Pictures(Callback):
         """Takes them back."""
         self.best.metrics = dict(state["best"])
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draws the first batch, as the network gets it."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draws the first batch, as the network has got it."""
+        if trainer.current_epoch > 0 or batch_idx > 0 or not isinstance(pl_module, TransferModule):
+            return
         writer = _writer(trainer)
-        if writer is None or trainer.global_step > 0 or batch_idx > 0 or not isinstance(pl_module, TransferModule):
+        if writer is None:
             return
         for domain, (x, y) in batch.items():
             x = x.read(SHOWN) if isinstance(x, Cached) else x

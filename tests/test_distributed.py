@@ -171,6 +171,7 @@ def test_strategies_that_split_parameters_are_refused():
             module.setup("fit")
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path):
     line = "fit --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --data.shots_per_class 100"
     done = call(line, tmp_path)

@@ -16,7 +16,7 @@ help: ## Show these lines
 
 setup: .venv/installed ## Create .venv and install everything in it
 
-demo: setup ## Transfer against training from scratch, on embedded data (3 minutes)
+demo: setup ## Transfer against training from scratch, on embedded data (2 minutes)
 	$(BIN)/python -m tl_modules.demo
 
 test: setup ## Fast tests

@@ -9,6 +9,8 @@ import torch
 
 from tl_modules.store import Store
 
+K, A, B, C, D = ("0123456789abcde" + c + 16 * "0" for c in "fabcd")
+
 SPECS = [((4, 3), torch.bfloat16), ((4,), torch.int64)]
 
 
@@ -21,10 +23,10 @@ def fill(store, key, value=1):
 
 def test_a_finished_entry_is_found(tmp_path):
     store = Store(tmp_path / "new", 10**6)
-    assert store.open("k") is None
+    assert store.open(K) is None
     assert store.room(100) is None
-    fill(store, "k", 3)
-    first, second = Store(tmp_path / "new", 10**6).open("k")
+    fill(store, K, 3)
+    first, second = Store(tmp_path / "new", 10**6).open(K)
     assert (first.shape, first.dtype) == ((4, 3), torch.bfloat16)
     assert (first == 3).all()
     assert second.tolist() == [3, 3, 3, 3]
@@ -32,8 +34,8 @@ def test_a_finished_entry_is_found(tmp_path):
 
 def test_another_process_joins(tmp_path):
     store = Store(tmp_path, 10**6)
-    mine = store.begin("k", "t", SPECS)
-    theirs = store.begin("k", "t", SPECS, create=False)
+    mine = store.begin(K, "t", SPECS)
+    theirs = store.begin(K, "t", SPECS, create=False)
     thread = threading.Thread(target=lambda: [t[1::2].fill_(7) for t in theirs])
     thread.start()
     thread.join()
@@ -42,9 +44,9 @@ def test_another_process_joins(tmp_path):
 
 def test_what_is_unfinished_is_not_found(tmp_path):
     store = Store(tmp_path, 10**6)
-    tensors = store.begin("k", "t", SPECS)
-    assert store.open("k") is None
-    store.drop("k", "t")
+    tensors = store.begin(K, "t", SPECS)
+    assert store.open(K) is None
+    store.drop(K, "t")
     assert tensors[0].sum() == 0  # still mapped
     assert list(tmp_path.iterdir()) == []
 
@@ -52,8 +54,8 @@ def test_what_is_unfinished_is_not_found(tmp_path):
 @pytest.mark.parametrize("damage", ["bits", "length", "meta", "gone"])
 def test_what_is_damaged_is_not_found(tmp_path, damage):
     store = Store(tmp_path, 10**6)
-    fill(store, "k")
-    file = tmp_path / "k" / "0.bin"
+    fill(store, K)
+    file = tmp_path / K / "0.bin"
     if damage == "bits":
         content = bytearray(file.read_bytes())
         content[5] ^= 1
@@ -61,24 +63,24 @@ def test_what_is_damaged_is_not_found(tmp_path, damage):
     elif damage == "length":
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "meta":
-        (tmp_path / "k" / "meta.json").write_text("{")
+        (tmp_path / K / "meta.json").write_text("{")
     else:
         file.unlink()
-    assert store.open("k") is None
+    assert store.open(K) is None
 
 
 def test_the_least_recently_used_make_room(tmp_path):
-    fill(Store(tmp_path, 10**6), "first")
-    one = sum(file.stat().st_size for file in (tmp_path / "first").iterdir())
+    fill(Store(tmp_path, 10**6), K)
+    one = sum(file.stat().st_size for file in (tmp_path / K).iterdir())
     store = Store(tmp_path, 3 * one + 20)
-    shutil.rmtree(tmp_path / "first")
-    for number, key in enumerate("abc"):
+    shutil.rmtree(tmp_path / K)
+    for number, key in enumerate((A, B, C)):
         fill(store, key)
         os.utime(tmp_path / key / "meta.json", (number, number))
-    store.open("a")
-    fill(store, "d")
-    assert store.open("b") is None
-    assert all(store.open(key) for key in "ad")
+    store.open(A)
+    fill(store, D)
+    assert store.open(B) is None
+    assert all(store.open(key) for key in (A, D))
 
 
 def test_what_does_not_fit_is_said(tmp_path):
@@ -90,8 +92,21 @@ def test_what_does_not_fit_is_said(tmp_path):
 
 def test_the_second_of_two_keeps_its_own(tmp_path):
     store = Store(tmp_path, 10**6)
-    tensors = [store.begin("k", token, SPECS) for token in "xy"]
+    tensors = [store.begin(K, token, SPECS) for token in "xy"]
     for token, mine in zip("xy", tensors, strict=True):
-        store.commit("k", token, mine)
-    assert store.open("k")
-    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+        store.commit(K, token, mine)
+    assert store.open(K)
+    assert [p.name for p in tmp_path.iterdir()] == [K]
+
+
+def test_what_is_not_ours_is_not_touched(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "meta.json").write_text("{}")
+    (tmp_path / ".x.part").mkdir()
+    os.utime(tmp_path / ".x.part", (0, 0))
+    store = Store(tmp_path, 10)
+    fill(store, A)
+    fill(store, B)
+    assert (tmp_path / "data" / "meta.json").exists()
+    assert (tmp_path / ".x.part").exists()
+    assert store.open(A) is None

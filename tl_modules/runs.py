@@ -79,6 +79,11 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"run: {run / 'config.yaml'} is no mapping of {', '.join(SECTIONS)}")
     config = {key: value for key, value in config.items() if key in SECTIONS}
+    for key in (
+        "folder",
+        "disk_gb",
+    ):  # the cache belongs to the machine; somebody else's run must not say what to empty
+        (config.get("cache") or {}).pop(key, None)
     check_names(config, trusted, f"run: {run / 'config.yaml'}")
     return config
 

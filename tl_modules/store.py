@@ -3,7 +3,8 @@
     FOLDER/<key>/0.bin 1.bin ...   raw rows
                  meta.json         shapes, types and checksums; what has none is not finished
 
-An entry is written beside its place and renamed at the end. The least recently used entries make room for new ones.
+A key is 32 hexadecimal digits; nothing of another name in the folder is touched. An entry is written beside its place
+and renamed at the end. The least recently used entries make room for new ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEY = "[0-9a-f]" * 32
 Spec = tuple[torch.Size | tuple[int, ...], torch.dtype]
 
 
@@ -107,10 +109,10 @@ class Store:
 
     def _entries(self) -> list[Path]:
         """Finished entries, the least recently used first."""
-        return sorted((p.parent for p in self.folder.glob("[!.]*/meta.json")), key=_used)
+        return sorted((p.parent for p in self.folder.glob(f"{KEY}/meta.json")), key=_used)
 
     def _evict(self, size: int) -> None:
-        for part in self.folder.glob(".*.part"):  # of a killed run
+        for part in self.folder.glob(f".{KEY}.*.part"):  # of a killed run
             with contextlib.suppress(OSError):
                 if time.time() - part.stat().st_mtime > 86400:
                     shutil.rmtree(part, ignore_errors=True)

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from datamodules import Digits, ImageFolders, TransferDataModule
 from tl_modules import Classification, ConvNet, FineTuning, GradualUnfreezing, LastStages, Method, UserError
 from tl_modules.cached import Cached
 from tl_modules.callbacks import FeatureCache
+from tl_modules.runs import read_config
 
 STRATEGIES = {
     "FeatureExtraction": "",
@@ -448,3 +450,11 @@ def test_a_cached_batch_is_no_tensor():
     assert isinstance(cached.to(torch.device("cpu")), Cached)
     with pytest.raises(UserError, match=r"x.shape is asked for"):
         _ = cached.shape
+
+
+def test_a_run_of_somebody_else_does_not_say_what_to_empty(ok, said, tmp_path):
+    ok(RUN + "--model.finetuning FeatureExtraction --name x --cache.dtype bfloat16")
+    shutil.rmtree(tmp_path / "cache")
+    ok("test --run runs/x")
+    assert not (tmp_path / "cache").exists()
+    assert read_config(tmp_path / "runs/x/version_0")["cache"] == {"enabled": True, "views": 0, "dtype": "bfloat16"}

@@ -80,7 +80,10 @@ class FolderImages(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """What names its contents: a file's size, and when its contents, and when its entry, last changed."""
-        stats = [os.stat(path) for path in self.ids]
+        try:
+            stats = [os.stat(path) for path in self.ids]
+        except OSError as error:
+            raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
         files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
         return digest(files, self.targets, self.size, self.max_pixels)
 

@@ -135,25 +135,19 @@ def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
     assert curve(tmp_path / "runs" / "x" / "version_0")[-1]["epoch"] == 3
 
 
-def test_whatever_changes_misses(tree, tmp_path, said):
+def test_whatever_changes_misses(tmp_path, said):
+    tree = make_tree(tmp_path / "tree", suffix="bmp")  # whose files are all of one size
     there = tmp_path / "cache"
     assert reused(said, tree, there) == []
     assert reused(said, tree, there) == ["val", "target train"]
 
-    def same_size(path):
-        """The same number of bytes and the same time of change."""
-        before = path.stat()
-        content = bytearray(path.read_bytes())
-        image(path, (90, 10, 90), seed=5)
-        other = path.read_bytes()
-        path.write_bytes(other[: len(content)].ljust(len(content), b"\0"))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        assert path.stat().st_mtime_ns == before.st_mtime_ns
-        assert path.stat().st_size == before.st_size
-
-    same_size(tree / "train" / "red" / "0.png")
+    changed = tree / "train" / "red" / "0.bmp"
+    before = changed.stat()
+    image(changed, (90, 10, 90), seed=5)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (changed.stat().st_size, changed.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert reused(said, tree, there) == ["val"]
-    image(tree / "val" / "red" / "extra.png", (200, 0, 0))
+    image(tree / "val" / "red" / "extra.bmp", (200, 0, 0))
     assert reused(said, tree, there) == ["target train"]
     assert reused(said, tree, there, shots_per_class=2) == ["val"]
 

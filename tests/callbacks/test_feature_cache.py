@@ -349,9 +349,14 @@ def test_data_that_cannot_name_themselves_are_cached_for_one_run(tmp_path, said)
     assert list(folder.iterdir()) == []
 
 
-def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said):
-    fit(Own(Noisy()), small(), folder=str(tmp_path / "c"))
+def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said, monkeypatch):
+    from tl_modules.callbacks import feature_cache
+
+    asked, check = [], feature_cache._check_deterministic
+    monkeypatch.setattr(feature_cache, "_check_deterministic", lambda *args: (asked.append(args), check(*args)))
+    fit(Own(Noisy()), small(), epochs=4, folder=str(tmp_path / "c"))
     assert all("the data set draws random numbers of its own" in text for text in said())
+    assert len(asked) == 2  # of training and validation, not of each epoch
 
 
 def test_without_a_disk_there_is_the_memory(tree, tmp_path, said):

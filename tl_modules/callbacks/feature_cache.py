@@ -74,7 +74,8 @@ class FeatureCache(Callback):
 
     def _forget(self) -> None:
         self.cuts: dict[int, Cut | None] = {}
-        self.entries: dict[tuple[int, int], list[Tensor]] = {}
+        # by loader and closed stages; None where there is to be no entry, which is found out once
+        self.entries: dict[tuple[int, int], list[Tensor] | None] = {}
         self.said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -130,14 +131,16 @@ class FeatureCache(Callback):
         if both is None:
             return None
         if (id(loader), closed) not in self.entries:
-            entry = self._entry(trainer, module, loader, name, both, views, passes)
-            if entry is None:
-                return None
             # the boundary before is not needed any more
             self.entries = {k: e for k, e in self.entries.items() if k[0] != id(loader)}
-            self.entries[id(loader), closed] = entry
+            try:
+                self.entries[id(loader), closed] = self._entry(trainer, module, loader, name, both, views, passes)
+            except NotCut as reason:
+                self.entries[id(loader), closed] = None
+                self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
+        entry = self.entries[id(loader), closed]
         dtype = module.dtype if self.dtype else None
-        return _Memory(view, self.entries[id(loader), closed], both, views, cast(Any, dtype))
+        return None if entry is None else _Memory(view, entry, both, views, cast(Any, dtype))
 
     def _cut(self, trainer: Trainer, module: TransferModule, closed: int) -> Cut | None:
         if closed not in self.cuts:
@@ -151,7 +154,11 @@ class FeatureCache(Callback):
     def _entry(
         self, trainer: Trainer, module: TransferModule, loader: Any, name: str, both: Cut, views: int, passes: float
     ) -> list[Tensor] | None:
-        """What an earlier run left, or a new entry where enough passes will read it."""
+        """What an earlier run left, or a new entry where enough passes will read it.
+
+        Raises:
+            NotCut: There can be no entry.
+        """
         samples, what = len(loader.dataset), _what(both, module)
         key = self._key(trainer, module, loader, both, views)
         # a sample's views are the same in every run
@@ -168,12 +175,8 @@ class FeatureCache(Callback):
         if passes < 2:
             return None
         start = time.perf_counter()
-        try:
-            with _evaluating(module):
-                built = self._build(trainer, module, loader, places, both, key)
-        except NotCut as reason:
-            self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
-            return None
+        with _evaluating(module):
+            built = self._build(trainer, module, loader, places, both, key)
         saved = f"; {passes:.0f} epochs go on from there" if passes < MANY else ""
         self._say(trainer, f"{name}: {what} cached in {time.perf_counter() - start:.1f} s, {samples:,} samples, "
                            f"{_size(built)}{saved}")  # fmt: skip

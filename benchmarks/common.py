@@ -2,14 +2,16 @@
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback
+
+from tl_modules.evaluation import machine as machine_of
 
 STEPS = []
 TL = [sys.executable, "-m", "tl_modules"]
@@ -32,11 +34,8 @@ def timed(command, folder, environment=None):
 
 
 def machine():
-    """The processor's name and how many cores there are."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    bf16 = ", avx512_bf16" if "avx512_bf16" in info else ""
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores{bf16}"
+    """This machine's processor; the benchmarks run on it."""
+    return machine_of(torch.device("cpu"))
 
 
 def report(rows, out=None):

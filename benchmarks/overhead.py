@@ -105,7 +105,7 @@ def memory():
     whole = peak_memory(step, x.device)
     module.zero_grad(set_to_none=True)
     parts = peak_memory(trunk, x.device), peak_memory(tail, x.device)
-    return whole, sum(parts), max(parts)
+    return whole, sum(parts)
 
 
 def main():
@@ -124,7 +124,6 @@ def main():
         os.chdir(scratch)
         os.environ["TL_CACHE_DIR"] = str(Path(scratch) / "cache")
         generator = np.random.default_rng(0)
-        labels = generator.integers(10, size=320)
         for name, side, count in (("large", 224, 128), ("small", 32, 3200)):
             images = generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
             numbers = generator.integers(10, size=count)
@@ -155,7 +154,7 @@ def main():
                 wanted = "1 / 2" if batch == 32 else ""
                 add(f"step on cached features, batch {batch}, s", mine, theirs, wanted)
                 print(f"   {batch / mine:,.0f} samples/s")
-        whole, both, _ = memory()
+        whole, both = memory()
         add("memory of a LastStages(1) step, resnet18, batch 16, bytes", whole, both, "1 / 1.1")
         (Path(scratch) / "bare.py").write_text(BARE)
         for _ in range(args.pairs):

@@ -77,13 +77,7 @@ def main():
                 seconds += statistics.mean(finished["seconds"]) * (args.epochs - ran)
                 ours = [
                     *TL,
-                    "fit",
-                    "--name",
-                    "x",
-                    "--model",
-                    "Classification",
-                    "--model.backbone",
-                    "TorchvisionBackbone",
+                    *["fit", "--name", "x", "--model", "Classification", "--model.backbone", "TorchvisionBackbone"],
                 ]
                 ours += ["--model.backbone.name", model, "--data", "ImageFolders", f"--data.target={data}"]
                 ours += [f"--data.image_size={args.size}", f"--trainer.max_epochs={args.epochs}"]

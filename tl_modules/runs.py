@@ -116,9 +116,14 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
     module: LightningModule = parser.instantiate_classes(
         parser.parse_object({"model": without_weights(config["model"])})
     ).model
+    return fill(module, content).eval()
+
+
+def fill(module: LightningModule, content: dict[str, Any]) -> LightningModule:
+    """Gives a module the weights of a checkpoint's content."""
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
-    return module.eval()
+    return module
 
 
 def write_metrics(run: Path, metrics: dict[str, float]) -> None:

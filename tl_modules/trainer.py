@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +21,8 @@ from torch import Tensor
 from tl_modules.base import TransferModule
 from tl_modules.checkpoints import load
 from tl_modules.errors import UserError
-from tl_modules.evaluation.cost import macs, peak_memory, repeated, speed
-from tl_modules.runs import write_whole
+from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
+from tl_modules.runs import fill, write_whole
 
 
 class TransferTrainer(Trainer):
@@ -60,7 +59,7 @@ class TransferTrainer(Trainer):
         """
         module, data = _ours(model), datamodule
         if ckpt_path is not None:
-            _fill(module, ckpt_path)
+            fill(module, load(ckpt_path))
         folder = Path(out) if out else Path(self.default_root_dir) / "embeddings"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +119,7 @@ class TransferTrainer(Trainer):
             raise UserError(f"batch_sizes: {batch_sizes} must be at least 1 each")
         module = _ours(model)
         if ckpt_path is not None:
-            _fill(module, ckpt_path)
+            fill(module, load(ckpt_path))
         device = self.strategy.root_device
         module = module.to(device).eval()
         datamodule.setup("test")
@@ -128,7 +127,7 @@ class TransferTrainer(Trainer):
         x = self.precision_plugin.convert_input(x.to(device))
         context = self.precision_plugin.forward_context
         found: dict[str, Any] = {
-            "machine": _machine(device),
+            "machine": machine(device),
             "precision": self.precision,
             "parameters": sum(p.numel() for p in module.parameters()),
             "macs": macs(module, x),
@@ -242,20 +241,6 @@ def _ours(model: LightningModule) -> TransferModule:
     if not isinstance(model, TransferModule):
         raise UserError(f"model: {type(model).__name__} has no backbone and head; this command needs a TransferModule")
     return model
-
-
-def _fill(module: TransferModule, path: str) -> None:
-    content = load(path)
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _report(found: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Context = Callable[[], AbstractContextManager[Any]]
+
+
+def machine(device: torch.device) -> str:
+    """The name of the card, or of the processor with the threads that torch takes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    bf16 = ", avx512_bf16" if "avx512_bf16" in info else ""
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads{bf16}"
 
 
 def macs(module: nn.Module, x: Tensor) -> int:

@@ -1,6 +1,7 @@
 """What every datamodule is: domains with splits, and the one convention that data and models share, the batch.
 
-    training    {"source": (x, y), "target": (x, y)}      y is None where labels are hidden
+    training    {"source": (x, y), "target": (x, y)}      y is None where labels are hidden; several sources are
+                                                          "source/photo", "source/sketch", ...
     evaluation  {"target": (x, y)}                        one domain
     prediction  {"target": (x, row number)}
 
@@ -15,18 +16,18 @@ import math
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, default_collate
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -38,10 +39,11 @@ class DataError(Exception):
 
 
 class TransferDataModule(LightningDataModule):
-    """Loads a source and/or a target domain; a subclass writes `domains` and sets `num_outputs` and `class_names`.
+    """Loads source domains and/or a target; a subclass writes `domains` and sets `num_outputs` and `class_names`.
 
     A target alone is labelled (fine-tuning). **Beside a source the target's labels reach neither training nor model
-    selection**, which then takes the source's validation split, unless `target_labels` opens them.
+    selection**, unless `target_labels` opens them; validation then runs on the source's labelled samples, and gives
+    what the model says of the target's validation and test samples without their labels.
 
     A data set is map-style and gives (x, y). For few shots and stratified splits it has `targets`, the labels of all
     samples; for predictions it may have `ids`, a name per sample; with `fingerprint()`, a text that changes whenever a
@@ -51,7 +53,12 @@ class TransferDataModule(LightningDataModule):
         batch_size: Samples per domain in a step.
         num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
         shots_per_class: Keeps that many labelled target training samples of each class.
-        target_labels: Shows training and model selection the target's labels also beside a source.
+        target_labels: Whether training and model selection see the target's labels; None shows those of a target alone
+            (fine-tuning) and hides them beside a source (adaptation). False hides them also of a target alone
+            (source-free adaptation).
+        target_unseen: Keeps the target out of training altogether (domain generalisation).
+        selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
+            choice of the model, `--select.by few` or `oracle`; to nothing else.
         augment: Transforms of a training x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
@@ -69,7 +76,9 @@ class TransferDataModule(LightningDataModule):
         batch_size: int = 32,
         num_workers: int | None = 0,
         shots_per_class: int | None = None,
-        target_labels: bool = False,
+        target_labels: bool | None = None,
+        target_unseen: bool = False,
+        selection_labels: int | Literal["all"] | None = None,
         augment: list[nn.Module] | None = None,
         drop_last: bool = False,
         seed: int = 0,
@@ -82,7 +91,13 @@ class TransferDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = min(8, _cores()) if num_workers is None else num_workers
         self.shots_per_class = shots_per_class
+        if isinstance(selection_labels, int) and selection_labels < 1:
+            raise DataError(f"selection_labels: {selection_labels} must be at least 1, or all")
+        if target_labels and target_unseen:
+            raise DataError("target_labels, target_unseen: a target that training does not see has no labels for it")
         self.target_labels = target_labels
+        self.target_unseen = target_unseen
+        self.selection_labels = selection_labels
         self.augment = nn.Sequential(*augment) if augment else None
         self.drop_last = drop_last
         self.seed = seed
@@ -96,7 +111,7 @@ class TransferDataModule(LightningDataModule):
             split: "train", "val" or "test".
 
         Returns:
-            Keys out of "source" and "target".
+            Keys are "target" and "source", or, for several sources, "source/<name>" each.
         """
         raise NotImplementedError
 
@@ -105,17 +120,30 @@ class TransferDataModule(LightningDataModule):
             self._domains[split] = self.domains(split)
         return self._domains[split]
 
+    def hidden(self, split: str = "train") -> bool:
+        """Whether the target's labels are kept from training and model selection."""
+        return self.hides(self._of(split))
+
+    def hides(self, domains: Collection[str]) -> bool:
+        """The same for the domains of these names."""
+        beside = len(domains) > 1 if self.target_labels is None else not self.target_labels
+        return "target" in domains and (beside or self.target_unseen)
+
     def _one(self, split: str) -> tuple[str, Dataset[Any]]:
         """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
-        domains = self._of(split)
-        hidden = split == "val" and "source" in domains and not self.target_labels
-        name = "target" if "target" in domains and not hidden else "source"
-        return name, domains[name]
+        domains = dict(self._of(split))
+        target = domains.pop("target", None)
+        if target is not None and (not domains or split == "test" or not self.hidden(split)):
+            return "target", target
+        sources = list(domains.values())
+        return "source", sources[0] if len(sources) == 1 else Joined(sources)
 
     def train_dataloader(self) -> CombinedLoader:
         """All domains side by side; an epoch is the longest one's, and a shorter one starts over, in a new order."""
-        domains = self._of("train")
-        hidden = len(domains) > 1 and not self.target_labels
+        domains = {name: d for name, d in self._of("train").items() if name != "target" or not self.target_unseen}
+        hidden = self.hidden()
+        if not domains:
+            raise DataError("target_unseen: there is no source to train on; give --data.source")
         if hidden and self.shots_per_class:
             raise DataError(
                 "shots_per_class: it picks target samples by their labels, which are hidden beside a source; "
@@ -133,9 +161,35 @@ class TransferDataModule(LightningDataModule):
             loaders[name] = self._loader(view, sampler.batch_size, sampler, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation split of the domain that selects the model."""
-        return self._evaluation("val")
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The labelled validation split; where the target's labels are hidden, also its samples without them."""
+        name, dataset = self._one("val")
+        hidden = self.hidden("val")
+        loaders: list[DataLoader[Any]] = []
+        if not (hidden and name == "target"):
+            loaders.append(self._rows(dataset, name, "y", "val"))
+        if hidden:
+            seen: list[Dataset[Any]] = []
+            for split in ("val", "test"):
+                target = self._of(split)["target"]
+                if not any(target is other for other in seen):
+                    loaders.append(self._rows(target, "target", "none", f"target {split}"))
+                    seen.append(target)
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    def opened(self) -> tuple[list[int], np.ndarray[Any, Any]]:
+        """The rows of the target's validation split whose labels `selection_labels` opens, and these labels."""
+        dataset = self._of("val")["target"]
+        if self.selection_labels is None:
+            return [], np.zeros(0)
+        rows = list(range(len(dataset)))  # type: ignore[arg-type]
+        if self.selection_labels != "all":
+            rows = few_shots(dataset, self.selection_labels, self.class_names, self.seed, "selection_labels")
+        return rows, targets_of(dataset)[rows]
+
+    def labels(self, split: str) -> np.ndarray[Any, Any]:
+        """The target's labels, for the report after `tl test`."""
+        return targets_of(self._of(split)["target"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The target's test split (the source's, where there is no target)."""
@@ -158,7 +212,7 @@ class TransferDataModule(LightningDataModule):
             for domain, dataset in self._of(split).items():
                 if not any(dataset is other for other in seen):
                     seen.append(dataset)
-                    found[domain, split] = self._rows(dataset, domain, "row")
+                    found[domain, split] = self._rows(dataset, domain, "row", split)
         return found
 
     def described(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
@@ -174,17 +228,19 @@ class TransferDataModule(LightningDataModule):
 
     def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
         name, dataset = self._one(split)
-        return self._rows(dataset, name, label)
+        return self._rows(dataset, name, label, split)
 
-    def _rows(self, dataset: Dataset[Any], domain: str, label: str) -> DataLoader[Any]:
+    def _rows(self, dataset: Dataset[Any], domain: str, label: str, role: str) -> DataLoader[Any]:
         view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
         sampler = Shard(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
-        return self._loader(view, size, sampler, domain=domain)
+        loader = self._loader(view, size, sampler, domain=domain)
+        loader.role = role
+        return loader
 
     def _loader(
         self, view: View, size: int, sampler: Any, domain: str | None = None, drop_last: bool = False
-    ) -> DataLoader[Any]:
+    ) -> Loader:
         loader = Loader(
             view,
             batch_size=size,
@@ -286,7 +342,10 @@ class Loader(DataLoader[Any]):
 
     Attributes:
         memory: Gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+        role: In validation, what its samples are for: "val", or without labels "target val" and "target test".
     """
+
+    role: str = "train"
 
     memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None
     dataset: View
@@ -434,7 +493,13 @@ def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
     return np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
 
 
-def few_shots(dataset: Dataset[Any], shots: int, class_names: Sequence[str] | None, seed: int) -> list[int]:
+def few_shots(
+    dataset: Dataset[Any],
+    shots: int,
+    class_names: Sequence[str] | None,
+    seed: int,
+    field: str = "shots_per_class",
+) -> list[int]:
     """Rows of `shots` samples of each class, drawn by `seed`.
 
     Raises:
@@ -442,14 +507,28 @@ def few_shots(dataset: Dataset[Any], shots: int, class_names: Sequence[str] | No
     """
     targets = targets_of(dataset)
     if class_names is None or targets.dtype.kind == "f":
-        raise DataError("shots_per_class: the labels are no classes; leave it out")
+        raise DataError(f"{field}: the labels are no classes; leave it out")
     generator, rows = np.random.default_rng(seed), []
     for number, name in enumerate(class_names):
         own = np.flatnonzero(targets == number)
         if len(own) < shots:
-            raise DataError(f"shots_per_class: class {name} has {len(own)} training samples, fewer than {shots}")
+            raise DataError(f"{field}: class {name} has {len(own)} training samples, fewer than {shots}")
         rows += generator.permutation(own)[:shots].tolist()
     return sorted(rows)
+
+
+class Joined(ConcatDataset[Any]):
+    """Several data sets one after the other, with their `targets` and `ids`."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        super().__init__(datasets)
+        self.targets = np.concatenate([targets_of(dataset) for dataset in datasets])
+        self.ids = [name for dataset in datasets for name in _ids(dataset)]
+
+    def fingerprint(self) -> str | None:
+        """What names its contents."""
+        parts = [getattr(dataset, "fingerprint", lambda: None)() for dataset in self.datasets]
+        return digest(*parts) if all(parts) else None
 
 
 class Rows(Dataset[Any]):
@@ -473,14 +552,18 @@ class Rows(Dataset[Any]):
         return self.dataset[self.rows[index]]
 
 
-def split_rows(targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: int) -> list[list[int]]:
+def split_rows(
+    targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: int, stratified: bool = True
+) -> list[list[int]]:
     """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
+
+    Without `stratified` the labels are not looked at.
 
     Every class with at least two samples gets one or more in each part whose fraction is not zero, as far as they go.
     """
     generator = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
-    real = targets.dtype.kind == "f"
+    real = targets.dtype.kind == "f" or not stratified
     strata = [np.arange(len(targets))] if real else [np.flatnonzero(targets == c) for c in np.unique(targets)]
     for stratum in strata:
         rows = generator.permutation(stratum).tolist()
@@ -493,21 +576,26 @@ def split_rows(targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: 
 
 
 def three_way(
-    found: Mapping[str, Dataset[Any]], where: str, val_fraction: float, test_fraction: float, seed: int
+    found: Mapping[str, Dataset[Any]],
+    where: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    stratified: bool = True,
 ) -> dict[str, Dataset[Any]]:
     """Completes what was found to train, val and test.
 
-    With "all" alone, seeded stratified thirds are cut from it. A missing validation split is cut from the training
+    With "all" alone, seeded parts are cut from it, stratified unless the labels are hidden. A missing validation split is cut from the training
     split; a missing test split is the validation split, said once.
     """
     splits = dict(found)
     if "all" in splits:
         pool = splits.pop("all")
-        val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed)
+        val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed, stratified)
         return {"train": Rows(pool, train), "val": Rows(pool, val), "test": Rows(pool, test)}
     if "val" not in splits and "train" in splits:
         pool = splits["train"]
-        val, train = split_rows(targets_of(pool), (val_fraction,), seed)
+        val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified)
         splits |= {"train": Rows(pool, train), "val": Rows(pool, val)}
     if "test" not in splits and "val" in splits:
         log.warning("%s has no test split: `tl test` uses its validation split", where)

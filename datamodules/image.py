@@ -226,7 +226,10 @@ class ImageFolders(TransferDataModule):
     def _split(self, name: str, root: Path, split: str) -> Dataset[Any]:
         if name not in self._splits:
             found = {s: self._read(folder, name) for s, folder in (_folders(root) or {"all": root}).items()}
-            self._splits[name] = three_way(found, str(root), self.val_fraction, self.test_fraction, self.seed)
+            stratified = name != "target" or not self.hides(self.roots)
+            self._splits[name] = three_way(
+                found, str(root), self.val_fraction, self.test_fraction, self.seed, stratified
+            )
         if split not in self._splits[name]:
             raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
         return self._splits[name][split]
@@ -329,11 +332,12 @@ class ImageArrays(TransferDataModule):
             raise DataError("target: give an .npz file, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
-        for name, given in (("source", source), ("target", target)):
-            path = expand(given, name)
-            if path is not None:
-                found = _read_arrays(path, name)
-                self._splits[name] = three_way(found, str(path), val_fraction, test_fraction, self.seed)
+        paths = {name: expand(given, name) for name, given in (("source", source), ("target", target)) if given}
+        for name, path in paths.items():
+            assert path is not None
+            found = _read_arrays(path, name)
+            stratified = name != "target" or not self.hides(paths)
+            self._splits[name] = three_way(found, str(path), val_fraction, test_fraction, self.seed, stratified)
         labels = {name: self._labels(name) for name in self._splits}
         kinds = {name: values.dtype.kind == "f" for name, values in labels.items()}
         if len(set(kinds.values())) == 2:

@@ -1,7 +1,7 @@
 """The straight line: a batch goes through backbone, head and loss terms on this one page.
 
     batch {"source": (x, y), "target": (x, None)}
-      -> look:   backbone -> features -> head -> output            one DomainView per domain
+      -> look:   backbone -> features -> head -> output            a DomainView of the source(s) and of the target
       -> terms:  the task's loss on every labelled view, + weight * method(source view, target view)
       -> sum
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -35,6 +35,8 @@ from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
 from tl_modules.methods.base import Method
+from tl_modules.rows import passing
+from tl_modules.schedules import Weight, at
 from tl_modules.terms import Terms
 
 log = logging.getLogger(__name__)
@@ -51,12 +53,29 @@ class DomainView:
         y: The labels, (B, ...), or None where they are hidden.
         features: (B, out_features).
         output: The head's output, (B, num_outputs).
+        parts: How many rows each of several sources has, which follow one another; B of one domain.
     """
 
     x: Tensor | Cached
     y: Tensor | None
     features: Tensor
     output: Tensor
+    parts: tuple[int, ...] = ()
+
+    @property
+    def domain(self) -> Tensor:
+        """The number of the domain that each row comes from, (B,)."""
+        parts = torch.tensor(self.parts or (len(self.output),), device=self.output.device)
+        return torch.repeat_interleave(parts)
+
+    def split(self) -> list[DomainView]:
+        """A view for each of the domains."""
+        if len(self.parts) < 2:
+            return [self]
+        sizes = list(self.parts)
+        ys = [None] * len(sizes) if self.y is None else self.y.split(sizes)
+        columns = zip(self.x.split(sizes), ys, self.features.split(sizes), self.output.split(sizes), strict=True)
+        return [DomainView(*column) for column in columns]
 
 
 class TransferModule(LightningModule):
@@ -74,12 +93,14 @@ class TransferModule(LightningModule):
         methods: Further terms of the loss.
         optimizer: Class or function of the parameter groups.
         lr_scheduler: Class or function of the optimizer; stepped each epoch (OneCycleLR and CyclicLR: each step).
-        target_weight: lambda in L_S + lambda L_T, where both domains are labelled.
+        target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `Schedule`.
+        source_weight: The weight of L_S; with 0 the source's labels train nothing.
         save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
             backbone's pretrained weights again (a fingerprint makes sure that they are the same).
     """
 
-    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    monitor: tuple[str, str] = ("val/loss", "min")
+    classes: ClassVar[bool] = False  # whether `output` are logits of classes
 
     def __init__(
         self,
@@ -91,7 +112,8 @@ class TransferModule(LightningModule):
         methods: list[Method] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = None,
-        target_weight: float = 1.0,
+        target_weight: Weight = 1.0,
+        source_weight: Weight = 1.0,
         save: Literal["all", "trainable"] = "all",
     ) -> None:
         super().__init__()
@@ -109,13 +131,16 @@ class TransferModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.save = save
         self._fingerprint: str | None = None
-        self.task_weight = {"source": 1.0, "target": target_weight}
+        self.task_weight = {"source": source_weight, "target": target_weight}
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.terms = Terms()
         self.head_transferred = self._transfer_head()
         for _, method in self.named_methods():
+            if method.needs_classes and not self.classes:
+                name = type(self).__name__.removeprefix("LazyInstance_")
+                raise UserError(f"methods: {type(method).__name__} works on class probabilities, which {name} lacks")
             method.attach(self)
         finetuning.prepare(self)
 
@@ -146,28 +171,57 @@ class TransferModule(LightningModule):
             return cast(Tensor, self.head(features))
 
     def look(self, batch: Batch) -> dict[str, DomainView]:
-        """One view per domain of the batch."""
+        """A view of the source, of several sources together, and one of the target; all pass in one batch."""
+        xs = joinable([x for x, _ in batch.values()])
+        sizes = [len(x) for x in xs]
+        owners = [name.partition("/")[0] for name in batch]
+        with passing(list(zip(owners, sizes, strict=True))):
+            if len(xs) == 1 or not alike(xs):  # BatchNorm sees those that cannot be joined one after the other
+                features = [self._features(x, rows) for x, rows in zip(xs, zip(owners, sizes, strict=True), strict=True)]
+            else:
+                features = list(self._features(join(xs)).split(sizes))
         views = {}
-        for domain, (x, y) in batch.items():
-            features = single(x.features() if isinstance(x, Cached) else self.backbone(x))
+        for owner in dict.fromkeys(owners):
+            own = [i for i, name in enumerate(owners) if name == owner]
+            ys = [list(batch.values())[i][1] for i in own]
+            y = None if any(y is None for y in ys) else join(cast(list[Tensor], ys))
+            joined = join([features[i] for i in own])
             with self._full_precision():
-                views[domain] = DomainView(x, y, features, self.head(features))
+                output = self.head(joined)
+            views[owner] = DomainView(join([xs[i] for i in own]), y, joined, output, tuple(sizes[i] for i in own))
         return views
+
+    def _features(self, x: Tensor | Cached, rows: tuple[str, int] | None = None) -> Tensor:
+        with passing([rows]) if rows else nullcontext():
+            return single(x.features() if isinstance(x, Cached) else self.backbone(x))
+
+    def see(self, x: Tensor, domain: str = "target") -> DomainView:
+        """Another look at inputs (B, ...) of one domain, e.g. augmented or mixed ones, in the run's precision."""
+        with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
+            return self.look({domain: (x, None)})[domain]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
         views = self.look(batch)
         with self._full_precision():
             terms = {
-                f"task/{domain}": self.task_weight[domain] * self.loss(view.output, view.y)
+                f"task/{domain}": at(self.task_weight[domain], self.progress) * self.loss(view.output, view.y)
                 for domain, view in views.items()
-                if view.y is not None
+                if view.y is not None and self.task_weight[domain] != 0
             }
             for name, method in self.named_methods():
-                terms[name] = method.weight * method(self, views.get("source"), views.get("target"))
+                weight = at(method.weight, self.progress)
+                terms[name] = weight * method(self, views.get("source"), views.get("target"))
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside of a run."""
+        if self._trainer is None or self.global_step == 0:
+            return 0.0
+        return min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Head, losses and methods are small and need their digits: mixed precision ends at the features."""
@@ -180,8 +234,8 @@ class TransferModule(LightningModule):
             means = {f"train/{name}": mean for name, mean in self.terms.means().items()}
             self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
-        """Loss and metrics on the validation split."""
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainView]:
+        """Loss and metrics on the labelled validation split; the views also of what has no labels."""
         return self._evaluate(batch, self.val_metrics, self.val_loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
@@ -195,12 +249,13 @@ class TransferModule(LightningModule):
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, mean: MeanMetric) -> dict[str, DomainView]:
         ((domain, view),) = self.look(batch).items()
-        assert view.y is not None
+        if view.y is None:
+            return {domain: view}
         metrics.update(self.predict(view.output), view.y)
         # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
         mean.update(self.loss(view.output, view.y), len(view.y))
-        self.log(f"{metrics.prefix}loss", mean, batch_size=len(view.y))
-        self.log_dict(metrics, batch_size=len(view.y))
+        self.log(f"{metrics.prefix}loss", mean, batch_size=len(view.y), add_dataloader_idx=False)
+        self.log_dict(metrics, batch_size=len(view.y), add_dataloader_idx=False)
         return {domain: view}
 
     # At full speed
@@ -296,12 +351,13 @@ class TransferModule(LightningModule):
         loaders = self.trainer.train_dataloader
         domains = dict(loaders) if isinstance(loaders, Mapping) else {}
         for _, method in self.named_methods():
-            for domain in method.needs:
-                if domain not in domains:
-                    raise UserError(
-                        f"methods: {type(method).__name__} needs a {domain} domain in training, but the data has only "
-                        f"{' and '.join(domains)}; give --data.{domain}"
-                    )
+            method.check(self, list(domains))
+        hidden = bool(domains) and all(view.label == "none" for view in map(_view, domains.values()) if view)
+        if hidden and not self.methods:
+            raise UserError(
+                "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
+                "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
+            )
         opens_later = self.finetuning.opens_later(self.num_stages)
         strategy = self.trainer.strategy
         plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
@@ -409,6 +465,32 @@ class TransferModule(LightningModule):
         for scheduler in checkpoint.get("lr_schedulers", []):
             if "base_lrs" in scheduler:
                 scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]
+
+
+def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
+    """The same inputs; grey images (B, 1, H, W) beside coloured ones get their three channels."""
+    images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
+    channels = max((x.shape[1] for x in images), default=1)
+    if len(images) < len(xs) or {x.shape[1] for x in images} != {1, channels}:
+        return xs
+    return [x.expand(-1, channels, -1, -1) for x in images]
+
+
+def alike(xs: Sequence[Tensor | Cached]) -> bool:
+    """Whether inputs can pass through the backbone as one batch."""
+    return len({x.kind() if isinstance(x, Cached) else (x.shape[1:], x.dtype) for x in xs}) == 1
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Batches one after the other; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return Cached.join(parts) if isinstance(parts[0], Cached) else torch.cat(list(parts))
+
+
+def _view(loader: Any) -> Any:
+    dataset = getattr(loader, "dataset", None)
+    return dataset if hasattr(dataset, "label") else None
 
 
 def single(features: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +28,21 @@ class Cached:
     def features(self) -> Tensor:
         """Features (B, out_features)."""
         return self.tail(*self.boundary)
+
+    def kind(self) -> tuple[Any, ...]:
+        """What two of them must have in common to be joined."""
+        return (self.tail, *((part.shape[1:], part.dtype) for part in self.boundary))
+
+    @staticmethod
+    def join(parts: Sequence[Cached]) -> Cached:
+        """One after the other."""
+        boundary = tuple(torch.cat(columns) for columns in zip(*(part.boundary for part in parts), strict=True))
+        return Cached(boundary, parts[0].tail, parts[0].read)
+
+    def split(self, sizes: list[int]) -> list[Cached]:
+        """Parts of so many rows each."""
+        rows = zip(*(part.split(sizes) for part in self.boundary), strict=True)
+        return [Cached(boundary, self.tail, self.read) for boundary in rows]
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Cached:
         """The same on a device."""

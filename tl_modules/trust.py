@@ -25,9 +25,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
+from tl_modules.schedules import Schedule
 
 PACKAGES = ("tl_modules", "datamodules", "torch", "torchvision", "torchmetrics", "lightning", "timm")
-KINDS = (nn.Module, FineTuning, Optimizer, LRScheduler, LightningDataModule, Callback, Logger, Strategy, Precision,
+KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Callback, Logger, Strategy, Precision,
          Profiler, CheckpointIO)  # fmt: skip
 # these run what their arguments name
 RUN_CODE = ("HubBackbone",)

@@ -45,7 +45,11 @@ def test_beside_a_source_the_targets_labels_reach_neither_training_nor_selection
     batch = first(data.train_dataloader())
     assert batch["source"][1] is not None
     assert batch["target"][1] is None
-    assert list(first(data.val_dataloader())) == ["source"]
+    labelled, *others = data.val_dataloader()
+    assert list(first(labelled)) == ["source"]
+    assert first(labelled)["source"][1] is not None
+    assert [loader.role for loader in others] == ["target val", "target test"]
+    assert all(first(loader)["target"][1] is None for loader in others)
     assert list(first(data.test_dataloader())) == ["target"]
     open_ = Two(target_labels=True)
     assert first(open_.train_dataloader())["target"][1] is not None

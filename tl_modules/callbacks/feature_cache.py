@@ -95,7 +95,9 @@ class FeatureCache(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the validation data."""
-        self._serve(trainer, pl_module, {"val": trainer.val_dataloaders}, trainer.limit_val_batches)
+        given = trainer.val_dataloaders
+        loaders = {getattr(e, "role", "val"): e for e in (given if isinstance(given, list) else [given])}
+        self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the test data."""

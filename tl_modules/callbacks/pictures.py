@@ -65,7 +65,10 @@ class Pictures(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
-        self.loader = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
+        given = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
+        loaders = given if isinstance(given, list) else [given]
+        # in adaptation some have no labels
+        self.loader = next((e for e in loaders if not getattr(e, "role", "val").startswith("target")), None)
         self.now = _Kept(self.loader)
 
     def on_validation_batch_end(
@@ -75,7 +78,8 @@ class Pictures(Callback):
         if _tensorboard(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
             for view in outputs.values():
-                self.now.add(view)
+                if view.y is not None:
+                    self.now.add(view)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""
@@ -90,7 +94,8 @@ class Pictures(Callback):
         writer = _writer(trainer)
         if writer is None or not isinstance(pl_module, TransferModule) or kept is None:
             return
-        kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
+        if self.loader is not None:
+            kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
         metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name != "epoch"}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:

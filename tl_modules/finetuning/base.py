@@ -86,6 +86,6 @@ class FineTuning:
         for number in reversed(range(len(stages))):
             parts.append((f"stage_{number}", stages[number], self.lr_decay ** (len(stages) - number)))
         for name, part, scale in parts:
-            parameters = list(part.parameters())
+            parameters = [p for p in part.parameters() if p.requires_grad or name.startswith("stage_") or name == "head"]
             if parameters:
                 yield {"name": name, "params": parameters, "lr_scale": scale}

@@ -29,7 +29,8 @@ class Classification(TransferModule):
         **kwargs: As for `TransferModule`.
     """
 
-    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
+    monitor = ("val/accuracy", "max")
+    classes: ClassVar[bool] = True
     class_weights: Tensor | None
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from tl_modules.base import TransferModule
 class Regression(TransferModule):
     """Mean squared error; MAE, RMSE and R2; the values themselves."""
 
-    monitor: ClassVar[tuple[str, str]] = ("val/rmse", "min")
+    monitor = ("val/rmse", "min")
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean squared error of outputs (B, K) and values (B,) or (B, K)."""

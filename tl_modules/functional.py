@@ -1,0 +1,196 @@
+"""The maths of transfer as pure functions: tensors in, tensors out.
+
+Features are (B, D), logits (B, C), probabilities (B, C) with rows that sum to 1; a loss is a scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def ramp(progress: float, gamma: float = 10.0) -> float:
+    """`2 / (1 + exp(-gamma p)) - 1`: 0 at the start, near 1 at the end (Ganin et al., JMLR 2016)."""
+    return 2 / (1 + math.exp(-gamma * progress)) - 1
+
+
+# Gradients
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return -ctx.scale * grads[0], None
+
+
+def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
+    """The same values; the gradient comes back times `-scale` (Ganin and Lempitsky, ICML 2015)."""
+    return cast(Tensor, _Reverse.apply(x, scale))  # type: ignore[no-untyped-call]
+
+
+def frozen(module: nn.Module, *args: Tensor) -> Tensor:
+    """What a module gives, with gradients to its inputs and none to its parameters."""
+    fixed = {name: p.detach() for name, p in module.named_parameters()}
+    return cast(Tensor, torch.func.functional_call(module, fixed, args))
+
+
+# Distances between two samples of features
+
+
+def kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
+    """A sum of Gaussian kernels of all pairs of rows, (N, D) -> (N, N).
+
+    `sum_f exp(-||x_i - x_j||^2 / (2 f m))` with m the mean squared distance of the pairs, through which no gradient
+    goes; the factors are those of DAN (Long et al., ICML 2015), powers of two around the median heuristic.
+    """
+    squared = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    # the mean over pairs of different rows; equal rows have no scale, and distances of 0
+    scale = (squared.detach().sum() / max(1, len(x) * (len(x) - 1))).clamp(min=1e-12)
+    return torch.stack([torch.exp(-squared / (2 * factor * scale)) for factor in factors]).sum(0)
+
+
+def joint_mmd(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Squared joint maximum mean discrepancy of the layers' activations: their kernels are multiplied (JAN).
+
+    Args:
+        xs: A sample's activations in each layer, (N, D_l).
+        ys: Another sample's, (M, D_l).
+
+    Returns:
+        `mean K(x, x) + mean K(y, y) - 2 mean K(x, y)`, a scalar that is never negative and 0 for equal samples.
+    """
+    product = torch.stack([kernel(torch.cat([x, y])) for x, y in zip(xs, ys, strict=True)]).prod(0)
+    n = len(xs[0])
+    return product[:n, :n].mean() + product[n:, n:].mean() - 2 * product[:n, n:].mean()
+
+
+def mmd(x: Tensor, y: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy with several Gaussian kernels (Gretton et al., JMLR 2012; DAN)."""
+    return joint_mmd([x], [y])
+
+
+def covariance(x: Tensor) -> Tensor:
+    """(N, D) -> (D, D), divided by N - 1."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / max(1, len(x) - 1)
+
+
+def coral(x: Tensor, y: Tensor) -> Tensor:
+    """`||cov(x) - cov(y)||_F^2 / (4 D^2)` (Sun and Saenko, Deep CORAL, ECCV workshops 2016)."""
+    return (covariance(x) - covariance(y)).square().sum() / (4 * x.shape[1] ** 2)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
+    """Squared sliced Wasserstein-2 distance: the mean over directions of what sorting the projections costs.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        directions: (D, P), columns of length 1.
+    """
+    x, y = (x @ directions).sort(0).values, (y @ directions).sort(0).values
+    if len(x) != len(y):
+        # the two quantile functions are constant between the steps of both
+        n, m = len(x), len(y)
+        steps = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+        widths = torch.diff(steps, prepend=steps.new_zeros(1)).to(x) / (n * m)
+        x, y = x[((steps - 1) // m).to(x.device)], y[((steps - 1) // n).to(y.device)]
+        return ((x - y).square() * widths[:, None]).sum(0).mean()
+    return (x - y).square().mean()
+
+
+# Class probabilities
+
+
+def entropy(p: Tensor) -> Tensor:
+    """`-sum_c p_c log p_c` of each row, (B, C) -> (B,)."""
+    return torch.special.entr(p).sum(1)
+
+
+def information(p: Tensor) -> Tensor:
+    """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each, and of many classes."""
+    return entropy(p.mean(0, keepdim=True)).squeeze(0) - entropy(p).mean()
+
+
+def certainty_weights(p: Tensor) -> Tensor:
+    """`1 + exp(-H(p))`, scaled to a mean of 1 and without gradient, (B, C) -> (B,): the E of CDAN+E, and MCC's."""
+    weights = 1 + torch.exp(-entropy(p.detach()))
+    return weights / weights.mean()
+
+
+def class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
+    """How much the classes are taken for one another (Jin et al., MCC, ECCV 2020), (B, C) -> scalar.
+
+    `P = softmax(logits / T)`, `K = P^T diag(w) P` with w the weights of certainty, each row of K scaled to sum 1; the
+    mean over the classes of what lies off the diagonal.
+    """
+    p = (logits / temperature).softmax(1)
+    confusion = (p * certainty_weights(p)[:, None]).T @ p
+    confusion = confusion / confusion.sum(1, keepdim=True)
+    return (confusion.sum() - confusion.trace()) / len(confusion)
+
+
+def nuclear_norm(p: Tensor) -> Tensor:
+    """`||P||_* / B`, the mean of the singular values' sum: large where P is certain and diverse (Cui et al., BNM)."""
+    return torch.linalg.matrix_norm(p, "nuc") / len(p)
+
+
+def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
+    """`-sum_c p_c log softmax(logits)_c` of each row, (B,)."""
+    return -(p * logits.log_softmax(1)).sum(1)
+
+
+# Augmentation of whole batches
+
+
+def perturb(x: Tensor, strength: float = 1.0) -> Tensor:
+    """Changes each sample of a batch strongly but keeps what it shows; draws from torch's generator.
+
+    Args:
+        x: Images (B, C, H, W), uint8 or floats in [0, 1], or vectors (B, D).
+        strength: 0 changes nothing; 1 turns by up to 20 degrees, shifts by up to 15 %, scales and shears by up to
+            15 %, changes brightness and contrast by up to 50 %, inverts one in five and covers a quarter of the side;
+            vectors get noise of a fifth of the batch's deviation, and lose a tenth of their values to its mean.
+
+    Returns:
+        The same shape, in floats.
+    """
+    if not x.is_floating_point() and x.ndim == 2:
+        raise TypeError(f"perturb: vectors of {x.dtype} cannot be perturbed")
+    if x.ndim == 2:
+        noisy = x + 0.2 * strength * x.std(0, unbiased=False) * torch.randn_like(x)
+        return torch.where(torch.rand_like(x) < 0.1 * strength, x.mean(0), noisy)
+    if x.ndim != 4:
+        raise TypeError(f"perturb: inputs of shape {tuple(x.shape)} are neither images nor vectors")
+    y = x.float() / 255 if x.dtype == torch.uint8 else x
+
+    def uniform(*shape: int) -> Tensor:
+        return strength * (2 * torch.rand(len(x), *shape, device=x.device) - 1)
+
+    angle, scale = uniform() * math.radians(20), 1 + 0.15 * uniform()
+    cos, sin, shear = angle.cos() * scale, angle.sin() * scale, 0.15 * uniform()
+    shift = 0.3 * uniform(2)  # a side is 2 long
+    theta = torch.stack(
+        [torch.stack([cos, shear - sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
+    y = F.grid_sample(
+        y, F.affine_grid(theta, list(y.shape), align_corners=False), padding_mode="reflection", align_corners=False
+    )
+    mean = y.mean((1, 2, 3), keepdim=True)
+    y = ((y - mean) * (1 + 0.5 * uniform(1, 1, 1)) + mean * (1 + 0.5 * uniform(1, 1, 1))).clamp(0, 1)
+    y = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.2 * strength, 1 - y, y)
+    height, width = y.shape[2:]
+    centre = torch.rand(len(x), 2, 1, 1, device=x.device)
+    rows = (torch.arange(height, device=x.device).view(-1, 1) / height - centre[:, 0]).abs() < strength / 8
+    columns = (torch.arange(width, device=x.device) / width - centre[:, 1]).abs() < strength / 8
+    return torch.where((rows & columns)[:, None], mean, y)

@@ -15,7 +15,7 @@ ALLOWED = {
     "scores": set(),
     "backbones": LOW | {"checkpoints"},
     "methods": LOW | {"functional", "heads", "rows", "schedules"},
-    "finetuning": LOW | {"functional"},
+    "finetuning": LOW | {"functional", "methods"},
     "schedules": {"functional"},
     "rows": set(),
     "terms": set(),

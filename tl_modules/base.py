@@ -73,9 +73,11 @@ class DomainView:
         if len(self.parts) < 2:
             return [self]
         sizes = list(self.parts)
-        ys = [None] * len(sizes) if self.y is None else self.y.split(sizes)
-        columns = zip(self.x.split(sizes), ys, self.features.split(sizes), self.output.split(sizes), strict=True)
-        return [DomainView(*column) for column in columns]
+        columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in self._columns()]
+        return [DomainView(*row) for row in zip(*columns, strict=True)]
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self.x, self.y, self.features, self.output
 
 
 class TransferModule(LightningModule):
@@ -177,9 +179,9 @@ class TransferModule(LightningModule):
         owners = [name.partition("/")[0] for name in batch]
         with passing(list(zip(owners, sizes, strict=True))):
             if len(xs) == 1 or not alike(xs):  # BatchNorm sees those that cannot be joined one after the other
-                features = [self._features(x, rows) for x, rows in zip(xs, zip(owners, sizes, strict=True), strict=True)]
+                features = [self._features(x, name) for x, name in zip(xs, owners, strict=True)]
             else:
-                features = list(self._features(join(xs)).split(sizes))
+                features = list(torch.split(self._features(join(xs)), sizes))
         views = {}
         for owner in dict.fromkeys(owners):
             own = [i for i, name in enumerate(owners) if name == owner]
@@ -191,8 +193,8 @@ class TransferModule(LightningModule):
             views[owner] = DomainView(join([xs[i] for i in own]), y, joined, output, tuple(sizes[i] for i in own))
         return views
 
-    def _features(self, x: Tensor | Cached, rows: tuple[str, int] | None = None) -> Tensor:
-        with passing([rows]) if rows else nullcontext():
+    def _features(self, x: Tensor | Cached, owner: str | None = None) -> Tensor:
+        with passing([(owner, len(x))]) if owner else nullcontext():
             return single(x.features() if isinstance(x, Cached) else self.backbone(x))
 
     def see(self, x: Tensor, domain: str = "target") -> DomainView:

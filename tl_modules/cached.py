@@ -41,7 +41,7 @@ class Cached:
 
     def split(self, sizes: list[int]) -> list[Cached]:
         """Parts of so many rows each."""
-        rows = zip(*(part.split(sizes) for part in self.boundary), strict=True)
+        rows = zip(*(torch.split(part, sizes) for part in self.boundary), strict=True)
         return [Cached(boundary, self.tail, self.read) for boundary in rows]
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Cached:

@@ -35,7 +35,7 @@ class _Reverse(torch.autograd.Function):
 
 def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
     """The same values; the gradient comes back times `-scale` (Ganin and Lempitsky, ICML 2015)."""
-    return cast(Tensor, _Reverse.apply(x, scale))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Reverse.apply(x, scale))
 
 
 def frozen(module: nn.Module, *args: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     if len(x) != len(y):
         # the two quantile functions are constant between the steps of both
         n, m = len(x), len(y)
-        steps = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+        steps = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))
         widths = torch.diff(steps, prepend=steps.new_zeros(1)).to(x) / (n * m)
         x, y = x[((steps - 1) // m).to(x.device)], y[((steps - 1) // n).to(y.device)]
         return ((x - y).square() * widths[:, None]).sum(0).mean()
@@ -114,7 +114,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 
 def entropy(p: Tensor) -> Tensor:
     """`-sum_c p_c log p_c` of each row, (B, C) -> (B,)."""
-    return torch.special.entr(p).sum(1)
+    return cast(Tensor, torch.special.entr(p).sum(1))
 
 
 def information(p: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
 
 def nuclear_norm(p: Tensor) -> Tensor:
     """`||P||_* / B`, the mean of the singular values' sum: large where P is certain and diverse (Cui et al., BNM)."""
-    return torch.linalg.matrix_norm(p, "nuc") / len(p)
+    return cast(Tensor, torch.linalg.matrix_norm(p, "nuc") / len(p))
 
 
 def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
@@ -180,9 +180,7 @@ def perturb(x: Tensor, strength: float = 1.0) -> Tensor:
     angle, scale = uniform() * math.radians(20), 1 + 0.15 * uniform()
     cos, sin, shear = angle.cos() * scale, angle.sin() * scale, 0.15 * uniform()
     shift = 0.3 * uniform(2)  # a side is 2 long
-    theta = torch.stack(
-        [torch.stack([cos, shear - sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
-    )
+    theta = torch.stack([torch.stack([cos, shear - sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     y = F.grid_sample(
         y, F.affine_grid(theta, list(y.shape), align_corners=False), padding_mode="reflection", align_corners=False
     )

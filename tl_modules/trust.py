@@ -28,8 +28,8 @@ from tl_modules.finetuning.base import FineTuning
 from tl_modules.schedules import Schedule
 
 PACKAGES = ("tl_modules", "datamodules", "torch", "torchvision", "torchmetrics", "lightning", "timm")
-KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Callback, Logger, Strategy, Precision,
-         Profiler, CheckpointIO)  # fmt: skip
+KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Callback, Logger, Strategy,
+         Precision, Profiler, CheckpointIO)  # fmt: skip
 # these run what their arguments name
 RUN_CODE = ("HubBackbone",)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

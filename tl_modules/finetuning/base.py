@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from tl_modules.errors import UserError
+from tl_modules.methods.base import Method
 
 if TYPE_CHECKING:
     from tl_modules.base import TransferModule
@@ -86,6 +87,7 @@ class FineTuning:
         for number in reversed(range(len(stages))):
             parts.append((f"stage_{number}", stages[number], self.lr_decay ** (len(stages) - number)))
         for name, part, scale in parts:
-            parameters = [p for p in part.parameters() if p.requires_grad or name.startswith("stage_") or name == "head"]
+            own = isinstance(part, Method)  # which keeps teachers and starts that never train
+            parameters = [p for p in part.parameters() if p.requires_grad or not own]
             if parameters:
                 yield {"name": name, "params": parameters, "lr_scale": scale}

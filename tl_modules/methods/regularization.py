@@ -1,13 +1,21 @@
-"""Regularisers that keep a fine-tuned network near what it was."""
+"""Regularisers of fine-tuning: near what the network was, and away from what does not transfer.
+
+They need the pretrained weights or their head, and no source data.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tl_modules.errors import UserError
+from tl_modules.functional import soft_cross_entropy
 from tl_modules.methods.base import Method
+from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
     from tl_modules.base import DomainView, TransferModule
@@ -24,7 +32,9 @@ class L2SP(Method):
         head_weight: beta / alpha.
     """
 
-    def __init__(self, weight: float = 0.1, head_weight: float = 0.1) -> None:
+    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+
+    def __init__(self, weight: Weight = 0.1, head_weight: float = 0.1) -> None:
         super().__init__(weight)
         self.head_weight = head_weight
 
@@ -42,3 +52,177 @@ class L2SP(Method):
             if parameter.requires_grad:  # what is closed has not moved
                 total = total + (parameter - self.get_buffer(f"start_{number}")).square().sum()
         return total / 2
+
+
+class BSS(Method):
+    """Batch spectral shrinkage: `sum of the k smallest sigma^2` of the batch's features (Chen et al., NeurIPS 2019).
+
+    Args:
+        weight: eta; the paper takes 0.001.
+        k: How many singular values; the paper takes 1.
+    """
+
+    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+
+    def __init__(self, weight: Weight = 1e-3, k: int = 1) -> None:
+        super().__init__(weight)
+        self.k = k
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """Of all rows of the step."""
+        features = torch.cat([view.features for view in (source, target) if view is not None])
+        smallest: Tensor = torch.linalg.svdvals(features)[-self.k :]
+        return smallest.square().sum()
+
+
+class WithStart(Method):
+    """A method that keeps the network as it was, its pretrained start, in eval mode."""
+
+    reads_x = True
+
+    def attach(self, module: TransferModule) -> None:
+        """Copies the backbone."""
+        self.start = copy.deepcopy(module.backbone).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> WithStart:
+        """The start stays as it was."""
+        super().train(mode)
+        if hasattr(self, "start"):
+            self.start.eval()
+        return self
+
+
+class DELTA(WithStart):
+    """Behaviour as it was: `1/2 sum_l mean ||F_l(x) - F_l^0(x)||^2` of the stages' outputs (Li et al., ICLR 2019).
+
+    A stage's distance is a mean over its values, and all channels count the same: the paper's attention, which weighs
+    a channel by what the loss would be without it, takes a pass over the data for each of them and is left out.
+
+    Args:
+        weight: Of the term.
+    """
+
+    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over the stages, on the domain that the model is for."""
+        view = target or source
+        assert view is not None
+        with torch.no_grad():
+            before = stage_outputs(self.start, self.start, view.x)
+        now = stage_outputs(module.backbone, lambda x: module.see(x), view.x)
+        return torch.stack([F.mse_loss(a, b) for a, b in zip(now, before, strict=True)]).sum() / 2
+
+
+def stage_outputs(backbone: Any, run: Any, x: Any) -> list[Tensor]:
+    """What leaves each stage while `run(x)` passes through the backbone."""
+    outputs: list[Tensor] = []
+    last = [stage[-1] if isinstance(stage, nn.ModuleList) else stage for stage in backbone.stages()]
+    hooks = [module.register_forward_hook(lambda m, i, output: outputs.append(output)) for module in last]
+    try:
+        run(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [output for output in outputs if isinstance(output, Tensor)]
+
+
+class WithSourceHead(WithStart):
+    """A method that needs the pretrained head too, which a run of ours brings along; it must be linear.
+
+    Args:
+        weight: Of the term.
+        source_classes: How many classes the pretrained head knows.
+    """
+
+    needs_classes = True
+
+    def __init__(self, source_classes: int, weight: Weight = 1.0) -> None:
+        super().__init__(weight)
+        self.source_classes = source_classes
+
+    def attach(self, module: TransferModule) -> None:
+        """Takes the head twice: one that stays, and one that is trained along."""
+        super().attach(module)
+        self.old = nn.Linear(module.backbone.out_features, self.source_classes)
+        pretrained = module.backbone.pretrained
+        shapes = {key: value.shape for key, value in self.old.state_dict().items()}
+        self.found = pretrained is not None and {k: v.shape for k, v in pretrained.head.items()} == shapes
+        if self.found and pretrained is not None:
+            self.old.load_state_dict(pretrained.head)
+        self.head = copy.deepcopy(self.old)
+        self.old.requires_grad_(False)
+
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses to start without the head.
+
+        Raises:
+            UserError: The pretrained weights bring no linear head of so many classes.
+        """
+        super().check(module, domains)
+        if not self.found and module.trainer.ckpt_path is None:
+            raise UserError(
+                f"methods: {type(self).__name__} needs the source's linear head of {self.source_classes} classes "
+                "(source_classes); give a run that has one by --model.backbone.weights RUN"
+            )
+
+
+class LwF(WithSourceHead):
+    """Learning without forgetting: the old head keeps its answers on the new data (Li and Hoiem, ECCV 2016).
+
+    `mean CE(softmax(old output of the start / T), softmax(old output now / T))`.
+
+    Args:
+        source_classes: How many classes the pretrained head knows.
+        weight: lambda_o; the paper takes 1.
+        temperature: T; the paper takes 2.
+    """
+
+    settings = ("several sources", "generalisation", "source-free")
+
+    def __init__(self, source_classes: int, weight: Weight = 1.0, temperature: float = 2.0) -> None:
+        super().__init__(source_classes, weight)
+        self.temperature = temperature
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """Of the domain that the model is for."""
+        view = target or source
+        assert view is not None
+        with torch.no_grad():
+            taught = (self.old(self.start(view.x)) / self.temperature).softmax(1)
+        return soft_cross_entropy(self.head(view.features) / self.temperature, taught).mean()
+
+
+class CoTuning(WithSourceHead):
+    """Fine-tunes the pretrained head too, on source labels that go with the target's (You et al., NeurIPS 2020).
+
+    `mean CE(head_S(f(x)), p(y_S | y))` with the relation p(y_S | y) the mean of the start's source probabilities over
+    the samples of class y (the paper's direct approach), as a running mean in place of a pass before training.
+
+    Args:
+        source_classes: How many classes the pretrained head knows.
+        weight: lambda; the paper takes 2.3.
+    """
+
+    settings = ("several sources", "generalisation")
+
+    def __init__(self, source_classes: int, weight: Weight = 2.3) -> None:
+        super().__init__(source_classes, weight)
+
+    def attach(self, module: TransferModule) -> None:
+        """The relation begins as equal shares."""
+        super().attach(module)
+        shape = (module.num_outputs, self.source_classes)
+        self.register_buffer("relation", torch.full(shape, 1e-3 / self.source_classes))
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """Of the labelled samples of the domain that the model is for, or else of the source's."""
+        view = target if target is not None and target.y is not None else source
+        if view is None or view.y is None:
+            raise UserError("methods: CoTuning needs labelled samples, which the training data does not have")
+        relation = self.get_buffer("relation")
+        if self.training:
+            with torch.no_grad():
+                relation.index_add_(0, view.y, self.old(self.start(view.x)).softmax(1))
+        share = relation / relation.sum(1, keepdim=True)
+        return soft_cross_entropy(self.head(view.features), share[view.y]).mean()

@@ -1,0 +1,306 @@
+"""Critics that cannot tell the domains, or the classifiers, apart: features become the same by playing against them.
+
+features --x--> critic        x: the gradient is reversed, so one optimizer does both sides of the game
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tl_modules.functional import certainty_weights, frozen, ramp, reverse_gradient
+from tl_modules.heads import MLPHead
+from tl_modules.methods.base import Method
+from tl_modules.schedules import Weight
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+
+class DANN(Method):
+    """Domain-adversarial training (Ganin et al., JMLR 2016).
+
+    A critic learns `BCE(critic(features), domain)`; the backbone gets its gradient reversed, times
+    `2 / (1 + exp(-gamma p)) - 1` with p the progress of the run.
+
+    Args:
+        weight: lambda, the term's weight.
+        hidden: Width of the critic's hidden layer (the paper takes 100 for digits, 1024 for Office).
+        gamma: How steep the reversal grows; 0 reverses fully from the start.
+    """
+
+    needs = ("source", "target")
+    settings: ClassVar[tuple[str, ...]] = ("several sources",)
+
+    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0) -> None:
+        super().__init__(weight)
+        self.hidden, self.gamma = hidden, gamma
+
+    def attach(self, module: TransferModule) -> None:
+        """Builds the critic."""
+        self.critic = MLPHead(self.width(module), 1, self.hidden)
+
+    def width(self, module: TransferModule) -> int:
+        """Of what the critic sees."""
+        return module.backbone.out_features
+
+    def seen(self, module: TransferModule, view: DomainView) -> Tensor:
+        """What the critic sees of a view, (B, width)."""
+        return view.features
+
+    def importance(self, view: DomainView) -> Tensor:
+        """The weight of each sample, (B,) with mean 1."""
+        return view.output.new_ones(len(view.output))
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The critic's cross-entropy, the mean over both domains."""
+        assert source is not None
+        assert target is not None
+        scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
+        losses = []
+        for view, label in ((source, 1.0), (target, 0.0)):
+            logits = self.critic(reverse_gradient(self.seen(module, view), scale)).squeeze(1)
+            each = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
+            losses.append((self.importance(view) * each).mean())
+        return (losses[0] + losses[1]) / 2
+
+
+class CDAN(DANN):
+    """Conditional domain-adversarial training (Long et al., NeurIPS 2018): the critic sees features x probabilities.
+
+    Where features times classes are more than 4,096, both are projected at random to 1,024 values and multiplied.
+
+    Args:
+        weight: lambda, the term's weight.
+        hidden: Width of the critic's hidden layer.
+        gamma: How steep the reversal grows; 0 reverses fully from the start.
+        entropy: Weighs samples by `1 + exp(-H(p))`, which is CDAN+E.
+    """
+
+    needs_classes = True
+
+    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, entropy: bool = True) -> None:
+        super().__init__(weight, hidden, gamma)
+        self.entropy = entropy
+
+    def width(self, module: TransferModule) -> int:
+        """Of the product, or of the random projections."""
+        features, classes = module.backbone.out_features, module.num_outputs
+        self.projected = features * classes > 4096
+        if self.projected:
+            self.register_buffer("features_to", torch.randn(features, 1024) / 32)
+            self.register_buffer("classes_to", torch.randn(classes, 1024))
+        return 1024 if self.projected else features * classes
+
+    def seen(self, module: TransferModule, view: DomainView) -> Tensor:
+        """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
+        p = view.output.softmax(1).detach()
+        if self.projected:
+            return (view.features @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
+        return torch.einsum("bc,bd->bcd", p, view.features).flatten(1)
+
+    def importance(self, view: DomainView) -> Tensor:
+        """Certain samples count more."""
+        return certainty_weights(view.output.softmax(1)) if self.entropy else super().importance(view)
+
+
+class PADA(DANN):
+    """Partial adversarial adaptation (Cao et al., ECCV 2018): source classes that the target lacks count little.
+
+    A class's weight is the target's mean probability of it, scaled to a maximum of 1, as a running mean; the source's
+    part of the critic's loss and the source's cross-entropy are weighted by it.
+
+    Args:
+        weight: lambda, the term's weight.
+        hidden: Width of the critic's hidden layer.
+        gamma: How steep the reversal grows; 0 reverses fully from the start.
+        momentum: Of the running mean.
+    """
+
+    needs_classes = True
+    settings = ("several sources", "partial")
+
+    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, momentum: float = 0.99) -> None:
+        super().__init__(weight, hidden, gamma)
+        self.momentum = momentum
+
+    def attach(self, module: TransferModule) -> None:
+        """Starts with equal classes."""
+        super().attach(module)
+        self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
+
+    def importance(self, view: DomainView) -> Tensor:
+        """The weight of the label's class; 1 in the target."""
+        if view.y is None:
+            return super().importance(view)
+        share = self.get_buffer("share")
+        return (share / share.max())[view.y]
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The critic's term, and what turns the task's mean cross-entropy into the weighted mean."""
+        assert source is not None
+        assert source.y is not None
+        assert target is not None
+        if self.training:
+            share = self.get_buffer("share")
+            share.lerp_(target.output.detach().softmax(1).mean(0), 1 - self.momentum)
+        weights = self.importance(source)
+        each = F.cross_entropy(source.output, source.y, reduction="none")
+        critic = super().forward(module, source, _unlabelled(target))
+        return critic + (weights * each).sum() / weights.sum() - each.mean()
+
+
+def _unlabelled(view: DomainView) -> DomainView:
+    view = copy.copy(view)
+    view.y = None
+    return view
+
+
+class OSBP(Method):
+    """Open-set adaptation by backpropagation (Saito et al., ECCV 2018); the last class is "unknown".
+
+    On the target `-t log p - (1 - t) log(1 - p)` with p the probability of "unknown": the head learns it, and the
+    backbone, whose gradient is reversed, moves each sample to one side: to a known class, or to the unknown.
+
+    Args:
+        weight: Of the term.
+        threshold: t.
+    """
+
+    needs = ("source", "target")
+    needs_classes = True
+    settings = ("several sources", "open set")
+
+    def __init__(self, weight: Weight = 1.0, threshold: float = 0.5) -> None:
+        super().__init__(weight)
+        self.threshold = threshold
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The term on the target."""
+        assert target is not None
+        logs: Tensor = module.head(reverse_gradient(target.features)).log_softmax(1)
+        known = logs[:, :-1].logsumexp(1)
+        return -(self.threshold * logs[:, -1] + (1 - self.threshold) * known).mean()
+
+
+class MDD(Method):
+    """Margin disparity discrepancy (Zhang et al., ICML 2019).
+
+    A second head f' agrees with the first one's decision y on the source and disagrees on the target:
+    `margin * CE(f'(source), y) - log(1 - softmax(f'(target))_y)`; the backbone's gradient is reversed.
+
+    Args:
+        weight: Of the term.
+        margin: gamma, the weight of the source's part; the paper takes 4.
+        reversal: The reversal's scale at the end, to which it grows as in DANN; the paper takes 0.1.
+        hidden: Width of the second head's hidden layer.
+    """
+
+    needs = ("source", "target")
+    needs_classes = True
+
+    def __init__(self, weight: Weight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
+        super().__init__(weight)
+        self.margin, self.reversal, self.hidden = margin, reversal, hidden
+
+    def attach(self, module: TransferModule) -> None:
+        """Builds the second head."""
+        self.adversary = MLPHead(module.backbone.out_features, module.num_outputs, self.hidden)
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The disparity's negative, which the second head makes small and the backbone large."""
+        assert source is not None
+        assert target is not None
+        scale = self.reversal * ramp(module.progress)
+        here, there = (cast(Tensor, self.adversary(reverse_gradient(v.features, scale))) for v in (source, target))
+        agreed = F.cross_entropy(here, source.output.argmax(1))
+        # log(1 - p) as a sum over the other classes does not lose its digits
+        own = F.one_hot(target.output.argmax(1), there.shape[1]).bool()
+        others = there.log_softmax(1).masked_fill(own, -torch.inf).logsumexp(1)
+        return self.margin * agreed - others.mean()
+
+
+class MCD(Method):
+    """Maximum classifier discrepancy (Saito et al., CVPR 2018), in one step by gradient reversal.
+
+    A second head learns the source too; both heads make `mean |p1 - p2|` on the target large, the backbone makes it
+    small. The paper takes three steps in turn; the single one with a reversed gradient is its authors' other version.
+
+    Args:
+        weight: Of the term.
+        reversal: The reversal's scale.
+    """
+
+    needs = ("source", "target")
+    needs_classes = True
+
+    def __init__(self, weight: Weight = 1.0, reversal: float = 1.0) -> None:
+        super().__init__(weight)
+        self.reversal = reversal
+
+    def attach(self, module: TransferModule) -> None:
+        """Makes a second head like the first, with other start weights."""
+        self.second = copy.deepcopy(module.head)
+        for layer in self.second.modules():
+            if isinstance(reset := getattr(layer, "reset_parameters", None), Callable):
+                reset()
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The second head's loss on the source, less the discrepancy on the target."""
+        assert source is not None
+        assert target is not None
+        features = reverse_gradient(target.features, self.reversal)
+        discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
+        assert source.y is not None
+        return module.loss(self.second(source.features), source.y) - cast(Tensor, discrepancy)
+
+
+class ADDA(Method):
+    """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
+
+    Start from a run that was trained on the source (`--model.backbone.weights RUN`) and leave the source's labels out
+    (`--model.source_weight 0`). A copy of the start stays the source's encoder; the backbone becomes the target's, and
+    learns what a critic takes for the source: labels are inverted where gradient reversal would vanish. The head stays.
+
+    Args:
+        weight: Of the term.
+        hidden: Width of the critic's hidden layer (the paper: 500).
+    """
+
+    needs = ("source", "target")
+    reads_x = True
+
+    def __init__(self, weight: Weight = 1.0, hidden: int = 256) -> None:
+        super().__init__(weight)
+        self.hidden = hidden
+
+    def attach(self, module: TransferModule) -> None:
+        """Copies the encoder, closes the head and builds the critic."""
+        self.start = copy.deepcopy(module.backbone).requires_grad_(False)
+        module.head.requires_grad_(False)
+        self.critic = MLPHead(module.backbone.out_features, 1, self.hidden)
+
+    def train(self, mode: bool = True) -> ADDA:
+        """The source's encoder stays as it was."""
+        super().train(mode)
+        if hasattr(self, "start"):
+            self.start.eval()
+        return self
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The critic's cross-entropy, and the backbone's with the inverted label."""
+        assert source is not None
+        assert target is not None
+        with torch.no_grad():
+            here = self.start(source.x)
+        critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.features.detach()), 0.0)]
+        return (critic[0] + critic[1]) / 2 + _bce(frozen(self.critic, target.features), 1.0)
+
+
+def _bce(logits: Tensor, label: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))

@@ -1,0 +1,150 @@
+"""Distances between the domains' features, which training makes small."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tl_modules.errors import UserError
+from tl_modules.functional import coral, joint_mmd, mmd, sliced_wasserstein
+from tl_modules.methods.base import Method, pairs
+from tl_modules.schedules import Weight
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+
+class Discrepancy(Method):
+    """The mean of a distance over the pairs of domains: source and target, or each two of several sources.
+
+    A subclass writes `distance`.
+    """
+
+    needs = ("domains",)
+    settings = ("several sources", "generalisation")
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """Of two views, a scalar."""
+        raise NotImplementedError
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over the pairs."""
+        return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
+
+
+class DAN(Discrepancy):
+    """Deep adaptation network: the features' maximum mean discrepancy, several kernels (Long et al., ICML 2015)."""
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """`MMD^2(features, features)`."""
+        return mmd(one.features, other.features)
+
+
+class JAN(Discrepancy):
+    """Joint adaptation network: the joint MMD of features and class probabilities (Long et al., ICML 2017)."""
+
+    needs_classes = True
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """`MMD^2` with the product of the kernels of both layers."""
+        return joint_mmd(*([view.features, view.output.softmax(1)] for view in (one, other)))
+
+
+class CORAL(Discrepancy):
+    """Deep CORAL: `||C_S - C_T||_F^2 / (4 D^2)` (Sun and Saenko, ECCV workshops 2016).
+
+    Args:
+        weight: Of the term.
+        mean: Adds the squared distance of the means, `||m_S - m_T||^2 / D`, as DomainBed does.
+    """
+
+    def __init__(self, weight: Weight = 1.0, mean: bool = False) -> None:
+        super().__init__(weight)
+        self.mean = mean
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """Of the covariances, and, if asked, of the means."""
+        means = (one.features.mean(0) - other.features.mean(0)).square().mean() if self.mean else 0.0
+        return coral(one.features, other.features) + means
+
+
+class SWD(Discrepancy):
+    """Sliced Wasserstein distance of the features, along new random directions in each step (Lee et al., CVPR 2019).
+
+    Args:
+        weight: Of the term.
+        directions: How many; the paper takes 128.
+    """
+
+    def __init__(self, weight: Weight = 1.0, directions: int = 128) -> None:
+        super().__init__(weight)
+        self.directions = directions
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """The mean over the directions of the squared Wasserstein-2 distance."""
+        x, y = one.features, other.features
+        directions = F.normalize(torch.randn(x.shape[1], self.directions, device=x.device, dtype=x.dtype), dim=0)
+        return sliced_wasserstein(x, y, directions)
+
+
+class OptimalTransport(Discrepancy):
+    """DeepJDOT: what it costs to carry one domain onto the other (Damodaran et al., ECCV 2018).
+
+    `sum_ij G_ij (alpha ||f_i - f_j||^2 / D + beta CE(output_j, y_i))` with G the optimal plan of the batch
+    (`pip install 'lightning-transfer[ot]'`), through which no gradient goes. Without classes, beta is 0.
+
+    Args:
+        weight: Of the term.
+        alpha: Weight of the features' squared distance, a mean over their D values.
+        beta: Weight of the label's cross-entropy.
+    """
+
+    def __init__(self, weight: Weight = 1.0, alpha: float = 1.0, beta: float = 1.0) -> None:
+        super().__init__(weight)
+        self.alpha, self.beta = alpha, beta
+
+    def attach(self, module: TransferModule) -> None:
+        """Finds out before the work whether the solver is there."""
+        self.classes = module.classes
+        try:
+            import ot  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "OptimalTransport needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
+            ) from error
+
+    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+        """The transport's cost."""
+        import ot
+
+        cost = self.alpha * torch.cdist(one.features, other.features).square() / one.features.shape[1]
+        if self.classes and one.y is not None:
+            cost = cost - self.beta * other.output.log_softmax(1)[:, one.y].T
+        weights = [torch.full((size,), 1 / size, dtype=torch.float64) for size in cost.shape]
+        plan = ot.emd(*(w.numpy() for w in weights), cost.detach().double().cpu().numpy())
+        return (torch.from_numpy(plan).to(cost) * cost).sum()
+
+
+class AFN(Method):
+    """Adaptive feature norm, stepwise (Xu et al., ICCV 2019): features of larger norm transfer better.
+
+    `mean (||f|| - (||f||_detached + step))^2` over all samples of both domains.
+
+    Args:
+        weight: Of the term; the paper takes 0.05.
+        step: By how much a norm is to grow; the paper takes 1.
+    """
+
+    settings = ("several sources", "generalisation", "partial", "source-free")
+
+    def __init__(self, weight: Weight = 0.05, step: float = 1.0) -> None:
+        super().__init__(weight)
+        self.step = step
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over all samples."""
+        norms = torch.cat([view.features.norm(dim=1) for view in (source, target) if view is not None])
+        return (norms - (norms.detach() + self.step)).square().mean()

@@ -1,0 +1,83 @@
+"""Terms on the target's class probabilities: certain of each sample, and of many classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from tl_modules.functional import class_confusion, entropy, information, nuclear_norm
+from tl_modules.methods.base import Method
+from tl_modules.schedules import Weight
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+
+class OnTarget(Method):
+    """A term on the target's logits alone; a subclass writes `term`."""
+
+    needs = ("target",)
+    needs_classes = True
+    settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
+
+    def term(self, logits: Tensor) -> Tensor:
+        """Of logits (B, C), a scalar."""
+        raise NotImplementedError
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The term on the target."""
+        assert target is not None
+        return self.term(target.output)
+
+
+class MinimumEntropy(OnTarget):
+    """`mean H(p)` (Grandvalet and Bengio, NeurIPS 2004).
+
+    Args:
+        weight: Of the term; more than about 0.1 lets classes die out.
+    """
+
+    settings = ("several sources", "partial", "source-free")
+
+    def __init__(self, weight: Weight = 0.1) -> None:
+        super().__init__(weight)
+
+    def term(self, logits: Tensor) -> Tensor:
+        """The mean entropy."""
+        return entropy(logits.softmax(1)).mean()
+
+
+class InfoMax(OnTarget):
+    """`mean H(p) - H(mean p)`: information maximisation (Krause et al., NeurIPS 2010; SHOT's first term)."""
+
+    def term(self, logits: Tensor) -> Tensor:
+        """The mutual information's negative."""
+        return -information(logits.softmax(1))
+
+
+class MCC(OnTarget):
+    """Minimum class confusion (Jin et al., ECCV 2020).
+
+    Args:
+        weight: Of the term.
+        temperature: Of the softmax; the paper takes 2.5 (2 to 3).
+    """
+
+    settings = ("several sources", "partial", "source-free")
+
+    def __init__(self, weight: Weight = 1.0, temperature: float = 2.5) -> None:
+        super().__init__(weight)
+        self.temperature = temperature
+
+    def term(self, logits: Tensor) -> Tensor:
+        """The confusion of the batch."""
+        return class_confusion(logits, self.temperature)
+
+
+class BNM(OnTarget):
+    """Batch nuclear-norm maximisation: `-||P||_* / B` (Cui et al., CVPR 2020)."""
+
+    def term(self, logits: Tensor) -> Tensor:
+        """The negative nuclear norm."""
+        return -nuclear_norm(logits.softmax(1))

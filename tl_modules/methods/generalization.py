@@ -1,0 +1,249 @@
+"""Domain generalisation: several labelled sources, and a target that training does not see.
+
+ERM is no method: it is what remains without one. CORAL, DAN and the other discrepancies work between the sources, and
+an average of the weights is Lightning's `EMAWeightAveraging` callback.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tl_modules.methods.base import Method
+from tl_modules.rows import passing
+from tl_modules.schedules import Weight
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+GENERALISE = ("several sources", "generalisation")
+
+
+def risks(module: TransferModule, source: DomainView | None) -> Tensor:
+    """The task's loss of each source domain, (number of domains,)."""
+    assert source is not None
+    return torch.stack([module.loss(view.output, view.y) for view in source.split()])  # type: ignore[arg-type]
+
+
+class GroupDRO(Method):
+    """Group distributionally robust optimisation (Sagawa et al., ICLR 2020).
+
+    `sum_e q_e R_e - mean_e R_e`, which beside the task's own mean of the risks leaves the sum weighted by q; in each
+    step `q_e` is multiplied by `exp(eta R_e)` and scaled to sum 1.
+
+    Args:
+        weight: Of the term; only with 1 is it the paper's.
+        eta: The step size of q; DomainBed takes 0.01.
+    """
+
+    needs = ("sources",)
+    settings = GENERALISE
+    q: Tensor
+
+    def __init__(self, weight: Weight = 1.0, eta: float = 0.01) -> None:
+        super().__init__(weight)
+        self.eta = eta
+        self.register_buffer("q", torch.zeros(0))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # the model is built before the data says how many domains there are
+        self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """What turns the mean of the risks into the weighted sum."""
+        each = risks(module, source)
+        if len(self.q) != len(each):
+            self.q = torch.full_like(each, 1 / len(each)).detach()
+        if self.training:
+            # the same q in every process
+            everywhere = module.trainer.strategy.reduce(each.detach(), reduce_op="mean") if module._trainer else each
+            self.q *= (self.eta * everywhere.detach()).exp()
+            self.q /= self.q.sum()
+        # a copy, since the next step changes q in place
+        return (self.q.clone() * each).sum() - each.mean()
+
+
+class IRM(Method):
+    """Invariant risk minimisation, IRMv1 (Arjovsky et al., 2019).
+
+    `mean_e g1 g2` with `g = d/dw R_e(w * output)` at w = 1 on each half of the domain's batch, whose product is an
+    unbiased estimate of the squared gradient. Weight 1 until `anneal` of the run is done, then `penalty`, by which the
+    whole loss is divided (as in the authors' code) so that the learning rate keeps its meaning.
+
+    Args:
+        penalty: lambda after the annealing; DomainBed takes 100.
+        anneal: Share of the run with weight 1; DomainBed takes 500 of 5,000 steps.
+    """
+
+    needs = ("sources",)
+    settings = GENERALISE
+
+    def __init__(self, penalty: float = 100.0, anneal: float = 0.1) -> None:
+        super().__init__()
+        self.penalty, self.anneal = penalty, anneal
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The penalty, scaled."""
+        assert source is not None
+        assert source.y is not None
+        terms = []
+        for view in source.split():
+            assert view.y is not None
+            one = torch.ones((), device=view.output.device, requires_grad=True)
+            losses = [module.loss(view.output[i::2] * one, view.y[i::2]) for i in range(2)]
+            grads = [torch.autograd.grad(loss, one, create_graph=True)[0] for loss in losses]
+            terms.append(grads[0] * grads[1])
+        penalty = torch.stack(terms).mean()
+        if module.progress < self.anneal:
+            return penalty
+        # (R + lambda P) / lambda, as a term beside R
+        return penalty - (1 - 1 / self.penalty) * module.loss(source.output, source.y)
+
+
+class VREx(Method):
+    """Risk extrapolation: the variance of the sources' risks (Krueger et al., ICML 2021).
+
+    Args:
+        weight: beta; DomainBed takes 10 after 500 steps of 1.
+    """
+
+    needs = ("sources",)
+    settings = GENERALISE
+
+    def __init__(self, weight: Weight = 10.0) -> None:
+        super().__init__(weight)
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """`mean_e (R_e - mean R)^2`."""
+        each = risks(module, source)
+        return (each - each.mean()).square().mean()
+
+
+class Mixup(Method):
+    """Mixes samples of different sources, and their losses (Zhang et al., ICLR 2018; between domains: DomainBed).
+
+    `l R(output(l x_i + (1 - l) x_j), y_i) + (1 - l) R(..., y_j)` with l from Beta(alpha, alpha), each domain with the
+    next one in a random order; a single domain with itself.
+
+    Args:
+        weight: Of the term.
+        alpha: Of the Beta distribution; DomainBed takes 0.2.
+    """
+
+    needs = ("source",)
+    reads_x = True
+    settings = GENERALISE
+
+    def __init__(self, weight: Weight = 1.0, alpha: float = 0.2) -> None:
+        super().__init__(weight)
+        self.alpha = alpha
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over the pairs."""
+        assert source is not None
+        views = source.split()
+        order = torch.randperm(len(views)).tolist()
+        terms = []
+        for first, second in pairwise([*order, order[0]]):
+            one, other = views[first], views[second]
+            rows = torch.randperm(len(other.x))
+            share = random.betavariate(self.alpha, self.alpha)
+            mixed = share * unit(one.x) + (1 - share) * unit(other.x)[rows]
+            output = module.see(mixed, "source").output
+            assert one.y is not None
+            assert other.y is not None
+            terms.append(share * module.loss(output, one.y) + (1 - share) * module.loss(output, other.y[rows]))
+        return torch.stack(terms).mean()
+
+
+def unit(x: Any) -> Tensor:
+    """Images as floats in [0, 1]; other inputs as they are."""
+    return x / 255 if x.dtype == torch.uint8 else cast(Tensor, x)
+
+
+class MixStyle(Method):
+    """Mixes the statistics of feature maps between samples (Zhou et al., ICLR 2021); the term is 0.
+
+    After each of the first stages, with probability p, a sample's mean and deviation per channel are mixed with those
+    of another sample of the batch, by l from Beta(alpha, alpha).
+
+    Args:
+        p: How often; the paper takes 0.5.
+        alpha: Of the Beta distribution; the paper takes 0.1.
+        stages: After how many of the backbone's stages.
+    """
+
+    needs = ("source",)
+    settings = GENERALISE
+
+    def __init__(self, p: float = 0.5, alpha: float = 0.1, stages: int = 2) -> None:
+        super().__init__()
+        self.p, self.alpha, self.stages = p, alpha, stages
+
+    def attach(self, module: TransferModule) -> None:
+        """Hooks into the first stages, which closed ones, being in eval mode, do not heed."""
+        for stage in module.backbone.stages()[: self.stages]:
+            last = stage[-1] if isinstance(stage, nn.ModuleList) else stage
+            last.register_forward_hook(self.mix)
+
+    def mix(self, layer: nn.Module, inputs: Any, x: Any) -> Any:
+        """The layer's output, mixed in training."""
+        if not (layer.training and self.training and isinstance(x, Tensor)) or random.random() > self.p:
+            return x
+        dims = tuple(range(2, x.ndim)) or (1,)  # a vector's own mean and deviation
+        mean, deviation = x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-6
+        share = torch.distributions.Beta(self.alpha, self.alpha).sample((len(x), *(1,) * (x.ndim - 1))).to(x)
+        rows = torch.randperm(len(x))
+        plain = (x - mean.detach()) / deviation.detach()
+        mixed_mean = share * mean + (1 - share) * mean[rows]
+        mixed_deviation = share * deviation + (1 - share) * deviation[rows]
+        return plain * mixed_deviation.detach() + mixed_mean.detach()
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """0."""
+        assert source is not None
+        return source.output.new_zeros(())
+
+
+class MLDG(Method):
+    """Meta-learning domain generalisation (Li et al., AAAI 2018): a step on some sources must help another one.
+
+    `R_test(theta - lr dR_train / dtheta)` with a source drawn for the test in each step and the others for training,
+    through which the second-order gradient goes. The task's own term, the paper's R_train, is of all sources.
+
+    Args:
+        weight: beta; the paper takes 1.
+        lr: alpha, of the inner step; the paper takes 5e-4 of the outer one's kind.
+    """
+
+    needs = ("sources",)
+    reads_x = True
+    settings = GENERALISE
+
+    def __init__(self, weight: Weight = 1.0, lr: float = 1e-3) -> None:
+        super().__init__(weight)
+        self.lr = lr
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The risk of the source that was left out, after the inner step."""
+        assert source is not None
+        views = source.split()
+        held_out = int(torch.randint(len(views), ()))
+        training = [module.loss(v.output, v.y) for i, v in enumerate(views) if i != held_out]  # type: ignore[arg-type]
+        parts = {"backbone": module.backbone, "head": module.head}
+        named = {f"{k}.{n}": p for k, part in parts.items() for n, p in part.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(
+            torch.stack(training).mean(), list(named.values()), create_graph=True, materialize_grads=True
+        )
+        moved = {name: p - self.lr * g for (name, p), g in zip(named.items(), grads, strict=True)}
+        view, x = views[held_out], views[held_out].x
+        with passing([("source", len(view.output))]):
+            for key, part in parts.items():
+                own = {name.partition(".")[2]: p for name, p in moved.items() if name.startswith(f"{key}.")}
+                x = torch.func.functional_call(part, own, (x,))
+        return module.loss(x, view.y)  # type: ignore[arg-type]

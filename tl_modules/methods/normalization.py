@@ -1,0 +1,134 @@
+"""Methods that change how features are normalised; their term is 0, what they do is done inside the backbone."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tl_modules.errors import UserError
+from tl_modules.methods.base import Method
+from tl_modules.rows import domain_rows
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+
+class Normalization(Method):
+    """Gives every BatchNorm layer of the backbone another class, so that its weights keep their names.
+
+    A subclass writes `change`.
+    """
+
+    def attach(self, module: TransferModule) -> None:
+        """Changes the layers.
+
+        Raises:
+            UserError: There are none, or another method has changed them.
+        """
+        layers = [layer for layer in module.backbone.modules() if isinstance(layer, _BatchNorm)]
+        name = type(self).__name__
+        if not layers:
+            raise UserError(f"methods: {name} changes BatchNorm layers, and the backbone has none")
+        for layer in layers:
+            if hasattr(layer, "changed_by"):
+                raise UserError(f"methods: {name} and {layer.changed_by} both change the BatchNorm layers; take one")
+            self.change(layer)
+            cast(Any, layer).changed_by = name
+
+    def change(self, layer: _BatchNorm) -> None:
+        """Changes one layer in place."""
+        raise NotImplementedError
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """0."""
+        view = target or source
+        assert view is not None
+        return view.output.new_zeros(())
+
+
+class DomainBatchNorm(Normalization):
+    """DSBN: statistics and affine parameters for each of source and target (Chang et al., CVPR 2019).
+
+    The source's are added; the layer's own become the target's, with which the model predicts.
+    """
+
+    needs = ("source", "target")
+    reads_x = True  # a cached entry does not know which domain it was normalised for
+    settings = ("several sources", "partial", "open set")
+
+    def change(self, layer: _BatchNorm) -> None:
+        """Adds the source's twin."""
+        layer.source = copy.deepcopy(layer)
+        become(layer, _ByDomain)
+
+
+class _ByDomain(_BatchNorm):
+    source: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = domain_rows()
+        if len(rows) < 2:
+            mine = super().forward if not rows or rows[0][0] == "target" else self.source
+            return cast(Tensor, mine(input))
+        parts: list[Tensor] = []
+        for name, rest in _runs(rows):
+            part = input[sum(len(p) for p in parts) :][:rest]
+            parts.append(super().forward(part) if name == "target" else self.source(part))
+        return torch.cat(parts)
+
+
+def _runs(rows: Any) -> list[tuple[str, int]]:
+    """Neighbours of one domain, e.g. several sources, together."""
+    runs: list[tuple[str, int]] = []
+    for name, count in rows:
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1] + count)
+        else:
+            runs.append((name, count))
+    return runs
+
+
+class StochNorm(Normalization):
+    """Stochastic normalisation (Kou et al., NeurIPS 2020).
+
+    In training each channel takes, with probability p, the running statistics in place of the batch's.
+
+    Args:
+        p: The probability; the paper takes 0.5.
+    """
+
+    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def change(self, layer: _BatchNorm) -> None:
+        """Sets its probability."""
+        become(layer, _Stochastic)
+        cast(Any, layer).p = self.p
+
+
+class _Stochastic(_BatchNorm):
+    p: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return super().forward(input)
+        shape = (1, -1, *(1,) * (input.ndim - 2))
+        # before this batch moves them
+        mean, deviation = self.running_mean.clone(), (self.running_var + self.eps).sqrt()
+        fixed = (input - mean.view(shape)) / deviation.view(shape)
+        if self.affine:
+            fixed = fixed * self.weight.view(shape) + self.bias.view(shape)
+        chosen = torch.rand(len(mean), device=input.device).view(shape) < self.p
+        return torch.where(chosen, fixed, super().forward(input))
+
+
+def become(layer: _BatchNorm, mixin: type[_BatchNorm]) -> None:
+    """Gives a layer, whatever its number of dimensions, the forward of `mixin`."""
+    layer.__class__ = type(mixin.__name__, (mixin, type(layer)), {"__module__": __name__})

@@ -1,0 +1,205 @@
+"""A network that teaches itself on the unlabelled target: by its own certain answers, or by its own average."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tl_modules.errors import UserError
+from tl_modules.functional import information, perturb, ramp
+from tl_modules.methods.base import Method
+from tl_modules.schedules import Weight
+
+if TYPE_CHECKING:
+    from tl_modules.base import DomainView, TransferModule
+
+
+class FixMatch(Method):
+    """What is certain of a sample is to hold for a strongly changed copy of it (Sohn et al., NeurIPS 2020).
+
+    `mean 1[max p >= threshold] CE(output(perturb(x)), argmax p)` on the target; the weak view is the batch itself, with
+    the data's `augment`.
+
+    Args:
+        weight: Of the term.
+        threshold: How certain; the paper takes 0.95.
+        strength: Of the change, see `functional.perturb`.
+    """
+
+    needs = ("target",)
+    needs_classes = True
+    reads_x = True
+    settings = ("several sources", "partial", "source-free")
+
+    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
+        super().__init__(weight)
+        self.threshold, self.strength = threshold, strength
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over all samples, those that are not certain with 0."""
+        assert target is not None
+        certainty, label = target.output.detach().softmax(1).max(1)
+        strong = module.see(perturb(target.x, self.strength)).output  # type: ignore[arg-type]
+        each = F.cross_entropy(strong, label, reduction="none")
+        return ((certainty >= self.threshold) * each).mean()
+
+
+class MeanTeacher(Method):
+    """An average of the network's past weights teaches it (Tarvainen and Valpola, 2017; French et al., ICLR 2018).
+
+    `mean 1[max q >= threshold] ||p - q||^2` with q the teacher's probabilities of the target's samples and p the
+    student's of strongly changed copies; without classes, the outputs themselves and all samples. With `balance`,
+    French's loss of class imbalance is added. The term grows from 0 like DANN's ramp.
+
+    Args:
+        weight: Of the term.
+        momentum: Of the average, taken after each step.
+        threshold: Samples of which the teacher is less certain do not count; French takes 0.968.
+        strength: Of the change, see `functional.perturb`.
+        balance: Weight of the binary cross-entropy of the batch's mean probabilities to equal ones; French takes 0.005
+            of it, a lot less than the consistency.
+    """
+
+    needs = ("target",)
+    reads_x = True
+    settings = ("several sources", "source-free")
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        momentum: float = 0.99,
+        threshold: float = 0.9,
+        strength: float = 1.0,
+        balance: float = 0.005,
+    ) -> None:
+        super().__init__(weight)
+        self.momentum, self.threshold, self.strength, self.balance = momentum, threshold, strength, balance
+
+    def attach(self, module: TransferModule) -> None:
+        """Copies the network."""
+        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> MeanTeacher:
+        """The teacher is always in eval mode."""
+        super().train(mode)
+        if hasattr(self, "teacher"):
+            self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def learn(self, module: TransferModule) -> None:
+        """Moves the teacher towards the network, once a step."""
+        seen = self.get_buffer("seen")
+        if int(seen) == module.global_step:
+            return
+        seen.fill_(module.global_step)
+        student = nn.Sequential(module.backbone, module.head).state_dict()
+        for name, mine in self.teacher.state_dict().items():
+            if mine.is_floating_point():
+                mine.lerp_(student[name], 1 - self.momentum)
+            else:
+                mine.copy_(student[name])
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The consistency on the target."""
+        assert target is not None
+        if self.training:
+            self.learn(module)
+        with torch.no_grad():
+            taught: Tensor = self.teacher(target.x)
+        output = module.see(perturb(target.x, self.strength)).output  # type: ignore[arg-type]
+        scale = ramp(module.progress)
+        if not module.classes:
+            return scale * F.mse_loss(output, taught)
+        p, q = output.softmax(1), taught.softmax(1)
+        certain = q.max(1).values >= self.threshold
+        term = (certain * (p - q).square().sum(1)).mean()
+        mean = (p * certain[:, None]).sum(0) / certain.sum().clamp(min=1)
+        equal = torch.full_like(mean, 1 / len(mean))
+        balance = F.binary_cross_entropy(mean.clamp(1e-6, 1 - 1e-6), equal) * certain.float().mean()
+        return scale * (term + self.balance * balance)
+
+
+class PseudoLabel(Method):
+    """Takes the certain decisions for labels (Lee, ICML workshops 2013).
+
+    `mean 1[max p >= threshold] CE(output, argmax p)` on the target.
+
+    Args:
+        weight: Of the term.
+        threshold: How certain.
+    """
+
+    needs = ("target",)
+    needs_classes = True
+    settings = ("several sources", "partial", "source-free")
+
+    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95) -> None:
+        super().__init__(weight)
+        self.threshold = threshold
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The mean over all samples, those that are not certain with 0."""
+        assert target is not None
+        certainty, label = target.output.detach().softmax(1).max(1)
+        each = F.cross_entropy(target.output, label, reduction="none")
+        return ((certainty >= self.threshold) * each).mean()
+
+
+class SHOT(Method):
+    """Source hypothesis transfer: adapts a source model without source data (Liang et al., ICML 2020).
+
+    The head, the source's hypothesis, stays; the backbone learns `mean H(p) - H(mean p) + beta CE(output, y)`, with y
+    the class whose centroid is nearest by the cosine. Start from a run of the source, `--model.backbone.weights RUN`
+    with the same classes. The centroids are running means of the features, weighted by the probabilities, in place of
+    a pass over all of the target before each epoch.
+
+    Args:
+        weight: Of the term.
+        beta: Weight of the pseudo-labels; the paper takes 0.3 (0.1 for digits).
+        momentum: Of the centroids.
+    """
+
+    needs = ("target",)
+    needs_classes = True
+    settings = ("source-free",)
+
+    def __init__(self, weight: Weight = 1.0, beta: float = 0.3, momentum: float = 0.9) -> None:
+        super().__init__(weight)
+        self.beta, self.momentum = beta, momentum
+
+    def attach(self, module: TransferModule) -> None:
+        """Closes the head; the centroids begin as nothing."""
+        module.head.requires_grad_(False)
+        self.register_buffer("centroids", torch.zeros(module.num_outputs, module.backbone.out_features))
+        self.register_buffer("counts", torch.zeros(module.num_outputs, 1))
+
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses to start from a head that knows nothing.
+
+        Raises:
+            UserError: The head is not the source's.
+        """
+        super().check(module, domains)
+        if not module.head_transferred and module.trainer.ckpt_path is None:
+            raise UserError(
+                "methods: SHOT keeps the source's head; give the run of a source with the same classes and head by "
+                "--model.backbone.weights RUN"
+            )
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """Information maximisation and the pseudo-labels."""
+        assert target is not None
+        p, features = target.output.softmax(1), target.features
+        centroids, counts = self.get_buffer("centroids"), self.get_buffer("counts")
+        if self.training:
+            with torch.no_grad():
+                centroids.lerp_(p.T @ features, 1 - self.momentum)
+                counts.lerp_(p.sum(0)[:, None], 1 - self.momentum)
+        near = F.normalize(features) @ F.normalize(centroids / counts.clamp(min=1e-8)).T
+        return -information(p) + self.beta * F.cross_entropy(target.output, near.detach().argmax(1))

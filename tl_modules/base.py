@@ -139,7 +139,8 @@ class TransferModule(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.terms = Terms()
         self.head_transferred = self._transfer_head()
-        for _, method in self.named_methods():
+        # what changes the backbone comes before what copies it
+        for _, method in sorted(self.named_methods(), key=lambda named: not named[1].changes_backbone):
             if method.needs_classes and not self.classes:
                 name = type(self).__name__.removeprefix("LazyInstance_")
                 raise UserError(f"methods: {type(method).__name__} works on class probabilities, which {name} lacks")
@@ -163,6 +164,15 @@ class TransferModule(LightningModule):
     def table(self, prediction: Tensor) -> dict[str, list[Any]]:
         """Predictions (B, ...) -> columns of `tl predict`'s CSV, B values each."""
         raise NotImplementedError
+
+    def decide(self, prediction: Tensor) -> Tensor:
+        """What of predictions (B, ...) is compared with labels: class numbers (B,), or the values themselves."""
+        return prediction.argmax(1) if self.classes else prediction
+
+    def score(self, decisions: Tensor, y: Tensor) -> float:
+        """The task's first metric, that of `monitor`, of decisions and labels."""
+        metric = self.metrics()[type(self).monitor[0].removeprefix("val/")]
+        return float(metric(decisions.long() if self.classes else decisions, y))
 
     # The straight line
 
@@ -359,6 +369,11 @@ class TransferModule(LightningModule):
             raise UserError(
                 "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
                 "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
+            )
+        if not any(p.requires_grad for p in self.parameters()):
+            raise UserError(
+                "finetuning: nothing trains, since a method keeps the head and "
+                f"{type(self.finetuning).__name__.removeprefix('LazyInstance_')} closes the backbone; take Full or LastStages"
             )
         opens_later = self.finetuning.opens_later(self.num_stages)
         strategy = self.trainer.strategy

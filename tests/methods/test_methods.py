@@ -1,74 +1,167 @@
-"""Every method on every task, and each method's formula by hand."""
+"""Every method by every task, kind of data, strategy and interruption; a new one is tested by existing."""
 
-import numpy as np
+import inspect
+import json
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import cases
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from cases import KINDS, METHODS, Several, arguments, build, exported, fit, same
 
-import tl_modules
-from datamodules import ImageArrays
-from tl_modules import L2SP, Classification, ConvNet, Method, TransferModule
+from tl_modules import (
+    CORAL,
+    DANN,
+    L2SP,
+    MCC,
+    SHOT,
+    Classification,
+    ConvNet,
+    DomainBatchNorm,
+    FeatureExtraction,
+    InfoMax,
+    Linear,
+    MeanTeacher,
+    Ramp,
+    TransferModule,
+    UserError,
+)
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda c: c.__name__)
 
 
-def exported(base):
-    """Every public subclass, so that a new one is tested by existing."""
-    return [c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
-
-
-@pytest.fixture
-def arrays(tmp_path):
-    """Two domains of grey images, with class labels or real values."""
-
-    def make(kind):
-        generator = np.random.default_rng(0)
-        for name in ("source", "target"):
-            images = generator.integers(0, 256, (24, 28, 28), dtype=np.uint8)
-            labels = np.arange(24) % 3 if kind is Classification else images.mean((1, 2)) / 255
-            np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
-        return ImageArrays(tmp_path / "target.npz", tmp_path / "source.npz", target_labels=True, batch_size=8)
-
-    return make
+@pytest.mark.parametrize("kind", KINDS)
+@every_method
+def test_a_resumed_run_is_the_undisturbed_one(method, kind, tmp_path):
+    whole = build([method], kind)
+    fit(whole, Several(kind), tmp_path)
+    assert all(torch.isfinite(t).all() for t in whole.state_dict().values() if t.is_floating_point())
+    resumed = build([method], kind)
+    torch.manual_seed(1)  # whatever it was, the checkpoint's random numbers count
+    fit(resumed, Several(kind), ckpt_path=tmp_path / "step=5.ckpt")
+    assert same(whole.state_dict(), resumed.state_dict()) == []
 
 
 @pytest.mark.parametrize("task", exported(TransferModule), ids=lambda c: c.__name__)
-@pytest.mark.parametrize("method", exported(Method), ids=lambda c: c.__name__)
-def test_every_method_on_every_task(method, task, arrays):
-    seed_everything(0)
-    data = arrays(task)
-    module = task(ConvNet(4), data.num_outputs, class_names=data.class_names, methods=[method(), method(weight=0.5)])
-    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.fit(module, data)
+@every_method
+def test_every_method_on_every_task(method, task):
+    if method.needs_classes and not task.classes:
+        with pytest.raises(UserError, match=f"{method.__name__} works on class probabilities"):
+            build([method], "image", task)
+        return
+    module = build([method, L2SP if method.changes_backbone else method], "image", task)
+    trainer = fit(module, Several("image", values=not task.classes), epochs=1)
     names = [name for name, _ in module.named_methods()]
-    assert names == [method.__name__.lower(), f"{method.__name__.lower()}_2"]
-    metrics = trainer.callback_metrics
-    for term in ("loss", "task/source", "task/target", *names):
-        assert torch.isfinite(metrics[f"train/{term}"])
-    parts = [metrics[f"train/{term}"] for term in ("task/source", "task/target", *names)]
-    assert torch.allclose(metrics["train/loss"], torch.stack(parts).sum(), rtol=1e-4)
-    trainer.test(module, data, verbose=False)
-    assert f"test/{module.monitor[0].removeprefix('val/')}" in trainer.callback_metrics
+    parts = [trainer.callback_metrics[f"train/{name}"] for name in ("task/source", *names)]
+    assert torch.isfinite(torch.stack(parts)).all()
+    assert torch.allclose(trainer.callback_metrics["train/loss"], torch.stack(parts).sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_l2sp_by_hand():
-    module = Classification(ConvNet(4), 3, methods=[L2SP(weight=1.0, head_weight=0.5)])
-    method = module.methods[0]
-    with torch.no_grad():
-        for parameter in module.head.parameters():
-            parameter.fill_(2.0)
-    head = 0.5 * 4.0 * sum(p.numel() for p in module.head.parameters()) / 2
-    assert float(method(module, None, None)) == pytest.approx(head)
-    weights = sum(p.numel() for p in module.backbone.parameters())
-    with torch.no_grad():
-        for parameter in module.backbone.parameters():
-            parameter.add_(0.1)
-    term = method(module, None, None)
-    assert float(term) == pytest.approx(head + 0.01 * weights / 2, rel=1e-4)
-    term.backward()
-    first = next(module.backbone.parameters())
-    assert torch.allclose(first.grad, torch.full_like(first, 0.1), atol=1e-6)
+@every_method
+def test_every_method_on_cached_features(method):
+    module = build([method], "vector", finetuning=FeatureExtraction())
+    if method is SHOT:
+        with pytest.raises(UserError, match="nothing trains"):
+            fit(module, Several("vector"))
+        return
+    before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
+    fit(module, Several("vector"), epochs=1)
+    assert same({k: module.backbone.state_dict()[k] for k in before}, before) == []
 
 
-def test_l2sp_start_is_in_the_checkpoint():
-    module = Classification(ConvNet(4), 3, methods=[L2SP()])
-    assert any(key.startswith("methods.0.start_") for key in module.state_dict())
-    assert not any(p.requires_grad for p in module.methods.parameters())
+@every_method
+def test_every_argument_has_its_words(method):
+    documented = inspect.getdoc(method) or ""
+    for name in inspect.signature(method.__init__).parameters:
+        if name not in ("self", "args", "kwargs", "weight"):
+            assert f"{name}:" in documented, name
+    assert method.settings
+    assert set(method.settings) <= {"several sources", "generalisation", "partial", "open set", "source-free"}
+
+
+def test_methods_stack():
+    """Those of the start, of a critic, of a teacher, of changed layers and of the target, two by two in either order."""
+    stack = [L2SP, DANN, MeanTeacher, DomainBatchNorm, MCC]
+    for one, other in permutations(stack, 2):
+        module = build([one, other], "image")
+        fit(module, Several("image"), epochs=1, limit_train_batches=1, limit_val_batches=0)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Both ranks have the same parameters after each method."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "methods"}
+    common |= {"MASTER_PORT": str(20000 + os.getpid() % 300 * 100), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", Path(cases.__file__)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=1200) for rank in ranks] == [0, 0]
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert len(one) == len(METHODS) * len(KINDS)
+    assert {name: value for name, value in one.items() if isinstance(value, str)} == {}
+    assert one == two
+    assert all(finite for _, finite in one.values())
+
+
+@pytest.mark.parametrize(("domains", "unseen", "method", "match"), [
+    (("target",), False, "DANN", "DANN needs a source domain"),
+    (("source",), False, "DANN", "DANN needs a target domain"),
+    (("source",), False, "CORAL", "CORAL needs two domains in training"),
+    (("source", "target"), False, "IRM", "IRM needs at least two source domains"),
+    (("source/a", "source/b", "target"), True, "MCC", "MCC needs a target domain"),
+])  # fmt: skip
+def test_a_missing_domain_is_said(domains, unseen, method, match):
+    with pytest.raises(UserError, match=match):
+        fit(build([getattr(cases.tl_modules, method)], "vector"), Several("vector", domains, target_unseen=unseen))
+
+
+@pytest.mark.parametrize("method", ["SHOT", "LwF", "CoTuning"])
+def test_a_missing_head_is_said(method):
+    method = getattr(cases.tl_modules, method)
+    module = Classification(ConvNet(4), 3, methods=[method(**arguments(method))])
+    with pytest.raises(UserError, match=r"give .*--model.backbone.weights RUN"):
+        fit(module, Several("image"))
+
+
+def test_unlabelled_data_without_a_method_teach_nothing():
+    with pytest.raises(UserError, match="there is nothing to learn from"):
+        fit(build([], "vector"), Several("vector", ("target",), target_labels=False))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "source-free" in m.settings], ids=lambda c: c.__name__)
+def test_source_free(method):
+    module = build([InfoMax, method], "vector")
+    trainer = fit(module, Several("vector", ("target",), target_labels=False), epochs=1)
+    assert "train/task/target" not in trainer.callback_metrics
+
+
+def test_weights_move_with_progress():
+    assert Ramp(2.0, 10.0)(0.0) == 0
+    assert Ramp(2.0, 10.0)(1.0) == pytest.approx(2 * (2 / (1 + 2.718281828**-10) - 1))
+    assert [Linear(1.0, 0.0, 0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.5, 0.0, 0.0]
+    module = build([], "vector", target_weight=Linear(0.0, 1.0))
+    trainer = fit(module, Several("vector", target_labels=True))
+    assert float(trainer.callback_metrics["train/task/target"]) > 0
+    assert module.progress == 1.0
+
+
+@pytest.mark.parametrize("method", [DANN, CORAL, MCC, MeanTeacher])
+def test_target_labels_move_no_weight(method):
+    """Training cannot see them: shuffled labels give the same bits, and an open config does not."""
+
+    def trained(labels, **kwargs):
+        module = build([method], "image")
+        fit(module, Several("image", labels=labels, **kwargs))
+        return module.state_dict()
+
+    assert same(trained(None), trained(lambda y: (y + 1) % 3)) == []
+    assert same(trained(None, target_labels=True), trained(lambda y: (y + 1) % 3, target_labels=True))

@@ -135,10 +135,12 @@ class ConvNet(ImageBackbone):
 
 
 class LeNet(ImageBackbone):
-    """The network of the digits in Ganin et al. (JMLR 2016): two 5 x 5 convolutions, pooled, and two dense layers.
+    """The features of the digits in Ganin et al. (JMLR 2016), 768: two 5 x 5 convolutions, pooled.
+
+    Their label predictor is `MLPHead` (they: two hidden layers of 100), their critic has one hidden layer of 100.
 
     Args:
-        batch_norm: Puts BatchNorm behind each layer (and leaves the biases out).
+        batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
@@ -153,21 +155,13 @@ class LeNet(ImageBackbone):
         mean: Statistics = None,
         std: Statistics = None,
     ) -> None:
-        def norm(layer: nn.Module, width: int, kind: type[nn.Module]) -> list[nn.Module]:
-            return [layer, kind(width), nn.ReLU()] if batch_norm else [layer, nn.ReLU()]
+        def stage(inputs: int, outputs: int, pool: nn.Module) -> nn.Sequential:
+            norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), *norm, nn.ReLU(), pool)
 
-        def conv(inputs: int, outputs: int) -> list[nn.Module]:
-            return norm(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), outputs, nn.BatchNorm2d)
-
-        def dense(inputs: int) -> list[nn.Module]:
-            return norm(nn.Linear(inputs, 100, bias=not batch_norm), 100, nn.BatchNorm1d)
-
-        stages = [
-            nn.Sequential(*conv(len(mean or IMAGENET_MEAN), 32), nn.MaxPool2d(2)),
-            nn.Sequential(*conv(32, 48), nn.AdaptiveMaxPool2d(4)),
-            nn.Sequential(nn.Flatten(), *dense(48 * 4 * 4), *dense(100)),
-        ]
-        super().__init__(nn.Sequential(*stages), 100, mean, std)
+        first = stage(len(mean or IMAGENET_MEAN), 32, nn.MaxPool2d(2))
+        second = stage(32, 48, nn.AdaptiveMaxPool2d(4)).append(nn.Flatten())
+        super().__init__(nn.Sequential(first, second), 48 * 4 * 4, mean, std)
         self.load_pretrained(weights, strict, self._no_hub)
 
     @staticmethod
@@ -175,7 +169,7 @@ class LeNet(ImageBackbone):
         raise UserError(f"weights: LeNet has no hub entry {name}; give a file or the directory of a run")
 
     def stages(self) -> list[nn.Module]:
-        """Each convolution, and the dense layers."""
+        """Each convolution."""
         return list(self.model.children())
 
 

@@ -247,8 +247,8 @@ class MCD(Method):
         """Makes a second head like the first, with other start weights."""
         self.second = copy.deepcopy(module.head)
         for layer in self.second.modules():
-            if isinstance(reset := getattr(layer, "reset_parameters", None), Callable):
-                reset()
+            reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
+            reset()
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The second head's loss on the source, less the discrepancy on the target."""

@@ -25,6 +25,7 @@ class Method(nn.Module):
             (at least two of them).
         needs_classes: Whether it works on class probabilities, that is, only in classification.
         reads_x: Whether it looks at a view's `x`; features are then not cached.
+        changes_backbone: Whether `attach` changes the backbone; it then comes before that of the others.
         settings: In which settings beside one labelled source and one target with the same classes it is sound:
             "several sources", "generalisation" (no target in training), "partial" (the target lacks classes), "open
             set" (the target has classes of its own), "source-free".
@@ -35,7 +36,8 @@ class Method(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ()
     needs_classes: ClassVar[bool] = False
-    reads_x: bool = False
+    reads_x: ClassVar[bool] = False
+    changes_backbone: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
     def __init__(self, weight: Weight = 1.0) -> None:

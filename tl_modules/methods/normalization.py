@@ -23,6 +23,8 @@ class Normalization(Method):
     A subclass writes `change`.
     """
 
+    changes_backbone = True
+
     def attach(self, module: TransferModule) -> None:
         """Changes the layers.
 

@@ -1,0 +1,138 @@
+"""Small runs that every method can be put into: two sources, an unlabelled target, images or vectors.
+
+As a program it is one rank of two: `RANK=0 WORLD_SIZE=2 ... python cases.py` runs every method on every kind of data.
+"""
+
+import inspect
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import tl_modules
+from datamodules import TransferDataModule
+from tl_modules import Backbone, Classification, ConvNet, Method
+from tl_modules.backbones.weights import Pretrained
+from tl_modules.callbacks import ExactResume, FeatureCache, FreezeAudit
+
+KINDS = ("image", "vector")
+
+
+def exported(base):
+    """Every public subclass, so that a new one is tested by existing."""
+    return [c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+
+
+METHODS = exported(Method)
+
+
+class Vectors(Backbone):
+    """Two layers for vectors of five numbers."""
+
+    out_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(i, 8), nn.BatchNorm1d(8), nn.ReLU()) for i in (5, 8)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+    def stages(self):
+        return list(self.layers)
+
+
+class Several(TransferDataModule):
+    """Three classes (or values), which each domain shows in its own way."""
+
+    def __init__(self, kind, domains=("source/a", "source/b", "target"), values=False, labels=None, **kwargs):
+        super().__init__(batch_size=8, **kwargs)
+        self.kind, self.names, self.labels = kind, domains, labels
+        self.num_outputs, self.class_names = (1, None) if values else (3, ["a", "b", "c"])
+
+    def domains(self, split):
+        found = {}
+        for number, name in enumerate(self.names):
+            generator = np.random.default_rng([number, len(split)])
+            y = generator.permutation(np.arange(24) % 3)
+            shape = (24, 3, 12, 12) if self.kind == "image" else (24, 5)
+            x = generator.normal(size=shape) * 0.3 + y.reshape(-1, *(1,) * (len(shape) - 1)) + 0.5 * number
+            x = (x * 40).clip(0, 255).astype(np.uint8) if self.kind == "image" else x.astype(np.float32)
+            if name == "target" and self.labels is not None:
+                y = self.labels(y)
+            y = torch.tensor(y) if self.num_outputs == 3 else torch.tensor(y, dtype=torch.float32)
+            found[name] = TensorDataset(torch.tensor(x), y)
+        return found
+
+
+def arguments(method):
+    """What a method cannot do without."""
+    required = {"source_classes": 3}
+    return {name: required[name] for name in inspect.signature(method.__init__).parameters if name in required}
+
+
+def build(methods, kind, task=Classification, **kwargs):
+    """A module with the methods, on a network that counts as pretrained on the same classes."""
+    seed_everything(0, verbose=False)
+    backbone = ConvNet(4) if kind == "image" else Vectors()
+    outputs, names = (3, ["a", "b", "c"]) if task is Classification else (1, None)
+    head = nn.Linear(backbone.out_features, 3)
+    known = {"task": task.__name__, "class_names": names, "num_outputs": outputs}
+    backbone.pretrained = Pretrained("made up", {}, task=known, head=head.state_dict())
+    methods = [method(**arguments(method)) for method in methods]
+    return task(backbone, outputs, class_names=names, methods=methods, **kwargs)
+
+
+def fit(module, data, folder=None, ckpt_path=None, callbacks=(), epochs=2, **options):
+    """Trains it with what `tl` adds; with `folder`, the second step of the second epoch leaves a checkpoint there."""
+    keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1)] if folder else []
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=[*callbacks, FeatureCache(), FreezeAudit(), ExactResume(), *keep],
+        enable_checkpointing=bool(folder),
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def same(one, two):
+    """The names of the tensors in which two state dicts differ."""
+    return [k for k in one.keys() | two.keys() if k not in one or k not in two or not torch.equal(one[k], two[k])]
+
+
+def one_rank():
+    """Runs every method; gives what went wrong, and a digest of the parameters for the comparison of the ranks."""
+    found = {}
+    port = int(os.environ["MASTER_PORT"])
+    for number, method in enumerate(METHODS):
+        for offset, kind in enumerate(KINDS):
+            os.environ["MASTER_PORT"] = str(port + 2 * number + offset)
+            try:
+                module = build([method], kind)
+                fit(module, Several(kind), devices=2, strategy="ddp_find_unused_parameters_true", limit_val_batches=0)
+                values = [float(p.detach().double().abs().sum()) for p in module.parameters()]
+                found[f"{method.__name__} {kind}"] = [sum(values), bool(np.isfinite(values).all())]
+            except Exception:
+                found[f"{method.__name__} {kind}"] = traceback.format_exc()
+            finally:
+                if torch.distributed.is_initialized():
+                    torch.distributed.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(one_rank()))
+    sys.exit(0)

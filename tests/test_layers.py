@@ -30,7 +30,7 @@ ALLOWED = {
     "runs": LOW | {"checkpoints", "trust"},
     "explain": LOW | {"runs"},
     "arguments": LOW | {"runs"},
-    "callbacks": LOW | {"base", "runs", "backbones", "cached", "store", "memory"},
+    "callbacks": LOW | {"base", "runs", "backbones", "cached", "store", "memory", "validators"},
     "batch_size": LOW | {"callbacks", "memory"},
     "evaluation": LOW | {"base"},
     "trainer": LOW | {"base", "checkpoints", "evaluation", "runs"},

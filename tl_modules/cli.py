@@ -41,6 +41,7 @@ from tl_modules.callbacks import (
     PlainProgress,
     PredictionTable,
     RunDirectory,
+    Selection,
 )
 from tl_modules.callbacks.best import monitor_of
 from tl_modules.checkpoints import WholeFiles, newest, sweep
@@ -163,6 +164,7 @@ class TransferCLI(LightningCLI):
             "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
         )
         parser.add_class_arguments(FeatureCache, "cache")
+        parser.add_class_arguments(Selection, "select", skip={"run"})
         if self.command == "fit":
             parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
             parser.add_argument(
@@ -265,8 +267,11 @@ class TransferCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
+        selection = Selection(**config.select, run=path)
+        if self.subcommand == "fit":
+            selection.choose(self.model, self.datamodule)
         self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
-        callbacks: list[Callback] = [self.files]
+        callbacks: list[Callback] = [self.files, selection]
         if config.trainer.logger is not False:
             callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:

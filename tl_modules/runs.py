@@ -23,7 +23,7 @@ from tl_modules.checkpoints import load
 from tl_modules.errors import UserError
 from tl_modules.trust import check_names
 
-SECTIONS = ("seed_everything", "name", "trainer", "model", "data", "cache")
+SECTIONS = ("seed_everything", "name", "trainer", "model", "data", "cache", "select")
 
 
 def new_run(root: str | os.PathLike[str], name: str) -> Path:

@@ -8,6 +8,7 @@ from tl_modules.callbacks.pictures import Pictures
 from tl_modules.callbacks.predictions import PredictionTable
 from tl_modules.callbacks.progress import Bar, PlainProgress
 from tl_modules.callbacks.run_directory import RunDirectory
+from tl_modules.callbacks.selection import Selection
 
 __all__ = [
     "Bar",
@@ -19,4 +20,5 @@ __all__ = [
     "PlainProgress",
     "PredictionTable",
     "RunDirectory",
+    "Selection",
 ]

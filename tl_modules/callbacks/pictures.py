@@ -250,6 +250,43 @@ def _thumbnail(image: Tensor) -> Tensor:
     return small[0].expand(3, -1, -1).clamp(0, 1)
 
 
+def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[str, Any]) -> None:
+    """t-SNE maps of source and target features side by side, coloured by the label, and for the target by the guess.
+
+    Args:
+        trainer: Its TensorBoard gets them as `domains/features`.
+        module: Says what an output stands for.
+        evidence: By title; the features of both domains (see `validators.Evidence`), or None.
+    """
+    writer = _writer(trainer)
+    found = {title: e for title, e in evidence.items() if e is not None and e.source_features is not None}
+    if writer is None or not found or not isinstance(module, TransferModule) or not module.classes:
+        return
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    figure = Figure(figsize=(5.5 * len(found), 5), dpi=80)
+    for place, (title, each) in enumerate(found.items()):
+        features = torch.cat([each.source_features, each.target_features]).flatten(1)
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        points = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(features.numpy())
+        axes = figure.add_subplot(1, len(found), place + 1)
+        count = len(each.source_features)
+        guess = each.target_output.argmax(1)
+        for rows, colours, marker, name in (
+            (points[:count], each.source_y, "o", "source, by label"),
+            (points[count:], guess, "x", "target, by what the model says"),
+        ):
+            axes.scatter(rows[:, 0], rows[:, 1], c=colours, cmap="tab10", vmin=0, vmax=max(9, module.num_outputs - 1), s=14,
+                         marker=marker, linewidths=0.8, alpha=0.7, label=name)  # fmt: skip
+        axes.set_title(title)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.legend(fontsize=8, loc="lower right")
+    writer.add_figure("domains/features", figure, trainer.global_step)
+    writer.flush()
+
+
 def _grid(images: list[Tensor], titles: list[str]) -> Any:
     """Up to 16 images in rows of 4 with a title each."""
     from matplotlib.figure import Figure

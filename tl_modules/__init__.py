@@ -5,6 +5,7 @@ Importing this package is what makes the bare class names work in a config.
 
 from tl_modules.backbones import Backbone, ConvNet, HubBackbone, ImageBackbone, LeNet, TimmBackbone, TorchvisionBackbone
 from tl_modules.base import DomainView, TransferModule
+from tl_modules.callbacks import T3A, TENT, AdaBN
 from tl_modules.errors import UserError
 from tl_modules.finetuning import (
     FeatureExtraction,
@@ -78,6 +79,9 @@ __all__ = [
     "PADA",
     "SHOT",
     "SWD",
+    "T3A",
+    "TENT",
+    "AdaBN",
     "Backbone",
     "Classification",
     "CoTuning",

@@ -1,4 +1,4 @@
-"""What watches a run: its directory, the feature cache, the freeze audit, interruptions, progress, pictures."""
+"""What watches a run: its directory, the feature cache, progress, pictures, ...; and what adapts it in a test."""
 
 from tl_modules.callbacks.exact_resume import ExactResume
 from tl_modules.callbacks.feature_cache import FeatureCache
@@ -9,8 +9,12 @@ from tl_modules.callbacks.predictions import PredictionTable
 from tl_modules.callbacks.progress import Bar, PlainProgress
 from tl_modules.callbacks.run_directory import RunDirectory
 from tl_modules.callbacks.selection import Selection
+from tl_modules.callbacks.test_time import T3A, TENT, AdaBN, TestTimeAdaptation
 
 __all__ = [
+    "T3A",
+    "TENT",
+    "AdaBN",
     "Bar",
     "ExactResume",
     "FeatureCache",
@@ -21,4 +25,5 @@ __all__ = [
     "PredictionTable",
     "RunDirectory",
     "Selection",
+    "TestTimeAdaptation",
 ]

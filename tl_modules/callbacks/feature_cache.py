@@ -30,6 +30,7 @@ from torch.utils.data import default_collate
 from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
 from tl_modules.base import TransferModule, fingerprint
 from tl_modules.cached import Cached
+from tl_modules.callbacks.test_time import TestTimeAdaptation
 from tl_modules.errors import UserError
 from tl_modules.memory import free_memory
 from tl_modules.store import Store, default_folder
@@ -100,7 +101,9 @@ class FeatureCache(Callback):
         self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Serves the test data."""
+        """Serves the test data, but not to a backbone that adapts to it."""
+        if any(isinstance(c, TestTimeAdaptation) and c.moves_backbone for c in cast(Any, trainer).callbacks):
+            return
         self._serve(trainer, pl_module, {"test": trainer.test_dataloaders}, trainer.limit_test_batches)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.callbacks.best import Best, floats
+from tl_modules.callbacks.test_time import TestTimeAdaptation
 from tl_modules.runs import write_metrics, write_whole
 
 
@@ -82,8 +83,11 @@ class RunDirectory(Callback):
         self._write(trainer, self.best.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the test metrics."""
-        self._write(trainer, floats(trainer, "test/"))
+        """Adds the test metrics; those of a model that adapts to the test data by a name of their own."""
+        names = [c.name for c in cast(Any, trainer).callbacks if isinstance(c, TestTimeAdaptation)]
+        prefix = "/".join(["test", *names, ""])
+        metrics = floats(trainer, "test/")
+        self._write(trainer, {prefix + name.removeprefix("test/"): value for name, value in metrics.items()})
 
     def _write(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero and metrics:

@@ -1,7 +1,26 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
 from datamodules.base import DataError, TransferDataModule
+from datamodules.classes import Classes
 from datamodules.digits import Digits
+from datamodules.domains import DomainFolders
 from datamodules.image import ImageArrays, ImageFolders
+from datamodules.shifts import Colour, Corruption, Identity, Rotation, Shift, Shifted
+from datamodules.table import Tables
 
-__all__ = ["DataError", "Digits", "ImageArrays", "ImageFolders", "TransferDataModule"]
+__all__ = [
+    "Classes",
+    "Colour",
+    "Corruption",
+    "DataError",
+    "Digits",
+    "DomainFolders",
+    "Identity",
+    "ImageArrays",
+    "ImageFolders",
+    "Rotation",
+    "Shift",
+    "Shifted",
+    "Tables",
+    "TransferDataModule",
+]

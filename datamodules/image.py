@@ -150,7 +150,7 @@ class ImageFolders(TransferDataModule):
 
     Args:
         target: The target's tree; ~ and $VARIABLES are filled in.
-        source: The source's tree; its classes must be the target's.
+        source: The source's tree, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the target's.
         image_size: Side in pixels: the short side is scaled to it and the centre cropped.
         val_fraction: Share of each class for validation, where there is no such folder.
         test_fraction: Share of each class for testing, where there is no train/ either.
@@ -169,7 +169,7 @@ class ImageFolders(TransferDataModule):
     def __init__(
         self,
         target: Path | str | None = None,
-        source: Path | str | None = None,
+        source: Path | str | dict[str, Path] | None = None,
         image_size: int = 224,
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
@@ -181,10 +181,13 @@ class ImageFolders(TransferDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_workers=num_workers, **kwargs)
-        if target is None and source is None:
+        if target is None and not source:
             raise DataError("target: give a folder of images, --data.target DIR (or --data.source DIR)")
         check_fractions(val_fraction, test_fraction)
-        roots = {"source": expand(source, "source"), "target": expand(target, "target")}
+        sources = dict(source) if isinstance(source, Mapping) else {"": source}
+        one = len(sources) == 1
+        roots = {"source" if one else f"source/{name}": expand(path, "source") for name, path in sources.items()}
+        roots["target"] = expand(target, "target")
         self.roots = {name: root for name, root in roots.items() if root is not None}
         self.image_size, self.max_pixels, self.on_bad_image = image_size, max_pixels, on_bad_image
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -194,20 +197,31 @@ class ImageFolders(TransferDataModule):
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
 
     def _read_classes(self) -> list[str]:
-        found = {name: _classes(next(iter(_folders(root).values()), root)) for name, root in self.roots.items()}
+        found = {name: _classes(next(iter(self._parts(root).values()))) for name, root in self.roots.items()}
         for name, classes in found.items():
             root = self.roots[name]
             if not classes:
                 raise DataError(f"{name}: {root} has no class folders; it needs {root}/train/<class>/*.jpg")
             if len(classes) == 1:
                 raise DataError(f"{name}: {root} has one class, {classes[0]}; classification needs at least two")
-        if len(found) == 2 and found["source"] != found["target"]:
-            only = {a: sorted(set(found[a]) - set(found[b])) for a, b in (("source", "target"), ("target", "source"))}
+        owners: dict[str, list[str]] = {}
+        for name, classes in found.items():
+            for label in classes:
+                owners.setdefault(label, []).append(name)
+        only: dict[str, list[str]] = {}
+        for label, names in sorted(owners.items()):
+            if len(names) < len(found):
+                only.setdefault(f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}", []).append(label)
+        if only:
             raise DataError(
-                "source, target: their classes differ: "
-                + "; ".join(f"only the {name} has {', '.join(names[:5])}" for name, names in only.items() if names)
+                f"{', '.join(found)}: their classes differ: "
+                + "; ".join(f"only the {names} {', '.join(labels[:5])}" for names, labels in sorted(only.items()))
             )
         return next(iter(found.values()))
+
+    def _parts(self, root: Path) -> dict[str, Path]:
+        """The folders of a tree that hold class folders, by split, or the tree itself as "all"."""
+        return _folders(root) or {"all": root}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's images in each domain."""
@@ -216,7 +230,7 @@ class ImageFolders(TransferDataModule):
     def predict_dataloader(self) -> Any:
         """The target's test split, or all images below it where it has no such folders."""
         root = self.roots.get("target")
-        if root is not None and not _folders(root):
+        if root is not None and "all" in self._parts(root):
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
             if not paths:
                 raise DataError(f"target: there are no images in {root}")
@@ -225,7 +239,7 @@ class ImageFolders(TransferDataModule):
 
     def _split(self, name: str, root: Path, split: str) -> Dataset[Any]:
         if name not in self._splits:
-            found = {s: self._read(folder, name) for s, folder in (_folders(root) or {"all": root}).items()}
+            found = self._found(name, root)
             stratified = name != "target" or not self.hides(self.roots)
             self._splits[name] = three_way(
                 found, str(root), self.val_fraction, self.test_fraction, self.seed, stratified
@@ -233,6 +247,10 @@ class ImageFolders(TransferDataModule):
         if split not in self._splits[name]:
             raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
         return self._splits[name][split]
+
+    def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
+        """The images of a tree by split, as far as it says so."""
+        return {split: self._read(folder, name) for split, folder in self._parts(root).items()}
 
     def _read(self, folder: Path, name: str) -> FolderImages:
         assert self.class_names is not None
@@ -282,12 +300,15 @@ class ArrayImages(Dataset[Any]):
 
     Attributes:
         targets: The labels, class numbers or real values.
+        ids: A name for each, or None.
     """
 
-    def __init__(self, images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self, images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], ids: list[str] | None = None
+    ) -> None:
         channels_last = images if images.ndim == 4 else images[..., None]
         self.images = torch.from_numpy(np.ascontiguousarray(channels_last.transpose(0, 3, 1, 2)))
-        self.targets = targets
+        self.targets, self.ids = targets, ids
 
     def __len__(self) -> int:
         return len(self.images)

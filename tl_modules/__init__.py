@@ -3,7 +3,16 @@
 Importing this package is what makes the bare class names work in a config.
 """
 
-from tl_modules.backbones import Backbone, ConvNet, HubBackbone, ImageBackbone, LeNet, TimmBackbone, TorchvisionBackbone
+from tl_modules.backbones import (
+    Backbone,
+    ConvNet,
+    HubBackbone,
+    ImageBackbone,
+    LeNet,
+    TimmBackbone,
+    TorchvisionBackbone,
+    VectorBackbone,
+)
 from tl_modules.base import DomainView, TransferModule
 from tl_modules.callbacks import T3A, TENT, AdaBN
 from tl_modules.errors import UserError
@@ -120,5 +129,6 @@ __all__ = [
     "TransferModule",
     "UserError",
     "VREx",
+    "VectorBackbone",
     "load_run",
 ]

@@ -1,6 +1,16 @@
 """Backbones: raw input -> features."""
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.backbones.tabular import VectorBackbone
 from tl_modules.backbones.vision import ConvNet, HubBackbone, ImageBackbone, LeNet, TimmBackbone, TorchvisionBackbone
 
-__all__ = ["Backbone", "ConvNet", "HubBackbone", "ImageBackbone", "LeNet", "TimmBackbone", "TorchvisionBackbone"]
+__all__ = [
+    "Backbone",
+    "ConvNet",
+    "HubBackbone",
+    "ImageBackbone",
+    "LeNet",
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "VectorBackbone",
+]

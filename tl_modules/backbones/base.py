@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained
+from tl_modules.backbones.weights import Pretrained, State, is_local, load, read
+from tl_modules.errors import UserError
+
+Weights = str | Path | None
 
 
 class Backbone(nn.Module):
@@ -13,11 +20,15 @@ class Backbone(nn.Module):
     A subclass sets `out_features` and writes `forward` and `stages`.
 
     Attributes:
+        name: Of the architecture, for messages.
+        model: The network that `load_pretrained` fills.
         out_features: Width of the features.
         pretrained: Where the weights came from, or None if they are random.
         bf16: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
+    name: str = ""
+    model: nn.Module
     out_features: int
     pretrained: Pretrained | None = None
     bf16: tuple[str, ...] = ()
@@ -29,3 +40,21 @@ class Backbone(nn.Module):
     def stages(self) -> list[nn.Module]:
         """The parts from input to output; together they hold every parameter exactly once."""
         raise NotImplementedError
+
+    def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State] | None = None) -> None:
+        """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
+
+        Raises:
+            UserError: The weights cannot be had or do not fit.
+        """
+        if weights is None:
+            return
+        kind = type(self).__name__
+        if is_local(weights):
+            self.pretrained = read(weights)
+        elif hub is not None:
+            self.pretrained = Pretrained(str(weights), hub(str(weights)))
+        else:
+            raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
+        load(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
+        self.pretrained = replace(self.pretrained, state={})  # the model has them now

@@ -9,8 +9,7 @@ blocks at one resolution, and the single blocks of a transformer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, fx, nn
 
-from tl_modules.backbones.base import Backbone
-from tl_modules.backbones.weights import Pretrained, State, is_local, load, read
+from tl_modules.backbones.base import Backbone, Weights
+from tl_modules.backbones.weights import State
 from tl_modules.errors import UserError, closest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Weights = str | Path | None
 # None and not the numbers: a config that changes the class keeps the arguments that both classes have
 Statistics = Sequence[float] | None
 
@@ -56,7 +54,6 @@ class ImageBackbone(Backbone):
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
     """
 
-    name: str = ""
     mean: Tensor
     std: Tensor
 
@@ -82,17 +79,6 @@ class ImageBackbone(Backbone):
         """Splits `model` where its resolution drops and before each transformer block."""
         return resolution_stages(self.model)
 
-    def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State]) -> None:
-        """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random."""
-        if weights is None:
-            return
-        if is_local(weights):
-            self.pretrained = read(weights)
-        else:
-            self.pretrained = Pretrained(str(weights), hub(str(weights)))
-        load(self.model, self.pretrained, strict, f"{type(self).__name__} {self.name}".strip())
-        self.pretrained = replace(self.pretrained, state={})  # the model has them now
-
 
 class ConvNet(ImageBackbone):
     """Three stages of two 3 x 3 convolutions with BatchNorm and pooling, for images of 28 to 64 px.
@@ -116,7 +102,7 @@ class ConvNet(ImageBackbone):
         widths = [len(mean or IMAGENET_MEAN), width, 2 * width, 4 * width]
         stages = [self._stage(i, o) for i, o in pairwise(widths)]
         super().__init__(nn.Sequential(*stages), widths[-1], mean, std)
-        self.load_pretrained(weights, strict, self._no_hub)
+        self.load_pretrained(weights, strict)
 
     @staticmethod
     def _stage(inputs: int, outputs: int) -> nn.Sequential:
@@ -124,10 +110,6 @@ class ConvNet(ImageBackbone):
             return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
         return nn.Sequential(*conv(inputs), *conv(outputs), nn.MaxPool2d(2))
-
-    @staticmethod
-    def _no_hub(name: str) -> State:
-        raise UserError(f"weights: ConvNet has no hub entry {name}; give a file or the directory of a run")
 
     def stages(self) -> list[nn.Module]:
         """The three stages."""
@@ -162,11 +144,7 @@ class LeNet(ImageBackbone):
         first = stage(len(mean or IMAGENET_MEAN), 32, nn.MaxPool2d(2))
         second = stage(32, 48, nn.AdaptiveMaxPool2d(4)).append(nn.Flatten())
         super().__init__(nn.Sequential(first, second), 48 * 4 * 4, mean, std)
-        self.load_pretrained(weights, strict, self._no_hub)
-
-    @staticmethod
-    def _no_hub(name: str) -> State:
-        raise UserError(f"weights: LeNet has no hub entry {name}; give a file or the directory of a run")
+        self.load_pretrained(weights, strict)
 
     def stages(self) -> list[nn.Module]:
         """Each convolution."""
@@ -326,10 +304,13 @@ class HubBackbone(ImageBackbone):
                 self.eval()
                 self.out_features = self(torch.zeros(1, len(self.mean), image_size, image_size)).shape[1]
                 self.train()
-        self.load_pretrained(weights, strict, self._no_hub)
 
-    def _no_hub(self, name: str) -> State:
-        raise UserError(f"weights: {name} is no file or run; a hub entry takes its own weights through `arguments`")
+        def hub(entry: str) -> State:
+            raise UserError(
+                f"weights: {entry} is no file or run; a hub entry takes its own weights through `arguments`"
+            )
+
+        self.load_pretrained(weights, strict, hub)
 
 
 def _offline(what: str) -> str:

@@ -1,0 +1,113 @@
+"""Domains that do not have the same classes: partial and open-set adaptation made from any data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datamodules.base import DataError, Rows, TransferDataModule, digest, targets_of
+from datamodules.domains import check_known
+
+UNKNOWN = "unknown"
+
+
+class Classes(TransferDataModule):
+    """Another datamodule whose domains keep some of their classes only.
+
+        all of the source, some of the target      partial adaptation (Cao et al., ECCV 2018)
+        some of the source, all of the target,
+        open_set                                   open-set adaptation (Panareda Busto and Gall, ICCV 2017)
+
+    Class numbers stay those of the whole list, unless `open_set`: then the classes are the source's and, last,
+    "unknown", the label of every target sample of another class. So Office-31's usual open-set task is
+
+        data:
+          class_path: Classes
+          init_args:
+            open_set: true
+            source: [back_pack, bike, bike_helmet, bookcase, bottle, calculator, desk_chair, desk_lamp, ...]
+            data: {class_path: DomainFolders, init_args: {root: office31, target: webcam, sources: [amazon]}}
+
+    Which rows stay is decided by their labels, also where these are hidden: this makes the data set that one would have
+    met. Nothing else sees them. `data` makes the splits; its other settings (batch size, shots, ...) are not used.
+    Where its trees have different classes, list them all in its `classes`.
+
+    Args:
+        data: Any datamodule whose labels are classes.
+        source: The classes that every source keeps; None: all.
+        target: The classes that the target keeps; None: all.
+        open_set: Makes one class, "unknown", of what the source has not.
+        num_workers: Processes that load data; None is as many as `data` has.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: The labels are no classes, a class is not known, or nothing is left of a domain.
+    """
+
+    def __init__(
+        self,
+        data: TransferDataModule,
+        source: list[str] | None = None,
+        target: list[str] | None = None,
+        open_set: bool = False,
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_workers=data.num_workers if num_workers is None else num_workers, **kwargs)
+        if data.class_names is None:
+            raise DataError(f"data: the labels of {type(data).__name__} are no classes")
+        names = data.class_names
+        for field, given in (("source", source), ("target", target)):
+            for name in given or []:
+                check_known(field, name, names, "class")
+        kept = {"source": names if source is None else source, "target": names if target is None else target}
+        self.class_names = names
+        if open_set:
+            if UNKNOWN in kept["source"]:
+                raise DataError(f"open_set: the source has a class {UNKNOWN} itself; rename it")
+            self.class_names = [*(name for name in names if name in kept["source"]), UNKNOWN]
+        self.num_outputs = len(self.class_names)
+        new = {name: number for number, name in enumerate(self.class_names)}
+        # a class of the data -> its number here, for what each domain keeps
+        self.numbers = {
+            domain: {number: new.get(name, len(new) - 1) for number, name in enumerate(names) if name in those}
+            for domain, those in kept.items()
+        }
+        self.data = data
+        self._kept: dict[tuple[str, int], Kept] = {}
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's samples of the classes that each domain keeps."""
+        return {name: self._keep(name, dataset, split) for name, dataset in self.data.domains(split).items()}
+
+    def _keep(self, name: str, dataset: Dataset[Any], split: str) -> Dataset[Any]:
+        key = name, id(dataset)  # two splits may be one
+        if key not in self._kept:
+            self._kept[key] = Kept(dataset, self.numbers[name.partition("/")[0]])
+            if not len(self._kept[key]):
+                raise DataError(f"{name.partition('/')[0]}: no {split} sample of {name} has one of these classes")
+        return self._kept[key]
+
+
+class Kept(Rows):
+    """The rows of a data set whose class has a number, with that number as their label.
+
+    Args:
+        dataset: Has class numbers as labels.
+        numbers: Old number -> new number.
+    """
+
+    def __init__(self, dataset: Dataset[Any], numbers: Mapping[int, int]) -> None:
+        super().__init__(dataset, np.flatnonzero(np.isin(targets_of(dataset), list(numbers))).tolist())
+        self.targets = np.array([numbers[int(old)] for old in self.targets], dtype=np.int64)
+
+    def fingerprint(self) -> str | None:
+        """What names its contents."""
+        inner = super().fingerprint()
+        return inner and digest(inner, self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return super().__getitem__(index)[0], int(self.targets[index])

@@ -1,0 +1,100 @@
+"""Trees with a folder per domain: Office-31, Office-Home, PACS, VisDA-2017, DomainNet."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from datamodules.base import DataError, expand
+from datamodules.image import ImageFolders, _classes
+
+
+def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:
+    """Refuses a name that is not known, and says which are.
+
+    Raises:
+        DataError: It is not among them.
+    """
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(f"{field}: there is no {what} {name}{hint}; there are {', '.join(known) or 'none'}")
+
+
+class DomainFolders(ImageFolders):
+    """One folder per domain, each with one folder per class.
+
+        Office-31     amazon/images/<class>  dslr/...  webcam/...      (or amazon/<class>)
+        Office-Home   Art/<class>  Clipart/...  Product/...  "Real World"/...
+        PACS          art_painting/<class>  cartoon/...  photo/...  sketch/...
+        VisDA-2017    train/<class>  validation/<class>                source train, target validation
+        DomainNet     clipart/<class>  ...  with clipart_train.txt and clipart_test.txt beside them
+
+    Each domain is split in three by the seed, the target without a look at its labels where they are hidden. Where
+    DomainNet's lists are there, they give the test images, and the training images of which a part is for validation;
+    an image's class is its folder. Files beside the folders and hidden ones are ignored.
+
+    Args:
+        root: The folder of the domains; ~ and $VARIABLES are filled in.
+        target: The target's name; None: there is none.
+        sources: The sources' names; None takes all other domains, [] takes none.
+        **kwargs: As for `ImageFolders`.
+
+    Raises:
+        DataError: Unknown domain; for the rest as `ImageFolders`.
+    """
+
+    def __init__(
+        self, root: Path | str, target: str | None = None, sources: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        path = expand(root, "root")
+        assert path is not None
+        self.root, folders = path, domain_folders(path)
+        if not folders:
+            raise DataError(f"root: {path} has no domains; it needs {path}/<domain>/<class>/*.jpg")
+        others = [name for name in folders if name != target]
+        if target is not None:
+            check_known("target", target, folders)
+        for name in sources or []:
+            check_known("sources", name, others)
+        chosen = others if sources is None else sources
+        super().__init__(
+            target=None if target is None else folders[target],
+            source={name: folders[name] for name in chosen} or None,
+            **kwargs,
+        )
+
+    def _parts(self, root: Path) -> dict[str, Path]:
+        return {"all": root}  # VisDA has a class named train
+
+    def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
+        domain = root.relative_to(self.root).parts[0]
+        lists = {split: self.root / f"{domain}_{split}.txt" for split in ("train", "test")}
+        if not all(file.is_file() for file in lists.values()):
+            return super()._found(name, root)
+        return {split: self._listed(file, name) for split, file in lists.items()}
+
+    def _listed(self, file: Path, name: str) -> Dataset[Any]:
+        """The images that a file names, a line `domain/class/image.jpg label` each."""
+        numbers = {label: number for number, label in enumerate(self.class_names or [])}
+        lines = [line.rpartition(" ")[0] for line in file.read_text().splitlines() if line.strip()]
+        paths = [self.root / line for line in lines]
+        unknown = sorted({path.parent.name for path in paths} - set(numbers))
+        if unknown:
+            raise DataError(f"{name}: {file} names classes that have no folder: {', '.join(unknown[:5])}")
+        return self._images(paths, [numbers[path.parent.name] for path in paths], name)
+
+
+def domain_folders(root: Path) -> dict[str, Path]:
+    """The domains below `root`: each one's name and the folder of its class folders."""
+    found = {}
+    for name in _classes(root):
+        images = root / name / "images"
+        folder = images if images.is_dir() and _classes(images) else root / name
+        if _classes(folder):
+            found[name] = folder
+    return found

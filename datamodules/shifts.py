@@ -1,0 +1,284 @@
+"""Domains made of one image set: rotated, coloured, corrupted.
+
+Digits -> its samples in disjoint parts -> a Shift for each part -> "source/a", "source/b", "target"
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageFilter
+from torch import nn
+from torch.utils.data import Dataset
+
+from datamodules.base import SPLITS, DataError, TransferDataModule, _ids
+from datamodules.domains import check_known
+from datamodules.image import ArrayImages
+
+SEED = 0
+Array = np.ndarray[Any, Any]
+
+
+class Shift(nn.Module):
+    """What a domain does to an image and, in some, to its label.
+
+    A subclass writes `forward`, and `class_names` if it merges classes.
+    """
+
+    def class_names(self, names: list[str] | None) -> list[str] | None:
+        """What the classes become; K of N classes are N / K neighbours each. None: the labels are real values."""
+        return names
+
+    def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
+        """The shifted image and label.
+
+        Args:
+            image: (C, H, W) uint8 with 1 or 3 channels.
+            label: One of `class_names`, as a number, or a real value.
+            generator: Where random numbers come from.
+        """
+        raise NotImplementedError
+
+
+class Identity(Shift):
+    """Leaves images as they are."""
+
+    def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
+        """The same."""
+        return image, label
+
+
+class Rotation(Shift):
+    """Turns images anticlockwise about their centre; what comes in at the corners is black.
+
+    Args:
+        degrees: The angle.
+    """
+
+    def __init__(self, degrees: float) -> None:
+        super().__init__()
+        self.degrees = degrees
+
+    def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
+        """Turned, with bilinear interpolation."""
+        return _array(_picture(image).rotate(self.degrees, Image.Resampling.BILINEAR)), label
+
+
+class Colour(Shift):
+    """Colour that says more than shape, but not everywhere (ColoredMNIST; Arjovsky et al., 2019).
+
+    The classes become two, their lower and their upper half. A label is flipped with probability `label_noise`, and the
+    colour is the resulting label flipped with probability `flip`. The image's grey is written into the red channel
+    (colour 0) or the green one (colour 1).
+
+    Args:
+        flip: Probability that colour and label differ.
+        label_noise: Probability that label and shape differ; the paper takes 0.25.
+    """
+
+    def __init__(self, flip: float, label_noise: float = 0.25) -> None:
+        super().__init__()
+        for name, value in (("flip", flip), ("label_noise", label_noise)):
+            if not 0 <= value <= 1:
+                raise DataError(f"{name}: {value} is no probability; it must lie in [0, 1]")
+        self.flip, self.label_noise = flip, label_noise
+
+    def class_names(self, names: list[str] | None) -> list[str] | None:
+        """The two halves."""
+        if names is None or len(names) < 2:
+            raise DataError("shifts: Colour makes two classes of more, but the labels are no classes")
+        middle = (len(names) + 1) // 2
+        return [f"{half[0]} to {half[-1]}" for half in (names[:middle], names[middle:])]
+
+    def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
+        """(1 or 3, H, W) -> (3, H, W), in red or green."""
+        wrong, other = generator.random(2) < (self.label_noise, self.flip)
+        label = int(label) ^ int(wrong)
+        coloured = np.zeros((3, *image.shape[1:]), np.uint8)
+        coloured[label ^ int(other)] = image.mean(0).round()
+        return coloured, label
+
+
+# ImageNet-C's five severities (Hendrycks and Dietterich, ICLR 2019); pixels are those of a side of 224
+SEVERITIES = {
+    "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, on the [0, 1] scale
+    "blur": (1, 2, 3, 4, 6),  # standard deviation of the Gaussian, pixels
+    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # what is left of the distance to the mean
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # what is added to HSV's value, on the [0, 1] scale
+    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),  # resolution that is left
+    "jpeg": (25, 18, 15, 10, 7),  # quality
+}
+
+
+class Corruption(Shift):
+    """One of the corruptions of ImageNet-C (Hendrycks and Dietterich, ICLR 2019), with its numbers.
+
+    Args:
+        kind: Gaussian noise, Gaussian blur (as wide in relation to the image), contrast, brightness, pixelate or jpeg.
+        severity: 1 to 5.
+
+    Raises:
+        DataError: There is no such severity.
+    """
+
+    def __init__(
+        self, kind: Literal["noise", "blur", "contrast", "brightness", "pixelate", "jpeg"], severity: int = 3
+    ) -> None:
+        super().__init__()
+        check_known("kind", kind, SEVERITIES, "corruption")
+        if severity not in range(1, 6):
+            raise DataError(f"severity: {severity} must be 1, 2, 3, 4 or 5")
+        self.kind, self.amount = kind, SEVERITIES[kind][severity - 1]
+
+    def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
+        """Corrupted."""
+        x, amount, picture = image / 255, self.amount, _picture(image)
+        if self.kind == "noise":
+            x = x + generator.normal(0, amount, x.shape)
+        elif self.kind == "contrast":
+            mean = x.mean((1, 2), keepdims=True)
+            x = mean + amount * (x - mean)
+        elif self.kind == "brightness":
+            value = x.max(0)
+            brighter = np.minimum(value + amount, 1)
+            # HSV's hue and saturation stay, so the channels keep their ratios; black becomes grey
+            x = np.where(value > 0, x * brighter / np.maximum(value, 1e-9), brighter)
+        elif self.kind == "blur":
+            return _array(picture.filter(ImageFilter.GaussianBlur(amount * min(picture.size) / 224))), label
+        elif self.kind == "pixelate":
+            small = (max(1, round(picture.width * amount)), max(1, round(picture.height * amount)))
+            shrunk = picture.resize(small, Image.Resampling.BOX)
+            return _array(shrunk.resize(picture.size, Image.Resampling.NEAREST)), label
+        elif self.kind == "jpeg":
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=int(amount))
+            return _array(Image.open(file)), label
+        return (x.clip(0, 1) * 255).round().astype(np.uint8), label
+
+
+class Shifted(TransferDataModule):
+    """One image set as several domains, each shifted in its way; any of them the target.
+
+    RotatedMNIST (Ghifary et al., ICCV 2015), with the target unseen as in domain generalisation:
+
+        data:
+          class_path: Shifted
+          init_args:
+            data: {class_path: ImageArrays, init_args: {target: mnist.npz}}
+            target: r75
+            target_unseen: true
+            shifts:
+              r0: {class_path: Rotation, init_args: {degrees: 0}}
+              r15: {class_path: Rotation, init_args: {degrees: 15}}
+              r30: {class_path: Rotation, init_args: {degrees: 30}}
+              r45: {class_path: Rotation, init_args: {degrees: 45}}
+              r60: {class_path: Rotation, init_args: {degrees: 60}}
+              r75: {class_path: Rotation, init_args: {degrees: 75}}
+
+    ColoredMNIST (Arjovsky et al., 2019):
+
+            target: minus90
+            shifts:
+              plus90: {class_path: Colour, init_args: {flip: 0.1}}
+              plus80: {class_path: Colour, init_args: {flip: 0.2}}
+              minus90: {class_path: Colour, init_args: {flip: 0.9}}
+
+    The splits are those that `data` makes; its other settings (batch size, shots, ...) are not used. A split's images
+    are made when it is first asked for, and stay in memory. They follow from the split, the domain's name and the row,
+    not from `seed`, and which rows a domain gets does not depend on their labels.
+
+    Args:
+        data: Any datamodule of images; of two domains the target is taken.
+        shifts: The domains by name.
+        target: The target's name; None: there is none.
+        split_samples: Gives each domain a part of the samples of its own, as DomainBed does; otherwise each has all.
+        source: The name of the one source; None takes all other domains.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: Unknown domain, data without images, or shifts that do not agree on the classes.
+    """
+
+    def __init__(
+        self,
+        data: TransferDataModule,
+        shifts: dict[str, Shift],
+        target: str | None = None,
+        split_samples: bool = True,
+        source: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        others = [name for name in shifts if name != target]
+        if target is not None:
+            check_known("target", target, shifts)
+        if source is not None:
+            check_known("source", source, others)
+        if not shifts:
+            raise DataError("shifts: name at least one domain")
+        sources = others if source is None else [source]
+        self.names = {"source" if len(sources) == 1 else f"source/{name}": name for name in sources}
+        if target is not None:
+            self.names["target"] = target
+        classes = {name: shift.class_names(data.class_names) for name, shift in shifts.items()}
+        first = next(iter(classes))
+        for name in classes:
+            if classes[name] != classes[first]:
+                raise DataError(f"shifts: {first} and {name} make different classes; take shifts that agree")
+        self.class_names = classes[first]
+        self.num_outputs = data.num_outputs if self.class_names is None else len(self.class_names)
+        self.data, self.shifts, self.split_samples = data, shifts, split_samples
+        # two splits may be one, which is then shifted once
+        self._made: dict[tuple[str, int], tuple[Dataset[Any], ArrayImages]] = {}
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's images in each domain."""
+        found = self.data.domains(split)
+        whole = found.get("target", next(iter(found.values())))
+        return {role: self._shifted(name, whole, split) for role, name in self.names.items()}
+
+    def _shifted(self, name: str, whole: Dataset[Any], split: str) -> ArrayImages:
+        if (name, id(whole)) not in self._made:
+            self._made[name, id(whole)] = whole, self._make(name, whole, split)
+        return self._made[name, id(whole)][1]
+
+    def _make(self, name: str, whole: Dataset[Any], split: str) -> ArrayImages:
+        count: int = len(whole)  # type: ignore[arg-type]
+        rows = np.arange(count)
+        if self.split_samples:
+            order = np.random.default_rng((SEED, SPLITS.index(split))).permutation(count)
+            rows = np.sort(order[list(self.shifts).index(name) :: len(self.shifts)])
+        if not len(rows):
+            raise DataError(f"shifts: {count} {split} samples are too few for {len(self.shifts)} domains")
+        old, new = len(self.data.class_names or []), len(self.class_names or [])
+        images, labels = [], []
+        for row in rows.tolist():
+            x, y = whole[row]
+            generator = np.random.default_rng((SEED, SPLITS.index(split), zlib.crc32(name.encode()), row))
+            label = y if self.class_names is None else int(y) * new // old
+            image, label = self.shifts[name](_pixels(x, self.data), label, generator)
+            images.append(image)
+            labels.append(label)
+        ids = _ids(whole)
+        return ArrayImages(np.stack(images).transpose(0, 2, 3, 1), np.asarray(labels), [ids[row] for row in rows])
+
+
+def _pixels(x: Any, data: TransferDataModule) -> Array:
+    """An image of any datamodule -> (C, H, W) uint8."""
+    pixels = np.asarray(x)
+    if pixels.ndim != 3 or len(pixels) not in (1, 3):
+        raise DataError(f"data: {type(data).__name__} gives {pixels.shape}, no image of 1 or 3 channels")
+    return pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
+
+
+def _picture(image: Array) -> Image.Image:
+    return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def _array(picture: Image.Image) -> Array:
+    pixels = np.array(picture)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

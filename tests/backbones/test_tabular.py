@@ -1,0 +1,110 @@
+"""Dense layers on rows: standardising, stages, freezing, cuts, weights."""
+
+import pytest
+import torch
+
+import tl_modules
+from tl_modules import Classification, FeatureExtraction, LastStages, UserError, VectorBackbone
+from tl_modules.backbones.split import check, cut, run_trunk
+
+
+def table(rows=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, 3, generator=generator) * torch.tensor([1.0, 1000.0, 0.01]) + torch.tensor(
+        [5.0, -2e4, 0.0]
+    )
+
+
+def test_columns_of_any_unit_are_standardised():
+    backbone = VectorBackbone(3, [])
+    x = table()
+    backbone.train()(x)  # one step is enough
+    out = backbone.eval()(x)
+    assert torch.allclose(out.mean(0), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(out.std(0), torch.ones(3), atol=0.07)  # the 0.01 beside BatchNorm's epsilon
+    assert (backbone.out_features, len(backbone.stages())) == (3, 1)
+
+
+@pytest.mark.parametrize("widths", [[8], [8, 6], [8, 6, 4]])
+def test_a_stage_for_each_width(widths):
+    backbone = VectorBackbone(3, widths, dropout=0.5)
+    assert backbone.out_features == widths[-1]
+    assert backbone.eval()(table()).shape == (64, widths[-1])
+    held = [id(p) for stage in backbone.stages() for p in stage.parameters()]
+    assert len(backbone.stages()) == len(widths)
+    assert sorted(held) == sorted(id(p) for p in backbone.parameters())
+    inside = {id(b) for stage in backbone.stages() for b in stage.buffers()}
+    assert {id(b) for b in backbone.buffers()} == inside
+
+
+def strategies():
+    kinds = [s for s in vars(tl_modules).values() if isinstance(s, type) and issubclass(s, tl_modules.FineTuning)]
+    return [kind for kind in kinds if kind is not tl_modules.FineTuning]
+
+
+@pytest.mark.parametrize("strategy", strategies(), ids=lambda s: s.__name__)
+def test_what_is_closed_rests(strategy):
+    module = Classification(VectorBackbone(3, [8, 6]), 2, finetuning=strategy())
+    stages = module.backbone.stages()
+    for epoch in range(3):
+        module.train()
+        module.finetuning.apply(module, epoch)
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        module.loss(module(table()), torch.arange(64) % 2).backward()
+        torch.optim.SGD(module.parameters(), lr=0.1).step()
+        after = module.state_dict()
+        depth = strategy().depth(epoch, len(stages))
+        for number in range(len(stages)):
+            keys = [key for key in after if key.startswith(f"backbone.model.{number}.")]
+            assert keys
+            assert all(torch.equal(before[key], after[key]) for key in keys) == (number < len(stages) - depth)
+
+
+@pytest.mark.parametrize("closed", [1, 2, 3])
+def test_cut(closed):
+    backbone = VectorBackbone(3, [8, 6, 4])
+    backbone.train()(table())
+    backbone.eval()
+    both = cut(backbone, closed)
+    with torch.no_grad():
+        check(both, backbone, table(), run_trunk(both, table()))
+
+
+def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
+    trained = VectorBackbone(3, [8])
+    for _ in range(20):
+        trained.train()(table())
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    loaded = VectorBackbone(3, [8], weights=tmp_path / "w.pth")
+    assert loaded.pretrained is not None
+    assert torch.equal(loaded.eval()(table()), trained.eval()(table()))
+    loaded.train()(table() + 100)
+    assert torch.allclose(loaded.stages()[0][0].running_mean, (table() + 100).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"in_features": None}, "in_features: the data do not say"),
+        ({"in_features": 0}, "must be at least 1"),
+        ({"widths": [4, 0]}, "must be at least 1"),
+        ({"dropout": 1.0}, r"dropout: 1.0 must lie in \[0, 1\)"),
+        ({"weights": "DEFAULT"}, "VectorBackbone has no hub entry DEFAULT"),
+        ({"weights": "nowhere.pth"}, "there is no file or run directory nowhere.pth"),
+    ],
+)
+def test_mistakes(arguments, match):
+    with pytest.raises(UserError, match=match):
+        VectorBackbone(**{"in_features": 3, **arguments})
+
+
+def test_runs_from_the_command_line(ok, tmp_path):
+    lines = [f"{i % 5},{1000 * (i % 2)},{'ab'[i % 2]}" for i in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    backbone = "--model.backbone VectorBackbone --model.backbone.in_features 2 --model.backbone.widths [8]"
+    data = "--data Tables --data.target a.csv"
+    ok(f"fit {backbone} {data} --trainer.max_epochs 20 --model.optimizer.lr 0.02 --name a")
+    assert "test/accuracy" in ok("test --run runs/a")
+    ok(f"fit {backbone} {data} --trainer.max_epochs 2 --model.backbone.weights runs/a/version_0 "
+       f"--model.finetuning {FeatureExtraction.__name__} --name b")  # fmt: skip
+    ok(f"fit {backbone} {data} --trainer.max_epochs 2 --model.finetuning {LastStages.__name__} --name c")

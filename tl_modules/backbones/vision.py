@@ -123,6 +123,8 @@ class LeNet(ImageBackbone):
 
     Args:
         batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
+        instance_norm: Gives each channel of each image mean 0 and deviation 1 first, which takes brightness and contrast
+            away (Shu et al., ICLR 2018, for the same digits).
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
@@ -132,6 +134,7 @@ class LeNet(ImageBackbone):
     def __init__(
         self,
         batch_norm: bool = False,
+        instance_norm: bool = False,
         weights: Weights = None,
         strict: bool = True,
         mean: Statistics = None,
@@ -141,7 +144,10 @@ class LeNet(ImageBackbone):
             norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
             return nn.Sequential(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), *norm, nn.ReLU(), pool)
 
-        first = stage(len(mean or IMAGENET_MEAN), 32, nn.MaxPool2d(2))
+        channels = len(mean or IMAGENET_MEAN)
+        first = stage(channels, 32, nn.MaxPool2d(2))
+        if instance_norm:
+            first.insert(0, nn.InstanceNorm2d(channels))
         second = stage(32, 48, nn.AdaptiveMaxPool2d(4)).append(nn.Flatten())
         super().__init__(nn.Sequential(first, second), 48 * 4 * 4, mean, std)
         self.load_pretrained(weights, strict)

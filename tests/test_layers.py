@@ -36,7 +36,7 @@ ALLOWED = {
     "evaluation": LOW | {"base"},
     "trainer": LOW | {"base", "checkpoints", "evaluation", "runs"},
     "cli": None,
-    "demo": {"cli"},
+    "compare": LOW | {"arguments", "cli", "runs", "trust"},
     "__init__": None,
     "__main__": {"cli"},
 }

@@ -45,6 +45,7 @@ from tl_modules.callbacks import (
 )
 from tl_modules.callbacks.best import monitor_of
 from tl_modules.checkpoints import WholeFiles, newest, sweep
+from tl_modules.compare import compare
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.precision import best_precision
@@ -76,6 +77,7 @@ COMMANDS = {
     "predict": "Label data with a run and write a CSV.",
     "embed": "Write a backbone's features of your data.",
     "benchmark": "Measure what predicting with a run costs here.",
+    "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself
 OWN = {"embed", "benchmark"}
@@ -137,7 +139,7 @@ class TransferCLI(LightningCLI):
         """The command that is asked for; building the arguments of the others would only cost time."""
         known = LightningCLI.subcommands()
         known["predict"].add("return_predictions")
-        known |= {name: {"model", "datamodule"} for name in OWN}
+        known |= {name: {"model", "datamodule"} for name in OWN} | {"compare": set()}
         return {self.command: known[self.command]} if self.command else known
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -178,6 +180,8 @@ class TransferCLI(LightningCLI):
         if not self.configured:  # a run's config already has what the links give
             for attribute in ("num_outputs", "class_names"):
                 parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
+            width = "model.init_args.backbone.init_args.in_features"
+            parser.link_arguments("data", width, lambda data: getattr(data, "in_features", None), "instantiate")
 
     def _expand_run(self, args: list[str]) -> list[str]:
         """A run's config goes below all that the command line says, and its checkpoint above."""
@@ -322,8 +326,12 @@ class TransferCLI(LightningCLI):
         for attribute in ("num_outputs", "class_names"):
             if attribute not in arguments and hasattr(self.model, attribute):
                 arguments[attribute] = getattr(self.model, attribute)
-        if "classes" in resolved["data"].get("init_args", {}):
-            resolved["data"]["init_args"]["classes"] = getattr(self.datamodule, "class_names", None)
+        width = getattr(getattr(self.model, "backbone", None), "in_features", None)
+        if width is not None:
+            arguments["backbone"]["init_args"]["in_features"] = width
+        for argument, attribute in (("classes", "class_names"), ("categories", "categories")):
+            if argument in resolved["data"].get("init_args", {}):
+                resolved["data"]["init_args"][argument] = getattr(self.datamodule, attribute, None)
         return resolved
 
     # Commands
@@ -401,10 +409,16 @@ def absolute_paths(config: Any) -> None:
                 hints |= get_type_hints(parent.__init__)
     for key, value in vars(config.init_args).items():
         if isinstance(value, str | Path) and Path in (hints.get(key), *get_args(hints.get(key))):
-            full = Path(os.path.expandvars(value)).expanduser()
-            config.init_args[key] = os.path.abspath(full) if full.exists() else str(value)
+            config.init_args[key] = _absolute(value)
+        elif isinstance(value, dict) and "Path" in str(hints.get(key)):
+            config.init_args[key] = {name: _absolute(each) for name, each in value.items()}
         else:
             absolute_paths(value)
+
+
+def _absolute(path: str | Path) -> str:
+    full = Path(os.path.expandvars(path)).expanduser()
+    return os.path.abspath(full) if full.exists() else str(path)
 
 
 # Errors
@@ -425,8 +439,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     sys.path.insert(0, "")  # a user's own file in the working directory can be named in a config
     quiet()
+    words = sys.argv[1:] if args is None else args
     try:
-        TransferCLI(sys.argv[1:] if args is None else args)
+        if words and words[0] == "compare":  # it has no model and data of its own, but starts runs
+            compare(words[1:])
+        else:
+            TransferCLI(words)
     except Exception as error:
         ours: BaseException | None = error
         # the parser wraps what a constructor raises in exceptions of its own

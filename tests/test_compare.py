@@ -1,0 +1,316 @@
+"""Grids of runs: what the file may say, which cells run when, and the table by hand."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tl_modules import UserError
+from tl_modules.compare import Scores, report
+from tl_modules.compare.plan import make_cells, read_plan
+from tl_modules.compare.runner import Runner
+
+ROOT = Path(__file__).parents[1]
+QUICK = "--model.backbone.width 4 --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.logger false"
+FILES = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+
+
+def write(path, **content):
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def results(folder, file="results.csv"):
+    return list(csv.DictReader((folder / file).open()))
+
+
+def state(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# The file
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: p.name)
+def test_every_file_of_ours_resolves(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = read_plan(file)
+    assert make_cells(plan, Path("x"), plan.seeds)
+    assert file.read_text().startswith("# ")
+
+
+WAYS = "ways: {a: --x 1, b: --x 2}\n"
+BAD = {
+    "": "is no mapping of name, config",
+    "ways: {a: }\nseed: [0]": "there is no key seed (did you mean seeds?)",
+    "name: x": "ways is no mapping of names to words",
+    "ways: {}": "name at least one way",
+    "ways: [a, b]": "ways is no mapping",
+    "ways: {a: 3}": "ways: a: 3 is neither a text nor a list of words",
+    "ways: {a: '--x \"'}": "cannot be split into words (No closing quotation)",
+    "ways: {a: '--x {bb}', b: }": "ways: a: {bb} names no way (did you mean b?)",
+    "ways: {a: {option: x}}": "ways: a: there is no key option (did you mean options?)",
+    "ways: {a: {of: c}}": "ways: a: of: there is no way c",
+    "ways: {a: {of: b, options: --x}, b: }": "put its words into test instead of options",
+    "ways: {a b: , a-b: }": "a b and a-b would share the folder a-b",
+    "ways: {'->': }": "has no letter or digit",
+    WAYS + "tasks: [1]": "tasks is no mapping",
+    WAYS + "seeds: 3": "seeds: 3 is no list of whole numbers",
+    WAYS + "seeds: [a]": "is no list of whole numbers",
+    WAYS + "baseline: c": "baseline: c is no way that is reported",
+    WAYS + "config: nowhere.yaml": "config: there is no file nowhere.yaml",
+    WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
+    "ways: [": "is no YAML",
+    "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_file_gives_one_sentence(text, tl, tmp_path):
+    (tmp_path / "f.yaml").write_text(text)
+    result = tl("compare f.yaml")
+    assert result.code == 2
+    assert result.err.startswith("tl: error: ")
+    assert len(result.err.splitlines()) == 1
+    assert BAD[text] in result.err
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("compare nowhere.yaml", "nowhere.yaml cannot be read (No such file or directory)"),
+        ("compare", "FILE.yaml; `tl compare --help`"),
+        ("compare f.yaml --processes 0", "--processes: 0 must be at least 1"),
+        ("compare f.yaml --seeds x", "is no list of whole numbers"),
+        ("compare f.yaml --only aa", "--only: there is no way aa (did you mean a?)"),
+    ],
+)
+def test_bad_words(line, sentence, tl, tmp_path):
+    (tmp_path / "f.yaml").write_text(WAYS)
+    result = tl(line)
+    assert result.code == 2
+    assert sentence in result.err
+
+
+def test_help_lists_the_command(ok):
+    assert "compare" in ok("--help")
+    assert "--only" in ok("compare --help")
+
+
+def test_the_words_of_a_cell(tmp_path):
+    (tmp_path / "shared.yaml").write_text("model: {}")
+    file = write(
+        tmp_path / "f.yaml",
+        config="shared.yaml",
+        options="--x '1 2' --home ${HOME}",
+        tasks={"A -> B": "--data.source a", "c": {"options": ["--data.source", "c d"], "test": "--t 1"}},
+        ways={"source only": None, "SHOT": {"options": "--w {source only} --y {lr: 1}", "test": "--u"}},
+    )
+    plan = read_plan(file)
+    cells = make_cells(plan, Path("out"), [0, 3])
+    cell = cells["c", "SHOT", 3]
+    shared = ["--config", str(tmp_path / "shared.yaml"), "--x", "1 2", "--home", "${HOME}", "--data.source", "c d"]
+    seeds = ["--seed_everything", "3", "--data.seed", "3"]
+    assert cell.fit == [*shared, "--w", "{source-only}", "--y", "{lr:", "1}", *seeds]
+    assert cell.test == ["--t", "1", "--u"]
+    assert cell.needs == {"source-only": ("c", "source only", 3)}
+    assert cells["A -> B", "SHOT", 0].folder == Path("out/runs/a-b/shot/seed-0")
+    assert list(cells)[:2] == [("A -> B", "source only", 0), ("A -> B", "SHOT", 0)]
+
+    words = {key: cell.words for key, cell in cells.items()}
+    (tmp_path / "shared.yaml").write_text("model: {a: 1}")
+    changed = make_cells(plan, Path("out"), [0, 3])
+    assert all(changed[key].words != words[key] for key in cells)
+
+
+# The runs
+
+
+def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
+    def grid(lr):
+        return write(
+            tmp_path / "g.yaml",
+            options=QUICK,
+            ways={
+                "source": {"options": "--data.source true --data.target false", "report": False},
+                "tuned": "--model.backbone.weights {source} --model.optimizer AdamW --model.optimizer.lr " + lr,
+                "again": {"of": "tuned", "test": "--data.batch_size 16"},
+                "broken": {"options": "--model.finetuning Ful"},
+                "after": "--model.backbone.weights {broken}",
+            },
+            baseline="tuned",
+        )
+
+    grid("0.01")
+    first = tl("compare g.yaml --processes 2")
+    folder = tmp_path / "runs" / "g"
+    assert first.code == 1
+    rows = {row["way"]: row for row in results(folder)}
+    assert [row["status"] for row in rows.values()] == ["done", "done", "done", "failed", "failed"]
+    assert "there is no class Ful (did you mean Full?)" in rows["broken"]["error"]
+    assert rows["after"]["error"] == "it needs broken, seed 0, which failed"
+    assert "broken, seed 0: failed: model.finetuning: there is no class Ful" in first.out
+    assert rows["source"]["test/accuracy"] == ""
+    assert rows["again"]["test/accuracy"] == rows["tuned"]["test/accuracy"] != ""
+    assert float(rows["tuned"]["seconds"]) > 0 < float(rows["tuned"]["cpu_seconds"])
+    config = yaml.safe_load((folder / "runs/tuned/seed-0/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"]["init_args"]["weights"].endswith("runs/source/seed-0/version_0")
+    assert {row["way"]: row["missing"] for row in results(folder, "table.csv")} == {
+        "tuned": "0", "again": "0", "broken": "1", "after": "1"}  # fmt: skip
+    assert (folder / "plot.png").stat().st_size > 5000
+    assert (folder / "table.md").read_text().count("\n") == 6
+
+    before = {way: state(folder / f"runs/{way}/seed-0") for way in ("source", "tuned", "again")}
+    file = folder / "runs/tuned/seed-0/result.json"
+    file.write_text(json.dumps(before["tuned"] | {"status": "interrupted"}))  # between fit's end and the test
+    grid("0.01")
+    second = tl("compare g.yaml --processes 2 --only again")
+    assert second.code == 0
+    assert "2 of 3 cells are done already" in second.out
+    assert "nothing left to train" in (file.parent / "log.txt").read_text()
+    assert state(file.parent)["metrics"] == before["tuned"]["metrics"]
+    assert state(file.parent)["seconds"] > before["tuned"]["seconds"]
+    assert [p.name for p in file.parents[1].iterdir()] == ["seed-0"]
+
+    grid("0.02")
+    third = tl("compare g.yaml --processes 2 --only again")
+    assert third.code == 0
+    assert "run anew, since their words or configs have changed: again, tuned" in third.out
+    assert "1 of 3 cells are done already" in third.out
+    assert {p.name for p in file.parents[1].iterdir()} == {"seed-0", "seed-0.old-1"}
+    assert {row["way"] for row in results(folder, "table.csv")} == {"tuned", "again", "broken", "after"}
+
+
+def test_a_crash_takes_nothing_along_and_a_metric_must_be_there(tl, tmp_path):
+    (tmp_path / "crash.py").write_text(
+        "import os\nfrom lightning.pytorch import Callback\n"
+        "class Crash(Callback):\n    def on_train_start(self, *args):\n        os.kill(os.getpid(), 9)\n"
+    )
+    write(
+        tmp_path / "g.yaml",
+        options=QUICK,
+        tasks={"t": None},
+        ways={"a": None, "b": "--trainer.callbacks+=crash.Crash", "c": {"metric": "test/acuracy"}},
+    )
+    result = tl("compare g.yaml --processes 2 --folder out --seeds 4")
+    assert result.code == 1
+    rows = {row["way"]: row for row in results(tmp_path / "out")}
+    assert rows["a"]["status"] == "done"
+    assert rows["b"]["error"] == "killed by SIGKILL"
+    assert "has no test/acuracy (did you mean test/accuracy?)" in rows["c"]["error"]
+    assert {row["seed"] for row in rows.values()} == {"4"}
+
+
+def test_a_signal_stops_the_children_and_leaves_the_rest(tmp_path, monkeypatch):
+    """The child would train for hours; it saves, and nothing else is begun."""
+    import signal
+    import threading
+    import time
+
+    monkeypatch.chdir(tmp_path)
+    ways = {"a": QUICK.replace("epochs 1", "epochs 9999"), "b": "--model.backbone.weights {a}"}
+    plan = read_plan(write(tmp_path / "g.yaml", ways=ways))
+    cells = make_cells(plan, tmp_path, plan.seeds)
+    last = tmp_path / "runs/a/seed-0/version_0/checkpoints/last.ckpt"
+
+    def stop():
+        while not last.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        Runner(cells, cells, 2).run()
+    assert stopped.value.code == 143
+    assert state(tmp_path / "runs/a/seed-0")["status"] == "interrupted"
+    assert state(tmp_path / "runs/a/seed-0")["cpu_seconds"] > 0
+    assert "stopped; to go on" in (tmp_path / "runs/a/seed-0/log.txt").read_text()
+    assert not (tmp_path / "runs/b").exists()
+
+
+# The table
+
+
+def rows_of(values, **more):
+    """Rows of made-up values: way -> task -> values by seed, None where it failed."""
+    return [
+        {"task": task, "way": way, "seed": seed, "status": "failed" if value is None else "done", "error": None,
+         "metrics": {} if value is None else {"test/accuracy": value, **more}, "seconds": 60.0, "cpu_seconds": 90.0}
+        for way, tasks in values.items() for task, by_seed in tasks.items() for seed, value in enumerate(by_seed)
+    ]  # fmt: skip
+
+
+MADE_UP = {
+    "base": {"x": [0.5, 0.6, 0.7], "y": [0.2, 0.2, 0.2]},
+    "better": {"x": [0.7, 0.8, 0.9], "y": [0.3, 0.4, 0.5]},
+    "worse": {"x": [0.4, 0.5, 0.6], "y": [0.1, 0.1, 0.1]},
+    "mixed": {"x": [0.5, 0.7, 0.4], "y": [0.2, 0.1, None]},
+}
+METRIC = dict.fromkeys(MADE_UP, "test/accuracy")
+
+
+def test_the_table_by_hand():
+    table = {row["way"]: row for row in Scores(rows_of(MADE_UP), METRIC, "base").table()}
+    base, better, mixed = table["base"], table["better"], table["mixed"]
+    assert (base["x mean"], base["x std"]) == pytest.approx((0.6, 0.1))
+    assert (base["y mean"], base["y std"]) == pytest.approx((0.2, 0.0))
+    assert base["mean"] == pytest.approx(0.4)
+    # over seeds 0.5, 0.6, 0.7: std 0.1, t(2) = 4.302653
+    assert (better["low"], better["high"]) == pytest.approx((0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 0.248414), abs=1e-6)
+    # seed 2 has no y: x 0.5, 0.7, 0.4; whole seeds (0.5 + 0.2) / 2 and (0.7 + 0.1) / 2
+    assert mixed["mean"] == pytest.approx(0.375)
+    assert mixed["missing"] == 1
+    # five places that all have; base ties with mixed at x0 and y0 (2.5 each), and with none elsewhere
+    assert better["rank"] == 1.0
+    assert table["worse"]["rank"] == pytest.approx((4 + 4 + 3 + 4 + 3.5) / 5)
+    assert base["rank"] == pytest.approx((2.5 + 3 + 2 + 2.5 + 2) / 5)
+    assert mixed["rank"] == pytest.approx((2.5 + 2 + 4 + 2.5 + 3.5) / 5)
+    assert base["cpu_minutes"] == 1.5
+    assert base["difference"] is None
+    assert better["difference"] == pytest.approx(0.2)
+    # differences 0.2, 0.2, 0.2, 0.1, 0.2, 0.3: std 0.0632456, t(5) = 2.570582
+    assert better["difference low"] == pytest.approx(0.2 - 2.570582 * 0.0632456 / 6**0.5, abs=1e-6)
+    assert "oracle" not in base
+
+
+def test_negative_transfer():
+    flags = {row["way"]: row["negative transfer"] for row in Scores(rows_of(MADE_UP), METRIC, "base").table()}
+    assert flags == {"base": "", "better": "", "worse": "surely worse than base", "mixed": "worse than base"}
+    lower = {row["way"]: row["negative transfer"] for row in Scores(rows_of(MADE_UP), METRIC, "base", True).table()}
+    assert lower == {"base": "", "better": "surely worse than base", "worse": "", "mixed": ""}
+
+
+def test_one_seed_has_no_intervals():
+    one = {way: {"": tasks["x"][:1]} for way, tasks in MADE_UP.items()}
+    scores = Scores(rows_of(one), METRIC, "base")
+    row = scores.table()[2]
+    assert (row["mean"], row["std"], row["low"], row["difference low"]) == (0.4, None, None, None)
+    assert row["negative transfer"] == "worse than base"
+    assert scores.texts()[2] == {
+        "way": "worse", "mean (std)": "0.400", "95 % interval": "", "rank": "4.00", "CPU min": "1.50",
+        "against base": "-0.100", "negative transfer": "worse than base"}  # fmt: skip
+
+
+def test_the_oracle_and_the_report(tmp_path, capsys):
+    rows = rows_of(MADE_UP, **{"test/oracle/accuracy": 0.9, "test/oracle_gap": 0.05})
+    scores = Scores(rows, METRIC, "base")
+    assert (scores.table()[0]["oracle"], scores.table()[0]["gap"]) == pytest.approx((0.9, 0.05))
+    report(rows, scores, tmp_path, "made up")
+    assert "0.600 (0.100)" in capsys.readouterr().out
+    assert results(tmp_path)[0]["test/accuracy"] == "0.5"
+    assert float(results(tmp_path, "table.csv")[0]["x mean"]) == pytest.approx(0.6)
+    assert (tmp_path / "table.md").read_text().startswith("| way | x | y | mean | 95 % interval | rank |")
+
+
+def test_no_value_at_all_is_a_table_too(tmp_path):
+    rows = rows_of({"a": {"": [None, None]}})
+    report(rows, Scores(rows, {"a": "test/accuracy"}), tmp_path, "nothing")
+    assert results(tmp_path, "table.csv")[0]["mean"] == ""
+
+
+def test_an_unknown_metric_says_what_there_is(tmp_path):
+    with pytest.raises(UserError, match="metric: 3 is not a key"):
+        read_plan(write(tmp_path / "f.yaml", ways={"a": None}, metric=3))

@@ -17,7 +17,7 @@ help: ## Show these lines
 setup: .venv/installed ## Create .venv and install everything in it
 
 demo: setup ## Transfer against training from scratch, on embedded data (2 minutes)
-	$(BIN)/tl compare configs/compare/demo.yaml --folder runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/tl compare configs/recipes/demo_compare.yaml --folder runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: setup ## Fast tests
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -15,7 +15,7 @@ from tl_modules.compare.runner import Runner
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--model.backbone.width 4 --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.logger false"
-FILES = sorted((ROOT / "configs" / "compare").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "recipes").glob("*_compare.yaml"))
 
 
 def write(path, **content):

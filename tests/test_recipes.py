@@ -11,9 +11,9 @@ from conftest import make_tree
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(CONFIGS.glob("recipes/*.yaml"))
+RECIPES = sorted(p for p in CONFIGS.glob("recipes/*.yaml") if not p.stem.endswith("_compare"))
 # those of `tl compare` are test_compare's
-FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "compare")
+FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.stem.endswith("_compare"))
 
 
 def relative(path):

@@ -185,26 +185,26 @@ class TransferModule(LightningModule):
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """A view of the source, of several sources together, and one of the target; all pass in one batch."""
         xs = joinable([x for x, _ in batch.values()])
-        sizes = [len(x) for x in xs]
         owners = [name.partition("/")[0] for name in batch]
-        with passing(list(zip(owners, sizes, strict=True))):
-            if len(xs) == 1 or not alike(xs):  # BatchNorm sees those that cannot be joined one after the other
-                features = [self._features(x, name) for x, name in zip(xs, owners, strict=True)]
-            else:
-                features = list(torch.split(self._features(join(xs)), sizes))
+        rows = [(owner, len(x)) for owner, x in zip(owners, xs, strict=True)]
+        if len(xs) == 1 or alike(xs):
+            features = list(torch.split(self._features(join(xs), rows), [count for _, count in rows]))
+        else:  # BatchNorm sees those that cannot be joined one after the other
+            features = [self._features(x, [row]) for x, row in zip(xs, rows, strict=True)]
+        own = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
+        joined = {owner: join([features[i] for i in places]) for owner, places in own.items()}
+        with self._full_precision():
+            outputs = torch.split(self.head(join(list(joined.values()))), [len(f) for f in joined.values()])
+        ys = [y for _, y in batch.values()]
         views = {}
-        for owner in dict.fromkeys(owners):
-            own = [i for i, name in enumerate(owners) if name == owner]
-            ys = [list(batch.values())[i][1] for i in own]
-            y = None if any(y is None for y in ys) else join(cast(list[Tensor], ys))
-            joined = join([features[i] for i in own])
-            with self._full_precision():
-                output = self.head(joined)
-            views[owner] = DomainView(join([xs[i] for i in own]), y, joined, output, tuple(sizes[i] for i in own))
+        for (owner, places), output in zip(own.items(), outputs, strict=True):
+            y = None if any(ys[i] is None for i in places) else join([ys[i] for i in places])
+            parts = tuple(rows[i][1] for i in places)
+            views[owner] = DomainView(join([xs[i] for i in places]), y, joined[owner], output, parts)
         return views
 
-    def _features(self, x: Tensor | Cached, owner: str | None = None) -> Tensor:
-        with passing([(owner, len(x))]) if owner else nullcontext():
+    def _features(self, x: Tensor | Cached, rows: list[tuple[str, int]]) -> Tensor:
+        with passing(rows):
             return single(x.features() if isinstance(x, Cached) else self.backbone(x))
 
     def see(self, x: Tensor, domain: str = "target") -> DomainView:
@@ -371,9 +371,9 @@ class TransferModule(LightningModule):
                 "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
             )
         if not any(p.requires_grad for p in self.parameters()):
+            name = type(self.finetuning).__name__.removeprefix("LazyInstance_")
             raise UserError(
-                "finetuning: nothing trains, since a method keeps the head and "
-                f"{type(self.finetuning).__name__.removeprefix('LazyInstance_')} closes the backbone; take Full or LastStages"
+                f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
             )
         opens_later = self.finetuning.opens_later(self.num_stages)
         strategy = self.trainer.strategy

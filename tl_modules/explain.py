@@ -65,7 +65,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     ]
     if expected and given:
         wanted = " or ".join(dict.fromkeys(line.removeprefix("Expected a ").partition(". Got")[0] for line in expected))
-        return f"{key}: {given[-1][:80]} is not {wanted.replace('NoneType', 'null')}"
+        choices = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted.replace("NoneType", "null"))
+        return f"{key}: {given[-1][:80]} is not {choices}"
     details = [
         line
         for line in lines

@@ -7,18 +7,22 @@ from torch.nn import functional as F
 
 
 class MLPHead(nn.Sequential):
-    """Linear, ReLU, dropout, linear.
+    """Linear, BatchNorm if asked for, ReLU, dropout, linear.
 
     Args:
         in_features: Width of the features.
         out_features: Number of outputs.
         hidden: Width between the two layers.
         dropout: Probability of dropping a hidden unit.
+        batch_norm: Normalises the hidden units.
     """
 
-    def __init__(self, in_features: int, out_features: int, hidden: int = 256, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, hidden: int = 256, dropout: float = 0.0, batch_norm: bool = False
+    ) -> None:
+        norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
         super().__init__(
-            nn.Linear(in_features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out_features)
+            nn.Linear(in_features, hidden), *norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out_features)
         )
 
 

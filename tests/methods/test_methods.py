@@ -165,3 +165,16 @@ def test_target_labels_move_no_weight(method):
 
     assert same(trained(None), trained(lambda y: (y + 1) % 3)) == []
     assert same(trained(None, target_labels=True), trained(lambda y: (y + 1) % 3, target_labels=True))
+
+
+def test_the_support_table_says_what_the_classes_say():
+    text = (Path(cases.tl_modules.__file__).parent / "methods" / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    header = next(row for row in rows if row[:2] == ["method", "tasks"])
+    table = {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)}
+    for method in METHODS:
+        row = table[method.__name__]
+        assert row["tasks"] == ("classes" if method.needs_classes else "all")
+        assert row["needs"] == ", ".join(method.needs)
+        assert row["x"] == ("yes" if method.reads_x else "")
+        assert {s for s in header[4:] if row[s]} == set(method.settings), method

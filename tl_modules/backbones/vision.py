@@ -123,7 +123,7 @@ class LeNet(ImageBackbone):
 
     Args:
         batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
-        instance_norm: Gives each channel of each image mean 0 and deviation 1 first, which takes brightness and contrast
+        instance_norm: First gives each channel of an image mean 0 and deviation 1, which takes brightness and contrast
             away (Shu et al., ICLR 2018, for the same digits).
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.

@@ -265,7 +265,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
-    figure = Figure(figsize=(5.5 * len(found), 5), dpi=80)
+    figure = Figure(figsize=(5 * len(found), 5.2), dpi=80, layout="constrained")
     for place, (title, each) in enumerate(found.items()):
         features = torch.cat([each.source_features, each.target_features]).flatten(1)
         perplexity = min(30.0, (len(features) - 1) / 3)
@@ -277,12 +277,14 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
             (points[:count], each.source_y, "o", "source, by label"),
             (points[count:], guess, "x", "target, by what the model says"),
         ):
-            axes.scatter(rows[:, 0], rows[:, 1], c=colours, cmap="tab10", vmin=0, vmax=max(9, module.num_outputs - 1), s=14,
-                         marker=marker, linewidths=0.8, alpha=0.7, label=name)  # fmt: skip
+            scale: Any = {"cmap": "tab10", "vmin": 0, "vmax": max(9, module.num_outputs - 1)}
+            look: Any = {"s": 14, "marker": marker, "linewidths": 0.8, "alpha": 0.7, "label": name}
+            axes.scatter(rows[:, 0], rows[:, 1], c=colours, **scale, **look)
         axes.set_title(title)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.legend(fontsize=8, loc="lower right")
+        if place == 0:
+            figure.legend(loc="outside lower center", ncols=2)
     writer.add_figure("domains/features", figure, trainer.global_step)
     writer.flush()
 

@@ -32,18 +32,19 @@ class DANN(Method):
         weight: lambda, the term's weight.
         hidden: Width of the critic's hidden layer (the paper takes 100 for digits, 1024 for Office).
         gamma: How steep the reversal grows; 0 reverses fully from the start.
+        batch_norm: Normalises the critic's hidden units, each domain by itself, which keeps the critic from winning.
     """
 
     needs = ("source", "target")
     settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0) -> None:
+    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False) -> None:
         super().__init__(weight)
-        self.hidden, self.gamma = hidden, gamma
+        self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
 
     def attach(self, module: TransferModule) -> None:
         """Builds the critic."""
-        self.critic = MLPHead(self.width(module), 1, self.hidden)
+        self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm)
 
     def width(self, module: TransferModule) -> int:
         """Of what the critic sees."""
@@ -79,13 +80,21 @@ class CDAN(DANN):
         weight: lambda, the term's weight.
         hidden: Width of the critic's hidden layer.
         gamma: How steep the reversal grows; 0 reverses fully from the start.
+        batch_norm: Normalises the critic's hidden units, each domain by itself.
         entropy: Weighs samples by `1 + exp(-H(p))`, which is CDAN+E.
     """
 
     needs_classes = True
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, entropy: bool = True) -> None:
-        super().__init__(weight, hidden, gamma)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        hidden: int = 256,
+        gamma: float = 10.0,
+        batch_norm: bool = False,
+        entropy: bool = True,
+    ) -> None:
+        super().__init__(weight, hidden, gamma, batch_norm)
         self.entropy = entropy
 
     def width(self, module: TransferModule) -> int:
@@ -119,14 +128,22 @@ class PADA(DANN):
         weight: lambda, the term's weight.
         hidden: Width of the critic's hidden layer.
         gamma: How steep the reversal grows; 0 reverses fully from the start.
+        batch_norm: Normalises the critic's hidden units, each domain by itself.
         momentum: Of the running mean.
     """
 
     needs_classes = True
     settings = ("several sources", "partial")
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, momentum: float = 0.99) -> None:
-        super().__init__(weight, hidden, gamma)
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        hidden: int = 256,
+        gamma: float = 10.0,
+        batch_norm: bool = False,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__(weight, hidden, gamma, batch_norm)
         self.momentum = momentum
 
     def attach(self, module: TransferModule) -> None:

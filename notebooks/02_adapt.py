@@ -38,8 +38,8 @@ from tl_modules.callbacks.selection import report
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 folder = Path(tempfile.mkdtemp())
-SEEDS = 2
-EPOCHS = 12
+SEEDS = 1
+EPOCHS = 8
 
 # %% [markdown]
 # ## What training sees
@@ -58,8 +58,7 @@ batch, *_ = next(iter(data.train_dataloader()))
 WAYS = {
     "source only": lambda: [],
     "CORAL": lambda: [CORAL(weight=10.0)],
-    "DANN": lambda: [DANN(weight=0.1)],
-    "DomainBatchNorm": lambda: [DomainBatchNorm()],
+    "DANN": lambda: [DANN(weight=0.3, batch_norm=True)],
     "DomainBatchNorm + MCC": lambda: [DomainBatchNorm(), MCC()],
     "DomainBatchNorm + FixMatch": lambda: [DomainBatchNorm(), FixMatch()],
 }
@@ -70,7 +69,7 @@ def adapt(way, seed):
     seed_everything(seed, verbose=False)
     data = Digits(source=True, seed=seed, batch_size=32, augment=[RandomInvert(0.5)])
     model = Classification(
-        LeNet(batch_norm=True), data.num_outputs, class_names=data.class_names, head=MLPHead, methods=WAYS[way]()
+        LeNet(batch_norm=True, instance_norm=True), data.num_outputs, class_names=data.class_names, head=MLPHead, methods=WAYS[way]()
     )
     selection = Selection("source")
     trainer = Trainer(

@@ -125,6 +125,7 @@ class LeNet(ImageBackbone):
         batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
         instance_norm: First gives each channel of an image mean 0 and deviation 1, which takes brightness and contrast
             away (Shu et al., ICLR 2018, for the same digits).
+        dropout: Probability of dropping a whole channel of the second convolution.
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
@@ -135,20 +136,21 @@ class LeNet(ImageBackbone):
         self,
         batch_norm: bool = False,
         instance_norm: bool = False,
+        dropout: float = 0.0,
         weights: Weights = None,
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,
     ) -> None:
-        def stage(inputs: int, outputs: int, pool: nn.Module) -> nn.Sequential:
+        def stage(inputs: int, outputs: int, *rest: nn.Module) -> nn.Sequential:
             norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
-            return nn.Sequential(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), *norm, nn.ReLU(), pool)
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), *norm, nn.ReLU(), *rest)
 
         channels = len(mean or IMAGENET_MEAN)
         first = stage(channels, 32, nn.MaxPool2d(2))
         if instance_norm:
             first.insert(0, nn.InstanceNorm2d(channels))
-        second = stage(32, 48, nn.AdaptiveMaxPool2d(4)).append(nn.Flatten())
+        second = stage(32, 48, nn.Dropout2d(dropout), nn.AdaptiveMaxPool2d(4), nn.Flatten())
         super().__init__(nn.Sequential(first, second), 48 * 4 * 4, mean, std)
         self.load_pretrained(weights, strict)
 

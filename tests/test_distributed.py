@@ -32,7 +32,7 @@ def run(line, cwd):
 @pytest.mark.parametrize(
     ("finetuning", "strategy"),
     [
-        ("LastStages", "ddp"),
+        pytest.param("LastStages", "ddp", marks=pytest.mark.slow),
         pytest.param("GradualUnfreezing", "ddp_find_unused_parameters_true", marks=pytest.mark.slow),
     ],
 )

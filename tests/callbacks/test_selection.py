@@ -27,7 +27,9 @@ def numbers(tmp_path):
     return run, rows, json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("by", ["source", "infomax", "last", "few", "oracle"])
+@pytest.mark.parametrize(
+    "by", ["infomax", "oracle", *(pytest.param(by, marks=pytest.mark.slow) for by in ("source", "last", "few"))]
+)
 def test_the_named_criterion_chooses(by, ok, tmp_path):
     labels = {"few": "--data.selection_labels 3", "oracle": "--data.selection_labels all"}.get(by, "")
     ok(f"{RUN} --select.by {by} {labels}")

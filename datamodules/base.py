@@ -129,6 +129,10 @@ class TransferDataModule(LightningDataModule):
         beside = len(domains) > 1 if self.target_labels is None else not self.target_labels
         return "target" in domains and (beside or self.target_unseen)
 
+    def has_source(self) -> bool:
+        """Whether there is a source to validate on."""
+        return any(name != "target" for name in self._of("val"))
+
     def _one(self, split: str) -> tuple[str, Dataset[Any]]:
         """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
         domains = dict(self._of(split))

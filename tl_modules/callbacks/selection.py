@@ -67,7 +67,12 @@ class Selection(Callback):
                     f"select: {self.by} chooses where the target's labels are hidden; here they are open and choose"
                 )
             return
-        source = any(name != "target" for name in data.domains("val"))
+        source = data.has_source()
+        metric = type(module).monitor[0].removeprefix("val/")
+        if metric not in module.metrics():
+            if self.by is not None:
+                raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is none of its metrics")
+            return
         by = self.by or ("source" if source else "infomax" if module.classes else "last")
         if by in ("source", "dev") and not source:
             raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")

@@ -61,8 +61,9 @@ class GroupDRO(Method):
             self.q = torch.full_like(each, 1 / len(each)).detach()
         if self.training:
             # the same q in every process
-            everywhere = module.trainer.strategy.reduce(each.detach(), reduce_op="mean") if module._trainer else each
-            self.q *= (self.eta * everywhere.detach()).exp()
+            now = each.detach().clone()  # which the reduction changes in place
+            now = module.trainer.strategy.reduce(now, reduce_op="mean") if module._trainer else now
+            self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
         # a copy, since the next step changes q in place
         return (self.q.clone() * each).sum() - each.mean()

@@ -589,8 +589,8 @@ def three_way(
 ) -> dict[str, Dataset[Any]]:
     """Completes what was found to train, val and test.
 
-    With "all" alone, seeded parts are cut from it, stratified unless the labels are hidden. A missing validation split is cut from the training
-    split; a missing test split is the validation split, said once.
+    With "all" alone, seeded parts are cut from it, stratified unless the labels are hidden. A missing validation split
+    is cut from the training split; a missing test split is the validation split, said once.
     """
     splits = dict(found)
     if "all" in splits:

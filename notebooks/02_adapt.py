@@ -31,7 +31,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torchvision.transforms.v2 import RandomInvert
 
 from datamodules import Digits
-from tl_modules import MCC, CORAL, DANN, Classification, DomainBatchNorm, FixMatch, LeNet, MLPHead
+from tl_modules import CORAL, DANN, MCC, Classification, DomainBatchNorm, FixMatch, LeNet, MLPHead
 from tl_modules.callbacks import Selection
 from tl_modules.callbacks.selection import report
 
@@ -68,9 +68,8 @@ def adapt(way, seed):
     """Trains one model; gives it, what chose its epochs, and its data."""
     seed_everything(seed, verbose=False)
     data = Digits(source=True, seed=seed, batch_size=32, augment=[RandomInvert(0.5)])
-    model = Classification(
-        LeNet(batch_norm=True, instance_norm=True), data.num_outputs, class_names=data.class_names, head=MLPHead, methods=WAYS[way]()
-    )
+    backbone = LeNet(batch_norm=True, instance_norm=True)
+    model = Classification(backbone, data.num_outputs, class_names=data.class_names, head=MLPHead, methods=WAYS[way]())
     selection = Selection("source")
     trainer = Trainer(
         max_epochs=EPOCHS,
@@ -109,8 +108,8 @@ for way in WAYS:
     print(f"{way:28s}" + "".join(f"{mean:10.3f}" for mean in means))
 
 # %% [markdown]
-# ## How far apart the domains are
-# The proxy A-distance is 0 where a linear classifier cannot tell the domains' features apart, and 2 where it always can.
+# ## Epoch by epoch
+# The test accuracy, which only the report may see, beside a criterion that training itself can look at.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")

@@ -468,4 +468,5 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")
-    warnings.filterwarnings("ignore", message="(Be aware that when using `ckpt_path`|The dirpath has changed)")
+    told = "(Be aware that when using `ckpt_path`|The dirpath has changed|You're using the WeightAveraging callback)"
+    warnings.filterwarnings("ignore", message=told)

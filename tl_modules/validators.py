@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import tl_modules.functional as functional
 
 MANY = 2000  # of so many samples, evenly spaced, the costly criteria see
+FEW = 500  # of so many of each domain the classifier of domains sees
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def dev(evidence: Evidence) -> float:
         return -math.inf
     p = held_out[0].clip(0.01, 0.99)
     w = p / (1 - p)
-    loss = F.cross_entropy(_few(evidence.source_output).double(), _few(evidence.source_y), reduction="none")
+    output, y = (_few(each, FEW) for each in (evidence.source_output, evidence.source_y))
+    loss = F.cross_entropy(output.double(), y, reduction="none")
     weighted = w * loss.numpy(force=True)
     variance = w.var()
     eta = -((weighted - weighted.mean()) * (w - w.mean())).mean() / variance if variance > 1e-12 else 0.0
@@ -176,14 +178,14 @@ def _domain_probabilities(source: Tensor, target: Tensor) -> tuple[Any, Any] | N
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x = torch.cat([_few(source), _few(target)]).float()
-    domain = np.repeat([0, 1], [len(_few(source)), len(_few(target))])
+    few = [_few(source, FEW), _few(target, FEW)]
+    x, domain = torch.cat(few).float(), np.repeat([0, 1], [len(each) for each in few])
     if not x.isfinite().all() or min(len(source), len(target)) < 2:
         return None
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", tol=1e-3))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", tol=1e-3, max_iter=50))
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 100 steps are near enough to the end
+        warnings.simplefilter("ignore")  # 50 steps are near enough to the end
         p = cross_val_predict(classifier, x.numpy(force=True), domain, cv=folds, method="predict_proba")[:, 1]
     return p[domain == 0], p[domain == 1]
 
@@ -192,7 +194,7 @@ def _probabilities(evidence: Evidence) -> Tensor:
     return evidence.target_output.double().softmax(1)
 
 
-def _few(x: Tensor) -> Tensor:
-    """At most MANY rows, evenly spaced."""
-    rows = np.linspace(0, len(x) - 1, min(MANY, len(x))).round()
+def _few(x: Tensor, many: int = MANY) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    rows = np.linspace(0, len(x) - 1, min(many, len(x))).round()
     return x[torch.from_numpy(rows).long()]

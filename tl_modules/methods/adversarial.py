@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tl_modules.functional import certainty_weights, frozen, ramp, reverse_gradient
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method
+from tl_modules.methods.regularization import WithStart
 from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class MCD(Method):
         return module.loss(self.second(source.features), source.y) - cast(Tensor, discrepancy)
 
 
-class ADDA(Method):
+class ADDA(WithStart):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
     Start from a run that was trained on the source (`--model.backbone.weights RUN`) and leave the source's labels out
@@ -290,7 +291,6 @@ class ADDA(Method):
     """
 
     needs = ("source", "target")
-    reads_x = True
 
     def __init__(self, weight: Weight = 1.0, hidden: int = 256) -> None:
         super().__init__(weight)
@@ -298,16 +298,9 @@ class ADDA(Method):
 
     def attach(self, module: TransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
-        self.start = copy.deepcopy(module.backbone).requires_grad_(False)
+        super().attach(module)
         module.head.requires_grad_(False)
         self.critic = MLPHead(module.backbone.out_features, 1, self.hidden)
-
-    def train(self, mode: bool = True) -> ADDA:
-        """The source's encoder stays as it was."""
-        super().train(mode)
-        if hasattr(self, "start"):
-            self.start.eval()
-        return self
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""

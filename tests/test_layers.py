@@ -16,7 +16,7 @@ ALLOWED = {
     "validators": {"functional"},
     "backbones": LOW | {"checkpoints"},
     "methods": LOW | {"functional", "heads", "rows", "schedules"},
-    "finetuning": LOW | {"functional", "methods"},
+    "finetuning": LOW | {"functional"},
     "schedules": {"functional"},
     "rows": set(),
     "terms": set(),

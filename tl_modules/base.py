@@ -62,22 +62,14 @@ class DomainView:
     output: Tensor
     parts: tuple[int, ...] = ()
 
-    @property
-    def domain(self) -> Tensor:
-        """The number of the domain that each row comes from, (B,)."""
-        parts = torch.tensor(self.parts or (len(self.output),), device=self.output.device)
-        return torch.repeat_interleave(parts)
-
     def split(self) -> list[DomainView]:
         """A view for each of the domains."""
         if len(self.parts) < 2:
             return [self]
         sizes = list(self.parts)
-        columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in self._columns()]
+        given = (self.x, self.y, self.features, self.output)
+        columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in given]
         return [DomainView(*row) for row in zip(*columns, strict=True)]
-
-    def _columns(self) -> tuple[Any, ...]:
-        return self.x, self.y, self.features, self.output
 
 
 class TransferModule(LightningModule):
@@ -142,8 +134,8 @@ class TransferModule(LightningModule):
         # what changes the backbone comes before what copies it
         for _, method in sorted(self.named_methods(), key=lambda named: not named[1].changes_backbone):
             if method.needs_classes and not self.classes:
-                name = type(self).__name__.removeprefix("LazyInstance_")
-                raise UserError(f"methods: {type(method).__name__} works on class probabilities, which {name} lacks")
+                which, task = type(method).__name__, type(self).__name__
+                raise UserError(f"methods: {which} works on class probabilities, which {task} lacks")
             method.attach(self)
         finetuning.prepare(self)
 
@@ -214,15 +206,15 @@ class TransferModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
-        views = self.look(batch)
+        views, progress = self.look(batch), self.progress
         with self._full_precision():
             terms = {
-                f"task/{domain}": at(self.task_weight[domain], self.progress) * self.loss(view.output, view.y)
+                f"task/{domain}": at(self.task_weight[domain], progress) * self.loss(view.output, view.y)
                 for domain, view in views.items()
                 if view.y is not None and self.task_weight[domain] != 0
             }
             for name, method in self.named_methods():
-                weight = at(method.weight, self.progress)
+                weight = at(method.weight, progress)
                 terms[name] = weight * method(self, views.get("source"), views.get("target"))
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
@@ -296,8 +288,7 @@ class TransferModule(LightningModule):
         """How far training is, in the strategy's unit."""
         if self._trainer is None or self.finetuning.unit == "epochs":
             return self.current_epoch
-        steps = self.trainer.estimated_stepping_batches if self.finetuning.unit == "fraction" else 1
-        return self.global_step / steps
+        return self.progress if self.finetuning.unit == "fraction" else self.global_step
 
     def open_stages(self) -> None:
         """Opens what is open now."""

@@ -45,7 +45,6 @@ from tl_modules.callbacks import (
 )
 from tl_modules.callbacks.best import monitor_of
 from tl_modules.checkpoints import WholeFiles, newest, sweep
-from tl_modules.compare import compare
 from tl_modules.errors import UserError
 from tl_modules.explain import explain, named, sentence
 from tl_modules.precision import best_precision
@@ -442,6 +441,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] == "compare":  # it has no model and data of its own, but starts runs
+            from tl_modules.compare import compare
+
             compare(words[1:])
         else:
             TransferCLI(words)

@@ -16,10 +16,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
-
 from tl_modules.errors import UserError
-from tl_modules.methods.base import Method
 
 if TYPE_CHECKING:
     from tl_modules.base import TransferModule
@@ -81,13 +78,13 @@ class FineTuning:
 
     def param_groups(self, module: TransferModule) -> Iterator[dict[str, Any]]:
         """Every parameter once, in groups `head`, the methods' names, `stage_N`; `lr_scale` multiplies the lr."""
-        parts: list[tuple[str, nn.Module, float]] = [("head", module.head, 1.0)]
-        parts += [(name, method, 1.0) for name, method in module.named_methods()]
+        parts = [("head", list(module.head.parameters()), 1.0)]
+        # methods also keep teachers and starts, which never train
+        parts += [(name, [p for p in m.parameters() if p.requires_grad], 1.0) for name, m in module.named_methods()]
         stages = module.backbone.stages()
         for number in reversed(range(len(stages))):
-            parts.append((f"stage_{number}", stages[number], self.lr_decay ** (len(stages) - number)))
-        for name, part, scale in parts:
-            own = isinstance(part, Method)  # which keeps teachers and starts that never train
-            parameters = [p for p in part.parameters() if p.requires_grad or not own]
+            scale = self.lr_decay ** (len(stages) - number)
+            parts.append((f"stage_{number}", list(stages[number].parameters()), scale))
+        for name, parameters, scale in parts:
             if parameters:
                 yield {"name": name, "params": parameters, "lr_scale": scale}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -78,24 +78,15 @@ class CDAN(DANN):
     Where features times classes are more than 4,096, both are projected at random to 1,024 values and multiplied.
 
     Args:
-        weight: lambda, the term's weight.
-        hidden: Width of the critic's hidden layer.
-        gamma: How steep the reversal grows; 0 reverses fully from the start.
-        batch_norm: Normalises the critic's hidden units, each domain by itself.
+        *args: As for `DANN`.
         entropy: Weighs samples by `1 + exp(-H(p))`, which is CDAN+E.
+        **kwargs: As for `DANN`.
     """
 
     needs_classes = True
 
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        hidden: int = 256,
-        gamma: float = 10.0,
-        batch_norm: bool = False,
-        entropy: bool = True,
-    ) -> None:
-        super().__init__(weight, hidden, gamma, batch_norm)
+    def __init__(self, *args: Any, entropy: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.entropy = entropy
 
     def width(self, module: TransferModule) -> int:
@@ -126,25 +117,16 @@ class PADA(DANN):
     part of the critic's loss and the source's cross-entropy are weighted by it.
 
     Args:
-        weight: lambda, the term's weight.
-        hidden: Width of the critic's hidden layer.
-        gamma: How steep the reversal grows; 0 reverses fully from the start.
-        batch_norm: Normalises the critic's hidden units, each domain by itself.
+        *args: As for `DANN`.
         momentum: Of the running mean.
+        **kwargs: As for `DANN`.
     """
 
     needs_classes = True
     settings = ("several sources", "partial")
 
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        hidden: int = 256,
-        gamma: float = 10.0,
-        batch_norm: bool = False,
-        momentum: float = 0.99,
-    ) -> None:
-        super().__init__(weight, hidden, gamma, batch_norm)
+    def __init__(self, *args: Any, momentum: float = 0.99, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.momentum = momentum
 
     def attach(self, module: TransferModule) -> None:

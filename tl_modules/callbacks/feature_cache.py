@@ -30,6 +30,7 @@ from torch.utils.data import default_collate
 from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
 from tl_modules.base import TransferModule, fingerprint
 from tl_modules.cached import Cached
+from tl_modules.callbacks.loaders import evaluated
 from tl_modules.callbacks.test_time import TestTimeAdaptation
 from tl_modules.errors import UserError
 from tl_modules.memory import free_memory
@@ -96,8 +97,7 @@ class FeatureCache(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the validation data."""
-        given = trainer.val_dataloaders
-        loaders = {getattr(e, "role", "val"): e for e in (given if isinstance(given, list) else [given])}
+        loaders = {getattr(e, "role", "val"): e for e in evaluated(trainer)}
         self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

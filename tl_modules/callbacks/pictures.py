@@ -18,6 +18,7 @@ from torch import Tensor
 from tl_modules.base import DomainView, TransferModule
 from tl_modules.cached import Cached
 from tl_modules.callbacks.best import Best
+from tl_modules.callbacks.loaders import evaluated
 
 SHOWN = 16  # images in a grid
 POINTS = 500  # samples in the embedding projector
@@ -65,10 +66,8 @@ class Pictures(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
-        given = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
-        loaders = given if isinstance(given, list) else [given]
         # in adaptation some have no labels
-        self.loader = next((e for e in loaders if not getattr(e, "role", "val").startswith("target")), None)
+        self.loader = next((e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target")), None)
         self.now = _Kept(self.loader)
 
     def on_validation_batch_end(

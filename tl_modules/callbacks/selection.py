@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tl_modules.base import TransferModule
+from tl_modules.callbacks.loaders import evaluated
 from tl_modules.callbacks.pictures import draw_domains
 from tl_modules.errors import UserError
 from tl_modules.runs import write_metrics
@@ -99,8 +100,7 @@ class Selection(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
-        given: Any = trainer.val_dataloaders
-        self.loaders: list[Any] = given if isinstance(given, list) else [given]
+        self.loaders = evaluated(trainer)
         self.seen = {}
 
     def on_validation_batch_end(

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.base import Batch, TransferModule
+from tl_modules.callbacks.loaders import evaluated
 from tl_modules.errors import UserError
 from tl_modules.functional import entropy, soft_cross_entropy
 
@@ -87,9 +88,8 @@ class TestTimeAdaptation(Callback):
             with torch.inference_mode(False):  # what is made in inference mode can never be trained
                 pl_module.backbone = copy.deepcopy(pl_module.backbone)
         testing = trainer.state.fn == "test"
-        given = trainer.test_dataloaders if testing else trainer.predict_dataloaders
         counts = trainer.num_test_batches if testing else trainer.num_predict_batches
-        loaders = given if isinstance(given, list) else [given]
+        loaders = evaluated(trainer)
         batches = [list(islice(e.batch_sampler, int(count))) for e, count in zip(loaders, counts, strict=True)]
         self.begin(trainer, pl_module, list(zip(loaders, batches, strict=True)))
 

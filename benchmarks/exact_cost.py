@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules import Digits, ImageFolders
-from datamodules.base import collate
+from datamodules.loading import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
 from tl_modules.callbacks import ExactResume, FreezeAudit, Interruptions
 from tl_modules.checkpoints import WholeFiles

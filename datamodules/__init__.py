@@ -1,9 +1,10 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
-from datamodules.base import DataError, TransferDataModule
+from datamodules.base import TransferDataModule
 from datamodules.classes import Classes
 from datamodules.digits import Digits
 from datamodules.domains import DomainFolders
+from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
 from datamodules.shifts import Colour, Corruption, Identity, Rotation, Shift, Shifted
 from datamodules.table import Tables

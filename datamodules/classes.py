@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.base import DataError, Rows, TransferDataModule, digest, targets_of
+from datamodules.base import TransferDataModule
 from datamodules.domains import check_known
+from datamodules.errors import DataError
+from datamodules.splits import Rows, digest, targets_of
 
 UNKNOWN = "unknown"
 

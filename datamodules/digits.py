@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.base import DataError, TransferDataModule, split_rows
+from datamodules.base import TransferDataModule
+from datamodules.errors import DataError
 from datamodules.image import ArrayImages
+from datamodules.splits import split_rows
 
 SIZE = 28
 

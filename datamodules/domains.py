@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from datamodules.base import DataError, expand
+from datamodules.base import expand
+from datamodules.errors import DataError
 from datamodules.image import ImageFolders, _classes
 
 

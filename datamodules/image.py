@@ -16,7 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import SPLIT_NAMES, SPLITS, DataError, TransferDataModule, digest, expand, log, three_way
+from datamodules.base import TransferDataModule, expand
+from datamodules.errors import DataError
+from datamodules.splits import SPLIT_NAMES, SPLITS, digest, log, three_way
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")

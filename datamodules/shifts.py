@@ -15,9 +15,11 @@ from PIL import Image, ImageFilter
 from torch import nn
 from torch.utils.data import Dataset
 
-from datamodules.base import SPLITS, DataError, TransferDataModule, _ids
+from datamodules.base import TransferDataModule
 from datamodules.domains import check_known
+from datamodules.errors import DataError
 from datamodules.image import ArrayImages
+from datamodules.splits import SPLITS, ids_of
 
 SEED = 0
 Array = np.ndarray[Any, Any]
@@ -263,7 +265,7 @@ class Shifted(TransferDataModule):
             image, label = self.shifts[name](_pixels(x, self.data), label, generator)
             images.append(image)
             labels.append(label)
-        ids = _ids(whole)
+        ids = ids_of(whole)
         return ArrayImages(np.stack(images).transpose(0, 2, 3, 1), np.asarray(labels), [ids[row] for row in rows])
 
 

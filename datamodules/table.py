@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import SPLIT_NAMES, DataError, Rows, TransferDataModule, digest, expand, three_way
+from datamodules.base import TransferDataModule, expand
 from datamodules.domains import check_known
+from datamodules.errors import DataError
 from datamodules.image import check_fractions
+from datamodules.splits import SPLIT_NAMES, Rows, digest, three_way
 
 Array = np.ndarray[Any, Any]
 

@@ -110,7 +110,7 @@ def reused(said, tree, folder, module=None, **options):
 
 def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
     (tmp_path / "preempted.py").write_text(
-        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.base import Rows\n"
+        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.splits import Rows\n"
         "class Signals(Rows):\n"
         "    def __getitem__(self, index):\n"
         "        if not os.path.exists('sent') and index == 100:\n"

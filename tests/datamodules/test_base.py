@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, ImageArrays, TransferDataModule
-from datamodules.base import Shuffled, View, even_batch_size, few_shots, split_rows
+from datamodules.loading import Shuffled, View, even_batch_size
+from datamodules.splits import few_shots, split_rows
 
 
 class Two(TransferDataModule):

@@ -1,0 +1,222 @@
+"""Loaders that give the same batches whatever the number of workers and processes, and can go on where they were."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+from datamodules.errors import DataError
+from datamodules.splits import digest
+
+
+class View(Dataset[Any]):
+    """Some rows of a data set, augmented, with labels, without, or with row numbers in their place."""
+
+    def __init__(
+        self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
+    ) -> None:
+        self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str | None:
+        """What names its contents, their order and labels; None if the data set cannot say."""
+        inner = getattr(self.dataset, "fingerprint", lambda: None)()
+        return inner and digest(inner, np.asarray(self.rows), self.label, repr(self.transform))
+
+    def __getitem__(self, place: Place) -> tuple[Any, Any]:
+        index, seed = place if isinstance(place, tuple) else (place, 0)
+        x, y = self.dataset[self.rows[index]]
+        if self.transform is not None:
+            with seeded(seed):
+                x = self.transform(x)
+        return x, {"y": y, "none": None, "row": index}[self.label]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of torch, numpy and random follow from `seed` inside, and go on outside as if nothing were."""
+    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])
+        random.setstate(state[2])
+
+
+GRACE = 30  # seconds
+
+
+def deaf(worker: int) -> None:
+    """Keeps a worker alive through a signal to the whole process group or job: the main process still needs it to save.
+
+    SIGTERM is also how a process ends its workers, so it is obeyed, but only after a while; `Loader.stop` is faster.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE) and None)
+
+
+Place = int | tuple[int, int]
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this.
+
+    Attributes:
+        memory: Gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+        role: In validation, what its samples are for: "val", or without labels "target val" and "target test".
+    """
+
+    role: str = "train"
+
+    memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None
+    dataset: View
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
+        self.done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
+        for batch in super().__iter__() if self.memory is None else self._remembered(self.memory):
+            self.done += 1
+            yield batch
+
+    def _remembered(self, memory: Callable[[Sequence[Place]], tuple[Any, Any]]) -> Iterator[Any]:
+        domain = cast(Any, self.collate_fn).keywords["domain"]
+        for places in cast(Any, self.batch_sampler):
+            yield memory(places) if domain is None else {domain: memory(places)}
+
+    def read(self, places: Sequence[Place], batch_size: int = 1) -> DataLoader[Any]:
+        """Reads these places in their order once, with as many workers; batches are (x, y) whatever the domain."""
+        return DataLoader(
+            self.dataset,
+            batch_size,
+            sampler=cast(Any, places),
+            collate_fn=collate,
+            num_workers=self.num_workers if len(places) > batch_size else 0,
+            worker_init_fn=deaf,
+            generator=torch.Generator(),
+        )
+
+    def stop(self) -> None:
+        """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
+        iterator: Any = self._iterator
+        self._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the batches that it has given."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": getattr(self, "done", 0)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Leaves those batches out of that epoch."""
+        self.sampler.done = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
+
+
+def collate(samples: Sequence[tuple[Any, Any]], domain: str | None = None) -> Any:
+    """Stacks samples; a hidden label stays None. With `domain`, the batch names it."""
+    xs, ys = zip(*samples, strict=True)
+    batch = (default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)))
+    return batch if domain is None else {domain: batch}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _world() -> tuple[int, int]:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+
+
+class Shuffled(DistributedSampler[Any]):
+    """This process's part of an epoch: places and seeds that follow from (seed, epoch, place) alone.
+
+    The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
+    that the batches of two processes together are those of one with twice the size. It is a DistributedSampler so that
+    Lightning keeps it and tells it the epoch.
+
+    Args:
+        dataset: What is sampled.
+        longest: Samples of the longest domain, which sets the length of an epoch.
+        batch_size: Samples in a step of this process.
+        seed: The run's seed.
+
+    Attributes:
+        batch_size: The same, or less where the longest domain has less.
+        done: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
+    """
+
+    def __init__(self, dataset: View, longest: int, batch_size: int, seed: int) -> None:
+        rank, world = _world()
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+        self.num_samples = math.ceil(longest / world)
+        self.total_size = self.num_samples * world
+        self.batch_size = min(batch_size, self.num_samples)
+        self.done = (-1, 0)
+
+    @property
+    def start(self) -> int:
+        """How many samples of this epoch are left out."""
+        return self.done[1] if self.done[0] == self.epoch else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        size, parts = len(self.dataset), []  # type: ignore[arg-type]
+        for number in range(math.ceil(self.total_size / size)):
+            generator = np.random.default_rng((self.seed, self.epoch, number))
+            order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
+            parts.append(np.stack([order, seeds[order]], 1))
+        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas]
+        return iter([(place, seed) for place, seed in mine[self.start :].tolist()])
+
+
+class Shard(DistributedSampler[Any]):
+    """This process's part of the samples in their order, none of them twice (torch's own pads with repetitions).
+
+    It is a DistributedSampler so that Lightning keeps it.
+    """
+
+    def __init__(self, dataset: View) -> None:
+        rank, world = _world()
+        super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
+        self.rows = range(rank, len(dataset), world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def even_batch_size(samples: int, world: int, batch_size: int) -> int:
+    """The batch size near `batch_size` with which every process runs the same number of batches, so that none waits.
+
+    Raises:
+        DataError: There are fewer samples than processes.
+    """
+    low, high = samples // world, math.ceil(samples / world)
+    if low == 0:
+        raise DataError(f"{samples} samples cannot be shared by {world} processes; use fewer --trainer.devices")
+    for batches in range(math.ceil(low / batch_size), 0, -1):
+        size = math.ceil(high / batches)
+        if math.ceil(low / size) == math.ceil(high / size):
+            return size
+    return high

@@ -1,0 +1,154 @@
+"""Data sets cut into splits, shots and parts, with their labels and names, and what names their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+
+from datamodules.errors import DataError
+
+log = logging.getLogger(__name__)
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of texts, numbers and arrays, which names what a data set holds."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray | Tensor):
+            array = np.ascontiguousarray(part)
+            total.update(f"{array.shape} {array.dtype} ".encode())
+            total.update(array.data if array.size and array.dtype.kind != "O" else repr(array.tolist()).encode())
+        else:
+            total.update(f"{part!r} ".encode())
+    return total.hexdigest()
+
+
+def ids_of(dataset: Dataset[Any]) -> list[str]:
+    """The name of each sample: the data set's `ids`, or its number."""
+    return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
+
+
+def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
+    """The labels of all samples: the data set's `targets`, or, where it has none, read one by one."""
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
+    return np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
+
+
+def few_shots(
+    dataset: Dataset[Any],
+    shots: int,
+    class_names: Sequence[str] | None,
+    seed: int,
+    field: str = "shots_per_class",
+) -> list[int]:
+    """Rows of `shots` samples of each class, drawn by `seed`.
+
+    Raises:
+        DataError: A class has fewer; the labels are real values.
+    """
+    targets = targets_of(dataset)
+    if class_names is None or targets.dtype.kind == "f":
+        raise DataError(f"{field}: the labels are no classes; leave it out")
+    generator, rows = np.random.default_rng(seed), []
+    for number, name in enumerate(class_names):
+        own = np.flatnonzero(targets == number)
+        if len(own) < shots:
+            raise DataError(f"{field}: class {name} has {len(own)} training samples, fewer than {shots}")
+        rows += generator.permutation(own)[:shots].tolist()
+    return sorted(rows)
+
+
+class Joined(ConcatDataset[Any]):
+    """Several data sets one after the other, with their `targets` and `ids`."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        super().__init__(datasets)
+        self.targets = np.concatenate([targets_of(dataset) for dataset in datasets])
+        self.ids = [name for dataset in datasets for name in ids_of(dataset)]
+
+    def fingerprint(self) -> str | None:
+        """What names its contents."""
+        parts = [getattr(dataset, "fingerprint", lambda: None)() for dataset in self.datasets]
+        return digest(*parts) if all(parts) else None
+
+
+class Rows(Dataset[Any]):
+    """Some rows of a data set, with its `targets` and `ids`."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+        self.targets = targets_of(dataset)[list(rows)]
+        ids = getattr(dataset, "ids", None)
+        self.ids = [ids[row] for row in rows] if ids is not None else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str | None:
+        """What names its contents."""
+        inner = getattr(self.dataset, "fingerprint", lambda: None)()
+        return inner and digest(inner, np.asarray(self.rows))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.rows[index]]
+
+
+def split_rows(
+    targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: int, stratified: bool = True
+) -> list[list[int]]:
+    """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
+
+    Without `stratified` the labels are not looked at.
+
+    Every class with at least two samples gets one or more in each part whose fraction is not zero, as far as they go.
+    """
+    generator = np.random.default_rng(seed)
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    real = targets.dtype.kind == "f" or not stratified
+    strata = [np.arange(len(targets))] if real else [np.flatnonzero(targets == c) for c in np.unique(targets)]
+    for stratum in strata:
+        rows = generator.permutation(stratum).tolist()
+        for part, fraction in zip(parts, fractions, strict=False):
+            count = min(max(round(fraction * len(stratum)), int(fraction > 0)), len(rows) - 1)
+            part += rows[:count]
+            rows = rows[count:]
+        parts[-1] += rows
+    return [sorted(part) for part in parts]
+
+
+def three_way(
+    found: Mapping[str, Dataset[Any]],
+    where: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    stratified: bool = True,
+) -> dict[str, Dataset[Any]]:
+    """Completes what was found to train, val and test.
+
+    With "all" alone, seeded parts are cut from it, stratified unless the labels are hidden. A missing validation split
+    is cut from the training split; a missing test split is the validation split, said once.
+    """
+    splits = dict(found)
+    if "all" in splits:
+        pool = splits.pop("all")
+        val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed, stratified)
+        return {"train": Rows(pool, train), "val": Rows(pool, val), "test": Rows(pool, test)}
+    if "val" not in splits and "train" in splits:
+        pool = splits["train"]
+        val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified)
+        splits |= {"train": Rows(pool, train), "val": Rows(pool, val)}
+    if "test" not in splits and "val" in splits:
+        log.warning("%s has no test split: `tl test` uses its validation split", where)
+        splits["test"] = splits["val"]
+    return splits

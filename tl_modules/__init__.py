@@ -13,7 +13,7 @@ from tl_modules.backbones import (
     TorchvisionBackbone,
     VectorBackbone,
 )
-from tl_modules.base import DomainView, TransferModule
+from tl_modules.base import TransferModule
 from tl_modules.callbacks import T3A, TENT, AdaBN
 from tl_modules.errors import UserError
 from tl_modules.finetuning import (
@@ -65,6 +65,7 @@ from tl_modules.methods import (
 from tl_modules.runs import load_run
 from tl_modules.schedules import Linear, Ramp, Schedule
 from tl_modules.tasks import Classification, Regression
+from tl_modules.views import DomainView
 
 __version__ = "0.1.0"
 __all__ = [

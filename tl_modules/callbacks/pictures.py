@@ -15,10 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from tl_modules.base import DomainView, TransferModule
+from tl_modules.base import TransferModule
 from tl_modules.cached import Cached
 from tl_modules.callbacks.best import Best
 from tl_modules.callbacks.loaders import evaluated
+from tl_modules.views import DomainView
 
 SHOWN = 16  # images in a grid
 POINTS = 500  # samples in the embedding projector

@@ -20,7 +20,8 @@ from tl_modules.methods.regularization import WithStart
 from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
-    from tl_modules.base import DomainView, TransferModule
+    from tl_modules.base import TransferModule
+    from tl_modules.views import DomainView
 
 
 class DANN(Method):

@@ -18,7 +18,8 @@ from tl_modules.rows import passing
 from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
-    from tl_modules.base import DomainView, TransferModule
+    from tl_modules.base import TransferModule
+    from tl_modules.views import DomainView
 
 GENERALISE = ("several sources", "generalisation")
 

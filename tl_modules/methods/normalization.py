@@ -14,7 +14,8 @@ from tl_modules.methods.base import Method
 from tl_modules.rows import domain_rows
 
 if TYPE_CHECKING:
-    from tl_modules.base import DomainView, TransferModule
+    from tl_modules.base import TransferModule
+    from tl_modules.views import DomainView
 
 
 class Normalization(Method):

@@ -18,7 +18,8 @@ from tl_modules.methods.base import Method
 from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
-    from tl_modules.base import DomainView, TransferModule
+    from tl_modules.base import TransferModule
+    from tl_modules.views import DomainView
 
 
 class L2SP(Method):

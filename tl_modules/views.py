@@ -1,0 +1,61 @@
+"""What the network sees of a domain in one step, and how the inputs of several domains pass as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_modules.cached import Cached
+
+
+@dataclass
+class DomainView:
+    """What the network sees of one domain in one step.
+
+    Attributes:
+        x: The raw input, (B, ...); where the frozen stages are cached, a `Cached`.
+        y: The labels, (B, ...), or None where they are hidden.
+        features: (B, out_features).
+        output: The head's output, (B, num_outputs).
+        parts: How many rows each of several sources has, which follow one another; B of one domain.
+    """
+
+    x: Tensor | Cached
+    y: Tensor | None
+    features: Tensor
+    output: Tensor
+    parts: tuple[int, ...] = ()
+
+    def split(self) -> list[DomainView]:
+        """A view for each of the domains."""
+        if len(self.parts) < 2:
+            return [self]
+        sizes = list(self.parts)
+        given = (self.x, self.y, self.features, self.output)
+        columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in given]
+        return [DomainView(*row) for row in zip(*columns, strict=True)]
+
+
+def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
+    """The same inputs; grey images (B, 1, H, W) beside coloured ones get their three channels."""
+    images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
+    channels = max((x.shape[1] for x in images), default=1)
+    if len(images) < len(xs) or {x.shape[1] for x in images} != {1, channels}:
+        return xs
+    return [x.expand(-1, channels, -1, -1) for x in images]
+
+
+def alike(xs: Sequence[Tensor | Cached]) -> bool:
+    """Whether inputs can pass through the backbone as one batch."""
+    return len({x.kind() if isinstance(x, Cached) else (x.shape[1:], x.dtype) for x in xs}) == 1
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Batches one after the other; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return Cached.join(parts) if isinstance(parts[0], Cached) else torch.cat(list(parts))

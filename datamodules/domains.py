@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import expand
 from datamodules.errors import DataError
-from datamodules.image import ImageFolders, _classes
+from datamodules.image import ImageFolders, class_folders
 
 
 def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:
@@ -93,9 +93,9 @@ class DomainFolders(ImageFolders):
 def domain_folders(root: Path) -> dict[str, Path]:
     """The domains below `root`: each one's name and the folder of its class folders."""
     found = {}
-    for name in _classes(root):
+    for name in class_folders(root):
         images = root / name / "images"
-        folder = images if images.is_dir() and _classes(images) else root / name
-        if _classes(folder):
+        folder = images if images.is_dir() and class_folders(images) else root / name
+        if class_folders(folder):
             found[name] = folder
     return found

@@ -199,7 +199,7 @@ class ImageFolders(TransferDataModule):
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
 
     def _read_classes(self) -> list[str]:
-        found = {name: _classes(next(iter(self._parts(root).values()))) for name, root in self.roots.items()}
+        found = {name: class_folders(next(iter(self._parts(root).values()))) for name, root in self.roots.items()}
         for name, classes in found.items():
             root = self.roots[name]
             if not classes:
@@ -256,7 +256,7 @@ class ImageFolders(TransferDataModule):
 
     def _read(self, folder: Path, name: str) -> FolderImages:
         assert self.class_names is not None
-        present = _classes(folder)
+        present = class_folders(folder)
         unknown = sorted(set(present) - set(self.class_names))
         if unknown:
             raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}")
@@ -292,7 +292,7 @@ def _folders(root: Path) -> dict[str, Path]:
     return {s: root / n for s in SPLITS for n in reversed(SPLIT_NAMES[s]) if (root / n).is_dir()}
 
 
-def _classes(folder: Path) -> list[str]:
+def class_folders(folder: Path) -> list[str]:
     """Names of the class folders, sorted; hidden ones are none."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -73,26 +75,13 @@ class _ByDomain(_BatchNorm):
     source: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = domain_rows()
-        if len(rows) < 2:
-            mine = super().forward if not rows or rows[0][0] == "target" else self.source
-            return cast(Tensor, mine(input))
-        parts: list[Tensor] = []
-        for name, rest in _runs(rows):
-            part = input[sum(len(p) for p in parts) :][:rest]
+        # neighbours of one domain, e.g. several sources, together; where nobody says, all are the target's
+        groups = groupby(domain_rows() or [("target", len(input))], key=itemgetter(0))
+        runs = [(name, sum(count for _, count in group)) for name, group in groups]
+        parts = []
+        for (name, _), part in zip(runs, torch.split(input, [count for _, count in runs]), strict=True):
             parts.append(super().forward(part) if name == "target" else self.source(part))
-        return torch.cat(parts)
-
-
-def _runs(rows: Any) -> list[tuple[str, int]]:
-    """Neighbours of one domain, e.g. several sources, together."""
-    runs: list[tuple[str, int]] = []
-    for name, count in rows:
-        if runs and runs[-1][0] == name:
-            runs[-1] = (name, runs[-1][1] + count)
-        else:
-            runs.append((name, count))
-    return runs
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class StochNorm(Normalization):

@@ -189,8 +189,8 @@ class Shifted(TransferDataModule):
               plus80: {class_path: Colour, init_args: {flip: 0.2}}
               minus90: {class_path: Colour, init_args: {flip: 0.9}}
 
-    The splits are those that `data` makes, with its labels in sight; its other settings (batch size, shots, ...) are not
-    used. A split's images are made when it is first asked for, and stay in memory. They follow from the split, the
+    The splits are those that `data` makes, with its labels in sight; its other settings (batch size, shots, ...) are
+    not used. A split's images are made when it is first asked for, and stay in memory. They follow from the split, the
     domain's name and the row, not from `seed`, and which rows a domain gets does not depend on their labels.
 
     Args:

@@ -178,15 +178,15 @@ class TransferModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
-        views, progress = self.look(batch), self.progress
+        views = self.look(batch)
         with self._full_precision():
             terms = {
-                f"task/{domain}": at(self.task_weight[domain], progress) * self.loss(view.output, view.y)
+                f"task/{domain}": at(self.task_weight[domain], self) * self.loss(view.output, view.y)
                 for domain, view in views.items()
                 if view.y is not None and self.task_weight[domain] != 0
             }
             for name, method in self.named_methods():
-                weight = at(method.weight, progress)
+                weight = at(method.weight, self)
                 terms[name] = weight * method(self, views.get("source"), views.get("target"))
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
@@ -194,10 +194,19 @@ class TransferModule(LightningModule):
 
     @property
     def progress(self) -> float:
-        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside of a run."""
-        if self._trainer is None or self.global_step == 0:
+        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside of a run.
+
+        Raises:
+            UserError: The run has no end.
+        """
+        if self._trainer is None:
             return 0.0
-        return min(1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        if (steps := self.trainer.estimated_stepping_batches) == float("inf"):
+            raise UserError(
+                "trainer: a weight that moves with training and a strategy in fractions of the run need its end; "
+                "give --trainer.max_epochs or max_steps"
+            )
+        return min(1.0, self.global_step / steps)
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Head, losses and methods are small and need their digits: mixed precision ends at the features."""
@@ -346,8 +355,6 @@ class TransferModule(LightningModule):
                 f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot"
                 " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
             )
-        if self.finetuning.unit == "fraction" and self.trainer.estimated_stepping_batches == float("inf"):
-            raise UserError("finetuning: a fraction of the run needs its end; give --trainer.max_epochs or max_steps")
         for loader in domains.values():
             self._check_last_batch(loader)
 

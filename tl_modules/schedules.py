@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tl_modules.functional import ramp
+
+if TYPE_CHECKING:
+    from tl_modules.base import TransferModule
 
 
 class Schedule:
@@ -49,6 +54,6 @@ class Linear(Schedule):
 Weight = float | Schedule
 
 
-def at(weight: Weight, progress: float) -> float:
-    """A weight at `progress`, whether it moves or not."""
-    return weight(progress) if isinstance(weight, Schedule) else weight
+def at(weight: Weight, module: TransferModule) -> float:
+    """A weight as far as the module's training is, whether it moves or not."""
+    return weight(module.progress) if isinstance(weight, Schedule) else weight

@@ -221,7 +221,7 @@ def test_a_fraction_needs_an_end(tl):
     result = tl(f"{SMALL} --model.finetuning FreezeThenUnfreeze --model.finetuning.unit fraction "
                 "--model.finetuning.after .5 --trainer.max_epochs -1")  # fmt: skip
     assert result.code == 2
-    assert "a fraction of the run needs its end" in result.err
+    assert "fractions of the run need its end" in result.err
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import KINDS, METHODS, Several, arguments, build, exported, fit, same
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tl_modules import (
     CORAL,
@@ -153,6 +154,26 @@ def test_weights_move_with_progress():
     trainer = fit(module, Several("vector", target_labels=True))
     assert float(trainer.callback_metrics["train/task/target"]) > 0
     assert module.progress == 1.0
+
+
+@pytest.mark.parametrize("words", ["--model.methods+=DANN", "--model.target_weight Ramp --data.target_labels true"])
+def test_what_moves_with_progress_needs_an_end(words, tl):
+    result = tl(
+        "fit --data Digits --data.source true --model Classification --model.backbone ConvNet --model.backbone.width 4 "
+        f"{words} --trainer.max_epochs -1"
+    )
+    assert result.code == 2
+    assert "a weight that moves with training" in result.err
+
+
+def test_averaged_weights_resume_too(tmp_path):
+    whole, resumed = build([MCC, DomainBatchNorm], "image"), build([MCC, DomainBatchNorm], "image")
+    fit(whole, Several("image"), tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    fit(resumed, Several("image"), ckpt_path=tmp_path / "step=5.ckpt", callbacks=[EMAWeightAveraging(decay=0.5)])
+    assert same(whole.state_dict(), resumed.state_dict()) == []
+    plain = build([MCC, DomainBatchNorm], "image")
+    fit(plain, Several("image"))
+    assert "head.weight" in same(whole.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("method", [DANN, CORAL, MCC, MeanTeacher])

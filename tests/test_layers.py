@@ -14,7 +14,7 @@ ALLOWED = {
     "functional": set(),
     "scores": set(),
     "validators": {"functional"},
-    "backbones": LOW | {"checkpoints"},
+    "backbones": LOW | {"checkpoints", "runs"},
     "methods": LOW | {"functional", "heads", "rows", "schedules"},
     "finetuning": LOW | {"functional"},
     "schedules": {"functional"},

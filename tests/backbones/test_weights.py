@@ -92,7 +92,7 @@ def test_weights_on_the_command_line_may_be_a_run(ok, tmp_path):
     ok("fit --name src --data.source true --data.target false --trainer.max_epochs 1 --model.backbone.width 4")
     ok(
         "fit --name dst --trainer.max_epochs 1 --model.backbone.width 4 --model.finetuning FeatureExtraction "
-        "--model.backbone.weights runs/src/version_0"
+        "--model.backbone.weights runs/src"
     )
     states = [
         torch.load(tmp_path / f"runs/{name}/version_0/checkpoints/{ckpt}.ckpt", weights_only=True)["state_dict"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_modules.checkpoints import damage
 from tl_modules.errors import UserError
+from tl_modules.runs import find_run
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def is_local(weights: str | os.PathLike[str]) -> bool:
 
 
 def read(weights: str | os.PathLike[str]) -> Pretrained:
-    """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run directory.
+    """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run, `runs/NAME` being its newest version.
 
     Raises:
         UserError: The file is missing, is no run, or holds anything but tensors and plain data.
@@ -80,10 +81,9 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
     if not path.exists():
         raise UserError(f"weights: there is no file or run directory {path}")
     if path.is_dir():
-        best = path / "checkpoints" / "best.ckpt"
-        if not best.is_file():
-            raise UserError(f"weights: {path} is no run directory: it has no checkpoints/best.ckpt")
-        path = best
+        path = find_run(path) / "checkpoints" / "best.ckpt"
+        if not path.is_file():
+            raise UserError(f"weights: there is no {path}")
     if zipfile.is_zipfile(path) and (fault := damage(path)):
         raise UserError(f"weights: {path} {fault}")
     try:

@@ -37,7 +37,7 @@ from tl_modules.methods.base import Method
 from tl_modules.rows import passing
 from tl_modules.schedules import Weight, at
 from tl_modules.terms import Terms
-from tl_modules.views import DomainView, alike, join, joinable
+from tl_modules.views import DomainView, alike, join, joinable, statistics_kept
 
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], nn.Module]
@@ -172,8 +172,12 @@ class TransferModule(LightningModule):
             return single(x.features() if isinstance(x, Cached) else self.backbone(x))
 
     def see(self, x: Tensor, domain: str = "target") -> DomainView:
-        """Another look at inputs (B, ...) of one domain, e.g. augmented or mixed ones, in the run's precision."""
-        with self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext():
+        """Another look at inputs (B, ...) of one domain, e.g. augmented or mixed ones, in the run's precision.
+
+        In training it moves no running statistics: BatchNorm predicts with those of the data as it is.
+        """
+        precision = self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
+        with precision, statistics_kept(self) if self.training else nullcontext():
             return self.look({domain: (x, None)})[domain]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -249,6 +249,20 @@ def test_only_certain_samples_count():
     assert float(module.methods[0](module, source, target)) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", [FixMatch(threshold=0.0), MeanTeacher(threshold=0.0), Mixup()])
+def test_changed_copies_move_no_running_statistics(method):
+    module, source, target = made(method)
+    layers = [m for m in module.backbone.modules() if isinstance(m, nn.BatchNorm1d)]
+    before = [layer.running_mean.clone() for layer in layers]
+    looks = []
+    layers[0].register_forward_hook(lambda layer, inputs, output: looks.append(output))
+    method(module, source, target)
+    assert looks[-1].mean(0).abs().max() < 1e-5  # normalised by the batch all the same
+    assert all(torch.equal(layer.running_mean, old) for layer, old in zip(layers, before, strict=True))
+    module.look({"target": (target.x, None)})
+    assert not torch.equal(layers[0].running_mean, before[0])
+
+
 def test_the_teacher_is_an_average():
     module, source, target = made(MeanTeacher(momentum=0.9))
     method = module.methods[0]

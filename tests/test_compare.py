@@ -42,6 +42,22 @@ def test_every_file_of_ours_resolves(file, monkeypatch):
     assert file.read_text().startswith("# ")
 
 
+def test_a_config_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in ("all", "task", "way"):
+        (tmp_path / "sub" / f"{name}.yaml").write_text("name: x\n")
+    file = tmp_path / "sub" / "f.yaml"
+    file.write_text(
+        "config: all.yaml\ntasks: {t: {config: task.yaml, options: --y 1}}\nways: {a: {config: [way.yaml, all.yaml]}}"
+    )
+    ((_, cell),) = make_cells(read_plan(file), Path("x"), [0]).items()
+    found = [word if word == "--config" else Path(word).name for word in cell.fit[:10]]
+    assert found == ["--config", "all.yaml", "--config", "task.yaml", "--y", "1",
+                     "--config", "way.yaml", "--config", "all.yaml"]  # fmt: skip
+    assert set(cell.words["configs"]) == {str(tmp_path / "sub" / f"{name}.yaml") for name in ("all", "task", "way")}
+
+
 WAYS = "ways: {a: --x 1, b: --x 2}\n"
 BAD = {
     "": "is no mapping of name, config",
@@ -62,6 +78,8 @@ BAD = {
     WAYS + "seeds: [a]": "is no list of whole numbers",
     WAYS + "baseline: c": "baseline: c is no way that is reported",
     WAYS + "config: nowhere.yaml": "config: there is no file nowhere.yaml",
+    WAYS + "tasks: {t: {config: nowhere.yaml}}": "f.yaml: tasks: t: config: there is no file nowhere.yaml",
+    "ways: {a: {of: b, config: f.yaml}, b: }": "put its words into test instead of options",
     WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
     "ways: [": "is no YAML",
     "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",

@@ -21,8 +21,8 @@ from tl_modules.arguments import values
 from tl_modules.errors import UserError, closest
 
 KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better")
-WAY_KEYS = ("options", "test", "of", "report", "metric")
-TASK_KEYS = ("options", "test")
+WAY_KEYS = ("config", "options", "test", "of", "report", "metric")
+TASK_KEYS = ("config", "options", "test")
 METRICS = ("test/accuracy", "test/rmse")  # what runs are compared by, the first that they have
 # ${HOME} is the shell's, {lr: 1} a mapping
 REFERENCE = re.compile(r"(?<!\$)\{([^{}]+)\}")
@@ -80,23 +80,17 @@ def read_plan(file: Path) -> Plan:
     if not names:
         raise UserError(f"{file}: ways: name at least one way and its words")
     _slugs(names, f"{file}: ways")
-    configs = content.get("config") or []
-    options = [
-        word
-        for config in ([configs] if isinstance(configs, str) else configs)
-        for word in ("--config", _beside(file, str(config)))
-    ]
 
     def entries(section: str, keys: Sequence[str]) -> dict[str, Way]:
         return {
-            str(name): _way(entry, keys, names, f"{file}: {section}: {name}")
+            str(name): _way(entry, keys, names, file, f"{section}: {name}")
             for name, entry in (content.get(section) or {}).items()
         }
 
     _mapping(content.get("tasks") or {}, None, f"{file}: tasks")
     plan = Plan(
         name=_of_type(content.get("name", file.stem), str, f"{file}: name", "a text"),
-        options=options + _words(content.get("options"), names, f"{file}: options"),
+        options=_configs(content, file) + _words(content.get("options"), names, f"{file}: options"),
         seeds=read_seeds(content.get("seeds", [0]), f"{file}: seeds"),
         tasks=entries("tasks", TASK_KEYS) or {"": Way([], [])},
         ways=entries("ways", WAY_KEYS),
@@ -113,20 +107,21 @@ def read_plan(file: Path) -> Plan:
     return plan
 
 
-def _way(entry: Any, keys: Sequence[str], names: list[str], where: str) -> Way:
+def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Way:
     """A way or task: its words, or a mapping of `keys`."""
+    where = f"{file}: {place}"
     if not isinstance(entry, dict):
         return Way(_words(entry, names, where), [])
     _mapping(entry, keys, where)
     of = _of_type(entry.get("of"), str | None, f"{where}: of", "the name of a way")
     if of is not None and of not in names:
         raise UserError(f"{where}: of: there is no way {of}{closest(of, names)}")
-    if of is not None and entry.get("options"):
+    if of is not None and (entry.get("options") or entry.get("config")):
         raise UserError(
             f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
         )
     return Way(
-        _words(entry.get("options"), names, f"{where}: options"),
+        _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
         of,
         _of_type(entry.get("report", True), bool, f"{where}: report", "true or false"),
@@ -177,12 +172,18 @@ def read_seeds(seeds: Any, where: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def _beside(file: Path, config: str) -> str:
-    """A config's path, relative to the file or to the working directory."""
-    for path in (file.parent / config, Path(config)):
-        if path.is_file():
-            return str(path)
-    raise UserError(f"{file}: config: there is no file {config}, neither beside it nor in the working directory")
+def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]:
+    """The words for an entry's `config`, one or several paths, relative to the file or to the working directory."""
+    configs = entry.get("config") or []
+    words = []
+    for config in [configs] if isinstance(configs, str) else configs:
+        found = [path for path in (file.parent / str(config), Path(str(config))) if path.is_file()]
+        if not found:
+            raise UserError(
+                f"{file}: {place}config: there is no file {config}, neither beside it nor in the working directory"
+            )
+        words += ["--config", str(found[0])]
+    return words
 
 
 def slug(name: str) -> str:

@@ -299,6 +299,9 @@ def test_negative_transfer():
     assert flags == {"base": "", "better": "", "worse": "surely worse than base", "mixed": "worse than base"}
     lower = {row["way"]: row["negative transfer"] for row in Scores(rows_of(MADE_UP), METRIC, "base", True).table()}
     assert lower == {"base": "", "better": "surely worse than base", "worse": "", "mixed": ""}
+    uneven = MADE_UP["base"] | {"x": [0.9, 0.9, 0.9], "y": [0.1, 0.2, 0.2]}
+    scores = Scores(rows_of(MADE_UP | {"mixed": uneven}), METRIC, "base")
+    assert scores.transfer("mixed") == "worse than base on y"  # better in the mean
 
 
 def test_one_seed_has_no_intervals():

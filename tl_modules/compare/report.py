@@ -111,21 +111,26 @@ class Scores:
             for way, column in zip(self.values, zip(*ranks, strict=True), strict=True)
         }
 
-    def differences(self, way: str) -> list[float]:
-        """A way's value minus the baseline's, of each (task, seed) that both have."""
+    def differences(self, way: str, tasks: Sequence[str] | None = None) -> list[float]:
+        """A way's value minus the baseline's, of each (task, seed) that both have; of all tasks, or of some."""
         if self.baseline is None or way == self.baseline:
             return []
-        base = self.values[self.baseline]
-        return [value - base[place] for place, value in self.values[way].items() if place in base]
+        base, wanted = self.values[self.baseline], self.tasks if tasks is None else tasks
+        return [v - base[place] for place, v in self.values[way].items() if place in base and place[0] in wanted]
 
     def transfer(self, way: str) -> str:
-        """Whether a way is worse than the baseline: surely, if the whole interval of the differences is."""
-        numbers = self.differences(way)
+        """Whether a way is worse than the baseline, in all (surely, if the whole interval is) or on which tasks."""
         sign = -1 if self.lower else 1
-        if not numbers or sign * statistics.mean(numbers) >= 0:
-            return ""
-        ends = [sign * end for end in interval(numbers) if end is not None]
-        return f"{'surely ' * bool(ends and max(ends) < 0)}worse than {self.baseline}"
+
+        def worse(tasks: Sequence[str]) -> bool:
+            numbers = self.differences(way, tasks)
+            return bool(numbers) and sign * statistics.mean(numbers) < 0
+
+        if worse(self.tasks):
+            ends = [sign * end for end in interval(self.differences(way)) if end is not None]
+            return f"{'surely ' * bool(ends and max(ends) < 0)}worse than {self.baseline}"
+        found = [task for task in self.tasks if worse([task])]
+        return f"worse than {self.baseline} on {', '.join(found)}" if found else ""
 
     def table(self) -> list[dict[str, Any]]:
         """A row of numbers per way; None where there is none."""

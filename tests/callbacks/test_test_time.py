@@ -5,6 +5,7 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from tl_modules import (
     AdaBN,
     Backbone,
     Classification,
+    CosineHead,
     DomainBatchNorm,
     MLPHead,
     Regression,
@@ -239,6 +241,15 @@ def test_t3a_by_a_loop(k):
     assert all(torch.equal(v, module.backbone.state_dict()[key]) for key, v in found.states[-1].items())
 
 
+def test_t3a_behind_hidden_layers():
+    module = model(head=partial(MLPHead, hidden=6))
+    flat = copy.deepcopy(module)
+    *before, flat.head = module.head
+    flat.backbone = nn.Sequential(module.backbone, *before)
+    outputs = adapted(module, T3A(filter_k=4)).outputs
+    torch.testing.assert_close(outputs, t3a_by_hand(flat, 4), rtol=1e-4, atol=1e-4)
+
+
 # All of them
 
 
@@ -297,7 +308,11 @@ MISTAKES = {
     "tent without affine": (TENT, {"norm": lambda n: nn.BatchNorm1d(n, affine=False)}, "affine parameters, and the"),
     "tent of a regression": (TENT, {"task": Regression, "num_outputs": 1}, "class probabilities, which Regression"),
     "t3a of a regression": (T3A, {"task": Regression, "num_outputs": 1}, "class probabilities, which Regression"),
-    "t3a of another head": (T3A, {"head": MLPHead}, "T3A begins with the weights of a torch.nn.Linear head"),
+    "t3a of another head": (
+        T3A,
+        {"head": CosineHead},
+        "a torch.nn.Linear that ends the head, and this run's head is a CosineHead",
+    ),
 }
 
 

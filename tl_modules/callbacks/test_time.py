@@ -231,13 +231,14 @@ class TENT(TestTimeAdaptation):
 
 
 class T3A(TestTimeAdaptation):
-    """Test-time template adjuster: prototypes decide in place of a linear head (Iwasawa and Matsuo, NeurIPS 2021).
+    """Test-time template adjuster: prototypes decide in place of a linear layer (Iwasawa and Matsuo, NeurIPS 2021).
 
-    Each class has a support set, which begins with its row of the head's weights. A batch's features, scaled to length
-    1, join the sets of the classes that the head gives them; of each set the `filter_k` with the lowest entropy of the
-    head's probabilities stay. The output of features z for class c is `<z, mean of set c, scaled to length 1>`, whose
-    scale is not that of the head's logits: accuracy compares, loss and calibration do not. Under several processes
-    each one adapts to its own share of the data.
+    The layer is the head or, of an `MLPHead`, its last; what comes before makes the features. Each class has a support
+    set, which begins with its row of the layer's weights. A batch's features, scaled to length 1, join the sets of the
+    classes that the layer gives them; of each set the `filter_k` with the lowest entropy of its probabilities stay. The
+    output of features z for class c is `<z, mean of set c, scaled to length 1>`, whose scale is not that of the layer's
+    logits: accuracy compares, loss and calibration do not. Under several processes each one adapts to its own share of
+    the data.
 
     Args:
         filter_k: So many supports are kept of each class.
@@ -251,35 +252,40 @@ class T3A(TestTimeAdaptation):
         self.filter_k = filter_k
 
     def check(self, module: TransferModule) -> None:
-        """Needs a linear head.
+        """Needs a head that ends in a linear layer.
 
         Raises:
             UserError: It is another one.
         """
-        if not isinstance(module.head, nn.Linear):
+        if not isinstance(_layers(module.head)[-1], nn.Linear):
             raise UserError(
-                f"callbacks: T3A begins with the weights of a torch.nn.Linear head, and this run's is a "
-                f"{type(module.head).__name__}; take AdaBN or TENT"
+                f"callbacks: T3A begins with the weights of a torch.nn.Linear that ends the head, and this run's head is "
+                f"a {type(module.head).__name__}; take AdaBN or TENT"
             )
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
-        """Replaces the head."""
-        module.head = _Prototypes(cast(nn.Linear, module.head), self.filter_k)
+        """Replaces the layer."""
+        *before, last = _layers(module.head)
+        module.head = nn.Sequential(*before, _Prototypes(cast(nn.Linear, last), self.filter_k))
+
+
+def _layers(head: nn.Module) -> list[nn.Module]:
+    return list(head) if isinstance(head, nn.Sequential) else [head]
 
 
 class _Prototypes(nn.Module):
     """T3A's decision; every pass adds supports."""
 
-    def __init__(self, head: nn.Linear, filter_k: int) -> None:
+    def __init__(self, last: nn.Linear, filter_k: int) -> None:
         super().__init__()
-        self.head, self.filter_k = head, filter_k
-        weights = head.weight.detach()
+        self.last, self.filter_k = last, filter_k
+        weights = last.weight.detach()
         self.supports, self.classes = F.normalize(weights), torch.arange(len(weights), device=weights.device)
-        self.entropies = entropy(head(weights).detach().softmax(1))
+        self.entropies = entropy(last(weights).detach().softmax(1))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, C)."""
-        logits = self.head(features)
+        logits = self.last(features)
         self.supports = torch.cat([self.supports, F.normalize(features)])
         self.classes = torch.cat([self.classes, logits.argmax(1)])
         self.entropies = torch.cat([self.entropies, entropy(logits.softmax(1))])

@@ -259,8 +259,8 @@ class T3A(TestTimeAdaptation):
         """
         if not isinstance(_layers(module.head)[-1], nn.Linear):
             raise UserError(
-                "callbacks: T3A begins with the weights of a torch.nn.Linear that ends the head, and this run's head is a "
-                f"{type(module.head).__name__}; take AdaBN or TENT"
+                "callbacks: T3A begins with the weights of a torch.nn.Linear that ends the head, and this run's head "
+                f"is a {type(module.head).__name__}; take AdaBN or TENT"
             )
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:

@@ -91,6 +91,7 @@ class TransferDataModule(LightningDataModule):
         self.augment = nn.Sequential(*augment) if augment else None
         self.drop_last = drop_last
         self.seed = seed
+        self.blind = False
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
         self._loaders: list[Loader] = []
 
@@ -105,27 +106,41 @@ class TransferDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
-    def _of(self, split: str) -> Mapping[str, Dataset[Any]]:
+    def split_domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """What `domains` gives, the same objects each time."""
         if split not in self._domains:
             self._domains[split] = self.domains(split)
         return self._domains[split]
 
     def hidden(self, split: str = "train") -> bool:
         """Whether the target's labels are kept from training and model selection."""
-        return self.hides(self._of(split))
+        return self.hides(self.split_domains(split))
 
     def hides(self, domains: Collection[str]) -> bool:
         """The same for the domains of these names."""
         beside = len(domains) > 1 if self.target_labels is None else not self.target_labels
         return "target" in domains and (beside or self.target_unseen)
 
+    def wrapped(self, seed: int, blind: bool) -> None:
+        """Takes over what a datamodule says that makes its own domains of this one's; before any split is made.
+
+        Args:
+            seed: Its seed.
+            blind: Whether it hides the labels, which splits then don't look at.
+        """
+        self.seed, self.blind = seed, blind
+
+    def stratifies(self, name: str, domains: Collection[str]) -> bool:
+        """Whether the splits of the domain `name`, one of `domains`, may look at its labels."""
+        return not self.blind and (name != "target" or not self.hides(domains))
+
     def has_source(self) -> bool:
         """Whether there is a source to validate on."""
-        return any(name != "target" for name in self._of("val"))
+        return any(name != "target" for name in self.split_domains("val"))
 
     def _one(self, split: str) -> tuple[str, Dataset[Any]]:
         """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
-        domains = dict(self._of(split))
+        domains = dict(self.split_domains(split))
         target = domains.pop("target", None)
         if target is not None and (not domains or split == "test" or not self.hidden(split)):
             return "target", target
@@ -134,7 +149,7 @@ class TransferDataModule(LightningDataModule):
 
     def train_dataloader(self) -> CombinedLoader:
         """All domains side by side; an epoch is the longest one's, and a shorter one starts over, in a new order."""
-        domains = {name: d for name, d in self._of("train").items() if name != "target" or not self.target_unseen}
+        domains = {name: d for name, d in self.split_domains("train").items() if name != "target" or not self.target_unseen}
         hidden = self.hidden()
         if not domains:
             raise DataError("target_unseen: there is no source to train on; give --data.source")
@@ -151,8 +166,9 @@ class TransferDataModule(LightningDataModule):
             views[name] = View(dataset, rows, self.augment, label="none" if hidden and name == "target" else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
-            sampler = Shuffled(view, longest, self.batch_size, self.seed)
-            loaders[name] = self._loader(view, sampler.batch_size, sampler, drop_last=self.drop_last)
+            sampler = Shuffled(view, longest, self.batch_size, self.seed, name)
+            # the CombinedLoader names the batches
+            loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -165,7 +181,7 @@ class TransferDataModule(LightningDataModule):
         if hidden:
             seen: list[Dataset[Any]] = []
             for split in ("val", "test"):
-                target = self._of(split)["target"]
+                target = self.split_domains(split)["target"]
                 if not any(target is other for other in seen):
                     loaders.append(self._rows(target, "target", "none", f"target {split}"))
                     seen.append(target)
@@ -173,7 +189,7 @@ class TransferDataModule(LightningDataModule):
 
     def opened(self) -> tuple[list[int], np.ndarray[Any, Any]]:
         """The rows of the target's validation split whose labels `selection_labels` opens, and these labels."""
-        dataset = self._of("val")["target"]
+        dataset = self.split_domains("val")["target"]
         if self.selection_labels is None:
             return [], np.zeros(0)
         rows = list(range(len(dataset)))  # type: ignore[arg-type]
@@ -183,7 +199,7 @@ class TransferDataModule(LightningDataModule):
 
     def labels(self, split: str) -> np.ndarray[Any, Any]:
         """The target's labels, for the report after `tl test`."""
-        return targets_of(self._of(split)["target"])
+        return targets_of(self.split_domains(split)["target"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The target's test split (the source's, where there is no target)."""
@@ -203,7 +219,7 @@ class TransferDataModule(LightningDataModule):
         found: dict[tuple[str, str], DataLoader[Any]] = {}
         seen: list[Dataset[Any]] = []
         for split in SPLITS:
-            for domain, dataset in self._of(split).items():
+            for domain, dataset in self.split_domains(split).items():
                 if not any(dataset is other for other in seen):
                     seen.append(dataset)
                     found[domain, split] = self._rows(dataset, domain, "row", split)
@@ -211,7 +227,7 @@ class TransferDataModule(LightningDataModule):
 
     def described(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
         """The names and the labels of a split's rows; a class by its name."""
-        dataset = self._of(split)[domain]
+        dataset = self.split_domains(split)[domain]
         labels = targets_of(dataset).tolist()
         names = self.class_names
         return ids_of(dataset), labels if names is None else [names[label] for label in labels]
@@ -228,18 +244,18 @@ class TransferDataModule(LightningDataModule):
         view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
         sampler = Shard(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
-        loader = self._loader(view, size, sampler, domain=domain)
+        loader = self._loader(view, size, sampler, domain)
         loader.role = role
         return loader
 
     def _loader(
-        self, view: View, size: int, sampler: Any, domain: str | None = None, drop_last: bool = False
+        self, view: View, size: int, sampler: Any, domain: str, named: bool = True, drop_last: bool = False
     ) -> Loader:
         loader = Loader(
             view,
             batch_size=size,
             sampler=sampler,
-            collate_fn=partial(collate, domain=domain),
+            collate_fn=partial(collate, domain=domain if named else None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -247,6 +263,7 @@ class TransferDataModule(LightningDataModule):
             worker_init_fn=deaf,
             generator=torch.Generator(),  # of its own, so that making an iterator leaves the model's numbers alone
         )
+        loader.domain = domain
         self._loaders.append(loader)
         return loader
 

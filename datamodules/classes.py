@@ -43,6 +43,7 @@ class Classes(TransferDataModule):
         target: The classes that the target keeps; None: all.
         open_set: Makes one class, "unknown", of what the source has not.
         num_workers: Processes that load data; None is as many as `data` has.
+        seed: Seeds the splits of `data`, shots and shuffling; None is the seed of `data`.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -56,9 +57,11 @@ class Classes(TransferDataModule):
         target: list[str] | None = None,
         open_set: bool = False,
         num_workers: int | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_workers=data.num_workers if num_workers is None else num_workers, **kwargs)
+        workers = data.num_workers if num_workers is None else num_workers
+        super().__init__(num_workers=workers, seed=data.seed if seed is None else seed, **kwargs)
         if data.class_names is None:
             raise DataError(f"data: the labels of {type(data).__name__} are no classes")
         names = data.class_names
@@ -79,11 +82,17 @@ class Classes(TransferDataModule):
             for domain, those in kept.items()
         }
         self.data = data
+        data.wrapped(self.seed, self.blind)
         self._kept: dict[tuple[str, int], Kept] = {}
+
+    def wrapped(self, seed: int, blind: bool) -> None:
+        """Takes both, and hands them on."""
+        super().wrapped(seed, blind)
+        self.data.wrapped(seed, blind)
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's samples of the classes that each domain keeps."""
-        return {name: self._keep(name, dataset, split) for name, dataset in self.data.domains(split).items()}
+        return {name: self._keep(name, dataset, split) for name, dataset in self.data.split_domains(split).items()}
 
     def _keep(self, name: str, dataset: Dataset[Any], split: str) -> Dataset[Any]:
         key = name, id(dataset)  # two splits may be one

@@ -21,7 +21,7 @@ class Digits(TransferDataModule):
 
     A target image is `|photo patch - digit|` per channel, as MNIST-M was made (Ganin et al., JMLR 2016), from
     scikit-learn's two sample photos. The domains share no digit, and a photo's left 60 %, next 20 % and last 20 % serve
-    the training, validation and test split. Images are 28 x 28.
+    the training, validation and test split. Images are 28 x 28. No label of the target decides where its digit goes.
 
     Args:
         target: Whether the target domain is there.
@@ -53,10 +53,10 @@ def build() -> dict[str, dict[str, Dataset[Any]]]:
     images = np.stack([_enlarge(image) for image in digits.images])
     photos = load_sample_images().images
     generator = np.random.default_rng(0)
-    source, target = split_rows(digits.target, (0.5,), seed=0)
+    source, target = split_rows(digits.target, (0.5,), seed=0, stratified=False)
     found: dict[str, dict[str, Dataset[Any]]] = {"source": {}, "target": {}}
     for domain, rows in (("source", source), ("target", target)):
-        val, test, train = split_rows(digits.target[rows], (0.16, 0.34), seed=1)
+        val, test, train = split_rows(digits.target[rows], (0.16, 0.34), seed=1, stratified=domain == "source")
         for split, part in (("train", train), ("val", val), ("test", test)):
             chosen = np.asarray(rows)[part]
             x = images[chosen]

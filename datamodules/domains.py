@@ -75,8 +75,12 @@ class DomainFolders(ImageFolders):
     def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
         domain = root.relative_to(self.root).parts[0]
         lists = {split: self.root / f"{domain}_{split}.txt" for split in ("train", "test")}
-        if not all(file.is_file() for file in lists.values()):
+        there = [file for file in lists.values() if file.is_file()]
+        if not there:
             return super()._found(name, root)
+        if len(there) < len(lists):
+            missing = next(file for file in lists.values() if file not in there)
+            raise DataError(f"{name}: {there[0]} is there, but not {missing.name}; add it, or take the other one away")
         return {split: self._listed(file, name) for split, file in lists.items()}
 
     def _listed(self, file: Path, name: str) -> Dataset[Any]:

@@ -242,10 +242,8 @@ class ImageFolders(TransferDataModule):
     def _split(self, name: str, root: Path, split: str) -> Dataset[Any]:
         if name not in self._splits:
             found = self._found(name, root)
-            stratified = name != "target" or not self.hides(self.roots)
-            self._splits[name] = three_way(
-                found, str(root), self.val_fraction, self.test_fraction, self.seed, stratified
-            )
+            fractions = self.val_fraction, self.test_fraction
+            self._splits[name] = three_way(found, str(root), *fractions, self.seed, self.stratifies(name, self.roots))
         if split not in self._splits[name]:
             raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
         return self._splits[name][split]
@@ -289,7 +287,11 @@ def check_fractions(val: float, test: float) -> None:
 
 def _folders(root: Path) -> dict[str, Path]:
     """The split folders of a tree by our name for the split."""
-    return {s: root / n for s in SPLITS for n in reversed(SPLIT_NAMES[s]) if (root / n).is_dir()}
+    found = {split: [name for name in SPLIT_NAMES[split] if (root / name).is_dir()] for split in SPLITS}
+    for split, names in found.items():
+        if len(names) > 1:
+            raise DataError(f"{root}: {' and '.join(names)} are both folders of {split} images; keep one")
+    return {split: root / names[0] for split, names in found.items() if names}
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -326,8 +328,9 @@ class ArrayImages(Dataset[Any]):
 class ImageArrays(TransferDataModule):
     """Images from an .npz file, or from a folder of .npy files of the same names, for either domain.
 
-    Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ... Images are
-    (N, H, W) or (N, H, W, 1 or 3), uint8 or float in [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
+    Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside arrays
+    of another split, `images` are those to train on. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float in
+    [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are filled in.
@@ -354,14 +357,12 @@ class ImageArrays(TransferDataModule):
         if target is None and source is None:
             raise DataError("target: give an .npz file, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
-        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        self.fractions = val_fraction, test_fraction
         paths = {name: expand(given, name) for name, given in (("source", source), ("target", target)) if given}
-        for name, path in paths.items():
-            assert path is not None
-            found = _read_arrays(path, name)
-            stratified = name != "target" or not self.hides(paths)
-            self._splits[name] = three_way(found, str(path), val_fraction, test_fraction, self.seed, stratified)
-        labels = {name: self._labels(name) for name in self._splits}
+        self.paths = {name: path for name, path in paths.items() if path is not None}
+        self._found = {name: _read_arrays(path, name) for name, path in self.paths.items()}
+        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        labels = {name: self._labels(name) for name in self._found}
         kinds = {name: values.dtype.kind == "f" for name, values in labels.items()}
         if len(set(kinds.values())) == 2:
             raise DataError("source, target: the labels of one are classes and of the other real values")
@@ -380,10 +381,14 @@ class ImageArrays(TransferDataModule):
             self.class_names = classes or [str(number) for number in range(self.num_outputs)]
 
     def _labels(self, name: str) -> np.ndarray[Any, Any]:
-        return np.concatenate([np.asarray(d.targets) for d in self._splits[name].values()])  # type: ignore[attr-defined]
+        return np.concatenate([np.asarray(d.targets) for d in self._found[name].values()])  # type: ignore[attr-defined]
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's images in each domain."""
+        for name, found in self._found.items():
+            if name not in self._splits:
+                where, stratified = str(self.paths[name]), self.stratifies(name, self.paths)
+                self._splits[name] = three_way(found, where, *self.fractions, self.seed, stratified)
         return {name: splits[split] for name, splits in self._splits.items()}
 
 
@@ -397,14 +402,27 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
                 arrays = dict(file)
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
-    prefixes = {"all": ("",)} | {split: tuple(f"{n}_" for n in names) for split, names in SPLIT_NAMES.items()}
+    where = f"{name}: {path}"
+    split_of = {"": "all"} | {f"{n}_": split for split, names in SPLIT_NAMES.items() for n in names}
     found: dict[str, Dataset[Any]] = {}
-    for split, options in prefixes.items():
-        for prefix in options:
-            if f"{prefix}images" in arrays:
-                found[split] = _checked(arrays, prefix, f"{name}: {path}")
+    for key in arrays:
+        prefix = key.removesuffix("images").removesuffix("labels")
+        if prefix == key:
+            continue
+        if prefix not in split_of:
+            raise DataError(f"{where}: {key} belongs to no split; names begin with {', '.join(filter(None, split_of))}")
+        if f"{prefix}images" not in arrays:
+            raise DataError(f"{where}: {key} has no {prefix}images beside it; add them, or take {key} out")
+        if key.endswith("images"):
+            if split_of[prefix] in found:
+                raise DataError(f"{where}: {key} is a second array of {split_of[prefix]} images; keep one")
+            found[split_of[prefix]] = _checked(arrays, prefix, where)
     if "all" not in found and "train" not in found:
-        raise DataError(f"{name}: {path} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
+        raise DataError(f"{where} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
+    if "all" in found and "train" in found:
+        raise DataError(f"{where} has images and train_images; keep those to train on")
+    if "all" in found and len(found) > 1:
+        found["train"] = found.pop("all")
     return found
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -42,6 +43,11 @@ class View(Dataset[Any]):
             with seeded(seed):
                 x = self.transform(x)
         return x, {"y": y, "none": None, "row": index}[self.label]
+
+
+def generator_of(*parts: int | str) -> np.random.Generator:
+    """Random numbers that follow from numbers and names, each of which tells one stream from another."""
+    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts])
 
 
 @contextmanager
@@ -82,11 +88,12 @@ class Loader(DataLoader[Any]):
 
     Attributes:
         memory: Gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+        domain: Whose samples it gives.
         role: In validation, what its samples are for: "val", or without labels "target val" and "target test".
     """
 
+    domain: str = "target"
     role: str = "train"
-
     memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None
     dataset: View
 
@@ -148,29 +155,37 @@ def _world() -> tuple[int, int]:
 
 
 class Shuffled(DistributedSampler[Any]):
-    """This process's part of an epoch: places and seeds that follow from (seed, epoch, place) alone.
+    """This process's part of an epoch: places and seeds that follow from (seed, domain, epoch, place) alone.
+
+    The domain counts because two of equal size would otherwise be in the same order: where files are sorted by class, a
+    hidden target label would then be that of the source sample beside it.
 
     The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
-    that the batches of two processes together are those of one with twice the size. It is a DistributedSampler so that
-    Lightning keeps it and tells it the epoch.
+    that the batches of two processes together are those of one with twice the size. A last batch of a single sample, on
+    which BatchNorm could not train, is left out; in each epoch that is another sample. It is a DistributedSampler so
+    that Lightning keeps it and tells it the epoch.
 
     Args:
         dataset: What is sampled.
         longest: Samples of the longest domain, which sets the length of an epoch.
         batch_size: Samples in a step of this process.
         seed: The run's seed.
+        domain: The name of the domain.
 
     Attributes:
         batch_size: The same, or less where the longest domain has less.
         done: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
     """
 
-    def __init__(self, dataset: View, longest: int, batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: View, longest: int, batch_size: int, seed: int, domain: str) -> None:
         rank, world = _world()
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
+        self.domain = domain
         self.num_samples = math.ceil(longest / world)
         self.total_size = self.num_samples * world
         self.batch_size = min(batch_size, self.num_samples)
+        if 1 < self.batch_size < self.num_samples and self.num_samples % self.batch_size == 1:
+            self.num_samples -= 1
         self.done = (-1, 0)
 
     @property
@@ -181,10 +196,10 @@ class Shuffled(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         size, parts = len(self.dataset), []  # type: ignore[arg-type]
         for number in range(math.ceil(self.total_size / size)):
-            generator = np.random.default_rng((self.seed, self.epoch, number))
+            generator = generator_of(self.seed, self.domain, self.epoch, number)
             order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
             parts.append(np.stack([order, seeds[order]], 1))
-        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas]
+        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas][: self.num_samples]
         return iter([(place, seed) for place, seed in mine[self.start :].tolist()])
 
 

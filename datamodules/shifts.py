@@ -5,8 +5,8 @@ Digits -> its samples in disjoint parts -> a Shift for each part -> "source/a", 
 
 from __future__ import annotations
 
+import contextlib
 import io
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,9 +19,9 @@ from datamodules.base import TransferDataModule
 from datamodules.domains import check_known
 from datamodules.errors import DataError
 from datamodules.image import ArrayImages
+from datamodules.loading import generator_of
 from datamodules.splits import SPLITS, ids_of
 
-SEED = 0
 Array = np.ndarray[Any, Any]
 
 
@@ -189,9 +189,10 @@ class Shifted(TransferDataModule):
               plus80: {class_path: Colour, init_args: {flip: 0.2}}
               minus90: {class_path: Colour, init_args: {flip: 0.9}}
 
-    The splits are those that `data` makes, with its labels in sight; its other settings (batch size, shots, ...) are
-    not used. A split's images are made when it is first asked for, and stay in memory. They follow from the split, the
-    domain's name and the row, not from `seed`, and which rows a domain gets does not depend on their labels.
+    The splits are those that `data` makes, without a look at the labels where the target's are hidden; its other
+    settings (batch size, shots, ...) are not used. A split's images are made when it is first asked for, and stay in
+    memory. They follow from the seed, the split, the domain's name and the row; a split that serves as another one too
+    (a test split that is the validation split) has the same images in both.
 
     Args:
         data: Any datamodule of images; of two domains the target is taken.
@@ -199,6 +200,7 @@ class Shifted(TransferDataModule):
         target: The target's name; None: there is none.
         split_samples: Gives each domain a part of the samples of its own, as DomainBed does; otherwise each has all.
         source: The name of the one source; None takes all other domains.
+        seed: Seeds the splits of `data`, the parts, the shifts and shuffling; None is the seed of `data`.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -212,9 +214,10 @@ class Shifted(TransferDataModule):
         target: str | None = None,
         split_samples: bool = True,
         source: str | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(seed=data.seed if seed is None else seed, **kwargs)
         others = [name for name in shifts if name != target]
         if target is not None:
             check_known("target", target, shifts)
@@ -234,25 +237,39 @@ class Shifted(TransferDataModule):
         self.class_names = classes[first]
         self.num_outputs = data.num_outputs if self.class_names is None else len(self.class_names)
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
-        # two splits may be one, which is then shifted once
-        self._made: dict[tuple[str, int], tuple[Dataset[Any], ArrayImages]] = {}
+        data.wrapped(self.seed, self.hides(self.names))
+        self._made: dict[tuple[str, str], ArrayImages] = {}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's images in each domain."""
-        found = self.data.domains(split)
-        whole = found.get("target", next(iter(found.values())))
-        return {role: self._shifted(name, whole, split) for role, name in self.names.items()}
+        whole, first = self._whole(split), self._first(split)
+        for name in self.names.values():
+            if (name, first) not in self._made:
+                self._made[name, first] = self._make(name, whole, first)
+        return {role: self._made[name, first] for role, name in self.names.items()}
 
-    def _shifted(self, name: str, whole: Dataset[Any], split: str) -> ArrayImages:
-        if (name, id(whole)) not in self._made:
-            self._made[name, id(whole)] = whole, self._make(name, whole, split)
-        return self._made[name, id(whole)][1]
+    def wrapped(self, seed: int, blind: bool) -> None:
+        """Takes both, and hands them on."""
+        super().wrapped(seed, blind)
+        self.data.wrapped(seed, blind or self.hides(self.names))
+
+    def _first(self, split: str) -> str:
+        """The split by whose name the images are made: another one, if that has the same samples."""
+        for other in SPLITS[: SPLITS.index(split)]:
+            with contextlib.suppress(DataError):  # it is not there
+                if self._whole(other) is self._whole(split):
+                    return other
+        return split
+
+    def _whole(self, split: str) -> Dataset[Any]:
+        found = self.data.split_domains(split)
+        return found.get("target", next(iter(found.values())))
 
     def _make(self, name: str, whole: Dataset[Any], split: str) -> ArrayImages:
         count: int = len(whole)  # type: ignore[arg-type]
         rows = np.arange(count)
         if self.split_samples:
-            order = np.random.default_rng((SEED, SPLITS.index(split))).permutation(count)
+            order = generator_of(self.seed, split).permutation(count)
             rows = np.sort(order[list(self.shifts).index(name) :: len(self.shifts)])
         if not len(rows):
             raise DataError(f"shifts: {count} {split} samples are too few for {len(self.shifts)} domains")
@@ -260,7 +277,7 @@ class Shifted(TransferDataModule):
         images, labels = [], []
         for row in rows.tolist():
             x, y = whole[row]
-            generator = np.random.default_rng((SEED, SPLITS.index(split), zlib.crc32(name.encode()), row))
+            generator = generator_of(self.seed, split, name, row)
             label = y if self.class_names is None else int(y) * new // old
             image, label = self.shifts[name](_pixels(x, self.data), label, generator)
             images.append(image)

@@ -107,29 +107,28 @@ class Tables(TransferDataModule):
             y, self.class_names = _label(tables, kind, threshold, classes)
         self.in_features = next(iter(x.values())).shape[1]
         self.num_outputs = 1 if self.class_names is None else len(self.class_names)
+        self.paths, self.fractions, self.labelled = paths, (val_fraction, test_fraction), label is not None
+        self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
-        self._unsplit: Dataset[Any] | None = None
         for name, table in tables.items():
             whole = Vectors(x[name], y[name], table.ids)
-            found: dict[str, Dataset[Any]] = {split: Rows(whole, rows) for split, rows in table.splits.items()}
-            if name == "target" and not found:
-                self._unsplit = whole
-            stratified = label is not None and (name != "target" or not self.hides(tables))
-            self._splits[name] = three_way(
-                found or {"all": whole}, str(paths[name]), val_fraction, test_fraction, self.seed, stratified
-            )
+            self._found[name] = {split: Rows(whole, rows) for split, rows in table.splits.items()} or {"all": whole}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's rows in each domain."""
-        for name, splits in self._splits.items():
-            if split not in splits:
+        for name, found in self._found.items():
+            if name not in self._splits:
+                stratified = self.labelled and self.stratifies(name, self.paths)
+                self._splits[name] = three_way(found, str(self.paths[name]), *self.fractions, self.seed, stratified)
+            if split not in self._splits[name]:
                 raise DataError(f"{name}: its index.csv has no row of the split {split}")
         return {name: splits[split] for name, splits in self._splits.items()}
 
     def predict_dataloader(self) -> Any:
         """The target's test split, or all its rows where the file says nothing of splits."""
-        if self._unsplit is not None:
-            self._domains["test"] = {"target": self._unsplit}
+        whole = self._found.get("target", {}).get("all")
+        if whole is not None:
+            self._domains["test"] = {"target": whole}
         return super().predict_dataloader()
 
 
@@ -225,6 +224,9 @@ def _column(label: int | str, header: list[str] | None, width: int, where: str) 
 
 def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
     with np.load(path, allow_pickle=False) as file:
+        for key in file:
+            if key.endswith(("_features", "_labels")):
+                raise DataError(f"{where}: {key} would not be read; an .npz has features and labels, without splits")
         features = file["features"]
         return _numbers(features, np.zeros(len(features)) if label is None else file["labels"], where)
 
@@ -248,6 +250,8 @@ def _read_embedded(path: Path, name: str, where: str) -> Table:
         raise DataError(f"{where} has no rows of the {name}")
     table = _numbers(features[[int(row["row"]) for row in index]], np.array([row["label"] for row in index]), where)
     table.ids = [row["id"] for row in index]
+    for row in index:
+        check_known("split", row["split"], SPLIT_NAMES, "split")
     numbers = {split: [n for n, row in enumerate(index) if row["split"] == split] for split in SPLIT_NAMES}
     table.splits = {split: rows for split, rows in numbers.items() if rows}
     return table

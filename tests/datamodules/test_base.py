@@ -178,8 +178,8 @@ def test_a_loader_goes_on_where_it_was(done):
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_the_batches_of_two_processes_together_are_those_of_one(batch_size):
     view = View(TensorDataset(torch.zeros(48, 1)), range(48))
-    one = list(Shuffled(view, 48, 2 * batch_size, seed=0))
-    ranks = [Shuffled(view, 48, batch_size, seed=0) for _ in range(2)]
+    one = list(Shuffled(view, 48, 2 * batch_size, 0, "target"))
+    ranks = [Shuffled(view, 48, batch_size, 0, "target") for _ in range(2)]
     for rank, sampler in enumerate(ranks):
         sampler.rank, sampler.num_replicas, sampler.num_samples = rank, 2, 24
     parts = [list(sampler) for sampler in ranks]
@@ -195,6 +195,43 @@ def test_the_shorter_domain_has_a_new_order_in_each_pass():
     passes = [order[:12], order[12:24], order[24:36]]
     assert all(sorted(each) == list(range(12)) for each in passes)
     assert passes[0] != passes[1] != passes[2]
+
+
+class Sorted(TransferDataModule):
+    """Two domains of equal size, sorted by class, whose x is their hidden label."""
+
+    num_outputs, class_names = 10, [str(c) for c in range(10)]
+
+    def domains(self, split):
+        y = torch.arange(10).repeat_interleave(20)
+        return {name: TensorDataset(y.float()[:, None], y) for name in ("source/a", "source/b", "target")}
+
+
+def test_domains_of_equal_size_are_shuffled_apart():
+    """Otherwise the source's label would tell the hidden one of the target sample in its place."""
+    pairs = [(b["source/a"][1], b["source/b"][1], b["target"][0]) for b, *_ in Sorted(batch_size=32).train_dataloader()]
+    one, two, hidden = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    for other in (two, hidden.squeeze(1)):
+        assert (one == other).float().mean() < 0.25  # by chance 0.1, with a deviation of 0.02
+
+
+def test_domains_are_augmented_apart():
+    loaders = Sorted(augment=[torch.nn.Identity()]).train_dataloader().iterables
+    seeds = [{seed for _, seed in loader.sampler} for loader in loaders.values()]
+    assert not set.intersection(*seeds)
+    assert loaders["target"].domain == "target"
+
+
+def test_a_last_batch_of_one_is_left_out():
+    loader = Two(names=("target",), sizes=(41,)).train_dataloader().iterables["target"]
+    seen = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        assert [len(x) for x, _ in loader] == [8] * 5
+        assert len(loader) == 5
+        seen.append({place for place, _ in loader.sampler})
+    assert len(set.union(*seen)) == 41
+    assert len(Two(names=("target",), sizes=(1,)).train_dataloader().iterables["target"]) == 1
 
 
 def test_augmentation_is_for_training_only():
@@ -227,6 +264,20 @@ def test_digits_share_nothing():
     assert all(set(v.targets) == set(range(10)) for d in domains.values() for v in d.values())
     again = build()
     assert torch.equal(domains["target"]["test"].images, again["target"]["test"].images)
+
+
+def test_the_labels_of_digits_target_decide_nothing(monkeypatch):
+    import sklearn.datasets
+
+    from datamodules.digits import build
+
+    before, digits = build(), sklearn.datasets.load_digits()
+    digits.target = np.random.default_rng(0).permutation(digits.target)
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: digits)
+    after = build()
+    assert not torch.equal(before["source"]["train"].images, after["source"]["train"].images)
+    for split in ("train", "val", "test"):
+        assert torch.equal(before["target"][split].images, after["target"][split].images)
 
 
 def test_digits_needs_a_domain():
@@ -264,6 +315,28 @@ def test_arrays_of_values_are_regression(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((20, 6, 6), np.uint8), labels=np.linspace(0, 1, 20))
     data = ImageArrays(tmp_path / "a.npz")
     assert (data.num_outputs, data.class_names) == (1, None)
+
+
+def test_images_beside_test_images_are_those_to_train_on(tmp_path):
+    images, labels = np.zeros((40, 6, 6), np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, test_images=images[:10], test_labels=labels[:10])
+    data = ImageArrays(tmp_path / "a.npz")
+    assert {s: len(data.domains(s)["target"]) for s in ("train", "val", "test")} == {"train": 32, "val": 8, "test": 10}
+
+
+@pytest.mark.parametrize(("more", "match"), [
+    (["test_images"], "test_labels must be one for each of the 4 images, there are none"),
+    (["test_labels"], "test_labels has no test_images beside it"),
+    (["val_images", "val_labels", "valid_images", "valid_labels"], "valid_images is a second array of val images"),
+    (["train_images", "train_labels"], "has images and train_images"),
+    (["tst_images", "tst_labels"], "tst_images belongs to no split"),
+])  # fmt: skip
+def test_no_array_is_left_out_in_silence(more, match, tmp_path):
+    images, labels = np.zeros((4, 6, 6), np.uint8), np.arange(4) % 2
+    named = {key: images if key.endswith("images") else labels for key in ("images", "labels", *more)}
+    np.savez(tmp_path / "a.npz", **named)
+    with pytest.raises(DataError, match=match):
+        ImageArrays(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(("images", "labels", "match"), [

@@ -125,3 +125,11 @@ def test_from_the_command_line(ok, office, tmp_path):
     assert "test/accuracy" in ok("test --run runs/a")
     ok("predict --run runs/a --out out.csv")
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 15
+
+
+def test_one_list_of_two_is_not_ignored(tmp_path):
+    make_tree(tmp_path, (("clipart", 3), ("real", 3)))
+    (tmp_path / "clipart_train.txt").write_text("clipart/red/0.png 0\n")
+    data = DomainFolders(tmp_path, "clipart", [], image_size=16)
+    with pytest.raises(DataError, match=r"clipart_train.txt is there, but not clipart_test.txt"):
+        data.domains("train")

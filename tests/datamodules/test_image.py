@@ -135,3 +135,9 @@ def test_kept_images_are_decoded_once(tree, workers):
         file.unlink()
     assert epoch(1) == first
     data.teardown("fit")
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    make_tree(tmp_path, (("train", 2), ("val", 2), ("valid", 2)))
+    with pytest.raises(DataError, match="val and valid are both folders of val images"):
+        ImageFolders(tmp_path)

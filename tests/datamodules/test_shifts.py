@@ -7,6 +7,7 @@ from conftest import make_tree
 
 import datamodules
 from datamodules import (
+    Classes,
     Colour,
     Corruption,
     DataError,
@@ -148,15 +149,62 @@ def test_domains_share_no_sample(split):
     assert {len(part) for part in every.values()} == {len(whole)}
 
 
-def test_images_do_not_depend_on_seed_order_or_the_other_roles():
+def test_images_follow_from_the_seed_and_not_from_order_or_the_other_roles():
     shifts = {"a": Corruption("noise"), "b": Corruption("blur")}
-    one = Shifted(Digits(), shifts, target="a", seed=0)
-    two = Shifted(Digits(), shifts, target="b", seed=1)
+    one, two, other = (Shifted(Digits(), shifts, target=t, seed=s) for t, s in (("a", 0), ("b", 0), ("a", 1)))
     two.domains("test")
     first, second = one.domains("train")["target"], two.domains("train")["source"]
     assert first.fingerprint() == second.fingerprint()
     assert one.domains("train")["target"] is first
     assert first.fingerprint() != one.domains("train")["source"].fingerprint()
+    assert first.fingerprint() != other.domains("train")["target"].fingerprint()
+
+
+@pytest.fixture
+def without_test(tmp_path):
+    return make_tree(tmp_path / "tree", (("train", 10), ("val", 8)))
+
+
+@pytest.mark.parametrize("order", [("train", "val", "test"), ("test", "val", "train")])
+def test_a_test_split_that_is_the_validation_split_has_its_images(order, without_test):
+    """Whichever is asked for first: `tl fit` chooses on what `tl test` measures, and no source sample is tested on."""
+    data = ImageFolders(without_test, image_size=16, num_workers=0)
+    shifted = Shifted(data, {"clean": Identity(), "noisy": Corruption("noise")}, target="noisy")
+    splits = {split: shifted.domains(split) for split in order}
+    assert splits["test"]["target"].ids == splits["val"]["target"].ids
+    assert splits["test"]["target"].fingerprint() == splits["val"]["target"].fingerprint()
+    again = Shifted(ImageFolders(without_test, image_size=16, num_workers=0), shifted.shifts, target="noisy")
+    assert again.domains("test")["target"].fingerprint() == splits["val"]["target"].fingerprint()
+    assert not set(splits["val"]["source"].ids) & set(splits["test"]["target"].ids)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda data, **kwargs: Shifted(data, {"a": Identity(), "b": Rotation(30)}, target="b", **kwargs),
+    lambda data, **kwargs: Classes(data, **kwargs),
+    lambda data, **kwargs: Classes(Shifted(data, {"a": Identity()}), **kwargs),
+], ids=["Shifted", "Classes", "both"])  # fmt: skip
+def test_the_seed_reaches_the_wrapped_data_and_is_its_own_by_default(wrap, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(60) % 3)
+
+    def contents(seed, inner):
+        data = wrap(ImageArrays(tmp_path / "a.npz", seed=inner), **({} if seed is None else {"seed": seed}))
+        return [d.fingerprint() for d in data.domains("val").values()]
+
+    assert contents(None, 3) == contents(3, 0)
+    assert contents(3, 0) != contents(4, 0)
+
+
+def test_the_labels_of_a_hidden_target_decide_no_split(tmp_path):
+    """Not of `Shifted`, which hides what it wraps, nor of a source that becomes the target."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    found = []
+    for name, labels in (("a", np.arange(60) % 3), ("b", np.random.default_rng(1).permutation(60) % 3)):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
+        shifts = {"a": Identity(), "b": Rotation(30)}
+        data = Shifted(ImageArrays(source=tmp_path / f"{name}.npz"), shifts, target="b")
+        found.append([data.domains(split)["target"].images for split in ("train", "val", "test")])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_coloured_labels():

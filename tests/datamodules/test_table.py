@@ -199,3 +199,17 @@ def test_the_real_tables(data_dir):
     adult = Tables(data_dir / "tabular" / "adult-test.csv")
     assert adult.class_names == ["<=50K.", ">50K."]
     assert adult.in_features > 90
+
+
+def test_no_array_or_split_is_left_out_in_silence(tmp_path):
+    rows, labels = np.zeros((6, 2), np.float32), np.arange(6) % 2
+    np.savez(tmp_path / "a.npz", features=rows, labels=labels, test_features=rows, test_labels=labels)
+    with pytest.raises(DataError, match="test_features would not be read"):
+        Tables(tmp_path / "a.npz")
+    folder = tmp_path / "embedded"
+    folder.mkdir()
+    np.save(folder / "features.npy", rows)
+    lines = "".join(f"{i},target,{'dev' if i else 'train'},{i},a\n" for i in range(6))
+    (folder / "index.csv").write_text(f"row,domain,split,id,label\n{lines}")
+    with pytest.raises(DataError, match="split: there is no split dev"):
+        Tables(folder)

@@ -187,6 +187,10 @@ class TransferDataModule(LightningDataModule):
                     seen.append(target)
         return loaders[0] if len(loaders) == 1 else loaders
 
+    def tests_on_validation(self) -> bool:
+        """Whether the target's test split is its validation split."""
+        return self.split_domains("test").get("target") is self.split_domains("val").get("target")
+
     def opened(self) -> tuple[list[int], np.ndarray[Any, Any]]:
         """The rows of the target's validation split whose labels `selection_labels` opens, and these labels."""
         dataset = self.split_domains("val")["target"]

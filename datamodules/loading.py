@@ -21,7 +21,10 @@ from datamodules.splits import digest
 
 
 class View(Dataset[Any]):
-    """Some rows of a data set, augmented, with labels, without, or with row numbers in their place."""
+    """Some rows of a data set, with labels, without, or with row numbers in their place.
+
+    A row that comes with a seed is augmented.
+    """
 
     def __init__(
         self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
@@ -37,9 +40,9 @@ class View(Dataset[Any]):
         return inner and digest(inner, np.asarray(self.rows), self.label, repr(self.transform))
 
     def __getitem__(self, place: Place) -> tuple[Any, Any]:
-        index, seed = place if isinstance(place, tuple) else (place, 0)
+        index, seed = place if isinstance(place, tuple) else (place, None)
         x, y = self.dataset[self.rows[index]]
-        if self.transform is not None:
+        if self.transform is not None and seed is not None:
             with seeded(seed):
                 x = self.transform(x)
         return x, {"y": y, "none": None, "row": index}[self.label]
@@ -120,6 +123,13 @@ class Loader(DataLoader[Any]):
             worker_init_fn=deaf,
             generator=torch.Generator(),
         )
+
+    def plain(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Batches (x, y) of these rows once, in their order, without augmentation; from memory, where that has them."""
+        size = self.batch_size or 1
+        if self.memory is None:
+            return iter(self.read(rows, size))
+        return (self.memory(rows[start : start + size]) for start in range(0, len(rows), size))
 
     def stop(self) -> None:
         """Ends its worker processes, which would otherwise live until the interpreter waits for them."""

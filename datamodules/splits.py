@@ -149,6 +149,6 @@ def three_way(
         val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified)
         splits |= {"train": Rows(pool, train), "val": Rows(pool, val)}
     if "test" not in splits and "val" in splits:
-        log.warning("%s has no test split: `tl test` uses its validation split", where)
+        log.warning("%s has no test split: `tl test` uses its validation split, which also chooses the epoch", where)
         splits["test"] = splits["val"]
     return splits

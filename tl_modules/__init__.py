@@ -23,8 +23,9 @@ from tl_modules.finetuning import (
     Full,
     GradualUnfreezing,
     LastStages,
+    WarmupCosine,
 )
-from tl_modules.heads import CosineHead, MLPHead
+from tl_modules.heads import CosineHead, Head, LinearHead, MLPHead
 from tl_modules.methods import (
     ADDA,
     AFN,
@@ -106,12 +107,14 @@ __all__ = [
     "Full",
     "GradualUnfreezing",
     "GroupDRO",
+    "Head",
     "HubBackbone",
     "ImageBackbone",
     "InfoMax",
     "LastStages",
     "LeNet",
     "Linear",
+    "LinearHead",
     "LwF",
     "MLPHead",
     "MeanTeacher",
@@ -131,5 +134,6 @@ __all__ = [
     "UserError",
     "VREx",
     "VectorBackbone",
+    "WarmupCosine",
     "load_run",
 ]

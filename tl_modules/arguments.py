@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ def without(args: Sequence[str], *options: str) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def own_config(args: Sequence[str]) -> list[Any]:
+    """All that a command line says itself: its words, and what its configs hold, as far as they can be read."""
+    said: list[Any] = [word.partition("=")[2] or word for word in args]
+    for config in values(args, "-c", "--config"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            said.append(yaml.safe_load(Path(config).read_text() if "\n" not in config else config))
+    return said
 
 
 def nested_nulls(args: Sequence[str]) -> list[str]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, ClassVar, Literal, cast
@@ -25,22 +26,28 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
-from torchmetrics import MeanMetric, MetricCollection
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.cached import Cached
 from tl_modules.errors import UserError
+from tl_modules.finetuning.averaging import keep_exact
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
-from tl_modules.methods.base import Method
+from tl_modules.finetuning.head_start import start_head
+from tl_modules.finetuning.optimizer import WarmupCosine, configure, resume_rates
+from tl_modules.heads import Head, LinearHead
+from tl_modules.methods.base import Method, reaches
 from tl_modules.rows import passing
 from tl_modules.schedules import Weight, at
-from tl_modules.terms import Terms
-from tl_modules.views import DomainView, alike, join, joinable, statistics_kept
+from tl_modules.terms import LossMean, Terms
+from tl_modules.views import DomainView, alike, join, joinable, named, statistics_kept
 
 log = logging.getLogger(__name__)
-HeadCallable = Callable[[int, int], nn.Module]
+HeadCallable = Callable[[int, int], Head]
+STATES = {"state_dict", "current_model_state"}  # of a checkpoint; the second one where weights are averaged
 Batch = Mapping[str, tuple[Tensor | Cached, Tensor | None]]
 
 
@@ -57,8 +64,9 @@ class TransferModule(LightningModule):
         head: Class or function of (in_features, out_features).
         finetuning: Which stages train when, and how fast.
         methods: Further terms of the loss.
-        optimizer: Class or function of the parameter groups.
-        lr_scheduler: Class or function of the optimizer; stepped each epoch (OneCycleLR and CyclicLR: each step).
+        optimizer: Class or function of the parameter groups; its learning rate is the head's.
+        lr_scheduler: Class or function of the optimizer; stepped each epoch (WarmupCosine, OneCycleLR and CyclicLR:
+            each step). None: the learning rates stay as they are.
         target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `Schedule`.
         source_weight: The weight of L_S; with 0 the source's labels train nothing.
         save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
@@ -73,11 +81,11 @@ class TransferModule(LightningModule):
         backbone: Backbone,
         num_outputs: int,
         class_names: list[str] | None = None,
-        head: HeadCallable = nn.Linear,
+        head: HeadCallable = LinearHead,
         finetuning: FineTuning = lazy_instance(Full),  # noqa: B008 - plain data until it is built
         methods: list[Method] | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2),
-        lr_scheduler: LRSchedulerCallable | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=1e-2),
+        lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
         target_weight: Weight = 1.0,
         source_weight: Weight = 1.0,
         save: Literal["all", "trainable"] = "all",
@@ -93,6 +101,9 @@ class TransferModule(LightningModule):
         self.num_stages = len(backbone.stages())
         self.depth = self.num_stages
         self.methods = nn.ModuleList(methods or [])
+        self.backbone_lr = finetuning.relative_lr(backbone.random)
+        self.reached: set[str] = set()  # the methods whose gradient has been seen to come to something that trains
+        self.adapts = False  # whether training has more than one domain, or one without labels
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.save = save
@@ -100,7 +111,7 @@ class TransferModule(LightningModule):
         self.task_weight = {"source": source_weight, "target": target_weight}
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_loss, self.test_loss = LossMean(), LossMean()
         self.terms = Terms()
         self.head_transferred = self._transfer_head()
         # what changes the backbone comes before what copies it
@@ -116,6 +127,17 @@ class TransferModule(LightningModule):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The task's loss, a scalar, from outputs (B, num_outputs) and labels (B, ...)."""
         raise NotImplementedError
+
+    def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Weight (num_outputs, D) and bias (num_outputs,) of a linear head for features (N, D) and labels (N, ...).
+
+        None: there is no closed form, and the head starts at random.
+        """
+        return None
+
+    def loss_weight(self, y: Tensor) -> float | Tensor:
+        """What `loss` has divided by, so that an epoch's loss does not depend on its batches: the number of samples."""
+        return len(y)
 
     def metrics(self) -> MetricCollection:
         """The metrics of a split, updated with `predict(output)` and the labels."""
@@ -180,6 +202,10 @@ class TransferModule(LightningModule):
         with precision, statistics_kept(self) if self.training else nullcontext():
             return self.look({domain: (x, None)})[domain]
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Names the domains of batches from loaders that are not ours."""
+        return named(batch, Tensor)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
         views = self.look(batch)
@@ -190,11 +216,35 @@ class TransferModule(LightningModule):
                 if view.y is not None and self.task_weight[domain] != 0
             }
             for name, method in self.named_methods():
-                weight = at(method.weight, self)
-                terms[name] = weight * method(self, views.get("source"), views.get("target"))
+                term = method(self, views.get("source"), views.get("target"))
+                if term is not None:
+                    self._check_reach(name, method, term)
+                    terms[name] = at(method.weight, self) * term
+        if not terms:
+            raise UserError(
+                "source_weight, target_weight: nothing is left of the loss, since the labelled domains have weight 0 and no "
+                "method adds a term"
+            )
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
+
+    def _check_reach(self, name: str, method: Method, term: Tensor) -> None:
+        """Refuses a term that moves nothing, once everything is open that ever will be.
+
+        Raises:
+            UserError: Its gradient comes to no parameter of backbone or head that trains.
+        """
+        if name in self.reached or self.depth != self.finetuning.depth(self.finetuning.end, self.num_stages):
+            return
+        self.reached.add(name)
+        if not reaches(term, (*self.backbone.parameters(), *self.head.parameters())):
+            who = type(method).__name__
+            raise UserError(
+                f"methods: {who} would do nothing, since its term depends on the features alone and "
+                f"{self.strategy_name()} keeps frozen what makes them; take a strategy that opens stages, e.g. LastStages, "
+                f"or leave {who} out"
+            )
 
     @property
     def progress(self) -> float:
@@ -205,12 +255,17 @@ class TransferModule(LightningModule):
         """
         if self._trainer is None:
             return 0.0
-        if (steps := self.trainer.estimated_stepping_batches) == float("inf"):
+        if math.isinf(steps := self.total_steps):
             raise UserError(
                 "trainer: a weight that moves with training and a strategy in fractions of the run need its end; "
                 "give --trainer.max_epochs or max_steps"
             )
         return min(1.0, self.global_step / steps)
+
+    @property
+    def total_steps(self) -> float:
+        """The optimizer steps of the whole run; infinite without an end, or outside of a run."""
+        return math.inf if self._trainer is None else float(self.trainer.estimated_stepping_batches)
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Head, losses and methods are small and need their digits: mixed precision ends at the features."""
@@ -225,27 +280,62 @@ class TransferModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainView]:
         """Loss and metrics on the labelled validation split; the views also of what has no labels."""
-        return self._evaluate(batch, self.val_metrics, self.val_loss)
+        return self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, DomainView]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainView]:
         """Loss and metrics on the test split."""
-        return self._evaluate(batch, self.test_metrics, self.test_loss)
+        return self._evaluate(batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor | None]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor | None]:
         """Predictions, and the row numbers that stand in the labels' place."""
         ((x, rows),) = batch.values()
         return self.predict(self(x)), rows
 
-    def _evaluate(self, batch: Batch, metrics: MetricCollection, mean: MeanMetric) -> dict[str, DomainView]:
+    def _evaluate(self, batch: Batch, split: str, number: int) -> dict[str, DomainView]:
+        """Loss and metrics of a batch of a split; those of a second labelled loader end in /dataloader_idx_1."""
         ((domain, view),) = self.look(batch).items()
         if view.y is None:
             return {domain: view}
+        of_metrics, of_loss = (f"{split}_{what}{f'_{number}' if number else ''}" for what in ("metrics", "loss"))
+        if not hasattr(self, of_loss):
+            setattr(self, of_metrics, getattr(self, f"{split}_metrics").clone().to(self.device))
+            setattr(self, of_loss, LossMean().to(self.device))
+        metrics: MetricCollection = getattr(self, of_metrics)
         metrics.update(self.predict(view.output), view.y)
         # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
-        mean.update(self.loss(view.output, view.y), len(view.y))
-        self.log(f"{metrics.prefix}loss", mean, batch_size=len(view.y), add_dataloader_idx=False)
-        self.log_dict(metrics, batch_size=len(view.y), add_dataloader_idx=False)
+        getattr(self, of_loss).update(self.loss(view.output, view.y), self.loss_weight(view.y))
+        measures = {of_loss: getattr(self, of_loss)}
+        measures |= {f"{of_metrics}.{key}": m for key, m in metrics.items(keep_base=True, copy_state=False)}
+        for attribute, measure in measures.items():
+            name = f"{split}/{attribute.rpartition('.')[2] if '.' in attribute else 'loss'}"
+            name += f"/dataloader_idx_{number}" if number else ""
+            # with its attribute, which Lightning would look for once only
+            self.log(name, measure, metric_attribute=attribute, batch_size=len(view.y), add_dataloader_idx=False)
         return {domain: view}
+
+    def on_validation_epoch_end(self) -> None:
+        """Stops at a validation loss that is not finite.
+
+        Raises:
+            UserError: It is nan or infinite.
+        """
+        self._check_finite(self.val_loss, "val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        """Stops at a test loss that is not finite.
+
+        Raises:
+            UserError: It is nan or infinite.
+        """
+        self._check_finite(self.test_loss, "test/loss")
+
+    def _check_finite(self, mean: LossMean, name: str) -> None:
+        if mean.update_called and not mean.compute().isfinite():
+            when = f"epoch {self.current_epoch}: " if self.trainer.state.fn == "fit" else ""
+            raise UserError(
+                f"{when}{name} is not finite: the outputs of some sample are nan or infinite; lower the learning rate, "
+                "pass --trainer.gradient_clip_val 1 or --trainer.precision 32-true"
+            )
 
     # At full speed
 
@@ -275,10 +365,43 @@ class TransferModule(LightningModule):
             return self.current_epoch
         return self.progress if self.finetuning.unit == "fraction" else self.global_step
 
+    def strategy_name(self) -> str:
+        """The class of the strategy; a default one is a lazy instance, whose class has a prefix."""
+        return type(self.finetuning).__name__.removeprefix("LazyInstance_")
+
+    def will_train(self, part: nn.Module) -> bool:
+        """Whether a part of the backbone is in a stage that is open now or opens later."""
+        depth = self.finetuning.depth(self.finetuning.end, self.num_stages)
+        stages = self.backbone.stages()
+        return any(part is module for stage in stages[len(stages) - depth :] for module in stage.modules())
+
+    def keeps_statistics(self) -> bool:
+        """Whether BatchNorm keeps its running statistics, unless the strategy says: in plain fine-tuning."""
+        changed = any(method.changes_backbone for _, method in self.named_methods())
+        return not (self.backbone.random or self.adapts or changed)
+
     def open_stages(self) -> None:
         """Opens what is open now."""
         self.depth = self.finetuning.depth(self.now(), self.num_stages)
         self.finetuning.apply(self, self.now())
+
+    def closed_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters and buffers that must not move now, by stage and by name.
+
+        While a stage is closed, what belongs to no stage is too; the head is, where none of it trains.
+        """
+        stages = self.backbone.stages()
+        closed = len(stages) - self.depth
+        owner = {id(t): n for n, stage in enumerate(stages) for t in (*stage.parameters(), *stage.buffers())}
+        head_rests = not any(p.requires_grad for p in self.head.parameters())
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            stage = owner.get(id(tensor), -1)
+            if name.startswith("backbone.") and stage < closed and closed:
+                found.setdefault(f"stage_{stage}" if stage >= 0 else "a part in no stage", {})[name] = tensor.detach()
+            elif name.startswith("head.") and head_rests:
+                found.setdefault("head", {})[name] = tensor.detach()
+        return found
 
     def on_train_epoch_start(self) -> None:
         """Opens what this epoch opens."""
@@ -299,23 +422,7 @@ class TransferModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Named groups with discriminative learning rates, and the scheduler at its interval."""
-        optimizer = fused(self.optimizer(list(self.finetuning.param_groups(self))))
-        for group in optimizer.param_groups:
-            group["lr"] *= group["lr_scale"]
-            group["configured_lr"] = group["lr"]
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        each_step = isinstance(scheduler, OneCycleLR | CyclicLR)
-        if each_step:
-            _scale_cycle(optimizer, scheduler)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            # without a name it watches the loss, or the task's metric where that grows
-            config["monitor"] = getattr(
-                scheduler, "monitor", "val/loss" if scheduler.mode == "min" else self.monitor[0]
-            )
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return configure(self)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Leaves out a plateau's, which Lightning would step after the epoch's checkpoint (its pull request 7877)."""
@@ -323,10 +430,16 @@ class TransferModule(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:
-        """Steps a plateau's scheduler, so that the epoch's checkpoint has it."""
+        """Steps a plateau's scheduler, so that the epoch's checkpoint has it; not where `max_steps` cuts an epoch short."""
+        if not self.trainer.is_last_batch:
+            return
         for config in self.trainer.lr_scheduler_configs:
             if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
                 cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
+
+    def on_fit_start(self) -> None:
+        """Keeps averages of the weights exact where nothing trains."""
+        keep_exact(self)
 
     def on_train_start(self) -> None:
         """Stops before the first step at what could only go wrong later.
@@ -335,19 +448,19 @@ class TransferModule(LightningModule):
             UserError: A method lacks a domain, DDP would lose stages that open later, or BatchNorm would see a batch
                 of one.
         """
+        domains: dict[str, Any] = named(self.trainer.train_dataloader, DataLoader)
+        labels = [getattr(getattr(loader, "dataset", None), "label", "y") for loader in domains.values()]
+        self.adapts = len(domains) > 1 or "none" in labels
         self.open_stages()  # a run that goes on within an epoch does not start it
-        loaders = self.trainer.train_dataloader
-        domains = dict(loaders) if isinstance(loaders, Mapping) else {}
         for _, method in self.named_methods():
             method.check(self, list(domains))
-        hidden = bool(domains) and all(view.label == "none" for view in map(_view, domains.values()) if view)
-        if hidden and not self.methods:
+        if set(labels) == {"none"} and not self.methods:
             raise UserError(
                 "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
                 "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
             )
         if not any(p.requires_grad for p in self.parameters()):
-            name = type(self.finetuning).__name__.removeprefix("LazyInstance_")
+            name = self.strategy_name()
             raise UserError(
                 f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
             )
@@ -356,18 +469,23 @@ class TransferModule(LightningModule):
         plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
         if opens_later and plain_ddp:
             raise UserError(
-                f"finetuning: {type(self.finetuning).__name__} opens stages during training, which plain ddp cannot"
+                f"finetuning: {self.strategy_name()} opens stages during training, which plain ddp cannot"
                 " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
             )
         for loader in domains.values():
             self._check_last_batch(loader)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupCosine):
+                config.scheduler.bind(self.total_steps)
+        start_head(self, domains)
 
     def _check_last_batch(self, loader: Any) -> None:
         trained = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters())
             for m in self.modules()
         )
-        size, samples = getattr(loader, "batch_size", None), len(getattr(loader, "sampler", ()))
+        size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+        samples = len(sampler) if isinstance(sampler, Sized) else 0
         if trained and (size == 1 or (size and not loader.drop_last and samples % size == 1)):
             raise UserError(
                 f"batch_size: {samples} training samples in batches of {size} leave a batch of one, on which BatchNorm "
@@ -408,11 +526,13 @@ class TransferModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the task is, so that the next transfer knows whether the labels are shared."""
         checkpoint["transfer"] = self._task()
+        checkpoint["random_backbone"] = self.backbone.random
         if self.save == "trainable":
             left_out = self._never_trains()
             self._fingerprint = self._fingerprint or fingerprint(left_out)  # what never trains never changes
             checkpoint["left_out"] = self._fingerprint
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in left_out}
+            for key in STATES & checkpoint.keys():
+                checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k not in left_out}
 
     def _never_trains(self) -> dict[str, Tensor]:
         """The backbone's parameters that the strategy never opens."""
@@ -425,7 +545,7 @@ class TransferModule(LightningModule):
         """Fills in what was left out; lets a learning rate given now win, at the schedule's present fraction of it.
 
         Raises:
-            UserError: The checkpoint belongs to a backbone with other weights.
+            UserError: The checkpoint belongs to another network, or to a backbone with other weights.
         """
         if "left_out" in checkpoint:
             left_out = {k: v for k, v in self._never_trains().items() if k not in checkpoint["state_dict"]}
@@ -434,52 +554,27 @@ class TransferModule(LightningModule):
                     "checkpoint: it was saved with save: trainable on a backbone with other weights than this one; "
                     "pass the same --model.backbone.weights"
                 )
-            checkpoint["state_dict"] = left_out | checkpoint["state_dict"]
-        states = checkpoint.get("optimizer_states") or []
-        if not states or self._trainer is None or not self.trainer.training:
-            return
-        fresh = self.configure_optimizers()  # the Trainer builds its own only after this hook
-        fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh
-        names = [
-            [(g.get("name"), len(g["params"])) for g in groups]
-            for groups in (states[0]["param_groups"], fresh.param_groups)
-        ]
-        if names[0] != names[1]:
+            for key in STATES & checkpoint.keys():
+                checkpoint[key] = left_out | checkpoint[key]
+        given, own = checkpoint["state_dict"], self.state_dict()
+        wrong = given.keys() ^ own.keys()
+        wrong |= {k for k, p in self.named_parameters() if k in given and given[k].shape != p.shape}
+        if wrong:
             raise UserError(
-                f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; go on with "
-                "the same backbone, head and methods, or start a new run with --model.backbone.weights"
+                f"checkpoint: its {_short(sorted(wrong))} and this model's are not the same; take the backbone, head and "
+                "methods that it was trained with, or start a new run with --model.backbone.weights"
             )
-        for old, new in zip(states[0]["param_groups"], fresh.param_groups, strict=True):
-            ratio = new["configured_lr"] / old.get("configured_lr", new["configured_lr"])
-            for key in {"lr", "initial_lr", "configured_lr"} & old.keys():
-                old[key] *= ratio
-        for scheduler in checkpoint.get("lr_schedulers", []):
-            if "base_lrs" in scheduler:
-                scheduler["base_lrs"] = [g.get("initial_lr", g["lr"]) for g in states[0]["param_groups"]]
-
-
-def _view(loader: Any) -> Any:
-    dataset = getattr(loader, "dataset", None)
-    return dataset if hasattr(dataset, "label") else None
+        resumes = bool(checkpoint.get("optimizer_states")) and self._trainer is not None and self.trainer.training
+        # what the checkpoint fills looks random; runs of version 0.1 treated all alike
+        self.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
+        self.backbone_lr = self.finetuning.relative_lr(self.backbone.random)
+        if resumes:
+            resume_rates(self, checkpoint)
 
 
 def single(features: Tensor) -> Tensor:
     """Features that mixed precision has made half ones, in single precision."""
     return features.float() if torch.is_autocast_enabled(features.device.type) else features
-
-
-def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Lets an optimizer that can update all parameters in one kernel do so, unless another way was asked for."""
-    everything = [p for group in optimizer.param_groups for p in group["params"]]
-    given = optimizer.defaults
-    asked = given.get("foreach") is not None or given.get("capturable") or given.get("differentiable")
-    if given.get("fused", False) is None and not asked and all(p.is_floating_point() for p in everything):
-        for group in optimizer.param_groups:
-            group["fused"] = True
-    if all(p.device.type == "cpu" for p in everything):
-        # torch asks the driver for a GPU in each step, to refuse one in a graph (its Adam and AdamW; 0.1 ms)
-        cast(Any, optimizer)._accelerator_graph_capture_health_check = lambda: None
-    return optimizer
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -489,20 +584,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(cast(Any, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def _scale_cycle(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Gives each group its share of a cycle's learning rates, which these schedulers set to one value for all."""
-    for number, group in enumerate(optimizer.param_groups):
-        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
-            group[key] *= group["lr_scale"]
-        for rates in (scheduler.base_lrs, getattr(scheduler, "max_lrs", None)):
-            if rates is not None:
-                rates[number] *= group["lr_scale"]
-
-
-def _groups(groups: list[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} ({count} tensors)" for name, count in groups)
 
 
 def _short(names: Any) -> str:

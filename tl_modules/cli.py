@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import tl_modules
-from tl_modules.arguments import given, nested_nulls, values, with_defaults, without
+from tl_modules.arguments import given, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.batch_size import find_batch_size, out_of_memory
 from tl_modules.callbacks import (
     Bar,
@@ -50,7 +50,7 @@ from tl_modules.explain import explain, named, sentence
 from tl_modules.precision import best_precision
 from tl_modules.runs import SECTIONS, find_run, new_run, read_config, versions, without_weights
 from tl_modules.trainer import NoProfiler, TransferTrainer, compile_backbone
-from tl_modules.trust import to_trust
+from tl_modules.trust import check_config, check_links, imports_only, leaves, to_trust
 
 
 def _number(value: Any) -> float:
@@ -63,6 +63,9 @@ def _number(value: Any) -> float:
 
 # torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
 register_type(Number, serializer=_number, deserializer=_number)
+
+# averaging callbacks have one as their default
+register_type(torch.device)
 
 # a value may not name what runs commands, e.g. os.system
 set_parsing_settings(import_path_denylist=[])
@@ -82,6 +85,8 @@ COMMANDS = {
 OWN = {"embed", "benchmark"}
 TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 50}
 
+
+UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of an object
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +115,14 @@ class TransferCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.run: Path | None = None
         self.configured = False
+        self.trusted: list[str] = []
         self.command = next((word for word in args if word in COMMANDS), None)
         words = nested_nulls(args)
         if self.command and not {"-h", "--help"} & set(words):
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
             words = with_defaults(self._expand_run(words))
+        importable(not self.configured or bool(self.trusted))
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -155,7 +162,8 @@ class TransferCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses `args`; Lightning's own would warn that the process has arguments too."""
-        self.config = parser.parse_args(args)
+        with imports_only(self.trusted) if self.configured else contextlib.nullcontext():
+            self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
@@ -184,14 +192,17 @@ class TransferCLI(LightningCLI):
 
     def _expand_run(self, args: list[str]) -> list[str]:
         """A run's config goes below all that the command line says, and its checkpoint above."""
-        trusted = [name for text in values(args, "--trust") for name in text.split(",")]
+        # what the command line names itself is the user's own
+        named = [name for text in values(args, "--trust") for name in text.split(",")]
+        self.trusted = named + to_trust(own_config(args))
         resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
         self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
         if self.run is None:
             return without(args, "--ckpt_path") if resume else args
+        check_links(self.run)
         # a command line with --name says everything itself, as a job that is run again does
         self.configured = bool(values(args, "--run")) or not resume
-        config = ["--config", yaml.safe_dump(read_config(self.run, trusted))] if self.configured else []
+        config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
         if resume or not given(args, "--ckpt_path"):
             file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
@@ -238,6 +249,13 @@ class TransferCLI(LightningCLI):
         absolute_paths(config.get("data"))
         absolute_paths(config.get("model"))
         self.saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True))
+        for key, text, owner in leaves(self.saved):
+            if isinstance(text, str) and text.startswith(UNSERIALIZABLE):
+                value = text.removeprefix(UNSERIALIZABLE).strip()
+                raise UserError(f"{owner}: its {key}, {value}, cannot be written into config.yaml; pass it as plain data")
+        if self.configured and self.run is not None:  # also what texts and further files have brought in
+            said = {key: self.saved.get(key) for key in SECTIONS}
+            check_config(said, self.trusted, f"run: {self.run / 'config.yaml'}")
         if config.get("ckpt_path") is not None:
             if not Path(config.ckpt_path).is_file():
                 raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
@@ -368,6 +386,8 @@ class TransferCLI(LightningCLI):
             self._say(
                 f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
             )
+        if best := str(self.files.best):
+            self._say(f"kept {best}")
         self._say(f"tl test --run {self.directory}{self.trust}\ntensorboard --logdir {self.directory.parent}")
 
     def after_test(self) -> None:
@@ -395,7 +415,10 @@ def first_process() -> bool:
 
 
 def absolute_paths(config: Any) -> None:
-    """Makes every argument that is annotated as a Path, is relative and exists, absolute, in place and nested."""
+    """Makes every argument that is a path and exists absolute, in place and nested.
+
+    A path is what is annotated as one, and `weights`, which a backbone of the user's may take as a text.
+    """
     if isinstance(config, list):
         for item in config:
             absolute_paths(item)
@@ -407,7 +430,8 @@ def absolute_paths(config: Any) -> None:
             with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
                 hints |= get_type_hints(parent.__init__)
     for key, value in vars(config.init_args).items():
-        if isinstance(value, str | Path) and Path in (hints.get(key), *get_args(hints.get(key))):
+        is_path = key == "weights" or Path in (hints.get(key), *get_args(hints.get(key)))
+        if isinstance(value, str | Path) and is_path:
             config.init_args[key] = _absolute(value)
         elif isinstance(value, dict) and "Path" in str(hints.get(key)):
             config.init_args[key] = {name: _absolute(each) for name, each in value.items()}
@@ -436,7 +460,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The arguments after `tl`; None takes them from the process.
     """
-    sys.path.insert(0, "")  # a user's own file in the working directory can be named in a config
+    importable(False)
     quiet()
     words = sys.argv[1:] if args is None else args
     try:
@@ -457,6 +481,17 @@ def main(args: Sequence[str] | None = None) -> None:
     finally:  # a group that is left to the end of the interpreter can abort there, and take the exit code along
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def importable(own: bool) -> None:
+    """Lets a config name files of the working directory, or not.
+
+    The directory comes last, so that none of its files stands in for a package; and where a run's config is all that
+    is read, not at all: whoever sent the run may have sent the files too.
+    """
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    if own:
+        sys.path.append("")
 
 
 def quiet() -> None:

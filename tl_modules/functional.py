@@ -6,7 +6,8 @@ Features are (B, D), logits (B, C), probabilities (B, C) with rows that sum to 1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -47,29 +48,43 @@ def frozen(module: nn.Module, *args: Tensor) -> Tensor:
 # Distances between two samples of features
 
 
-def kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
-    """A sum of Gaussian kernels of all pairs of rows, (N, D) -> (N, N).
+def squared_distances(x: Tensor) -> Tensor:
+    """`||x_i - x_j||^2` of all pairs of rows, (N, D) -> (N, N)."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
 
-    `sum_f exp(-||x_i - x_j||^2 / (2 f m))` with m the mean squared distance of the pairs, through which no gradient
-    goes; the factors are those of DAN (Long et al., ICML 2015), powers of two around the median heuristic.
+
+def gaussians(squared: Tensor, widths: Sequence[float | Tensor]) -> Tensor:
+    """`sum_w exp(-squared / w)`: Gaussian kernels of squared distances."""
+    return torch.stack([torch.exp(-squared / width) for width in widths]).sum(0)
+
+
+def kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
+    """Gaussian kernels as wide as the sample, (N, D) -> (N, N).
+
+    Their widths are `2 f m` with m the mean squared distance of the pairs, through which no gradient goes; the factors
+    are those of DAN (Long et al., ICML 2015), powers of two around the median heuristic.
     """
-    squared = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squared = squared_distances(x)
     # the mean over pairs of different rows; equal rows have no scale, and distances of 0
     scale = (squared.detach().sum() / max(1, len(x) * (len(x) - 1))).clamp(min=1e-12)
-    return torch.stack([torch.exp(-squared / (2 * factor * scale)) for factor in factors]).sum(0)
+    return gaussians(squared, [2 * factor * scale for factor in factors])
 
 
-def joint_mmd(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+def joint_mmd(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], kernels: Sequence[Callable[[Tensor], Tensor]] | None = None
+) -> Tensor:
     """Squared joint maximum mean discrepancy of the layers' activations: their kernels are multiplied (JAN).
 
     Args:
         xs: A sample's activations in each layer, (N, D_l).
         ys: Another sample's, (M, D_l).
+        kernels: Of each layer, (N + M, D_l) -> (N + M, N + M); None takes `kernel` for all.
 
     Returns:
         `mean K(x, x) + mean K(y, y) - 2 mean K(x, y)`, a scalar that is never negative and 0 for equal samples.
     """
-    product = torch.stack([kernel(torch.cat([x, y])) for x, y in zip(xs, ys, strict=True)]).prod(0)
+    layers = [torch.cat([x, y]) for x, y in zip(xs, ys, strict=True)]
+    product = torch.stack([of(z) for of, z in zip(kernels or [kernel] * len(layers), layers, strict=True)]).prod(0)
     n = len(xs[0])
     return product[:n, :n].mean() + product[n:, n:].mean() - 2 * product[:n, n:].mean()
 
@@ -148,6 +163,57 @@ def nuclear_norm(p: Tensor) -> Tensor:
 def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
     """`-sum_c p_c log softmax(logits)_c` of each row, (B,)."""
     return -(p * logits.log_softmax(1)).sum(1)
+
+
+# Heads in closed form
+
+MOST = 4_000_000_000  # numbers in all classes' covariances; more would take minutes
+
+
+def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
+    """Linear discriminant analysis, each class's covariance shrunk by Ledoit and Wolf's formula (scikit-learn's `lsqr`).
+
+    Args:
+        features: (N, D).
+        y: Class numbers (N,).
+        classes: C; one that no sample has is never chosen.
+
+    Returns:
+        Weight (C, D) and bias (C,) of the log posteriors; None where fewer than two classes have samples, features are
+        not finite, or it would take minutes.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    there = y.unique()
+    if len(there) < 2 or not features.isfinite().all() or len(there) * features.shape[1] ** 2 > MOST:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of columns that never change
+        fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features.double().numpy(), y.numpy())
+    rows, biases = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(there) == 2:  # it gives the difference of the two
+        rows, biases = (torch.cat([-half, half]) for half in (rows / 2, biases / 2))
+    weight, bias = rows.new_zeros(classes, features.shape[1]), biases.new_full((classes,), float(biases.min()) - 10)
+    weight[there], bias[there] = rows, biases
+    return weight.float(), bias.float()
+
+
+def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Ridge regression, its penalty chosen by leave-one-out errors from 0.01 to 10,000.
+
+    Args:
+        features: (N, D).
+        y: Values (N,) or (N, K).
+
+    Returns:
+        Weight (K, D) and bias (K,); None for fewer than two samples, or features that are not finite.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    if len(y) < 2 or not features.isfinite().all():
+        return None
+    fitted = RidgeCV(alphas=[10.0**n for n in range(-2, 5)]).fit(features.double().numpy(), y.view(len(y), -1).double().numpy())
+    return torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
 
 
 # Augmentation of whole batches

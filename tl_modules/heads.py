@@ -1,13 +1,50 @@
-"""Task heads: features (B, in_features) -> outputs (B, out_features). `torch.nn.Linear` is the default one."""
+"""Task heads: features (B, in_features) -> outputs (B, out_features)."""
 
 from __future__ import annotations
+
+from abc import ABC
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class MLPHead(nn.Sequential):
-    """Linear, BatchNorm if asked for, ReLU, dropout, linear.
+class Head(nn.Module, ABC):
+    """Maps features (B, in_features) to outputs (B, out_features).
+
+    A subclass takes (in_features, out_features, ...) and writes `forward`.
+    """
+
+
+Head.register(nn.Linear)  # what runs of version 0.1 name
+
+
+class LinearHead(Head, nn.Sequential):
+    """A linear layer on normalised features.
+
+    LayerNorm gives the features of any backbone one scale, so that one learning rate fits them all.
+
+    Args:
+        in_features: Width of the features.
+        out_features: Number of outputs.
+        closed_form: Whether a run on a frozen pretrained backbone begins with the weights that shrinkage discriminant
+            analysis (classes) or ridge regression (values) gives on its features, rather than with random ones.
+
+    Attributes:
+        closed_form: The same; False once the head has weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, closed_form: bool = True) -> None:
+        super().__init__(nn.LayerNorm(in_features), nn.Linear(in_features, out_features))
+        self.closed_form = closed_form
+        self.register_load_state_dict_post_hook(self._has_weights)
+
+    def _has_weights(self, *_: Any) -> None:
+        self.closed_form = False
+
+
+class MLPHead(Head, nn.Sequential):
+    """Linear, BatchNorm if asked for, ReLU, dropout, linear; on normalised features.
 
     Args:
         in_features: Width of the features.
@@ -15,18 +52,31 @@ class MLPHead(nn.Sequential):
         hidden: Width between the two layers.
         dropout: Probability of dropping a hidden unit.
         batch_norm: Normalises the hidden units.
+        normalize: Gives the features one scale by LayerNorm.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, hidden: int = 256, dropout: float = 0.0, batch_norm: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: int = 256,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        normalize: bool = True,
     ) -> None:
+        before = [nn.LayerNorm(in_features)] if normalize else []
         norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
         super().__init__(
-            nn.Linear(in_features, hidden), *norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, out_features)
+            *before,
+            nn.Linear(in_features, hidden),
+            *norm,
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, out_features),
         )
 
 
-class CosineHead(nn.Module):
+class CosineHead(Head):
     """`scale * cos(features, prototype)` for each output, as in Gidaris and Komodakis (CVPR 2018) for few shots.
 
     Args:

@@ -10,20 +10,22 @@ runs/<name>/version_0/   config.yaml               everything resolved, so that 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 
 from tl_modules.checkpoints import load
 from tl_modules.errors import UserError
-from tl_modules.trust import check_names
+from tl_modules.trust import check_config, imports_only
 
-SECTIONS = ("seed_everything", "name", "trainer", "model", "data", "cache", "select")
+MAPPINGS = ("trainer", "model", "data", "cache", "select")
+SECTIONS = ("seed_everything", "name", *MAPPINGS)
 
 
 def new_run(root: str | os.PathLike[str], name: str) -> Path:
@@ -73,25 +75,30 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """The sections of a run's config.yaml that every command shares.
 
     Raises:
-        UserError: It is no mapping, or names what a config of someone else's must not.
+        UserError: It is no mapping of sections, or names what a config of someone else's must not.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    file = run / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"run: {file} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
-        raise UserError(f"run: {run / 'config.yaml'} is no mapping of {', '.join(SECTIONS)}")
+        raise UserError(f"run: {file} is no mapping of {', '.join(SECTIONS)}")
     config = {key: value for key, value in config.items() if key in SECTIONS}
-    for key in (
-        "folder",
-        "disk_gb",
-    ):  # the cache belongs to the machine; somebody else's run must not say what to empty
+    for key in MAPPINGS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"run: {file}: {key} is no mapping")
+    for key in ("folder", "disk_gb"):  # the cache is the machine's; somebody else must not say what to empty
         (config.get("cache") or {}).pop(key, None)
-    check_names(config, trusted, f"run: {run / 'config.yaml'}")
+    check_config(config, trusted, f"run: {file}")
     return config
 
 
 def without_weights(model: Any) -> Any:
     """A model's config (mapping or Namespace) that leaves its backbone random, where a checkpoint fills it anyway."""
-    arguments = model.get("init_args", {})
-    backbone = arguments.get("backbone", {}).get("init_args", {})
+    arguments = model.get("init_args") or {}
+    backbone = arguments.get("backbone")
+    backbone = {} if backbone is None or isinstance(backbone, str) else backbone.get("init_args") or {}
     if arguments.get("save") != "trainable" and backbone.get("weights") is not None:
         backbone["weights"] = None
     return model
@@ -113,9 +120,13 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
     content = load(run / "checkpoints" / f"{checkpoint}.ckpt")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
-    module: LightningModule = parser.instantiate_classes(
-        parser.parse_object({"model": without_weights(config["model"])})
-    ).model
+    with imports_only(trust):
+        try:
+            parsed = parser.parse_object({"model": without_weights(config["model"])})
+        except ArgumentError as error:
+            raise UserError(f"run: {run / 'config.yaml'}: {' '.join(str(error).split())[:300]}") from error
+        check_config(yaml.safe_load(parser.dump(parsed, skip_none=False)), trust, f"run: {run / 'config.yaml'}")
+        module: LightningModule = parser.instantiate_classes(parsed).model
     return fill(module, content).eval()
 
 
@@ -126,11 +137,12 @@ def fill(module: LightningModule, content: dict[str, Any]) -> LightningModule:
     return module
 
 
-def write_metrics(run: Path, metrics: dict[str, float]) -> None:
-    """Merges metrics into metrics.json."""
+def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
+    """Merges metrics into metrics.json; null stands for what is not finite, which JSON has no word for."""
     file = run / "metrics.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    write_whole(file, json.dumps(known | metrics, indent=2) + "\n")
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    write_whole(file, json.dumps(known | finite, indent=2) + "\n")
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The loss terms of a running epoch, summed on the device: no host sync in a step, and exact over a resume."""
+"""Means of losses: a training epoch's terms, summed on the device without a host sync, and an evaluation's loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 
 class Terms:
@@ -56,3 +57,28 @@ class Terms:
         self.sums = {tuple(names): sums.to(device) for names, sums, _ in state["groups"]}
         self.samples = {tuple(names): samples for names, _, samples in state["groups"]}
         self.finite = state["finite"].to(device)
+
+
+class LossMean(Metric):
+    """The mean of an evaluation's loss over batches, each weighted by what its own mean has divided by.
+
+    torchmetrics' `MeanMetric` leaves out what is nan, or (`nan_strategy="disable"`, 1.9) the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), "sum")
+        self.add_state("weight", torch.zeros(()), "sum")
+
+    def update(self, loss: Tensor, weight: float | Tensor) -> None:
+        """Takes in a batch's mean loss, and the number of its samples, or the sum of their weights."""
+        self.total += loss * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.weight

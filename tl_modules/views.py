@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,31 @@ class DomainView:
         given = (self.x, self.y, self.features, self.output)
         columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in given]
         return [DomainView(*row) for row in zip(*columns, strict=True)]
+
+
+def named(given: Any, one: type) -> dict[str, Any]:
+    """What belongs to each domain, of what somebody's own loaders give or are.
+
+    Args:
+        given: A mapping of domains as ours have it, or of one domain, the target, or a list of domains, the sources first
+            and the target last.
+        one: What a domain is, e.g. a DataLoader; or what a domain's batch (x, y) begins with, a Tensor.
+
+    Returns:
+        Keys are "source", or "source/0", "source/1", ... of several, and "target".
+    """
+    if isinstance(given, Mapping):
+        return {name: part for name, part in given.items() if part is not None}
+    if isinstance(given, one) or not isinstance(given, list | tuple):
+        return {"target": (given, None) if isinstance(given, Tensor) else given}
+    if isinstance(given[0], one):
+        return {"target": tuple(given)} if one is Tensor else _listed(given)
+    return _listed(given)
+
+
+def _listed(domains: Sequence[Any]) -> dict[str, Any]:
+    sources = ["source"] if len(domains) == 2 else [f"source/{number}" for number in range(len(domains) - 1)]
+    return dict(zip([*sources, "target"], domains, strict=True))
 
 
 def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 import tl_modules
 from datamodules import TransferDataModule
-from tl_modules import Backbone, Classification, ConvNet, Method
+from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
 from tl_modules.backbones.weights import Pretrained
 from tl_modules.callbacks import ExactResume, FeatureCache, FreezeAudit
 
@@ -85,7 +85,7 @@ def build(methods, kind, task=Classification, **kwargs):
     seed_everything(0, verbose=False)
     backbone = ConvNet(4) if kind == "image" else Vectors()
     outputs, names = (3, ["a", "b", "c"]) if task is Classification else (1, None)
-    head = nn.Linear(backbone.out_features, 3)
+    head = LinearHead(backbone.out_features, outputs)
     known = {"task": task.__name__, "class_names": names, "num_outputs": outputs}
     backbone.pretrained = Pretrained("made up", {}, task=known, head=head.state_dict())
     methods = [method(**arguments(method)) for method in methods]

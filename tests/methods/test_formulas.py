@@ -43,6 +43,7 @@ from tl_modules import (
     MinimumEntropy,
     MixStyle,
     Mixup,
+    MLPHead,
     OptimalTransport,
     PseudoLabel,
     StochNorm,
@@ -56,6 +57,7 @@ def made(method, **kwargs):
     """A module with one method, and views of a source batch of two domains and of a target batch."""
     torch.manual_seed(0)
     module = Classification(Vectors(), 3, class_names=["a", "b", "c"], methods=[method], **kwargs)
+    module.adapts = True  # as in training with a source
     module.train()
     x, y = torch.randn(12, 5), torch.arange(8) % 3
     batch = {"source/a": (x[:4], y[:4]), "source/b": (x[4:8], y[4:]), "target": (x[8:], None)}
@@ -107,6 +109,8 @@ def gradients(module, term):
 ], ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "")  # fmt: skip
 def test_who_gets_a_gradient(method, expected):
     module, source, target = made(method)
+    if isinstance(method, LwF | CoTuning):
+        method.head.normalized.fill_(True)  # a head on plain features has no use for its LayerNorm
     assert gradients(module, method(module, source, target)) == expected
 
 
@@ -152,8 +156,8 @@ def test_mcd_heads_and_backbone_want_opposite_things():
     assert float(term) == pytest.approx(float(expected), rel=1e-5)
     backbone = torch.autograd.grad(term, target.features, retain_graph=True)[0]
     assert torch.allclose(backbone, torch.autograd.grad(discrepancy, target.features, retain_graph=True)[0], atol=1e-7)
-    head = torch.autograd.grad(term, module.head.weight, retain_graph=True)[0]
-    assert torch.allclose(head, -torch.autograd.grad(discrepancy, module.head.weight)[0], atol=1e-7)
+    head = torch.autograd.grad(term, module.head[1].weight, retain_graph=True)[0]
+    assert torch.allclose(head, -torch.autograd.grad(discrepancy, module.head[1].weight)[0], atol=1e-7)
 
 
 def test_adda_keeps_head_and_source_encoder():
@@ -266,16 +270,46 @@ def test_changed_copies_move_no_running_statistics(method):
 def test_the_teacher_is_an_average():
     module, source, target = made(MeanTeacher(momentum=0.9))
     method = module.methods[0]
-    before = method.teacher[1].weight.clone()
     with torch.no_grad():
-        module.head.weight += 1
+        module.head[1].weight += 1
     method(module, source, target)
-    assert torch.equal(method.teacher[1].weight, before)  # no step has been taken
-    method.seen.fill_(-1)
+    before = method.teacher[1][1].weight.clone()
+    assert torch.equal(before, module.head[1].weight)  # before the first step it is the network
+    with torch.no_grad():
+        module.head[1].weight += 1
+    method.seen.fill_(7)
     method(module, source, target)
-    assert torch.allclose(method.teacher[1].weight, before + 0.1)
+    assert torch.allclose(method.teacher[1][1].weight, before + 0.1)
     method(module, source, target)
-    assert torch.allclose(method.teacher[1].weight, before + 0.1)  # once a step
+    assert torch.allclose(method.teacher[1][1].weight, before + 0.1)  # once a step
+
+
+def test_mean_teacher_is_the_authors():
+    """`mean_i m_i (mean_c (p - q)^2)` and `0.005 * C * mean_c BCE(mean_i p, 1 / C) * mean m`, as in their code."""
+    module, source, target = made(MeanTeacher(threshold=0.4, strength=0.0))
+    method = module.methods[0]
+    q = torch.tensor([[0.5, 0.3, 0.2], [0.34, 0.33, 0.33], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]])
+    method.learn(module)
+    method.teacher = nn.Sequential(nn.Identity())
+    target.x = q.log()
+    p = torch.tensor([[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
+    module.see = lambda x: DomainView(x, None, x, p.log())
+    module._trainer, progress = None, type(module).progress
+    type(module).progress = property(lambda self: 1.0)
+    try:
+        term = float(method(module, source, target))
+    finally:
+        type(module).progress = progress
+    mask = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    consistency = (mask * (p - q).square().mean(1)).mean()
+    balance = F.binary_cross_entropy(p.mean(0), torch.full((3,), 1 / 3))
+    expected = consistency + 0.005 * 3 * balance * mask.mean()
+    assert term == pytest.approx(float(expected) * functional.ramp(1.0), rel=1e-4)
+
+
+def test_the_teacher_never_trains():
+    module, source, target = made(MeanTeacher())
+    method = module.methods[0]
     assert not method.teacher.training
     assert not any(p.requires_grad for p in method.teacher.parameters())
 
@@ -307,7 +341,7 @@ def test_lwf_and_co_tuning_use_the_old_head():
     x, y = torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 2])
     view = module.look({"target": (x, y)})["target"]
     taught = (lwf.old(module.backbone(x)) / 2).softmax(1)
-    assert torch.equal(lwf.old.weight, module.head.weight)  # the head came along
+    assert torch.equal(lwf.old.linear.weight, module.head[1].weight)  # the head came along
     assert float(lwf(module, None, view)) == pytest.approx(float(functional.entropy(taught).mean()), rel=1e-5)
     co_tuning.train()
     term = co_tuning(module, None, view)
@@ -370,7 +404,7 @@ def test_mldg_goes_through_the_inner_step(monkeypatch):
         views = module.look({"source/a": (x[:4], source.y[:4]), "source/b": (x[4:], source.y[4:])})
         return module.methods[0](module, views["source"], None)
 
-    weight = module.head.weight
+    weight = module.head[1].weight
     (grad,) = torch.autograd.grad(objective(), weight)
     for place in ((0, 0), (1, 3), (2, 7)):
         values = []
@@ -425,6 +459,39 @@ def test_mix_style_swaps_statistics(monkeypatch):
     assert torch.allclose(y.std((2, 3)), x.flip(0).std((2, 3)), atol=1e-4)
     layer.eval()
     assert method.mix(layer, (), x) is x
+
+
+@pytest.mark.parametrize(("shape", "channels", "layer"), [
+    ((2, 3, 6, 6), 1, nn.Conv2d(3, 3, 1)),  # images
+    ((2, 6, 6, 3), 3, nn.Linear(3, 3)),  # Swin
+    ((2, 7, 3), 2, nn.LayerNorm(3)),  # tokens of a ViT
+    ((2, 3, 7), 1, nn.Conv1d(3, 3, 1)),  # waves
+    ((2, 4, 4, 4), 3, nn.LayerNorm(4)), ((2, 4, 4, 4), 1, nn.BatchNorm2d(4)),
+], ids=str)  # fmt: skip
+def test_mix_style_finds_the_channels(shape, channels, layer, monkeypatch):
+    method = MixStyle(p=1.0)
+    method.train()
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: torch.zeros(shape))
+    x = torch.randn(shape)
+    y = method.mix(layer, (), x)
+    dims = [d for d in range(1, len(shape)) if d != channels]
+    assert torch.allclose(y.mean(dims), x.flip(0).mean(dims), atol=1e-5)  # each channel has the other sample's mean
+
+
+def test_mldg_moves_no_running_statistics():
+    module, source, _ = made(MLDG())
+    before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
+    module.methods[0](module, source, None)
+    assert all(torch.equal(v, before[k]) for k, v in module.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [OSBP(), MCD()])
+def test_a_second_look_through_the_head_moves_no_running_statistics(method):
+    module, source, target = made(method, head=lambda i, o: MLPHead(i, o, 8, batch_norm=True))
+    before = {k: v.clone() for k, v in module.head.named_buffers()}
+    method(module, source, target)
+    assert all(torch.equal(v, before[k]) for k, v in module.head.named_buffers())
 
 
 def test_l2sp_by_hand():

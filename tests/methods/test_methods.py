@@ -18,16 +18,23 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tl_modules import (
     CORAL,
     DANN,
+    IRM,
     L2SP,
     MCC,
+    PADA,
     SHOT,
     Classification,
     ConvNet,
     DomainBatchNorm,
     FeatureExtraction,
+    FineTuning,
+    GroupDRO,
     InfoMax,
+    LastStages,
     Linear,
     MeanTeacher,
+    Method,
+    MixStyle,
     Ramp,
     TransferModule,
     UserError,
@@ -57,22 +64,50 @@ def test_every_method_on_every_task(method, task):
         return
     module = build([method, L2SP if method.changes_backbone else method], "image", task)
     trainer = fit(module, Several("image", values=not task.classes), epochs=1)
-    names = [name for name, _ in module.named_methods()]
+    names = [n for n, _ in module.named_methods() if f"train/{n}" in trainer.callback_metrics]
+    assert names or isinstance(module.methods[0], MixStyle)  # which has no term, as those that change the backbone
     parts = [trainer.callback_metrics[f"train/{name}"] for name in ("task/source", *names)]
     assert torch.isfinite(torch.stack(parts)).all()
     assert torch.allclose(trainer.callback_metrics["train/loss"], torch.stack(parts).sum(), rtol=1e-4, atol=1e-6)
 
 
+# what they act on is the features alone, or layers within the backbone
+FEATURES_ONLY = {
+    "ADDA", "AFN", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DomainBatchNorm", "LwF", "MDD", "MixStyle",
+    "SHOT", "StochNorm", "SWD",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 @every_method
-def test_every_method_on_cached_features(method):
-    module = build([method], "vector", finetuning=FeatureExtraction())
-    if method is SHOT:
-        with pytest.raises(UserError, match="nothing trains"):
-            fit(module, Several("vector"))
-        return
+def test_no_method_does_nothing_in_silence(method, strategy):
+    """Either it moves something that trains, or one sentence says that it cannot, and what to change."""
+    module = build([method], "vector", finetuning=strategy())
     before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
+    opens_later = strategy().depth(0, 2) < strategy().depth(1, 2)
+    if (strategy is FeatureExtraction and method.__name__ in FEATURES_ONLY) or (opens_later and method is SHOT):
+        with pytest.raises(UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"):
+            fit(module, Several("vector"), epochs=1)
+        return
     fit(module, Several("vector"), epochs=1)
-    assert same({k: module.backbone.state_dict()[k] for k in before}, before) == []
+    if strategy is FeatureExtraction:
+        assert same({k: module.backbone.state_dict()[k] for k in before}, before) == []
+
+
+@every_method
+def test_every_method_on_cached_activations(method):
+    module = build([method], "vector", finetuning=LastStages(1))
+    fit(module, Several("vector"), epochs=2)
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_term_that_reaches_nothing_of_the_users_is_said():
+    class Nothing(Method):
+        def forward(self, module, source, target):
+            return target.features.detach().sum()
+
+    with pytest.raises(UserError, match="Nothing would do nothing"):
+        fit(build([Nothing], "vector"), Several("vector"))
 
 
 @every_method
@@ -126,12 +161,44 @@ def test_a_missing_domain_is_said(domains, unseen, method, match):
         fit(build([getattr(cases.tl_modules, method)], "vector"), Several("vector", domains, target_unseen=unseen))
 
 
-@pytest.mark.parametrize("method", ["SHOT", "LwF", "CoTuning"])
+@pytest.mark.parametrize("method", ["SHOT", "ADDA", "LwF", "CoTuning"])
 def test_a_missing_head_is_said(method):
     method = getattr(cases.tl_modules, method)
     module = Classification(ConvNet(4), 3, methods=[method(**arguments(method))])
-    with pytest.raises(UserError, match=r"give .*--model.backbone.weights RUN"):
+    with pytest.raises(UserError, match=r"give .*--model.backbone.weights"):
         fit(module, Several("image"))
+
+
+@pytest.mark.parametrize(("method", "options", "name"), [
+    (PADA, {"weight": 2.0}, "weight"), (PADA, {"source_weight": 0.5}, "source_weight"),
+    (PADA, {"class_weights": [1.0, 1.0, 5.0]}, "class_weights"), (PADA, {"label_smoothing": 0.1}, "label_smoothing"),
+    (IRM, {"source_weight": 0.5}, "source_weight"), (GroupDRO, {"weight": 2.0}, "weight"),
+    (GroupDRO, {"source_weight": 0.5}, "source_weight"), (GroupDRO, {"class_weights": [1.0, 1.0, 5.0]}, "class_weights"),
+])  # fmt: skip
+def test_what_would_grow_without_end_is_refused(method, options, name):
+    """These terms take the task's loss away, as it is by default."""
+    own = {k: v for k, v in options.items() if k == "weight"}
+    module = build([], "vector", **{k: v for k, v in options.items() if k != "weight"})
+    module.methods.append(method(**own))
+    module.methods[0].attach(module)
+    with pytest.raises(UserError, match=f"{method.__name__} takes the task's plain loss away.* with {name}"):
+        fit(module, Several("vector"))
+
+
+@pytest.mark.xfail(strict=True, reason="a term cannot reweight samples before the task's loss is one per sample (next issue)")
+@pytest.mark.parametrize(("method", "options"), [
+    (PADA, {"class_weights": [1.0, 1.0, 5.0]}), (PADA, {"source_weight": 0.5}), (IRM, {"source_weight": 0.5}),
+    (GroupDRO, {"class_weights": [1.0, 1.0, 5.0]}), (GroupDRO, {"source_weight": 0.5}),
+])  # fmt: skip
+def test_weights_of_classes_and_samples_multiply(method, options):
+    trainer = fit(build([method], "vector", **options), Several("vector"), epochs=5)
+    assert float(trainer.callback_metrics["train/loss"]) >= 0
+
+
+def test_nothing_left_of_the_loss_is_said():
+    for methods in ([], [MixStyle]):
+        with pytest.raises(UserError, match="source_weight, target_weight: nothing is left of the loss"):
+            fit(build(methods, "vector", source_weight=0.0), Several("vector"))
 
 
 def test_unlabelled_data_without_a_method_teach_nothing():
@@ -173,7 +240,7 @@ def test_averaged_weights_resume_too(tmp_path):
     assert same(whole.state_dict(), resumed.state_dict()) == []
     plain = build([MCC, DomainBatchNorm], "image")
     fit(plain, Several("image"))
-    assert "head.weight" in same(whole.state_dict(), plain.state_dict())
+    assert "head.1.weight" in same(whole.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("method", [DANN, CORAL, MCC, MeanTeacher])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained, State, is_local, load, read
+from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
 from tl_modules.errors import UserError
 
 Weights = str | Path | None
@@ -22,15 +22,19 @@ class Backbone(nn.Module):
     Attributes:
         name: Of the architecture, for messages.
         model: The network that `load_pretrained` fills.
+        classifier: The name in `model` of the classifier's last layer, which was taken out.
         out_features: Width of the features.
-        pretrained: Where the weights came from, or None if they are random.
+        pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
+        random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
         bf16: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
     name: str = ""
     model: nn.Module
+    classifier: str = ""
     out_features: int
     pretrained: Pretrained | None = None
+    random: bool = False
     bf16: tuple[str, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,6 +51,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: The weights cannot be had or do not fit.
         """
+        self.random = weights is None
         if weights is None:
             return
         kind = type(self).__name__
@@ -57,4 +62,5 @@ class Backbone(nn.Module):
         else:
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
         load(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
-        self.pretrained = replace(self.pretrained, state={})  # the model has them now
+        head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
+        self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

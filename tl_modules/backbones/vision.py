@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, fx, nn
 
 from tl_modules.backbones.base import Backbone, Weights
-from tl_modules.backbones.weights import State
+from tl_modules.backbones.weights import Pretrained, State, linear_head
 from tl_modules.errors import UserError, closest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -109,11 +109,11 @@ class TorchvisionBackbone(ImageBackbone):
         # these two have an auxiliary classifier for training from scratch, and an initialisation that takes a minute
         options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
         model = models.get_model(name, weights=None, **options)
-        out_features = strip_classifier(model)
-        if out_features is None:  # pragma: no cover - a family newer than this file
+        classifier = strip_classifier(model)
+        if classifier is None:  # pragma: no cover - a family newer than this file
             raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
-        super().__init__(model, out_features, mean, std)
-        self.name = name
+        super().__init__(model, classifier.in_features, mean, std)
+        self.name, self.classifier = name, classifier.name
 
         def hub(entry: str) -> State:
             known = models.get_model_weights(name).__members__
@@ -155,13 +155,13 @@ class TimmBackbone(ImageBackbone):
         # some heads widen the features after pooling, and only timm knows by how much
         width: Any = getattr(model, "head_hidden_size", None) or model.num_features
         super().__init__(model, width, config.get("mean"), config.get("std"))
-        self.name = name
+        self.name, self.classifier = name, str(config.get("classifier", ""))
 
         def hub(entry: str) -> State:
             if entry != "DEFAULT":
                 raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for timm's own weights of {name}")
             try:
-                state: State = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+                state: State = timm.create_model(name, pretrained=True).state_dict()
             except (OSError, RuntimeError) as error:  # the hub client's offline error is an OSError
                 raise UserError(_offline(f"timm's {name}")) from error
             return state
@@ -224,10 +224,10 @@ class HubBackbone(ImageBackbone):
             raise UserError(_offline(f"{repo} {name}")) from error
         if not isinstance(model, nn.Module):
             raise UserError(f"name: {repo} {name} gives a {type(model).__name__}, not a torch.nn.Module")
-        width = strip_classifier(model)
-        super().__init__(model, width or 0, mean, std)
-        self.name = name
-        if width is None:
+        classifier = strip_classifier(model)
+        super().__init__(model, classifier.in_features if classifier else 0, mean, std)
+        self.name, self.classifier = name, classifier.name if classifier else ""
+        if classifier is None:
             with torch.no_grad():
                 self.eval()
                 self.out_features = self(torch.zeros(1, len(self.mean), image_size, image_size)).shape[1]
@@ -239,6 +239,10 @@ class HubBackbone(ImageBackbone):
             )
 
         self.load_pretrained(weights, strict, hub)
+        if weights is None and any((arguments or {}).values()):  # the entry has weights of its own
+            self.random = False
+            layer = {} if classifier is None else classifier.layer.state_dict(prefix=f"{classifier.name}.")
+            self.pretrained = Pretrained(f"{repo} {name}", {}, linear_head(layer, self.classifier))
 
 
 def _offline(what: str) -> str:
@@ -248,11 +252,19 @@ def _offline(what: str) -> str:
     )
 
 
-def strip_classifier(model: nn.Module) -> int | None:
+class Classifier(NamedTuple):
+    """What was a classifier's last layer: its name in the model, the layer, and the width of what it saw."""
+
+    name: str
+    layer: nn.Module
+    in_features: int
+
+
+def strip_classifier(model: nn.Module) -> Classifier | None:
     """Replaces a classifier's last layer by the identity, in place.
 
     Returns:
-        The width of what that layer saw; None if the model has no `fc`, `classifier`, `head` or `heads` with a layer.
+        The layer; None if the model has no `fc`, `classifier`, `head` or `heads` with one.
     """
     for name in ("fc", "classifier", "head", "heads"):
         top = getattr(model, name, None)
@@ -265,7 +277,7 @@ def strip_classifier(model: nn.Module) -> int | None:
         full = f"{name}.{path}" if path else name
         parent, _, child = full.rpartition(".")
         setattr(model.get_submodule(parent), child, nn.Identity())
-        return last.in_features if isinstance(last, nn.Linear) else last.in_channels
+        return Classifier(full, last, last.in_features if isinstance(last, nn.Linear) else last.in_channels)
     return None
 
 

@@ -34,7 +34,7 @@ class Pretrained:
     Attributes:
         origin: The file or hub name, for messages.
         state: The backbone's tensors.
-        head: The head's tensors; empty for foreign weights.
+        head: The head's tensors; of foreign weights those of the classifier's last layer, if it is linear and there.
         task: The run's task and class names; empty for foreign weights.
     """
 
@@ -118,6 +118,13 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
         head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
         return Pretrained(str(path), {k: v for k, v in tensors.items() if k.startswith("backbone.")}, head, task)
     return Pretrained(str(path), tensors)
+
+
+def linear_head(state: State, name: str) -> State:
+    """Weight and bias of a classifier's last layer, whatever wrapper prefixes the keys have; empty if it is not linear."""
+    given = {_PREFIX.sub("", key): value for key, value in state.items()}
+    found = {part: given[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in given}
+    return found if len(found) == 2 and found["weight"].ndim == 2 else {}
 
 
 def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> Match:

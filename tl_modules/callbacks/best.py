@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 
 
@@ -20,16 +23,24 @@ class Best:
     """The validation metrics of the epoch that best.ckpt holds."""
 
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, Any] = {}
 
     def improved(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Takes the validation that has just ended, if it is better than all before."""
+        """Takes the validation that has just ended, if it is better than all before; nan is never better."""
         name, mode = monitor_of(module)
         now = floats(trainer, "val/")
-        if trainer.sanity_checking or name not in now:
+        if trainer.sanity_checking or math.isnan(now.get(name, math.nan)):
             return False
         sign = 1 if mode == "max" else -1
         if self.metrics and sign * now[name] <= sign * self.metrics[name]:
             return False
-        self.metrics = now | {"epoch": float(trainer.current_epoch)}
+        chosen_by = f"{name}, {'highest' if mode == 'max' else 'lowest'}"
+        self.metrics = now | {"epoch": trainer.current_epoch, "chosen_by": chosen_by}
         return True
+
+    def __str__(self) -> str:
+        """`epoch 7: val/accuracy 0.913 (highest)`; empty where nothing was validated."""
+        if "chosen_by" not in self.metrics:
+            return ""
+        name, sense = self.metrics["chosen_by"].split(", ")
+        return f"epoch {self.metrics['epoch']}: {name} {self.metrics[name]:.4g} ({sense})"

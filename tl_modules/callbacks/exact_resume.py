@@ -36,7 +36,8 @@ class ExactResume(Callback):
         checkpoint["ranks"] = ranks
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps this process's state until the first step."""
+        """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""
+        _reopen_epoch(checkpoint.get("loops", {}).get("fit_loop", {}))
         ranks = checkpoint.get("ranks", [])
         self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
         if self.loaded is None and trainer.is_global_zero and trainer.training:
@@ -55,6 +56,17 @@ class ExactResume(Callback):
         if isinstance(pl_module, TransferModule) and self.loaded["epoch"] == trainer.current_epoch:
             pl_module.terms.load_state_dict(self.loaded["terms"], pl_module.device)
         self.loaded = None
+
+
+def _reopen_epoch(progress: dict[str, Any]) -> None:
+    """Lets Lightning (2.6) go on within an epoch that was not over, with the order of that epoch.
+
+    Its checkpoint of such an epoch counts it as processed, by which the loaders' order would be that of the next one.
+    """
+    batches, epochs = progress.get("epoch_loop.batch_progress", {}), progress.get("epoch_progress", {})
+    if batches and not batches["is_last_batch"] and batches["current"]["ready"]:
+        for counted in (epochs["total"], epochs["current"]):
+            counted["processed"] = counted["completed"]
 
 
 def random_state() -> dict[str, Any]:

@@ -22,7 +22,8 @@ class FreezeAudit(Callback):
     """Prints the table of stages at the start and at each change, and checks it against what happens.
 
     A run stops when a parameter trains but is in no optimizer, is in the optimizer twice, is open for a whole epoch
-    without ever getting a gradient, or when a weight or buffer of a closed stage has changed at an epoch's end.
+    without ever getting a gradient, or when a weight or buffer that is closed has changed at an epoch's end, at the end
+    of the run or in a checkpoint, whatever has changed it.
 
     Args:
         check: Whether to check; the table is shown all the same.
@@ -73,15 +74,46 @@ class FreezeAudit(Callback):
         """
         if not self.check or not isinstance(pl_module, TransferModule):
             return
-        for name, sums in checksums(pl_module).items():
-            if name in self.sums and sums != self.sums[name]:
-                raise UserError(f"freeze audit: {name} is closed, but its weights or buffers changed in epoch "
-                                f"{trainer.current_epoch}{OFF}")  # fmt: skip
+        self.compare(checksums(pl_module), f"changed in epoch {trainer.current_epoch}")
         if self.waiting and trainer.is_last_batch:
             raise UserError(
                 f"freeze audit: {_some(self.waiting)} was open for the whole epoch {trainer.current_epoch} but never "
                 f"got a gradient: the loss does not depend on it{OFF}"
             )
+
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks what other callbacks have left at the end.
+
+        Raises:
+            UserError: They have moved what was closed.
+        """
+        if self.check and isinstance(pl_module, TransferModule) and self.sums:
+            self.compare(checksums(pl_module), "changed at the end of training, by a callback")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Checks what a checkpoint holds in place of the module's own tensors, e.g. an average.
+
+        Raises:
+            UserError: It is not what is closed.
+        """
+        if not self.check or not isinstance(pl_module, TransferModule) or not self.sums:
+            return
+        state, closed = checkpoint["state_dict"], pl_module.closed_tensors()
+        held = {n: {k: state.get(k, t).detach() for k, t in named.items()} for n, named in closed.items()}
+        own = {t.data_ptr() for named in closed.values() for t in named.values()}
+        if any(t.data_ptr() not in own for named in held.values() for t in named.values()):
+            self.compare(sums_of(held), "is another one in the checkpoint, because of a callback")
+
+    def compare(self, now: Mapping[str, list[int]], what: str) -> None:
+        """Refuses sums that are not those of before.
+
+        Raises:
+            UserError: One is not.
+        """
+        for name, sums in now.items():
+            if name in self.sums and sums != self.sums[name]:
+                raise UserError(f"freeze audit: {name} is closed, but one of its weights or buffers {what}{OFF}")
 
 
 def check_optimizer(module: TransferModule, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -101,14 +133,15 @@ def check_optimizer(module: TransferModule, optimizers: list[torch.optim.Optimiz
 
 
 def checksums(module: TransferModule) -> dict[str, list[int]]:
-    """A sum over the bits of each tensor of the closed stages, by stage."""
-    closed = len(module.backbone.stages()) - module.depth
-    found: dict[str, list[Tensor]] = {}
-    for number, stage in enumerate(module.backbone.stages()[:closed]):
-        found[f"stage_{number}"] = [_bits(t) for t in (*stage.parameters(), *stage.buffers())]
-    every = [each for sums in found.values() for each in sums]
+    """A sum over the bits of each tensor that must not move now, by stage."""
+    return sums_of(module.closed_tensors())
+
+
+def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """A sum over the bits of each tensor, by group."""
+    every = [_bits(t) for named in tensors.values() for t in named.values()]
     values = iter(torch.stack(every).tolist() if every else [])  # one wait for the device
-    return {name: [next(values) for _ in sums] for name, sums in found.items()}
+    return {name: [next(values) for _ in named] for name, named in tensors.items()}
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -122,7 +155,7 @@ def table(module: TransferModule, trainer: Trainer) -> Table:
     groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups
     parts = dict(module.named_methods()) | {f"stage_{i}": stage for i, stage in enumerate(module.backbone.stages())}
     # a default strategy is a lazy instance, whose class has a prefix
-    strategy = type(module.finetuning).__name__.removeprefix("LazyInstance_")
+    strategy = module.strategy_name()
     where = f"epoch {trainer.current_epoch}" + (
         f", step {trainer.global_step}" if module.finetuning.unit != "epochs" else ""
     )

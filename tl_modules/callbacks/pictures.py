@@ -96,7 +96,7 @@ class Pictures(Callback):
             return
         if self.loader is not None:
             kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
-        metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name != "epoch"}
+        metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name.startswith("val/")}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
             writer._get_file_writer().add_summary(summary)

@@ -29,7 +29,7 @@ class Bar(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """Prints `epoch 3/10  train/loss 0.512  val/accuracy 0.873  4.1 s` after every epoch."""
+    """Prints `epoch 3/9  train/loss 0.512  val/accuracy 0.873  4.1 s` after every epoch, counted from 0 as ever."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,5 +54,5 @@ class PlainProgress(ProgressBar):
             return
         shown = [f"{key} {value:.4f}" for key, value in _shown(trainer, pl_module).items()]
         seconds = time.perf_counter() - self.started
-        last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        print(f"epoch {trainer.current_epoch + 1}{last}", *shown, f"{seconds:.1f} s", sep="  ", flush=True)
+        last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        print(f"epoch {trainer.current_epoch}{last}", *shown, f"{seconds:.1f} s", sep="  ", flush=True)

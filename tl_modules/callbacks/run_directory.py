@@ -32,6 +32,7 @@ class RunDirectory(Callback):
         self.trained = False
         self.rows: list[dict[str, float]] = []
         self.best = Best()
+        self.validated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes config.yaml before anything is trained.
@@ -57,17 +58,22 @@ class RunDirectory(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the metrics of `tl validate`; in `fit`, remembers those of the epoch that best.ckpt holds."""
+        self.validated = True
         if trainer.state.fn == "validate":
             self._write(trainer, floats(trainer, "val/"))
         else:
             self.best.improved(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the epoch's row of metrics.csv."""
+        """Writes the epoch's row of metrics.csv, with metrics of a validation if there was one.
+
+        The row of an epoch that `max_steps` has cut short gives way to that of the whole epoch, if the run goes on.
+        """
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
-        metrics = {
-            name: value for name, value in floats(trainer).items() if not name.startswith("lr-")
-        }  # TensorBoard's
+        others = ("lr-", *(() if self.validated else ("val/",)))  # TensorBoard's, and those of an earlier epoch
+        self.validated = False
+        metrics = {name: value for name, value in floats(trainer).items() if not name.startswith(others)}
+        self.rows = [row for row in self.rows if row["epoch"] != trainer.current_epoch]
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics, **rates}
         self.rows.append(row)
         if trainer.is_global_zero:

@@ -9,6 +9,7 @@ tl test           only now the labels are read: chosen by X beside the oracle, a
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from tl_modules.runs import write_metrics
 from tl_modules.validators import VALIDATORS, Evidence, a_distance
 
 Criterion = Literal["source", "entropy", "infomax", "snd", "bnm", "class_cluster", "dev", "few", "oracle", "last"]
+log = logging.getLogger(__name__)
 FEW = 500  # so many samples of each domain are kept for the map of the features
 
 
@@ -40,7 +42,8 @@ class Selection(Callback):
         by: What chooses the model: "source" (the task's metric on the source's validation samples); without labels of
             the target "entropy", "infomax", "snd", "bnm", "class_cluster" or "dev"; "few" labels of the target
             (`--data.selection_labels N`); "oracle", all of them (`--data.selection_labels all`); or "last", the last
-            epoch. None is "source", and without a source "infomax", or "last" where there are no classes.
+            epoch. None is "source", and without a source "infomax", or "last" where there are no classes. Of a target
+            that is kept unseen no input is looked at either.
         run: The run's directory, for the report; None writes none.
     """
 
@@ -79,6 +82,11 @@ class Selection(Callback):
             raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")
         if by in VALIDATORS and not module.classes:
             raise UserError(f"select: {by} works on class probabilities; take source, few, oracle or last")
+        if by in VALIDATORS and data.target_unseen:
+            raise UserError(
+                f"select: {by} looks at the target, which target_unseen keeps from training and from the choice of the "
+                "model; take source or last"
+            )
         if by in ("few", "oracle"):
             opened = data.selection_labels
             if opened is None or (by == "oracle" and opened != "all"):
@@ -86,6 +94,11 @@ class Selection(Callback):
                     f"select: {by} looks at labels of the target that the data keeps hidden; open them by "
                     f"--data.selection_labels {'all' if by == 'oracle' else 'N'}"
                 )
+        if data.selection_labels is not None and data.tests_on_validation():
+            opened_twice = "the target has no test split, so what selection_labels opens are labels of the test"
+            if by in ("few", "oracle"):
+                raise UserError(f"select: {opened_twice}, by which {by} would choose; give the target a test split")
+            log.warning("%s: 'few' and 'oracle' in the report have seen them", opened_twice)
         self.by = by
         if by != "source":
             mode = type(module).monitor[1] if by in ("few", "oracle") else "max"
@@ -132,8 +145,9 @@ class Selection(Callback):
                 self.before = _few(evidence)
             return
         scores = self._scores(trainer, pl_module, evidence)
-        shown = {f"val/target_{name}": score for name, score in scores.items() if name != "source"}
-        if evidence.source_features is not None:
+        metric = type(pl_module).monitor[0].removeprefix("val/")
+        shown = {f"val/source_{metric}" if name == "source" else f"val/target_{name}": s for name, s in scores.items()}
+        if evidence.source_features is not None and not _unseen(trainer):
             shown["val/a_distance"] = a_distance(evidence.source_features, evidence.target_features)
         pl_module.log_dict(shown, batch_size=1)
         decided = {split: _decided(pl_module, seen[f"target {split}"][0]) for split in ("val", "test")
@@ -151,7 +165,7 @@ class Selection(Callback):
         if evidence.source_y is not None:
             assert evidence.source_output is not None
             scores["source"] = module.score(_decided(module, evidence.source_output), evidence.source_y)
-        if module.classes:
+        if module.classes and not _unseen(trainer):
             for name, validator in VALIDATORS.items():
                 if name != "dev" or evidence.source_y is not None:
                     scores[name] = validator(evidence)
@@ -282,6 +296,11 @@ class _Seen:
         columns = [[part[i] for _, part in ranks] for i in range(3)]
         found = [None if column[0] is None else torch.cat(column)[order] for column in columns]
         return found[0], found[1], found[2]
+
+
+def _unseen(trainer: Trainer) -> bool:
+    """Whether the target is to be kept from every choice, also from one by its inputs alone."""
+    return bool(getattr(getattr(trainer, "datamodule", None), "target_unseen", False))
 
 
 def _decided(module: TransferModule, output: Tensor) -> Tensor:

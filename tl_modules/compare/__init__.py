@@ -1,6 +1,6 @@
 """`tl compare FILE.yaml`: ways x tasks x seeds, each cell a run of its own, and what the numbers say together.
 
-FILE.yaml -> plan.py: cells -> runner.py: fit, test, result.json -> report.py: results.csv, table, plot
+FILE.yaml -> plan.py: cells -> runner.py: fit, test, result.json -> report.py: results.csv, tables, plot
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import torch
 import yaml
 
 from tl_modules.compare.plan import METRICS, default_metric, make_cells, read_plan, read_seeds
-from tl_modules.compare.report import Scores, report, table_rows
+from tl_modules.compare.report import LOWER_IS_BETTER, Scores, report, table_rows
 from tl_modules.compare.runner import Runner
 from tl_modules.errors import UserError, closest
-
-LOWER_IS_BETTER = ("rmse", "mae", "loss")
 
 
 class _Parser(argparse.ArgumentParser):

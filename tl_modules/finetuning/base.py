@@ -16,12 +16,15 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from tl_modules.errors import UserError
 
 if TYPE_CHECKING:
     from tl_modules.base import TransferModule
 
 Unit = Literal["epochs", "steps", "fraction"]
+PRETRAINED_LR = 1 / 30  # a pretrained backbone is torn apart by the learning rate that a new head needs
 
 
 class FineTuning:
@@ -34,15 +37,34 @@ class FineTuning:
 
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
-            rates, Howard and Ruder, ACL 2018); 1 gives all the same.
+            rates, Howard and Ruder, ACL 2018); 1 gives all stages the same.
+        backbone_lr: Learning rate of the backbone relative to the head's. None: 1/30 where the backbone is pretrained,
+            1 where it starts at random.
+        batch_norm: "train" normalises by the batch in open stages and moves the running statistics; "eval" keeps those
+            of the pretrained weights, which a little data cannot better. None is "eval" where a pretrained backbone is
+            fine-tuned on one labelled domain, and "train" elsewhere. Layers without weights, which only standardise,
+            always train.
     """
 
     unit: Unit = "epochs"
 
-    def __init__(self, lr_decay: float = 1.0) -> None:
+    def __init__(
+        self,
+        lr_decay: float = 1.0,
+        backbone_lr: float | None = None,
+        batch_norm: Literal["train", "eval"] | None = None,
+    ) -> None:
         if not 0 < lr_decay <= 1:
             raise UserError(f"lr_decay: {lr_decay} must lie in (0, 1]")
-        self.lr_decay = lr_decay
+        if backbone_lr is not None and not 0 < backbone_lr <= 1:
+            raise UserError(f"backbone_lr: {backbone_lr} must lie in (0, 1]")
+        self.lr_decay, self.backbone_lr, self.batch_norm = lr_decay, backbone_lr, batch_norm
+
+    def relative_lr(self, random: bool) -> float:
+        """The backbone's learning rate relative to the head's, where its weights start at random or not."""
+        if self.backbone_lr is not None:
+            return self.backbone_lr
+        return 1.0 if random else PRETRAINED_LR
 
     def depth(self, now: float, stages: int) -> int:
         """How many of the `stages`, counted from the head, train.
@@ -70,11 +92,15 @@ class FineTuning:
         """Opens and closes the stages: requires_grad and, in training, train or eval mode."""
         stages = module.backbone.stages()
         closed = len(stages) - self.depth(now, len(stages))
-        if closed == len(stages):
-            module.backbone.eval()
+        # what belongs to no stage (containers, a BatchNorm without parameters) rests until all stages are open
+        module.backbone.train(module.training and not closed)
         for number, stage in enumerate(stages):
             stage.requires_grad_(number >= closed)
             stage.train(number >= closed and module.training)
+        if self.batch_norm == "eval" or (self.batch_norm is None and module.keeps_statistics()):
+            for layer in module.backbone.modules():
+                if isinstance(layer, _BatchNorm) and layer.affine:
+                    layer.eval()
 
     def param_groups(self, module: TransferModule) -> Iterator[dict[str, Any]]:
         """Every parameter once, in groups `head`, the methods' names, `stage_N`; `lr_scale` multiplies the lr."""
@@ -83,7 +109,7 @@ class FineTuning:
         parts += [(name, [p for p in m.parameters() if p.requires_grad], 1.0) for name, m in module.named_methods()]
         stages = module.backbone.stages()
         for number in reversed(range(len(stages))):
-            scale = self.lr_decay ** (len(stages) - number)
+            scale = module.backbone_lr * self.lr_decay ** (len(stages) - number)
             parts.append((f"stage_{number}", list(stages[number].parameters()), scale))
         for name, parameters, scale in parts:
             if parameters:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning, Unit
 
@@ -27,11 +29,11 @@ class LastStages(FineTuning):
 
     Args:
         k: How many stages, counted from the head.
-        lr_decay: Learning rate of a stage relative to the one above it.
+        **kwargs: As for `FineTuning`.
     """
 
-    def __init__(self, k: int = 1, lr_decay: float = 1.0) -> None:
-        super().__init__(lr_decay)
+    def __init__(self, k: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if k < 0:
             raise UserError(f"k: {k} must not be negative")
         self.k = k
@@ -47,11 +49,11 @@ class GradualUnfreezing(FineTuning):
     Args:
         every: How long between two openings, in `unit`; the first stage opens after the head has trained alone so long.
         unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
-        lr_decay: Learning rate of a stage relative to the one above it (the paper takes 1 / 2.6).
+        **kwargs: As for `FineTuning`; the paper takes 1 / 2.6 as `lr_decay`.
     """
 
-    def __init__(self, every: float = 1, unit: Unit = "epochs", lr_decay: float = 1.0) -> None:
-        super().__init__(lr_decay)
+    def __init__(self, every: float = 1, unit: Unit = "epochs", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.every, self.unit = _checked("every", every, unit), unit
 
     def depth(self, now: float, stages: int) -> int:
@@ -65,11 +67,11 @@ class FreezeThenUnfreeze(FineTuning):
     Args:
         after: How long the backbone stays closed, in `unit`.
         unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
-        lr_decay: Learning rate of a stage relative to the one above it.
+        **kwargs: As for `FineTuning`.
     """
 
-    def __init__(self, after: float = 1, unit: Unit = "epochs", lr_decay: float = 1.0) -> None:
-        super().__init__(lr_decay)
+    def __init__(self, after: float = 1, unit: Unit = "epochs", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.after, self.unit = _checked("after", after, unit), unit
 
     def depth(self, now: float, stages: int) -> int:

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from tl_modules.functional import certainty_weights, frozen, ramp, reverse_gradient
 from tl_modules.heads import MLPHead
-from tl_modules.methods.base import Method
+from tl_modules.methods.base import Method, check_head, check_plain
 from tl_modules.methods.regularization import WithStart
 from tl_modules.schedules import Weight
+from tl_modules.views import statistics_kept
 
 if TYPE_CHECKING:
     from tl_modules.base import TransferModule
@@ -46,7 +47,7 @@ class DANN(Method):
 
     def attach(self, module: TransferModule) -> None:
         """Builds the critic."""
-        self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm)
+        self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
 
     def width(self, module: TransferModule) -> int:
         """Of what the critic sees."""
@@ -135,6 +136,15 @@ class PADA(DANN):
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses a loss that is not the plain cross-entropy.
+
+        Raises:
+            UserError: The term, the source's loss, classes or labels are weighted.
+        """
+        super().check(module, domains)
+        check_plain(self, module, "weight", "source_weight", "class_weights", "label_smoothing")
+
     def importance(self, view: DomainView) -> Tensor:
         """The weight of the label's class; 1 in the target."""
         if view.y is None:
@@ -184,7 +194,8 @@ class OSBP(Method):
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The term on the target."""
         assert target is not None
-        logs: Tensor = module.head(reverse_gradient(target.features)).log_softmax(1)
+        with statistics_kept(module.head):
+            logs: Tensor = module.head(reverse_gradient(target.features)).log_softmax(1)
         known = logs[:, :-1].logsumexp(1)
         return -(self.threshold * logs[:, -1] + (1 - self.threshold) * known).mean()
 
@@ -211,7 +222,7 @@ class MDD(Method):
 
     def attach(self, module: TransferModule) -> None:
         """Builds the second head."""
-        self.adversary = MLPHead(module.backbone.out_features, module.num_outputs, self.hidden)
+        self.adversary = MLPHead(module.backbone.out_features, module.num_outputs, self.hidden, normalize=False)
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
@@ -256,7 +267,8 @@ class MCD(Method):
         assert source is not None
         assert target is not None
         features = reverse_gradient(target.features, self.reversal)
-        discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
+        with statistics_kept(module.head):
+            discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
         assert source.y is not None
         return module.loss(self.second(source.features), source.y) - cast(Tensor, discrepancy)
 
@@ -283,7 +295,16 @@ class ADDA(WithStart):
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
-        self.critic = MLPHead(module.backbone.out_features, 1, self.hidden)
+        self.critic = MLPHead(module.backbone.out_features, 1, self.hidden, normalize=False)
+
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses to start from a head that knows nothing.
+
+        Raises:
+            UserError: The head is not the source's.
+        """
+        super().check(module, domains)
+        check_head(self, module)
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -48,8 +49,8 @@ class Method(nn.Module):
     def attach(self, module: TransferModule) -> None:
         """Called once, when the module has its pretrained weights and its head."""
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """The term before its weight, a scalar."""
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor | None:
+        """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
     def check(self, module: TransferModule, domains: list[str]) -> None:
@@ -72,6 +73,74 @@ class Method(nn.Module):
                     f"methods: {type(self).__name__} needs {what}, but the data has only "
                     f"{' and '.join(domains)}{advice and f'; {advice}'}"
                 )
+
+
+def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the gradient of a scalar comes to one of the parameters that train."""
+    wanted = {id(p) for p in parameters if p.requires_grad}
+    nodes: list[Any] = [term.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        nodes += [before for before, _ in node.next_functions]
+    return False
+
+
+def check_trains(method: Method, module: TransferModule, parts: Iterable[nn.Module], what: str) -> None:
+    """Refuses a method without a term that works in parts of the backbone of which none will ever train.
+
+    Raises:
+        UserError: All are closed for good.
+    """
+    if not any(module.will_train(part) for part in parts):
+        raise UserError(
+            f"methods: {type(method).__name__} works in {what}, which {module.strategy_name()} keeps frozen, so that it "
+            f"would do nothing; take a strategy that opens them, e.g. Full, or leave {type(method).__name__} out"
+        )
+
+
+def check_head(method: Method, module: TransferModule) -> None:
+    """Refuses a method that keeps the source's head where the head is another one.
+
+    Raises:
+        UserError: The head starts at random.
+    """
+    if not module.head_transferred and module.trainer.ckpt_path is None:
+        raise UserError(
+            f"methods: {type(method).__name__} keeps the source's head; give the run of a source with the same classes "
+            "and head by --model.backbone.weights RUN"
+        )
+
+
+def check_plain(method: Method, module: TransferModule, *settings: str) -> None:
+    """Refuses settings under which a term that takes the task's own loss away would be no loss any more.
+
+    Args:
+        method: Its term holds minus the task's mean loss.
+        module: Of the run.
+        settings: Which of "weight", "source_weight", "class_weights" and "label_smoothing" must be as they are by default.
+
+    Raises:
+        UserError: One is another.
+    """
+    plain: dict[str, tuple[Any, Any]] = {
+        "weight": (method.weight, 1.0),
+        "source_weight": (module.task_weight["source"], 1.0),
+        "class_weights": (getattr(module, "class_weights", None), None),
+        "label_smoothing": (getattr(module, "label_smoothing", 0.0), 0.0),
+    }
+    for name in settings:
+        value, default = plain[name]
+        if (value is not None) if default is None else (value != default):
+            raise UserError(
+                f"methods: {type(method).__name__} takes the task's plain loss away and puts another in its place, which "
+                f"would grow without end with {name} {value if default is not None else 'given'}; leave {name} out"
+            )
 
 
 def pairs(source: DomainView | None, target: DomainView | None) -> list[tuple[DomainView, DomainView]]:

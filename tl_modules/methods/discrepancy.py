@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.errors import UserError
-from tl_modules.functional import coral, joint_mmd, mmd, sliced_wasserstein
+from tl_modules.functional import coral, gaussians, joint_mmd, kernel, mmd, sliced_wasserstein, squared_distances
 from tl_modules.methods.base import Method, pairs
 from tl_modules.schedules import Weight
 
@@ -45,13 +45,17 @@ class DAN(Discrepancy):
 
 
 class JAN(Discrepancy):
-    """Joint adaptation network: the joint MMD of features and class probabilities (Long et al., ICML 2017)."""
+    """Joint adaptation network: the joint MMD of features and class probabilities (Long et al., ICML 2017).
+
+    As in the authors' code, the features have the five kernels of DAN and the probabilities one, `exp(-||p - q||^2 / 1.68)`.
+    """
 
     needs_classes = True
 
     def distance(self, one: DomainView, other: DomainView) -> Tensor:
         """`MMD^2` with the product of the kernels of both layers."""
-        return joint_mmd(*([view.features, view.output.softmax(1)] for view in (one, other)))
+        layers = ([view.features, view.output.softmax(1)] for view in (one, other))
+        return joint_mmd(*layers, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
 
 class CORAL(Discrepancy):
@@ -73,11 +77,15 @@ class CORAL(Discrepancy):
 
 
 class SWD(Discrepancy):
-    """Sliced Wasserstein distance of the features, along new random directions in each step (Lee et al., CVPR 2019).
+    """Sliced Wasserstein distance of the features, along new random directions in each step.
+
+    The distance is that of Bonneel et al. (Journal of Mathematical Imaging and Vision, 2015), between the domains'
+    features as in Gabourie et al. (Allerton 2019), without their pseudo-labels. The sliced Wasserstein *discrepancy* of Lee
+    et al. (CVPR 2019) is another method: there two classifiers play against the features, as in `MCD`.
 
     Args:
         weight: Of the term.
-        directions: How many; the paper takes 128.
+        directions: How many.
     """
 
     def __init__(self, weight: Weight = 1.0, directions: int = 128) -> None:

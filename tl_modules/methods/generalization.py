@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from tl_modules.methods.base import Method
+from tl_modules.methods.base import Method, check_plain, check_trains
 from tl_modules.rows import passing
 from tl_modules.schedules import Weight
+from tl_modules.views import statistics_kept
 
 if TYPE_CHECKING:
     from tl_modules.base import TransferModule
@@ -49,6 +50,15 @@ class GroupDRO(Method):
         super().__init__(weight)
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
+
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses losses that are not the plain mean of the risks.
+
+        Raises:
+            UserError: The term, the source's loss or the classes are weighted.
+        """
+        super().check(module, domains)
+        check_plain(self, module, "weight", "source_weight", "class_weights")
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         # the model is built before the data says how many domains there are
@@ -88,6 +98,15 @@ class IRM(Method):
     def __init__(self, penalty: float = 100.0, anneal: float = 0.1) -> None:
         super().__init__()
         self.penalty, self.anneal = penalty, anneal
+
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses a loss that the penalty would not divide.
+
+        Raises:
+            UserError: The source's loss is weighted.
+        """
+        super().check(module, domains)
+        check_plain(self, module, "source_weight")
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The penalty, scaled."""
@@ -130,7 +149,8 @@ class Mixup(Method):
     """Mixes samples of different sources, and their losses (Zhang et al., ICLR 2018; between domains: DomainBed).
 
     `l R(output(l x_i + (1 - l) x_j), y_i) + (1 - l) R(..., y_j)` with l from Beta(alpha, alpha), each domain with the
-    next one in a random order; a single domain with itself.
+    next one in a random order; a single domain with itself. In the papers this takes the place of the loss on samples as
+    they are, which `--model.source_weight 0` leaves out (`configs/method/mixup.yaml` does); otherwise both are added.
 
     Args:
         weight: Of the term.
@@ -169,10 +189,10 @@ def unit(x: Any) -> Tensor:
 
 
 class MixStyle(Method):
-    """Mixes the statistics of feature maps between samples (Zhou et al., ICLR 2021); the term is 0.
+    """Mixes the statistics of feature maps between samples (Zhou et al., ICLR 2021); it has no term.
 
     After each of the first stages, with probability p, a sample's mean and deviation per channel are mixed with those
-    of another sample of the batch, by l from Beta(alpha, alpha).
+    of another sample of the batch, by l from Beta(alpha, alpha). Channels may come first or last, see `channel_axis`.
 
     Args:
         p: How often; the paper takes 0.5.
@@ -193,11 +213,21 @@ class MixStyle(Method):
             last = stage[-1] if isinstance(stage, nn.ModuleList) else stage
             last.register_forward_hook(self.mix)
 
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses first stages that never train.
+
+        Raises:
+            UserError: They are closed for good.
+        """
+        super().check(module, domains)
+        check_trains(self, module, module.backbone.stages()[: self.stages], "the first stages")
+
     def mix(self, layer: nn.Module, inputs: Any, x: Any) -> Any:
         """The layer's output, mixed in training."""
         if not (layer.training and self.training and isinstance(x, Tensor)) or random.random() > self.p:
             return x
-        dims = tuple(range(2, x.ndim)) or (1,)  # a vector's own mean and deviation
+        channels = channel_axis(layer, x)
+        dims = tuple(d for d in range(1, x.ndim) if d != channels) or (1,)  # a vector's own mean and deviation
         mean, deviation = x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-6
         share = torch.distributions.Beta(self.alpha, self.alpha).sample((len(x), *(1,) * (x.ndim - 1))).to(x)
         rows = torch.randperm(len(x))
@@ -206,10 +236,22 @@ class MixStyle(Method):
         mixed_deviation = share * deviation + (1 - share) * deviation[rows]
         return plain * mixed_deviation.detach() + mixed_mean.detach()
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """0."""
-        assert source is not None
-        return source.output.new_zeros(())
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """No term."""
+
+
+def channel_axis(layer: nn.Module, x: Tensor) -> int:
+    """The axis that holds the channels of what leaves a layer.
+
+    (B, C, H, W) is told from (B, H, W, C) by what is square, and where nothing or all is, by whether the layer begins or
+    ends with channels: a LayerNorm is for the last axis. (B, C, L) comes from convolutions, (B, N, C) from anything else.
+    """
+    if x.ndim == 4:
+        first, second, third = x.shape[1:]
+        if (second == third) != (first == second):
+            return 1 if second == third else 3
+        return 3 if any(isinstance(m, nn.LayerNorm) for m in layer.modules()) else 1
+    return 2 if x.ndim == 3 and not any(isinstance(m, nn.Conv1d) for m in layer.modules()) else 1
 
 
 class MLDG(Method):
@@ -244,7 +286,7 @@ class MLDG(Method):
         )
         moved = {name: p - self.lr * g for (name, p), g in zip(named.items(), grads, strict=True)}
         view, x = views[held_out], views[held_out].x
-        with passing([("source", len(view.output))]):
+        with passing([("source", len(view.output))]), statistics_kept(module):
             for key, part in parts.items():
                 own = {name.partition(".")[2]: p for name, p in moved.items() if name.startswith(f"{key}.")}
                 x = torch.func.functional_call(part, own, (x,))

@@ -1,4 +1,4 @@
-"""Methods that change how features are normalised; their term is 0, what they do is done inside the backbone."""
+"""Methods that change how features are normalised, inside the backbone; they have no term."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.errors import UserError
-from tl_modules.methods.base import Method
+from tl_modules.methods.base import Method, check_trains
 from tl_modules.rows import domain_rows
 
 if TYPE_CHECKING:
@@ -48,11 +48,20 @@ class Normalization(Method):
         """Changes one layer in place."""
         raise NotImplementedError
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """0."""
-        view = target or source
-        assert view is not None
-        return view.output.new_zeros(())
+    def check(self, module: TransferModule, domains: list[str]) -> None:
+        """Also refuses a run in which none of the layers ever trains.
+
+        Raises:
+            UserError: All are closed for good, or keep their statistics.
+        """
+        super().check(module, domains)
+        layers = [layer for layer in module.backbone.modules() if hasattr(layer, "changed_by")]
+        check_trains(self, module, layers, "BatchNorm layers")
+        if module.finetuning.batch_norm == "eval":
+            raise UserError(f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out")
+
+    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """No term."""
 
 
 class DomainBatchNorm(Normalization):

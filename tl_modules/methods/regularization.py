@@ -6,7 +6,8 @@ They need the pretrained weights or their head, and no source data.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,12 +129,43 @@ def stage_outputs(backbone: Any, run: Any, x: Any) -> list[Tensor]:
     return [output for output in outputs if isinstance(output, Tensor)]
 
 
+class SourceHead(nn.Module):
+    """The pretrained head, a linear layer on the features as they are, or on normalised ones as in `LinearHead`."""
+
+    normalized: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(in_features), nn.Linear(in_features, out_features)
+        self.register_buffer("normalized", torch.tensor(False))
+
+    def take(self, head: Mapping[str, Tensor]) -> bool:
+        """Takes the weights of a pretrained head; whether it is one of these."""
+        for normalized, names in ((False, ["linear."]), (True, ["norm.", "linear."])):
+            prefixes = [""] if not normalized else ["0.", "1."]
+            given = {
+                f"{name}{part}": head.get(f"{prefix}{part}")
+                for name, prefix in zip(names, prefixes, strict=True)
+                for part in ("weight", "bias")
+            }
+            own = dict(self.named_parameters())
+            if len(given) == len(head) and all(v is not None and v.shape == own[k].shape for k, v in given.items()):
+                self.load_state_dict(given, strict=False)
+                self.normalized.fill_(normalized)
+                return True
+        return False
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_features) -> (B, out_features)."""
+        return cast(Tensor, self.linear(torch.where(self.normalized, self.norm(features), features)))
+
+
 class WithSourceHead(WithStart):
-    """A method that needs the pretrained head too, which a run of ours brings along; it must be linear.
+    """A method that needs the pretrained head too: of a run of ours, or of a classifier whose last layer is linear.
 
     Args:
         weight: Of the term.
-        source_classes: How many classes the pretrained head knows.
+        source_classes: How many classes the pretrained head knows, e.g. 1000 for ImageNet.
     """
 
     needs_classes = True
@@ -145,12 +177,10 @@ class WithSourceHead(WithStart):
     def attach(self, module: TransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
-        self.old = nn.Linear(module.backbone.out_features, self.source_classes)
+        self.old = SourceHead(module.backbone.out_features, self.source_classes)
         pretrained = module.backbone.pretrained
-        shapes = {key: value.shape for key, value in self.old.state_dict().items()}
-        self.found = pretrained is not None and {k: v.shape for k, v in pretrained.head.items()} == shapes
-        if self.found and pretrained is not None:
-            self.old.load_state_dict(pretrained.head)
+        self.given = {} if pretrained is None else {k: tuple(v.shape) for k, v in pretrained.head.items()}
+        self.found = pretrained is not None and self.old.take(pretrained.head)
         self.head = copy.deepcopy(self.old)
         self.old.requires_grad_(False)
 
@@ -162,9 +192,11 @@ class WithSourceHead(WithStart):
         """
         super().check(module, domains)
         if not self.found and module.trainer.ckpt_path is None:
+            have = f"bring one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "bring none"
             raise UserError(
-                f"methods: {type(self).__name__} needs the source's linear head of {self.source_classes} classes "
-                "(source_classes); give a run that has one by --model.backbone.weights RUN"
+                f"methods: {type(self).__name__} needs the pretrained linear head of {self.source_classes} classes "
+                f"(source_classes), and the weights {have}; give a run, or a classifier that ends in a linear layer, by "
+                "--model.backbone.weights"
             )
 
 

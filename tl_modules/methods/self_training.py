@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tl_modules.errors import UserError
 from tl_modules.functional import information, perturb, ramp
-from tl_modules.methods.base import Method
+from tl_modules.methods.base import Method, check_head
 from tl_modules.schedules import Weight
 
 if TYPE_CHECKING:
@@ -52,17 +51,17 @@ class FixMatch(Method):
 class MeanTeacher(Method):
     """An average of the network's past weights teaches it (Tarvainen and Valpola, 2017; French et al., ICLR 2018).
 
-    `mean 1[max q >= threshold] ||p - q||^2` with q the teacher's probabilities of the target's samples and p the
-    student's of strongly changed copies; without classes, the outputs themselves and all samples. With `balance`,
-    French's loss of class imbalance is added. The term grows from 0 like DANN's ramp.
+    `mean_i m_i mean_c (p_ic - q_ic)^2 + balance mean_i m_i sum_c BCE(mean_i p_ic, 1 / C)` as in French's code, with q the
+    teacher's probabilities of the target's samples, p the student's of strongly changed copies, and m_i 1 where
+    `max_c q_ic >= threshold` and 0 elsewhere. Without classes, the mean squared difference of the outputs. Theirs has its
+    full weight at once; here the term grows from 0 like DANN's ramp.
 
     Args:
-        weight: Of the term.
+        weight: Of the term; French takes 3.
         momentum: Of the average, taken after each step.
-        threshold: Samples of which the teacher is less certain do not count; French takes 0.968.
+        threshold: How certain the teacher must be of a sample; French takes 0.968.
         strength: Of the change, see `functional.perturb`.
-        balance: Weight of the binary cross-entropy of the batch's mean probabilities to equal ones; French takes 0.005
-            of it, a lot less than the consistency.
+        balance: Weight of the second part, which is large where classes die out; French takes 0.005.
     """
 
     needs = ("target",)
@@ -71,9 +70,9 @@ class MeanTeacher(Method):
 
     def __init__(
         self,
-        weight: Weight = 1.0,
+        weight: Weight = 3.0,
         momentum: float = 0.99,
-        threshold: float = 0.9,
+        threshold: float = 0.968,
         strength: float = 1.0,
         balance: float = 0.005,
     ) -> None:
@@ -83,7 +82,7 @@ class MeanTeacher(Method):
     def attach(self, module: TransferModule) -> None:
         """Copies the network."""
         self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
 
     def train(self, mode: bool = True) -> MeanTeacher:
         """The teacher is always in eval mode."""
@@ -94,15 +93,16 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def learn(self, module: TransferModule) -> None:
-        """Moves the teacher towards the network, once a step."""
+        """Moves the teacher towards the network, once a step; in the first one it becomes it, whatever has begun anew."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
             return
+        momentum = self.momentum if seen >= 0 else 0.0
         seen.fill_(module.global_step)
         student = nn.Sequential(module.backbone, module.head).state_dict()
         for name, mine in self.teacher.state_dict().items():
             if mine.is_floating_point():
-                mine.lerp_(student[name], 1 - self.momentum)
+                mine.lerp_(student[name], 1 - momentum)
             else:
                 mine.copy_(student[name])
 
@@ -118,12 +118,10 @@ class MeanTeacher(Method):
         if not module.classes:
             return scale * F.mse_loss(output, taught)
         p, q = output.softmax(1), taught.softmax(1)
-        certain = q.max(1).values >= self.threshold
-        term = (certain * (p - q).square().sum(1)).mean()
-        mean = (p * certain[:, None]).sum(0) / certain.sum().clamp(min=1)
-        equal = torch.full_like(mean, 1 / len(mean))
-        balance = F.binary_cross_entropy(mean.clamp(1e-6, 1 - 1e-6), equal) * certain.float().mean()
-        return scale * (term + self.balance * balance)
+        certain = (q.max(1).values >= self.threshold).to(p)
+        share = p.mean(0).clamp(1e-6, 1 - 1e-6)
+        balance = F.binary_cross_entropy(share, torch.full_like(share, 1 / len(share)), reduction="sum")
+        return scale * ((certain * (p - q).square().mean(1)).mean() + self.balance * certain.mean() * balance)
 
 
 class PseudoLabel(Method):
@@ -187,11 +185,7 @@ class SHOT(Method):
             UserError: The head is not the source's.
         """
         super().check(module, domains)
-        if not module.head_transferred and module.trainer.ckpt_path is None:
-            raise UserError(
-                "methods: SHOT keeps the source's head; give the run of a source with the same classes and head by "
-                "--model.backbone.weights RUN"
-            )
+        check_head(self, module)
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """Information maximisation and the pseudo-labels."""

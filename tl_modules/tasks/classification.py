@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import logging
+import warnings
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from torchmetrics.classification import (
 
 from tl_modules.base import TransferModule
 from tl_modules.errors import UserError
+from tl_modules.functional import discriminant
+
+log = logging.getLogger(__name__)
 
 
 class Classification(TransferModule):
@@ -46,22 +51,51 @@ class Classification(TransferModule):
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.label_smoothing = label_smoothing
+        self.said: set[str] = set()
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits (B, C) and class numbers (B,)."""
         return F.cross_entropy(output, y, weight=self.class_weights, label_smoothing=self.label_smoothing)
 
+    def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Shrinkage discriminant analysis."""
+        return discriminant(features, y, self.num_outputs)
+
+    def loss_weight(self, y: Tensor) -> float | Tensor:
+        """The sum of the samples' class weights."""
+        return len(y) if self.class_weights is None else self.class_weights[y].sum()
+
     def metrics(self) -> MetricCollection:
-        """Accuracy (micro), F1 and AUROC (macro), and the calibration error over 15 bins."""
+        """Accuracy (micro), F1 and AUROC (macro, over the classes that are there), calibration error over 15 bins."""
         # each check of the arguments would wait for the device
         common: dict[str, Any] = {"num_classes": self.num_outputs, "validate_args": False}
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(average="micro", **common),
-                "f1": MulticlassF1Score(average="macro", **common),
-                "auroc": MulticlassAUROC(average="macro", thresholds=200, **common),
+                "f1": MacroF1(**common),
+                "auroc": MacroAUROC(thresholds=200, **common),
                 "calibration_error": MulticlassCalibrationError(n_bins=15, **common),
             }
+        )
+
+    def on_validation_end(self) -> None:
+        """Says once which classes the macro averages leave out."""
+        self._say_absent(self.val_metrics, "validation")
+
+    def on_test_end(self) -> None:
+        """Says once which classes the macro averages leave out."""
+        self._say_absent(self.test_metrics, "test")
+
+    def _say_absent(self, metrics: MetricCollection, split: str) -> None:
+        absent = next((m.absent for m in metrics.values(copy_state=False) if isinstance(m, MacroF1)), [])
+        if not absent or split in self.said or self.trainer.sanity_checking or not self.trainer.is_global_zero:
+            return
+        self.said.add(split)
+        names = self.class_names or [str(number) for number in range(self.num_outputs)]
+        log.warning(
+            "f1, auroc: the %s split has no label of %s; macro averages are over the other classes",
+            split,
+            ", ".join(names[number] for number in absent[:5]) + (", ..." if len(absent) > 5 else ""),
         )
 
     def predict(self, output: Tensor) -> Tensor:
@@ -73,6 +107,34 @@ class Classification(TransferModule):
         names = self.class_names or [str(number) for number in range(self.num_outputs)]
         columns: dict[str, list[Any]] = {"label": [names[i] for i in prediction.argmax(1).tolist()]}
         return columns | {f"p_{name}": _rounded(prediction[:, i]) for i, name in enumerate(names)}
+
+
+class MacroF1(MulticlassF1Score):
+    """The mean F1 of the classes that the labels hold; torchmetrics counts a class that is only predicted as 0."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(average="none", **kwargs)
+        self.absent: list[int] = []
+
+    def compute(self) -> Tensor:
+        """A scalar; nan without labels."""
+        present = cast(Tensor, self.tp) + cast(Tensor, self.fn) > 0
+        self.absent = (~present).nonzero().flatten().tolist()
+        return super().compute()[present].mean()
+
+
+class MacroAUROC(MulticlassAUROC):
+    """The mean one-vs-rest AUROC of the classes that the labels hold; torchmetrics counts an absent one as 0."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(average="none", **kwargs)
+
+    def compute(self) -> Tensor:
+        """A scalar; nan where all labels are of one class."""
+        negative, positive = cast(Tensor, self.confmat)[0].sum(-1).unbind(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the classes that are left out
+            return super().compute()[(positive > 0) & (negative > 0)].mean()
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
 from tl_modules.base import TransferModule
+from tl_modules.functional import ridge
 
 
 class Regression(TransferModule):
@@ -19,6 +20,10 @@ class Regression(TransferModule):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         """Mean squared error of outputs (B, K) and values (B,) or (B, K)."""
         return F.mse_loss(output, y.view_as(output).to(output.dtype))
+
+    def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Ridge regression."""
+        return ridge(features, y)
 
     def metrics(self) -> MetricCollection:
         """MAE and RMSE in the label's unit, and R2."""

@@ -1,0 +1,70 @@
+"""Keeps averages of the weights exact where nothing trains.
+
+Lightning's averaging callbacks average everything, and `decay * w + (1 - decay) * w` is not w in floating point: what is
+frozen would move by a last digit in each step, and with it whatever starts from that checkpoint. (torch 2.15's
+`get_ema_avg_fn`; `tests/finetuning/test_averaging.py` tells when it is exact.)
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
+
+from tl_modules.errors import UserError
+
+if TYPE_CHECKING:
+    from tl_modules.base import TransferModule
+
+
+def keep_exact(module: TransferModule) -> None:
+    """Lets the run's averaging callbacks average what trains alone; called when a fit starts.
+
+    Raises:
+        UserError: A callback cannot be kept from moving what is closed.
+    """
+    for callback in cast(Any, module.trainer).callbacks:
+        opens_all = module.finetuning.depth(0, module.num_stages) == module.num_stages
+        if isinstance(callback, StochasticWeightAveraging) and not opens_all:
+            raise UserError(
+                "callbacks: StochasticWeightAveraging takes BatchNorm's statistics anew, those of closed stages too; "
+                "take EMAWeightAveraging, or Full"
+            )
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            average: Any = callback._average_model
+            average.update_parameters = _Update(average)
+
+
+class _Update:
+    """Updates an average, and then takes over what rests as it is.
+
+    Args:
+        average: torch's AveragedModel.
+    """
+
+    def __init__(self, average: Any) -> None:
+        self.average, self.update = average, average.update_parameters
+        self.depth: int | None = None
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def __call__(self, module: TransferModule) -> None:
+        if self.depth != module.depth:
+            mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
+            self.depth, self.pairs = module.depth, [(mine[name], tensor) for name, tensor in _resting(module)]
+        for average, current in self.pairs:
+            if average.shape != current.shape:  # a buffer that has got its size since
+                average.resize_(current.shape)
+        self.update(module)
+        for average, current in self.pairs:
+            average.copy_(current)
+
+
+def _resting(module: TransferModule) -> list[tuple[str, Tensor]]:
+    """What no optimizer moves now: what is closed, and the methods' buffers and parameters without gradient."""
+    methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
+    buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]
+    return methods + buffers + [pair for named in module.closed_tensors().values() for pair in named.items()]

@@ -1,0 +1,162 @@
+"""How a run is optimised: what `TransferModule` builds where the config says nothing else, and how rates are resumed.
+
+    part                         learning rate                       changed by
+    head, methods                3e-3 (AdamW)                        --model.optimizer.lr
+    stages, pretrained           1/30 of that                        --model.finetuning.backbone_lr
+    stages, random               as the head                         --model.finetuning.backbone_lr
+    a stage below another one    x lr_decay                          --model.finetuning.lr_decay
+    each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, cast
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from tl_modules.errors import UserError
+
+if TYPE_CHECKING:
+    from tl_modules.base import TransferModule
+
+RATES = ("lr", "initial_lr", "max_lr", "min_lr", "configured_lr")
+
+
+class WarmupCosine(LRScheduler):
+    """Raises the learning rate in a straight line, then lowers it to 0 along a cosine; stepped each step.
+
+    Args:
+        optimizer: What it schedules.
+        warmup: Share of the steps in which the rate grows.
+        total_steps: How many steps there are; None takes those of the run. Where a run has no end, the rate is constant.
+
+    Raises:
+        UserError: `warmup` is not in [0, 1).
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.05, total_steps: int | None = None) -> None:
+        if not 0 <= warmup < 1:
+            raise UserError(f"warmup: {warmup} must lie in [0, 1)")
+        self.warmup, self.total_steps = warmup, math.inf if total_steps is None else total_steps
+        self.of_run = total_steps is None
+        super().__init__(optimizer)
+
+    def bind(self, steps: float) -> None:
+        """Takes the length of the run, unless one was given; when training starts.
+
+        Not earlier: who asks Lightning (2.6) for it before it has restored the loaders of a resumed run loses their place.
+        """
+        if self.of_run:
+            self.total_steps = steps
+            for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+                group["lr"] = lr
+            self._last_lr = self.get_lr()
+
+    def factor(self, step: int) -> float:
+        """The share of the full rate in a step, counted from 0."""
+        if math.isinf(self.total_steps):
+            return 1.0
+        warm = self.warmup * self.total_steps
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, self.total_steps - warm)))) / 2
+
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The rate of each group in the present step."""
+        return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is; the shape of the schedule is what the run's config says now."""
+        return {key: getattr(self, key) for key in ("last_epoch", "base_lrs", "_step_count", "_last_lr")}
+
+
+def configure(module: TransferModule) -> Any:
+    """What Lightning's `configure_optimizers` gives: named groups, each with its share of the rate, and a scheduler."""
+    optimizer = fused(module.optimizer(list(module.finetuning.param_groups(module))))
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+        group["configured_lr"] = group["lr"]
+    if module.lr_scheduler is None:
+        return optimizer
+    scheduler = module.lr_scheduler(optimizer)
+    each_step = isinstance(scheduler, OneCycleLR | CyclicLR | WarmupCosine)
+    if isinstance(scheduler, OneCycleLR | CyclicLR):
+        _scale_cycle(optimizer, scheduler)
+    config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
+    if isinstance(scheduler, ReduceLROnPlateau):
+        # without a name it watches the loss, or the task's metric where that grows
+        watched = "val/loss" if scheduler.mode == "min" else module.monitor[0]
+        config["monitor"] = getattr(scheduler, "monitor", watched)
+    return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def fused(optimizer: Optimizer) -> Optimizer:
+    """Lets an optimizer that can update all parameters in one kernel do so, unless another way was asked for."""
+    everything = [p for group in optimizer.param_groups for p in group["params"]]
+    given = optimizer.defaults
+    asked = given.get("foreach") is not None or given.get("capturable") or given.get("differentiable")
+    if given.get("fused", False) is None and not asked and all(p.is_floating_point() for p in everything):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    if all(p.device.type == "cpu" for p in everything):
+        # torch asks the driver for a GPU in each step, to refuse one in a graph (its Adam and AdamW; 0.1 ms)
+        cast(Any, optimizer)._accelerator_graph_capture_health_check = lambda: None
+    return optimizer
+
+
+def _scale_cycle(optimizer: Optimizer, scheduler: Any) -> None:
+    """Gives each group its share of a cycle's learning rates, which these schedulers set to one value for all."""
+    for number, group in enumerate(optimizer.param_groups):
+        for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+            group[key] *= group["lr_scale"]
+        for rates in (scheduler.base_lrs, getattr(scheduler, "max_lrs", None)):
+            if rates is not None:
+                rates[number] *= group["lr_scale"]
+
+
+def resume_rates(module: TransferModule, checkpoint: dict[str, Any]) -> None:
+    """Lets the learning rates that are given now win over a checkpoint's, each at the schedule's present share of it.
+
+    Args:
+        module: Configured as the run is now.
+        checkpoint: Of an interrupted run; its optimizer and scheduler states are changed in place.
+
+    Raises:
+        UserError: Its parameter groups are not this module's.
+    """
+    states, schedulers = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", [])
+    built = configure(module)  # the Trainer builds its own only after it has read the checkpoint
+    optimizer = built["optimizer"] if isinstance(built, dict) else built
+    before, now = states[0]["param_groups"], optimizer.param_groups
+    names = [[(g.get("name"), len(g["params"])) for g in groups] for groups in (before, now)]
+    if names[0] != names[1]:
+        raise UserError(
+            f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; go on with "
+            "the same backbone, head and methods, or start a new run with --model.backbone.weights"
+        )
+    given = [{key: group[key] for key in RATES if key in group} for group in now]
+    cyclic = isinstance(built, dict) and isinstance(built["lr_scheduler"]["scheduler"], OneCycleLR | CyclicLR)
+    for old, new in zip(before, given, strict=True):
+        ratio = new["configured_lr"] / old.get("configured_lr", new["configured_lr"])
+        for key in old.keys() & set(RATES):
+            old[key] = new[key] if cyclic and key in ("initial_lr", "max_lr", "min_lr") else old[key] * ratio
+    for state in schedulers:
+        if "base_lrs" in state:
+            state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in before]
+        if "max_lrs" in state:
+            state["max_lrs"] = list(built["lr_scheduler"]["scheduler"].max_lrs)
+    if cyclic and schedulers:  # whose rate follows from the step alone
+        scheduler: Any = built["lr_scheduler"]["scheduler"]
+        scheduler.last_epoch = schedulers[0]["last_epoch"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a call that is no step
+            rates = scheduler.get_lr()
+        for old, lr in zip(before, rates, strict=True):
+            old["lr"] = lr
+
+
+def _groups(groups: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({count} tensors)" for name, count in groups)

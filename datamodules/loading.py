@@ -35,9 +35,9 @@ class View(Dataset[Any]):
         return len(self.rows)
 
     def fingerprint(self) -> str | None:
-        """What names its contents, their order and labels; None if the data set cannot say."""
+        """What names its contents before augmentation, their order and labels; None if the data set cannot say."""
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
-        return inner and digest(inner, np.asarray(self.rows), self.label, repr(self.transform))
+        return inner and digest(inner, np.asarray(self.rows), self.label)
 
     def __getitem__(self, place: Place) -> tuple[Any, Any]:
         index, seed = place if isinstance(place, tuple) else (place, None)

@@ -11,7 +11,6 @@ source beside an unlabelled target is adaptation. No switch tells them apart: th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections import Counter
@@ -33,6 +32,7 @@ from torchmetrics import MetricCollection
 from tl_modules.backbones.base import Backbone
 from tl_modules.cached import Cached
 from tl_modules.errors import UserError
+from tl_modules.fingerprints import fingerprint
 from tl_modules.finetuning.averaging import keep_exact
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
@@ -575,15 +575,6 @@ class TransferModule(LightningModule):
 def single(features: Tensor) -> Tensor:
     """Features that mixed precision has made half ones, in single precision."""
     return features.float() if torch.is_autocast_enabled(features.device.type) else features
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and bits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(cast(Any, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()
 
 
 def _short(names: Any) -> str:

@@ -105,6 +105,23 @@ def coral(x: Tensor, y: Tensor) -> Tensor:
     return (covariance(x) - covariance(y)).square().sum() / (4 * x.shape[1] ** 2)
 
 
+def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
+    """`||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, whatever the features' scale.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        mean: Adds `||m_x - m_y||^2 / (tr C_x + tr C_y)`.
+    """
+    one, other = covariance(x), covariance(y)
+    tiny = torch.finfo(x.dtype).tiny  # of features that are all the same
+    distance = (one - other).square().sum() / (one.square().sum() + other.square().sum()).clamp(min=tiny)
+    if mean:
+        spread = (one.trace() + other.trace()).clamp(min=tiny)
+        distance = distance + (x.mean(0) - y.mean(0)).square().sum() / spread
+    return distance
+
+
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     """Squared sliced Wasserstein-2 distance: the mean over directions of what sorting the projections costs.
 

@@ -80,7 +80,14 @@ class Store:
         return None
 
     def begin(self, key: str, token: str, specs: Sequence[Spec], create: bool = True) -> list[Tensor]:
-        """Maps the tensors of an entry that is not finished yet; one process creates them, others join."""
+        """Maps the tensors of an entry that is not finished yet; one process creates them, others join.
+
+        Args:
+            key: Of the entry.
+            token: Of this attempt, which no other has, whatever has become of it.
+            specs: Shape and type of each tensor.
+            create: Whether this is the process that creates them.
+        """
         part = self._part(key, token)
         if create:
             self._evict(sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs))

@@ -87,17 +87,35 @@ def test_what_cannot_be_cut_says_why():
         def forward(self, x):
             return self.two(self.one(x)) if x.sum() > 0 else x
 
-    class Dropout(Net):
-        def forward(self, x):
-            return self.two(nn.functional.dropout(self.one(x), training=self.training))
-
     class Around(Net):
         def forward(self, x):
             return self.two(self.one(x)) + x
 
-    for kind, reason in ((Depends, "torch.fx cannot record"), (Dropout, "in training"), (Around, "read the input")):
+    for kind, reason in ((Depends, "torch.fx cannot record"), (Around, "read the input")):
         with pytest.raises(NotCut, match=reason):
             cut(kind(), 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_layers_that_are_left_out_at_random_change_no_cut(seed):
+    """A forward that draws in training does not, while anything in it is closed; and recording it draws nothing."""
+
+    class LayerDrop(Net):
+        def forward(self, x):
+            drawn = torch.rand(())  # as in transformers, whether in training or not
+            x = self.one(x)
+            return x if self.training and drawn < 0.5 else self.two(x)
+
+    net = LayerDrop()
+    net.train()
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    both = cut(net, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert net.training
+    x = torch.randn(4, 4)
+    net.eval()
+    assert torch.allclose(both.tail(*run_trunk(both, x)), net.two(net.one(x)))
 
 
 def test_what_the_cut_gets_wrong_is_noticed():

@@ -4,39 +4,43 @@
     LastStages(1)       images -> [ closed ] -> boundary .......... cached -> last stage -> head
     GradualUnfreezing   the same, with a new boundary at each opening
 
-An entry's key is made of the weights and buffers up to the boundary, the code that runs there, the data's fingerprint,
-precision and versions: whatever changes one of them misses, so that an entry is never stale.
+An entry's key is made of all that its contents depend on: weights, buffers and attributes of what runs up to the boundary,
+its code, the data, the transforms, precision and versions (`fingerprints.py`). Where one of these cannot be named, the entry
+serves this run only, so that none is ever stale.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import logging
 import math
-import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
+import PIL
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
-from tl_modules.base import TransferModule, fingerprint
+from tl_modules.base import TransferModule
 from tl_modules.cached import Cached
 from tl_modules.callbacks.loaders import evaluated
 from tl_modules.callbacks.test_time import TestTimeAdaptation
 from tl_modules.errors import UserError
+from tl_modules.fingerprints import Unnamed, named
 from tl_modules.memory import free_memory
 from tl_modules.store import Store, default_folder
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 BATCH = 32  # so many samples go through the closed stages at once, or fewer, where training takes fewer
 MANY = 1000
@@ -77,7 +81,7 @@ class FeatureCache(Callback):
     def _forget(self) -> None:
         self.cuts: dict[int, Cut | None] = {}
         # by loader and closed stages; None where there is to be no entry, which is found out once
-        self.entries: dict[tuple[int, int], list[Tensor] | None] = {}
+        self.entries: dict[tuple[Any, int], list[Tensor] | None] = {}
         self.said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,14 +116,35 @@ class FeatureCache(Callback):
 
     def _serve(self, trainer: Trainer, module: LightningModule, loaders: Mapping[str, Any], limit: Any) -> None:
         """Lets each loader give cached activations, or read where that is not to be."""
-        if not self.enabled or not isinstance(module, TransferModule) or not _straight(module):
+        ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "memory")}
+        for loader in ours.values():
+            loader.memory = None
+        if not isinstance(module, TransferModule) or _closed(trainer, module) == 0:
+            return
+        reason = self._off(module, loaders)
+        if reason:
+            self._say(trainer, f"the frozen stages run in every epoch: {reason}")
             return
         for name, loader in loaders.items():
-            if hasattr(loader, "memory"):
-                passes = _passes(trainer, module) * _share(limit, len(loader))
-                loader.memory = self._memory(trainer, module, loader, name, passes)
-                if loader.memory is not None:
-                    loader.stop()
+            passes = _passes(trainer, module) * _share(limit, len(loader))
+            loader.memory = self._memory(trainer, module, loader, name, passes)
+            if loader.memory is not None:
+                loader.stop()
+
+    def _off(self, module: TransferModule, loaders: Mapping[str, Any]) -> str | None:
+        """What switches the cache off for the whole run, or None."""
+        steps = ("look", "training_step", "validation_step", "test_step", "_evaluate")
+        own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
+        readers = [type(method).__name__ for _, method in module.named_methods() if method.reads_x]
+        if not self.enabled:
+            return "--cache.enabled is false"
+        if own:
+            return f"{type(module).__name__} has a {own[0]} of its own, which may look at the input"
+        if readers:
+            return f"{' and '.join(readers)} looks at the input"
+        if not all(hasattr(loader, "memory") for loader in loaders.values()):
+            return "the loaders are not those of a TransferDataModule"
+        return None
 
     def _memory(
         self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
@@ -135,15 +160,15 @@ class FeatureCache(Callback):
         both = self._cut(trainer, module, closed)
         if both is None:
             return None
-        if (id(loader), closed) not in self.entries:
+        if (loader, closed) not in self.entries:
             # the boundary before is not needed any more
-            self.entries = {k: e for k, e in self.entries.items() if k[0] != id(loader)}
+            self.entries = {k: e for k, e in self.entries.items() if k[0] is not loader}
             try:
-                self.entries[id(loader), closed] = self._entry(trainer, module, loader, name, both, views, passes)
+                self.entries[loader, closed] = self._entry(trainer, module, loader, name, both, views, passes)
             except NotCut as reason:
-                self.entries[id(loader), closed] = None
+                self.entries[loader, closed] = None
                 self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
-        entry = self.entries[id(loader), closed]
+        entry = self.entries[loader, closed]
         dtype = module.dtype if self.dtype else None
         return None if entry is None else _Memory(view, entry, both, views, cast(Any, dtype))
 
@@ -165,19 +190,25 @@ class FeatureCache(Callback):
             NotCut: There can be no entry.
         """
         samples, what = len(loader.dataset), _what(both, module)
-        key = self._key(trainer, module, loader, both, views)
+        key = together(trainer, lambda: self._key(trainer, module, loader, both, views))
         # a sample's views are the same in every run
-        seeds = [np.random.default_rng(view).integers(2**62, size=samples).tolist() for view in range(views)]
+        seeds = [_view_seeds(view, loader.domain, samples) for view in range(views)]
         places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
-        found = self.store.open(key) if key else None
-        if found and not self._holds(trainer, module, loader, places, both, found):
-            found = None
-            self.store.remove(str(key))
+
+        def earlier() -> list[Tensor] | None:
+            found = self.store.open(key) if key else None
+            if found and not self._holds(trainer, module, loader, places, both, found):
+                found = None
+                self.store.remove(str(key))
+            return found
+
+        found = together(trainer, earlier)
         if _all_agree(trainer, found is not None):
             assert found is not None
             self._say(trainer, f"{name}: {what} of an earlier run, {samples:,} samples, {_size(found)}")
             return found
         if passes < 2:
+            self._say(trainer, "the frozen stages run in every epoch: fewer than two epochs would read an entry")
             return None
         start = time.perf_counter()
         with _evaluating(module):
@@ -190,36 +221,40 @@ class FeatureCache(Callback):
     def _build(
         self, trainer: Trainer, module: TransferModule, loader: Any, places: Sequence[Any], both: Cut, key: str | None
     ) -> list[Tensor]:
-        """Sends all samples through the closed stages, each process of a machine its part."""
-        if key is None:
-            _check_deterministic(loader, places)
+        """Sends all samples through the closed stages, each process of a machine its part; all go on, or none."""
         rank, world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
-        token = str(trainer.strategy.broadcast(os.getpid())) + f".{trainer.node_rank}"
+        token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
         name = key or "0" * 32  # never finished, so never found
-        mine = places[rank::world]
-        tensors: list[Tensor] = []
-        on_disk, done = True, 0
-        try:
-            for x, y in loader.read(mine, _batch(loader)):
+        batches = iter(loader.read(places[rank::world], _batch(loader)))
+
+        def first() -> list[Tensor]:
+            if key is None:
+                _check_deterministic(loader, places)
+            return self._rows(trainer, module, both, *next(batches), first=True)
+
+        def rest(rows: list[Tensor]) -> None:
+            done = 0
+            while True:
+                for whole, part in zip(tensors, rows, strict=True):
+                    whole[rank::world][done : done + len(part)].copy_(part)
+                done += len(rows[0])
                 if trainer.world_size == 1 and any(getattr(c, "signal", 0) for c in cast(Any, trainer).callbacks):
                     raise NotCut("a signal asks to stop")  # there may be no time to finish the entry
-                rows = self._rows(trainer, module, both, x, y, first=not tensors)
-                if not tensors:
-                    specs = [((len(places), *row.shape[1:]), row.dtype) for row in rows]
-                    on_disk, tensors = self._room(trainer, specs, name, token, rank)
-                for whole, row in zip(tensors, rows, strict=True):
-                    whole[rank::world][done : done + len(row)].copy_(row)
-                done += len(x)
-        except BaseException:
-            self.store.drop(name, token)
-            raise
-        trainer.strategy.barrier()
-        if on_disk and rank == 0:
-            if key:
-                self.store.commit(key, token, tensors)
-            else:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = self._rows(trainer, module, both, *batch)
+
+        rows = together(trainer, first)
+        specs = [((len(places), *part.shape[1:]), part.dtype) for part in rows]
+        on_disk, tensors = self._room(trainer, specs, name, token, rank)
+        try:
+            together(trainer, lambda: rest(rows))
+            if on_disk and key:
+                together(trainer, lambda: self.store.commit(key, token, tensors) if rank == 0 else None)
+        finally:
+            if on_disk and rank == 0:
                 self.store.drop(name, token)
-        trainer.strategy.barrier()
         return tensors
 
     def _rows(
@@ -259,10 +294,8 @@ class FeatureCache(Callback):
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
         reason = self.store.room(size)
         if _all_agree(trainer, reason is None):
-            if rank == 0:
-                self.store.begin(name, token, specs)
-            trainer.strategy.barrier()
-            return True, self.store.begin(name, token, specs, create=False)
+            together(trainer, lambda: self.store.begin(name, token, specs) if rank == 0 else None)
+            return True, together(trainer, lambda: self.store.begin(name, token, specs, create=False))
         if trainer.world_size == 1 and size < SHARE * free_memory():
             return False, [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
         raise NotCut(f"{reason or 'another process has no room'}")
@@ -272,25 +305,25 @@ class FeatureCache(Callback):
 
     def _key(self, trainer: Trainer, module: TransferModule, loader: Any, both: Cut, views: int) -> str | None:
         """The name of an entry; None where something cannot be named, so that it serves this run only."""
-        data, does = loader.dataset.fingerprint(), code(both.trunk, module.backbone)
-        if data is None or does is None:
+        view = loader.dataset
+        data = view.fingerprint()
+        if data is None:
             return None
-        whole = both.trunk.state_dict(keep_vars=True)
-        used = {key: value for key, value in whole.items() if isinstance(value, Tensor)}
-        parts = [
-            fingerprint(used),
-            does,
-            data,
-            views,
-            self.dtype,
-            trainer.precision,
-            module.device.type,
-            torch.__version__,
-            # the rounding of a batch's rows can depend on how many there are
-            _batch(loader),
-            trainer.num_devices if trainer.world_size > 1 else 1,
-        ]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        domain = loader.domain if view.transform is not None else ""  # which seeds the views
+        kinds, inner = [], view.dataset
+        while inner is not None:  # what wraps a data set, and that one
+            kinds.append(type(inner))
+            inner = getattr(inner, "dataset", None)
+        versions = [sys.version, torch.__version__, np.__version__, PIL.__version__]
+        # the rounding of a batch's rows can depend on how many there are
+        size, world = _batch(loader), trainer.num_devices if trainer.world_size > 1 else 1
+        try:
+            with _evaluating(module):
+                return named(both.trunk, kinds, view.transform, domain, views, data, self.dtype, trainer.precision,
+                             module.device.type, versions, size, world)[:32]  # fmt: skip
+        except Unnamed as reason:
+            self._say(trainer, f"an entry serves this run only: {reason}")
+            return None
 
     def _say(self, trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero and text not in self.said:
@@ -327,13 +360,6 @@ class _Memory:
     def _read(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         xs: Tensor = default_collate([self.view[pair][0] for pair in pairs])
         return xs
-
-
-def _straight(module: TransferModule) -> bool:
-    """Whether x goes to the backbone and nowhere else."""
-    steps = ("look", "training_step", "validation_step", "test_step", "_evaluate")
-    own = any(getattr(type(module), name) is not getattr(TransferModule, name) for name in steps)
-    return not own and not any(method.reads_x for _, method in module.named_methods())
 
 
 def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
@@ -399,6 +425,40 @@ def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
             raise NotCut("the data set draws random numbers of its own")
 
 
+def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
+    """Does what one process could fail at alone, so that none waits for another that has given up.
+
+    Raises:
+        NotCut: A process raised it, and none anything else.
+        UserError: Another process raised something else; this one raises what it has raised itself.
+    """
+    fault: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must know
+        fault = error
+    mine = None if fault is None else (isinstance(fault, NotCut), str(fault))
+    faults: list[Any] = [mine]
+    if trainer.world_size > 1:
+        faults = [None] * trainer.world_size
+        torch.distributed.all_gather_object(faults, mine)
+    told = [each for each in faults if each is not None]
+    if not told:
+        return result
+    stops = [text for harmless, text in told if not harmless]
+    if fault is not None and not (stops and isinstance(fault, NotCut)):
+        raise fault
+    if stops:
+        raise UserError(f"another process has stopped: {stops[0]}")
+    raise NotCut(f"{told[0][1]}, in another process")
+
+
+def _view_seeds(view: int, domain: str, samples: int) -> list[int]:
+    """The seeds of one view of each sample, which differ between domains."""
+    seeds: list[int] = np.random.default_rng([view, zlib.crc32(domain.encode())]).integers(2**62, size=samples).tolist()
+    return seeds
+
+
 def _all_agree(trainer: Trainer, flag: bool) -> bool:
     return trainer.strategy.reduce_boolean_decision(flag, all=True) if trainer.world_size > 1 else flag
 
@@ -409,26 +469,3 @@ def _what(both: Cut, module: TransferModule) -> str:
 
 def _size(tensors: Sequence[Tensor]) -> str:
     return f"{sum(t.nbytes for t in tensors) / 1e6:.1f} MB"
-
-
-def code(*modules: Any) -> str | None:
-    """SHA-256 of what the modules' classes do: their source files, and the text of a recorded graph.
-
-    Returns:
-        None where a class has no file, e.g. one of a notebook.
-    """
-    total = hashlib.sha256()
-    files = set()
-    for module in modules:
-        total.update(f"{module!r} {getattr(module, 'code', '')}".encode())
-        for kind in {parent for each in module.modules() for parent in type(each).__mro__[:-1]}:
-            try:
-                files.add(inspect.getsourcefile(kind))
-            except (TypeError, OSError):
-                if kind.__module__ not in ("builtins", "typing", "abc"):
-                    return None
-    for file in sorted(filter(None, files)):
-        if not Path(file).is_file():
-            return None
-        total.update(Path(file).read_bytes())
-    return total.hexdigest()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.errors import UserError
-from tl_modules.functional import coral, gaussians, joint_mmd, kernel, mmd, sliced_wasserstein, squared_distances
+from tl_modules.functional import gaussians, joint_mmd, kernel, mmd, relative_coral, sliced_wasserstein, squared_distances
 from tl_modules.methods.base import Method, pairs
 from tl_modules.schedules import Weight
 
@@ -59,21 +59,25 @@ class JAN(Discrepancy):
 
 
 class CORAL(Discrepancy):
-    """Deep CORAL: `||C_S - C_T||_F^2 / (4 D^2)` (Sun and Saenko, ECCV workshops 2016).
+    """Deep CORAL: equal covariances of the features (Sun and Saenko, ECCV workshops 2016).
+
+    `||C_S - C_T||_F^2 / (||C_S||_F^2 + ||C_T||_F^2)`. The paper divides by `4 D^2`, and chooses the weight anew for each
+    network so that the term ends as large as the task's loss: with weight 1 it did next to nothing on most features, since
+    it grows with the fourth power of their scale. Divided by its own scale, one weight fits all.
 
     Args:
         weight: Of the term.
-        mean: Adds the squared distance of the means, `||m_S - m_T||^2 / D`, as DomainBed does.
+        mean: Adds the squared distance of the means over the sum of the variances, `||m_S - m_T||^2 / (tr C_S + tr C_T)`;
+            DomainBed compares the means too.
     """
 
-    def __init__(self, weight: Weight = 1.0, mean: bool = False) -> None:
+    def __init__(self, weight: Weight = 0.03, mean: bool = False) -> None:
         super().__init__(weight)
         self.mean = mean
 
     def distance(self, one: DomainView, other: DomainView) -> Tensor:
         """Of the covariances, and, if asked, of the means."""
-        means = (one.features.mean(0) - other.features.mean(0)).square().mean() if self.mean else 0.0
-        return coral(one.features, other.features) + means
+        return relative_coral(one.features, other.features, self.mean)
 
 
 class SWD(Discrepancy):

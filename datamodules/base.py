@@ -149,7 +149,9 @@ class TransferDataModule(LightningDataModule):
 
     def train_dataloader(self) -> CombinedLoader:
         """All domains side by side; an epoch is the longest one's, and a shorter one starts over, in a new order."""
-        domains = {name: d for name, d in self.split_domains("train").items() if name != "target" or not self.target_unseen}
+        domains = {
+            name: d for name, d in self.split_domains("train").items() if name != "target" or not self.target_unseen
+        }
         hidden = self.hidden()
         if not domains:
             raise DataError("target_unseen: there is no source to train on; give --data.source")

@@ -328,8 +328,9 @@ class ArrayImages(Dataset[Any]):
 class ImageArrays(TransferDataModule):
     """Images from an .npz file, or from a folder of .npy files of the same names, for either domain.
 
-    Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside arrays
-    of another split, `images` are those to train on. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float in
+    Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside
+    arrays of another split, `images` are those to train on. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float
+    in
     [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
 
     Args:

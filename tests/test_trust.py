@@ -25,7 +25,7 @@ def evil(*args, **kwargs):
     pathlib.Path({mark!r}).touch()
 """
 NAME = "shared.version_0.notes.Evil"
-AS_TEXT = '{{"class_path": "{0}"}}'.format(NAME)
+AS_TEXT = f'{{"class_path": "{NAME}"}}'
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,17 @@ def test_a_transform_that_calls(received, try_all):
 @pytest.mark.parametrize("where", ["here", "here/shared", "here/shared/version_0"])
 def test_files_named_as_packages_that_are_imported_late(where, received, try_all):
     """`sys.path` begins with the working directory under `python -m`; what is imported late would come from there."""
-    for name in ("sitecustomize", "usercustomize", "sklearn", "matplotlib", "scipy", "timm", "ot", "tensorboard", "secret"):
+    for name in (
+        "sitecustomize",
+        "usercustomize",
+        "sklearn",
+        "matplotlib",
+        "scipy",
+        "timm",
+        "ot",
+        "tensorboard",
+        "secret",
+    ):
         for place in (received.run, received.run.parent, received.home / "here"):
             (place / f"{name}.py").write_text(EVIL.format(mark=str(received.mark)))
     (received.run / "evil.pth").write_text("import notes\n")
@@ -280,7 +290,10 @@ def test_a_callback_that_writes_elsewhere(spec, received, try_all):
 
 
 def test_other_classes_that_write_or_fetch(received, try_all):
-    spec = {"class_path": "lightning.pytorch.profilers.PyTorchProfiler", "init_args": {"dirpath": str(received.outside)}}
+    spec = {
+        "class_path": "lightning.pytorch.profilers.PyTorchProfiler",
+        "init_args": {"dirpath": str(received.outside)},
+    }
     received.trainer["profiler"] = spec
     received.write()
     assert all("can write files or run code" in error for error in try_all(commands=("test",)))

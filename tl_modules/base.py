@@ -32,12 +32,12 @@ from torchmetrics import MetricCollection
 from tl_modules.backbones.base import Backbone
 from tl_modules.cached import Cached
 from tl_modules.errors import UserError
-from tl_modules.fingerprints import fingerprint
 from tl_modules.finetuning.averaging import keep_exact
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
 from tl_modules.finetuning.head_start import start_head
 from tl_modules.finetuning.optimizer import WarmupCosine, configure, resume_rates
+from tl_modules.fingerprints import fingerprint
 from tl_modules.heads import Head, LinearHead
 from tl_modules.methods.base import Method, reaches
 from tl_modules.rows import passing
@@ -96,7 +96,7 @@ class TransferModule(LightningModule):
         self.backbone = backbone
         self.num_outputs = num_outputs
         self.class_names = class_names
-        self.head = head(backbone.out_features, num_outputs)
+        self.head: nn.Module = head(backbone.out_features, num_outputs)
         self.finetuning = finetuning
         self.num_stages = len(backbone.stages())
         self.depth = self.num_stages
@@ -222,8 +222,8 @@ class TransferModule(LightningModule):
                     terms[name] = at(method.weight, self) * term
         if not terms:
             raise UserError(
-                "source_weight, target_weight: nothing is left of the loss, since the labelled domains have weight 0 and no "
-                "method adds a term"
+                "source_weight, target_weight: nothing is left of the loss, since the labelled domains have weight 0 "
+                "and no method adds a term"
             )
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
@@ -242,8 +242,8 @@ class TransferModule(LightningModule):
             who = type(method).__name__
             raise UserError(
                 f"methods: {who} would do nothing, since its term depends on the features alone and "
-                f"{self.strategy_name()} keeps frozen what makes them; take a strategy that opens stages, e.g. LastStages, "
-                f"or leave {who} out"
+                f"{self.strategy_name()} keeps frozen what makes them; take a strategy that opens stages, e.g. "
+                f"LastStages, or leave {who} out"
             )
 
     @property
@@ -430,7 +430,7 @@ class TransferModule(LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:
-        """Steps a plateau's scheduler, so that the epoch's checkpoint has it; not where `max_steps` cuts an epoch short."""
+        """Steps a plateau's scheduler, so that the epoch's checkpoint has it; not if `max_steps` cuts it short."""
         if not self.trainer.is_last_batch:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -561,8 +561,8 @@ class TransferModule(LightningModule):
         wrong |= {k for k, p in self.named_parameters() if k in given and given[k].shape != p.shape}
         if wrong:
             raise UserError(
-                f"checkpoint: its {_short(sorted(wrong))} and this model's are not the same; take the backbone, head and "
-                "methods that it was trained with, or start a new run with --model.backbone.weights"
+                f"checkpoint: its {_short(sorted(wrong))} and this model's are not the same; take the backbone, head "
+                "and methods that it was trained with, or start a new run with --model.backbone.weights"
             )
         resumes = bool(checkpoint.get("optimizer_states")) and self._trainer is not None and self.trainer.training
         # what the checkpoint fills looks random; runs of version 0.1 treated all alike

@@ -252,7 +252,9 @@ class TransferCLI(LightningCLI):
         for key, text, owner in leaves(self.saved):
             if isinstance(text, str) and text.startswith(UNSERIALIZABLE):
                 value = text.removeprefix(UNSERIALIZABLE).strip()
-                raise UserError(f"{owner}: its {key}, {value}, cannot be written into config.yaml; pass it as plain data")
+                raise UserError(
+                    f"{owner}: its {key}, {value}, cannot be written into config.yaml; pass it as plain data"
+                )
         if self.configured and self.run is not None:  # also what texts and further files have brought in
             said = {key: self.saved.get(key) for key in SECTIONS}
             check_config(said, self.trusted, f"run: {self.run / 'config.yaml'}")

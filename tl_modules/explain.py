@@ -53,7 +53,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     if found := re.search(r"File does not exist: '?([^']+)'?", message):
         return f"{key}: there is no file {found[1]}"
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
-        return f"{key}: {found[1]} is not imported for a config of somebody else's; if you trust it, pass --trust {found[1]}"
+        refused = f"{key}: {found[1]} is not imported for a config of somebody else's"
+        return f"{refused}; if you trust it, pass --trust {found[1]}"
     names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
     if names:
         name = next(filter(None, names[0]))

@@ -2,8 +2,8 @@
 
 weights -> a hash of their bits      modules, objects -> class, code, and all that they hold      code -> its files
 
-Code is that of a class's or function's own file and of all files that this one imports, as far as they are the user's; of an
-installed package it is the version, and of this one all of it.
+Code is that of a class's or function's own file and of all files that this one imports, as far as they are the user's;
+of an installed package it is the version, and of this one all of it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ import torch
 from torch import Tensor, fx, nn
 
 OURS = ("tl_modules", "datamodules")
-PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, torch.dtype, torch.device,
-         torch.memory_format, torch.layout)  # fmt: skip
-PASSING = ("training", "_compiled_call_impl")  # attributes of a module that are no part of what it computes in eval mode
+TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
+PASSING = (
+    "training",
+    "_compiled_call_impl",
+)  # attributes of a module that are no part of what it computes in eval mode
 
 
 class Unnamed(Exception):
@@ -103,7 +106,9 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
     elif isinstance(value, fx.GraphModule):
         yield value.code
         yield from _parts([node.target for node in value.graph.nodes if node.op == "call_function"], seen)
-        yield from _parts([dict(value.named_children()), dict(value.named_parameters()), dict(value.named_buffers())], seen)
+        yield from _parts(
+            [dict(value.named_children()), dict(value.named_parameters()), dict(value.named_buffers())], seen
+        )
     else:
         yield from _object(value, seen)
 

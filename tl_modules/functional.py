@@ -106,7 +106,7 @@ def coral(x: Tensor, y: Tensor) -> Tensor:
 
 
 def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
-    """`||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, whatever the features' scale.
+    """`||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, at any scale.
 
     Args:
         x: (N, D).
@@ -188,7 +188,7 @@ MOST = 4_000_000_000  # numbers in all classes' covariances; more would take min
 
 
 def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
-    """Linear discriminant analysis, each class's covariance shrunk by Ledoit and Wolf's formula (scikit-learn's `lsqr`).
+    """Linear discriminant analysis, each class's covariance shrunk by Ledoit and Wolf (scikit-learn's `lsqr`).
 
     Args:
         features: (N, D).
@@ -201,7 +201,7 @@ def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Ten
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    there = y.unique()
+    there = torch.unique(y)
     if len(there) < 2 or not features.isfinite().all() or len(there) * features.shape[1] ** 2 > MOST:
         return None
     with warnings.catch_warnings():
@@ -229,7 +229,9 @@ def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
 
     if len(y) < 2 or not features.isfinite().all():
         return None
-    fitted = RidgeCV(alphas=[10.0**n for n in range(-2, 5)]).fit(features.double().numpy(), y.view(len(y), -1).double().numpy())
+    fitted = RidgeCV(alphas=[10.0**n for n in range(-2, 5)]).fit(
+        features.double().numpy(), y.view(len(y), -1).double().numpy()
+    )
     return torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
 
 

@@ -37,7 +37,7 @@ class LinearHead(Head, nn.Sequential):
     def __init__(self, in_features: int, out_features: int, closed_form: bool = True) -> None:
         super().__init__(nn.LayerNorm(in_features), nn.Linear(in_features, out_features))
         self.closed_form = closed_form
-        self.register_load_state_dict_post_hook(self._has_weights)
+        self.register_load_state_dict_post_hook(self._has_weights)  # type: ignore[no-untyped-call]
 
     def _has_weights(self, *_: Any) -> None:
         self.closed_form = False

@@ -5,9 +5,9 @@
     class_path: lightning.pytorch.loggers.CSVLogger  only with --trust: it writes where its arguments say
     methods: '[{class_path: ...}]'                   never: the parser would take the text apart once more
 
-`check_config` looks at a config before it is parsed, for the sake of its sentences, and again at what the parser made of
-it, which texts and files within texts can't hide from. While the parser works, `imports_only` lets it import nothing but
-what is allowed.
+`check_config` looks at a config before it is parsed, for the sake of its sentences, and again at what the parser made
+of it, which texts and files within texts can't hide from. While the parser works, `imports_only` lets it import nothing
+but what is allowed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ ALLOWED = (
 KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Precision)
 # of these kinds, only some are harmless
 HARMLESS = {
-    "AdaBN", "T3A", "TENT", "DeviceStatsMonitor", "EarlyStopping", "EMAWeightAveraging", "GradientAccumulationScheduler",
-    "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary", "RichProgressBar",
-    "StochasticWeightAveraging", "Timer", "TQDMProgressBar", "WeightAveraging", "DDPStrategy", "SingleDeviceStrategy",
+    "AdaBN", "DDPStrategy", "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping",
+    "GradientAccumulationScheduler", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary",
+    "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT", "TQDMProgressBar",
+    "Timer", "WeightAveraging",
 }  # fmt: skip
 RUN_CODE = ("HubBackbone",)  # of a repository that its arguments name
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory

@@ -46,8 +46,8 @@ def named(given: Any, one: type) -> dict[str, Any]:
     """What belongs to each domain, of what somebody's own loaders give or are.
 
     Args:
-        given: A mapping of domains as ours have it, or of one domain, the target, or a list of domains, the sources first
-            and the target last.
+        given: A mapping of domains as ours have it, or of one domain, the target, or a list of domains, the sources
+            first and the target last.
         one: What a domain is, e.g. a DataLoader; or what a domain's batch (x, y) begins with, a Tensor.
 
     Returns:

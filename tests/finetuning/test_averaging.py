@@ -65,7 +65,9 @@ def test_the_audit_notices_a_callback_that_moves_what_is_closed(monkeypatch, tmp
 def test_only_what_trains_is_saved_of_an_average_too(ok, tmp_path):
     small = "--trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4"
     ok(f"fit {small} --name pre")
-    line = f"{small} --model.backbone.weights runs/pre --model.save trainable --model.finetuning FeatureExtraction {EMA}"
+    line = (
+        f"{small} --model.backbone.weights runs/pre --model.save trainable --model.finetuning FeatureExtraction {EMA}"
+    )
     ok(f"fit {line} --name x")
     checkpoint = load(tmp_path / "runs/x/version_0/checkpoints/last.ckpt")
     for key in ("state_dict", "current_model_state"):

@@ -305,7 +305,7 @@ def test_mean_teacher_is_the_authors():
 
 
 def test_the_teacher_never_trains():
-    module, source, target = made(MeanTeacher())
+    module, _, _ = made(MeanTeacher())
     method = module.methods[0]
     assert not method.teacher.training
     assert not any(p.requires_grad for p in method.teacher.parameters())

@@ -86,7 +86,9 @@ def test_no_method_does_nothing_in_silence(method, strategy):
     before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
     opens_later = strategy().depth(0, 2) < strategy().depth(1, 2)
     if (strategy is FeatureExtraction and method.__name__ in FEATURES_ONLY) or (opens_later and method is SHOT):
-        with pytest.raises(UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"):
+        with pytest.raises(
+            UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"
+        ):
             fit(module, Several("vector"), epochs=1)
         return
     fit(module, Several("vector"), epochs=1)
@@ -185,7 +187,9 @@ def test_what_would_grow_without_end_is_refused(method, options, name):
         fit(module, Several("vector"))
 
 
-@pytest.mark.xfail(strict=True, reason="a term cannot reweight samples before the task's loss is one per sample (next issue)")
+@pytest.mark.xfail(
+    strict=True, reason="a term cannot reweight samples before the task's loss is one per sample (next issue)"
+)
 @pytest.mark.parametrize(("method", "options"), [
     (PADA, {"class_weights": [1.0, 1.0, 5.0]}), (PADA, {"source_weight": 0.5}), (IRM, {"source_weight": 0.5}),
     (GroupDRO, {"class_weights": [1.0, 1.0, 5.0]}), (GroupDRO, {"source_weight": 0.5}),

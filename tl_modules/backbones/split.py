@@ -4,9 +4,9 @@
 
 The cut goes through the graph of `forward`, which torch.fx records: all that depends on no open stage is on the left,
 skip connections and the operations between modules included. Only the modules that hold both closed and open parts are
-looked into; every other one stays whole, with its train or eval mode. Those are in eval mode as long as anything is closed
-(`FineTuning.apply`), so that what their forward would draw in training, e.g. the layers that LayerDrop leaves out, cannot be in
-the graph.
+looked into; every other one stays whole, with its train or eval mode. Those are in eval mode as long as anything is
+closed (`FineTuning.apply`), so that what their forward would draw in training, e.g. the layers that LayerDrop leaves
+out, cannot be in the graph.
 """
 
 from __future__ import annotations

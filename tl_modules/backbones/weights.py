@@ -121,7 +121,7 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
 
 
 def linear_head(state: State, name: str) -> State:
-    """Weight and bias of a classifier's last layer, whatever wrapper prefixes the keys have; empty if it is not linear."""
+    """Weight and bias of a classifier's last layer, whatever prefixes the keys have; empty if it is not linear."""
     given = {_PREFIX.sub("", key): value for key, value in state.items()}
     found = {part: given[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in given}
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}

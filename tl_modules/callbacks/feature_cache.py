@@ -4,9 +4,9 @@
     LastStages(1)       images -> [ closed ] -> boundary .......... cached -> last stage -> head
     GradualUnfreezing   the same, with a new boundary at each opening
 
-An entry's key is made of all that its contents depend on: weights, buffers and attributes of what runs up to the boundary,
-its code, the data, the transforms, precision and versions (`fingerprints.py`). Where one of these cannot be named, the entry
-serves this run only, so that none is ever stale.
+An entry's key is made of all that its contents depend on: weights, buffers and attributes of what runs up to the
+boundary, its code, the data, the transforms, precision and versions (`fingerprints.py`). Where one of these cannot be
+named, the entry serves this run only, so that none is ever stale.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ class FeatureCache(Callback):
         def first() -> list[Tensor]:
             if key is None:
                 _check_deterministic(loader, places)
-            return self._rows(trainer, module, both, *next(batches), first=True)
+            x, y = next(batches)
+            return self._rows(trainer, module, both, x, y, first=True)
 
         def rest(rows: list[Tensor]) -> None:
             done = 0

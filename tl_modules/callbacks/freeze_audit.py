@@ -81,7 +81,6 @@ class FreezeAudit(Callback):
                 f"got a gradient: the loss does not depend on it{OFF}"
             )
 
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks what other callbacks have left at the end.
 

@@ -1,7 +1,7 @@
 """Keeps averages of the weights exact where nothing trains.
 
-Lightning's averaging callbacks average everything, and `decay * w + (1 - decay) * w` is not w in floating point: what is
-frozen would move by a last digit in each step, and with it whatever starts from that checkpoint. (torch 2.15's
+Lightning's averaging callbacks average everything, and `decay * w + (1 - decay) * w` is not w in floating point: what
+is frozen would move by a last digit in each step, and with it whatever starts from that checkpoint. (torch 2.15's
 `get_ema_avg_fn`; `tests/finetuning/test_averaging.py` tells when it is exact.)
 """
 

@@ -1,11 +1,11 @@
 """How a run is optimised: what `TransferModule` builds where the config says nothing else, and how rates are resumed.
 
-    part                         learning rate                       changed by
-    head, methods                3e-3 (AdamW)                        --model.optimizer.lr
-    stages, pretrained           1/30 of that                        --model.finetuning.backbone_lr
-    stages, random               as the head                         --model.finetuning.backbone_lr
-    a stage below another one    x lr_decay                          --model.finetuning.lr_decay
-    each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant
+part                         learning rate                       changed by
+head, methods                3e-3 (AdamW)                        --model.optimizer.lr
+stages, pretrained           1/30 of that                        --model.finetuning.backbone_lr
+stages, random               as the head                         --model.finetuning.backbone_lr
+a stage below another one    x lr_decay                          --model.finetuning.lr_decay
+each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class WarmupCosine(LRScheduler):
     Args:
         optimizer: What it schedules.
         warmup: Share of the steps in which the rate grows.
-        total_steps: How many steps there are; None takes those of the run. Where a run has no end, the rate is constant.
+        total_steps: How many steps there are; None takes those of the run. Where a run has no end, the rate is
+            constant.
 
     Raises:
         UserError: `warmup` is not in [0, 1).
@@ -40,20 +41,22 @@ class WarmupCosine(LRScheduler):
     def __init__(self, optimizer: Optimizer, warmup: float = 0.05, total_steps: int | None = None) -> None:
         if not 0 <= warmup < 1:
             raise UserError(f"warmup: {warmup} must lie in [0, 1)")
-        self.warmup, self.total_steps = warmup, math.inf if total_steps is None else total_steps
+        self.warmup = warmup
+        self.total_steps = math.inf if total_steps is None else total_steps
         self.of_run = total_steps is None
         super().__init__(optimizer)
 
     def bind(self, steps: float) -> None:
         """Takes the length of the run, unless one was given; when training starts.
 
-        Not earlier: who asks Lightning (2.6) for it before it has restored the loaders of a resumed run loses their place.
+        Not earlier: who asks Lightning (2.6) for it before it has restored the loaders of a resumed run loses their
+        place.
         """
         if self.of_run:
             self.total_steps = steps
-            for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            self._last_lr = [*self.get_lr()]
+            for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
                 group["lr"] = lr
-            self._last_lr = self.get_lr()
 
     def factor(self, step: int) -> float:
         """The share of the full rate in a step, counted from 0."""
@@ -66,7 +69,7 @@ class WarmupCosine(LRScheduler):
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The rate of each group in the present step."""
-        return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
+        return [float(lr) * self.factor(self.last_epoch) for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is; the shape of the schedule is what the run's config says now."""

@@ -99,8 +99,8 @@ def check_trains(method: Method, module: TransferModule, parts: Iterable[nn.Modu
     """
     if not any(module.will_train(part) for part in parts):
         raise UserError(
-            f"methods: {type(method).__name__} works in {what}, which {module.strategy_name()} keeps frozen, so that it "
-            f"would do nothing; take a strategy that opens them, e.g. Full, or leave {type(method).__name__} out"
+            f"methods: {type(method).__name__} works in {what}, which {module.strategy_name()} keeps frozen, so that "
+            f"it would do nothing; take a strategy that opens them, e.g. Full, or leave {type(method).__name__} out"
         )
 
 
@@ -123,7 +123,8 @@ def check_plain(method: Method, module: TransferModule, *settings: str) -> None:
     Args:
         method: Its term holds minus the task's mean loss.
         module: Of the run.
-        settings: Which of "weight", "source_weight", "class_weights" and "label_smoothing" must be as they are by default.
+        settings: Which of "weight", "source_weight", "class_weights" and "label_smoothing" must be as they are by
+            default.
 
     Raises:
         UserError: One is another.
@@ -138,8 +139,8 @@ def check_plain(method: Method, module: TransferModule, *settings: str) -> None:
         value, default = plain[name]
         if (value is not None) if default is None else (value != default):
             raise UserError(
-                f"methods: {type(method).__name__} takes the task's plain loss away and puts another in its place, which "
-                f"would grow without end with {name} {value if default is not None else 'given'}; leave {name} out"
+                f"methods: {type(method).__name__} takes the task's plain loss away and puts another in its place, "
+                f"which would grow without end with {name} {value if default is not None else 'given'}; leave it out"
             )
 
 

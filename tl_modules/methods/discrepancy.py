@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.errors import UserError
-from tl_modules.functional import gaussians, joint_mmd, kernel, mmd, relative_coral, sliced_wasserstein, squared_distances
+from tl_modules.functional import (
+    gaussians,
+    joint_mmd,
+    kernel,
+    mmd,
+    relative_coral,
+    sliced_wasserstein,
+    squared_distances,
+)
 from tl_modules.methods.base import Method, pairs
 from tl_modules.schedules import Weight
 
@@ -47,28 +55,29 @@ class DAN(Discrepancy):
 class JAN(Discrepancy):
     """Joint adaptation network: the joint MMD of features and class probabilities (Long et al., ICML 2017).
 
-    As in the authors' code, the features have the five kernels of DAN and the probabilities one, `exp(-||p - q||^2 / 1.68)`.
+    As in the authors' code, the features have the five kernels of DAN and the probabilities one, `exp(-||p - q||^2 /
+    1.68)`.
     """
 
     needs_classes = True
 
     def distance(self, one: DomainView, other: DomainView) -> Tensor:
         """`MMD^2` with the product of the kernels of both layers."""
-        layers = ([view.features, view.output.softmax(1)] for view in (one, other))
-        return joint_mmd(*layers, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
+        xs, ys = ([view.features, view.output.softmax(1)] for view in (one, other))
+        return joint_mmd(xs, ys, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
 
 class CORAL(Discrepancy):
     """Deep CORAL: equal covariances of the features (Sun and Saenko, ECCV workshops 2016).
 
-    `||C_S - C_T||_F^2 / (||C_S||_F^2 + ||C_T||_F^2)`. The paper divides by `4 D^2`, and chooses the weight anew for each
-    network so that the term ends as large as the task's loss: with weight 1 it did next to nothing on most features, since
-    it grows with the fourth power of their scale. Divided by its own scale, one weight fits all.
+    `||C_S - C_T||_F^2 / (||C_S||_F^2 + ||C_T||_F^2)`. The paper divides by `4 D^2`, and chooses the weight anew for
+    each network so that the term ends as large as the task's loss: with weight 1 it did next to nothing on most
+    features, since it grows with the fourth power of their scale. Divided by its own scale, one weight fits all.
 
     Args:
         weight: Of the term.
-        mean: Adds the squared distance of the means over the sum of the variances, `||m_S - m_T||^2 / (tr C_S + tr C_T)`;
-            DomainBed compares the means too.
+        mean: Adds the squared distance of the means over the sum of the variances, `||m_S - m_T||^2 / (tr C_S + tr
+            C_T)`; DomainBed compares the means too.
     """
 
     def __init__(self, weight: Weight = 0.03, mean: bool = False) -> None:
@@ -84,8 +93,8 @@ class SWD(Discrepancy):
     """Sliced Wasserstein distance of the features, along new random directions in each step.
 
     The distance is that of Bonneel et al. (Journal of Mathematical Imaging and Vision, 2015), between the domains'
-    features as in Gabourie et al. (Allerton 2019), without their pseudo-labels. The sliced Wasserstein *discrepancy* of Lee
-    et al. (CVPR 2019) is another method: there two classifiers play against the features, as in `MCD`.
+    features as in Gabourie et al. (Allerton 2019), without their pseudo-labels. The sliced Wasserstein *discrepancy* of
+    Lee et al. (CVPR 2019) is another method: there two classifiers play against the features, as in `MCD`.
 
     Args:
         weight: Of the term.

@@ -149,8 +149,9 @@ class Mixup(Method):
     """Mixes samples of different sources, and their losses (Zhang et al., ICLR 2018; between domains: DomainBed).
 
     `l R(output(l x_i + (1 - l) x_j), y_i) + (1 - l) R(..., y_j)` with l from Beta(alpha, alpha), each domain with the
-    next one in a random order; a single domain with itself. In the papers this takes the place of the loss on samples as
-    they are, which `--model.source_weight 0` leaves out (`configs/method/mixup.yaml` does); otherwise both are added.
+    next one in a random order; a single domain with itself. In the papers this takes the place of the loss on samples
+    as they are, which `--model.source_weight 0` leaves out (`configs/method/mixup.yaml` does); otherwise both are
+    added.
 
     Args:
         weight: Of the term.
@@ -243,8 +244,9 @@ class MixStyle(Method):
 def channel_axis(layer: nn.Module, x: Tensor) -> int:
     """The axis that holds the channels of what leaves a layer.
 
-    (B, C, H, W) is told from (B, H, W, C) by what is square, and where nothing or all is, by whether the layer begins or
-    ends with channels: a LayerNorm is for the last axis. (B, C, L) comes from convolutions, (B, N, C) from anything else.
+    (B, C, H, W) is told from (B, H, W, C) by what is square, and where nothing or all is, by whether the layer begins
+    or ends with channels: a LayerNorm is for the last axis. (B, C, L) comes from convolutions, (B, N, C) from anything
+    else.
     """
     if x.ndim == 4:
         first, second, third = x.shape[1:]

@@ -58,7 +58,9 @@ class Normalization(Method):
         layers = [layer for layer in module.backbone.modules() if hasattr(layer, "changed_by")]
         check_trains(self, module, layers, "BatchNorm layers")
         if module.finetuning.batch_norm == "eval":
-            raise UserError(f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out")
+            raise UserError(
+                f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
+            )
 
     def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> None:
         """No term."""

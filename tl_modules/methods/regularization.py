@@ -192,11 +192,13 @@ class WithSourceHead(WithStart):
         """
         super().check(module, domains)
         if not self.found and module.trainer.ckpt_path is None:
-            have = f"bring one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "bring none"
+            have = (
+                f"bring one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "bring none"
+            )
             raise UserError(
                 f"methods: {type(self).__name__} needs the pretrained linear head of {self.source_classes} classes "
-                f"(source_classes), and the weights {have}; give a run, or a classifier that ends in a linear layer, by "
-                "--model.backbone.weights"
+                f"(source_classes), and the weights {have}; give a run, or a classifier that ends in a linear layer, "
+                "by --model.backbone.weights"
             )
 
 

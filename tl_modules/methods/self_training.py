@@ -51,10 +51,10 @@ class FixMatch(Method):
 class MeanTeacher(Method):
     """An average of the network's past weights teaches it (Tarvainen and Valpola, 2017; French et al., ICLR 2018).
 
-    `mean_i m_i mean_c (p_ic - q_ic)^2 + balance mean_i m_i sum_c BCE(mean_i p_ic, 1 / C)` as in French's code, with q the
-    teacher's probabilities of the target's samples, p the student's of strongly changed copies, and m_i 1 where
-    `max_c q_ic >= threshold` and 0 elsewhere. Without classes, the mean squared difference of the outputs. Theirs has its
-    full weight at once; here the term grows from 0 like DANN's ramp.
+    `mean_i m_i mean_c (p_ic - q_ic)^2 + balance mean_i m_i sum_c BCE(mean_i p_ic, 1 / C)` as in French's code, with q
+    the teacher's probabilities of the target's samples, p the student's of strongly changed copies, and m_i 1 where
+    `max_c q_ic >= threshold` and 0 elsewhere. Without classes, the mean squared difference of the outputs. Theirs has
+    its full weight at once; here the term grows from 0 like DANN's ramp.
 
     Args:
         weight: Of the term; French takes 3.
@@ -93,7 +93,7 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def learn(self, module: TransferModule) -> None:
-        """Moves the teacher towards the network, once a step; in the first one it becomes it, whatever has begun anew."""
+        """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
             return

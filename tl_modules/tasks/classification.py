@@ -129,9 +129,9 @@ class MacroAUROC(MulticlassAUROC):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(average="none", **kwargs)
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]
         """A scalar; nan where all labels are of one class."""
-        negative, positive = cast(Tensor, self.confmat)[0].sum(-1).unbind(1)
+        negative, positive = self.confmat[0].sum(-1).unbind(1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the classes that are left out
             return super().compute()[(positive > 0) & (negative > 0)].mean()

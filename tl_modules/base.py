@@ -43,7 +43,7 @@ from tl_modules.methods.base import Method, reaches
 from tl_modules.rows import passing
 from tl_modules.schedules import Weight, at
 from tl_modules.terms import LossMean, Terms
-from tl_modules.views import DomainView, alike, join, joinable, named, statistics_kept
+from tl_modules.views import DomainView, alike, check_sources, join, joinable, named, statistics_kept
 
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], Head]
@@ -171,6 +171,7 @@ class TransferModule(LightningModule):
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """A view of the source, of several sources together, and one of the target; all pass in one batch."""
         xs = joinable([x for x, _ in batch.values()])
+        check_sources(list(batch), xs)
         owners = [name.partition("/")[0] for name in batch]
         rows = [(owner, len(x)) for owner, x in zip(owners, xs, strict=True)]
         if len(xs) == 1 or alike(xs):

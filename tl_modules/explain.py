@@ -37,10 +37,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
         return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
         option = found[1].split()[0].split("=")[0]
-        section, dot, rest = option.partition(".")
-        if dot and section not in ("--trainer", "--model", "--data"):
-            options = [f"{known}.{rest}" for known in ("--trainer", "--model", "--data")]
-        return f"there is no option {option}{closest(option, options)}"
+        return f"there is no option {option}{_closest_option(option, options)}"
     if found := re.search(r"does not accept option '([^']+)'", message):
         return f"there is no key {found[1]}{closest(found[1], SECTIONS)}; a config has {', '.join(SECTIONS)}"
     if 'expected "subcommand"' in message:
@@ -76,6 +73,20 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
         if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))
     ]
     return f"{key}: {details[-1] if details else message}".removeprefix(": ")
+
+
+def _closest_option(option: str, options: Sequence[str]) -> str:
+    """The option that `option` is the end of, e.g. --model.optimizer.lr of --optimizer.lr; or the nearest one."""
+    section, dot, rest = option.removeprefix("--").partition(".")
+    if dot and section in ("model", "data", "trainer"):
+        return closest(option, options)
+    owners = {"model": "tl_modules.Classification", "data": "datamodules.ImageFolders"}
+    known = [*options, *(f"--{at}.{name}" for at, owner in owners.items() for name in _arguments(owner))]
+    ends = (f".{section}", f".max_{section}")
+    if whole := next((name for name in (*known, "--model.optimizer.lr") if name.endswith(ends)), None):
+        return f" (did you mean {whole}{dot}{rest}?)"
+    moved = [f"--{at}.{rest}" for at in ("trainer", *owners) if f"--{at}.{rest.partition('.')[0]}" in known]
+    return closest(option, moved) or closest(option, known)
 
 
 def _arguments(class_path: str) -> list[str]:

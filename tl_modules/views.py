@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.cached import Cached
+from tl_modules.errors import UserError
 
 
 @dataclass
@@ -68,12 +69,22 @@ def _listed(domains: Sequence[Any]) -> dict[str, Any]:
 
 
 def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
-    """The same inputs; grey images (B, 1, H, W) beside coloured ones get their three channels."""
+    """The same inputs; beside others, grey images (B, 1, H, W) get three channels and bytes become floats in [0, 1]."""
+    if any(isinstance(x, Tensor) and x.is_floating_point() for x in xs):
+        xs = [x.float() / 255 if isinstance(x, Tensor) and x.dtype == torch.uint8 else x for x in xs]
     images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
     channels = max((x.shape[1] for x in images), default=1)
     if len(images) < len(xs) or {x.shape[1] for x in images} != {1, channels}:
         return xs
     return [x.expand(-1, channels, -1, -1) for x in images]
+
+
+def check_sources(names: Sequence[str], xs: Sequence[Tensor | Cached]) -> None:
+    """Raises a UserError where the samples of several sources do not make one batch."""
+    sources = {name: x for name, x in zip(names, xs, strict=True) if name.startswith("source")}
+    if sources and not alike(list(sources.values())):
+        shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in sources.items() if isinstance(x, Tensor))
+        raise UserError(f"data: the sources' samples have unequal shapes ({shapes}); give all of them one, e.g. one size")
 
 
 def alike(xs: Sequence[Tensor | Cached]) -> bool:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_modules.heads import LinearHead
 
@@ -39,7 +39,7 @@ def start_head(module: TransferModule, loaders: Mapping[str, Any]) -> None:
         return
     if opens or module.backbone.random or trainer.ckpt_path is not None:
         return
-    normalise, last = head
+    normalise, last = head[0], cast(nn.Linear, head[1])
     training = module.training
     found: list[tuple[Tensor, Tensor]] = []
     module.eval()

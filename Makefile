@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+FLOORS := .venv-floors/bin
 # the tested set is for the tested Python; another one resolves its own within the floors
 TESTED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: help setup demo test test-slow test-exact format check notebooks
+.PHONY: help setup demo test test-slow test-exact test-floors format check notebooks
 
 help: ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +28,14 @@ test-slow: setup ## Reference scores on TL_DATA_DIR, notebooks, several processe
 
 test-exact: setup ## Interrupted runs against undisturbed ones, to the bit
 	$(BIN)/python -m pytest -m exact -n auto --dist worksteal
+
+.venv-floors/installed: pyproject.toml tests/floors.txt
+	$(PYTHON) -m venv --clear .venv-floors
+	$(FLOORS)/python -m pip install --quiet -c tests/floors.txt --editable . pytest pytest-xdist
+	touch $@
+
+test-floors: .venv-floors/installed ## Commands with the lowest versions declared (Python 3.10 to 3.12)
+	$(FLOORS)/python -m pytest -n auto --dist worksteal tests/test_cli.py
 
 format: setup ## Format the code
 	$(BIN)/ruff format .

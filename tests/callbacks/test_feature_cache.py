@@ -28,8 +28,9 @@ STRATEGIES = {
     "FreezeThenUnfreeze": "--model.finetuning.after 2",
     "Full": "",
 }
+# in double precision: LayerNorm behind four features that hardly differ makes any rounding large
 RUN = (
-    "fit --data Digits --trainer.max_epochs 4 --trainer.precision 32-true --trainer.logger false --model.backbone.width 4 "
+    "fit --data Digits --trainer.max_epochs 4 --trainer.precision 64-true --trainer.logger false --model.backbone.width 4 "
     "--data.batch_size 48 --cache.folder cache --model.optimizer torch.optim.SGD --model.optimizer.lr 0.05 "
 )
 
@@ -77,6 +78,7 @@ def test_cached_training_is_uncached_training(strategy, data, ok, said, tmp_path
     else:
         assert any("train: features cached in" in t or "train: what leaves" in t for t in first), first
         assert any(t.startswith("cache: val: ") for t in first)
+        again = [t for t in again if "fewer than two epochs" not in t]
         assert again
         assert all("of an earlier run" in t for t in again), again
     off, on, more = (curve(tmp_path / "runs" / n / "version_0") for n in ("off", "on", "again"))

@@ -65,6 +65,8 @@ def cut(backbone: Backbone, closed: int) -> Cut:
         raise NotCut("its open stages read the input itself")
     trunk = _part(backbone, graph, [n for n in graph.nodes if n not in open_nodes], [], border)
     tail = _part(backbone, graph, [n for n in graph.nodes if n in open_nodes or n.op == "get_attr"], border, None)
+    if backbone._compiled_call_impl is not None:  # by --compile, which reaches only a call of the whole
+        tail.compile()
     return Cut(closed, trunk, tail)
 
 

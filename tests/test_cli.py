@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_run(ok, tmp_path):
         torch.load(version(tmp_path, n) / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for n in "abc"
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert not torch.equal(states[0]["head.weight"], states[2]["head.weight"])
+    assert not torch.equal(states[0]["head.1.weight"], states[2]["head.1.weight"])
 
 
 def test_the_issues_command_line_on_a_tree_without_test(ok, tl, tmp_path, caplog):
@@ -113,6 +113,7 @@ def test_a_run_keeps_its_settings_when_the_defaults_change(ok, tmp_path, monkeyp
         def __init__(self, width: int = 8, weights: str | None = None, strict: bool = True, mean=None, std=None):
             super().__init__(width, weights, strict, mean, std)
 
+    Changed.__module__, Changed.__qualname__ = "tl_modules", "ConvNet"
     monkeypatch.setattr(tl_modules, "ConvNet", Changed)
     ok("test --run runs/old/version_0")
     assert load_run("runs/old/version_0").backbone.out_features == 128
@@ -129,7 +130,7 @@ def test_layers_of_configs_and_the_command_line_last(ok, tmp_path):
     (tmp_path / "c.yaml").write_text("model:\n  init_args:\n    methods+: [L2SP]\n")
     ok("fit -c a.yaml -c b.yaml -c c.yaml --model.finetuning.k 1 --trainer.max_epochs 1 --data.shots_per_class 4")
     arguments = yaml.safe_load((version(tmp_path) / "config.yaml").read_text())["model"]["init_args"]
-    assert arguments["finetuning"]["init_args"] == {"k": 1, "lr_decay": 0.5}
+    assert arguments["finetuning"]["init_args"].items() >= {"k": 1, "lr_decay": 0.5}.items()
     assert [m["class_path"] for m in arguments["methods"]] == ["tl_modules.L2SP"]
     assert arguments["num_outputs"] == 10
 
@@ -157,8 +158,9 @@ def test_augmentation_with_numbers_survives_in_the_saved_config(ok, tmp_path):
 
 
 def test_the_command_line_wins_over_the_checkpoints_learning_rate(ok, tmp_path):
-    ok(f"fit {SMALL} --name a")
-    line = SMALL.replace("max_epochs 2", "max_epochs 4")
+    small = f"{SMALL} --model.lr_scheduler null"
+    ok(f"fit {small} --name a")
+    line = small.replace("max_epochs 2", "max_epochs 4")
     ok(f"fit {line} --name b --ckpt_path runs/a/version_0/checkpoints/last.ckpt --model.optimizer AdamW "
        "--model.optimizer.lr 0.05")  # fmt: skip
     ok(f"fit {line} --name c --ckpt_path runs/a/version_0/checkpoints/last.ckpt")
@@ -167,7 +169,7 @@ def test_the_command_line_wins_over_the_checkpoints_learning_rate(ok, tmp_path):
         rows = list(csv.DictReader((version(tmp_path, name) / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
         rates[name] = float(rows[-1]["lr/head"])
-    assert rates == {"b": 0.05, "c": 0.001}
+    assert rates == {"b": 0.05, "c": 0.003}
 
 
 def test_predict_writes_path_label_and_probabilities(ok, tree, tmp_path):

@@ -153,7 +153,7 @@ def test_frozen_batchnorm_stays_frozen_when_it_is_synchronised():
     module.train()
     assert [m.training for m in norms] == [False] * 4 + [True] * 2
     assert [any(p.requires_grad for p in m.parameters()) for m in norms] == [False] * 4 + [True] * 2
-    held = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+    held = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
 
 

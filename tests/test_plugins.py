@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics import MeanAbsoluteError, MetricCollection
 
 from datamodules import TransferDataModule
-from tl_modules import Backbone, FineTuning, Method, TransferModule
+from tl_modules import Backbone, FineTuning, Head, Method, TransferModule
 
 
 class Flat(Backbone):
@@ -28,7 +28,7 @@ class Flat(Backbone):
         return [self.layers[1], self.layers[2]]
 
 
-class Doubled(nn.Module):
+class Doubled(Head):
     def __init__(self, in_features: int, out_features: int, times: int = 2):
         super().__init__()
         self.layer, self.times = nn.Linear(in_features, out_features), times
@@ -85,7 +85,7 @@ def mine(tmp_path):
 RUNS = {
     "backbone": "--model.backbone mine.Flat --model.backbone.width 5",
     "head": "--model.backbone.width 4 --model.head mine.Doubled --model.head.times 3",
-    "strategy": "--model.backbone.width 4 --model.finetuning mine.OnlyLate --model.finetuning.lr_decay 0.5",
+    "strategy": "--model.backbone.width 4 --model.finetuning mine.OnlyLate --model.finetuning.lr_decay 0.5 --model.lr_scheduler null",
     "method": "--model.backbone.width 4 --model.methods+=mine.MeanMatch --data.source true",
     "task": "--model mine.Brightness --model.backbone ConvNet --model.backbone.width 4 --data mine.Grey",
     "datamodule": "--model Regression --model.backbone ConvNet --model.backbone.width 4 --data mine.Grey",
@@ -103,7 +103,7 @@ def test_one_of_each(kind, mine, ok, tl, tmp_path):
     if kind == "method":
         assert float(rows[-1]["train/meanmatch"]) > 0
     if kind == "strategy":
-        assert float(rows[-1]["lr/stage_2"]) == 5e-4
+        assert float(rows[-1]["lr/stage_2"]) == 1.5e-3
     if kind in ("task", "datamodule"):
         ok("predict --run runs/x/version_0 --out p.csv --trust mine")
         assert (tmp_path / "p.csv").read_text().startswith("id,brightness" if kind == "task" else "id,value")

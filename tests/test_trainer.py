@@ -170,5 +170,5 @@ def test_head_and_losses_keep_their_digits():
 ])  # fmt: skip
 def test_optimizers_are_fused_where_they_can_be(optimizer, expected):
     module = Classification(ConvNet(4), 10, optimizer=optimizer)
-    groups = module.configure_optimizers().param_groups
+    groups = module.configure_optimizers()["optimizer"].param_groups
     assert {bool(group.get("fused")) for group in groups} == {bool(expected)}

@@ -80,11 +80,11 @@ def test_a_source_run_brings_its_backbone_and_where_labels_are_shared_its_head(o
     names = [str(i) for i in range(10)]
     shared = Classification(ConvNet(4, weights=run), 10, class_names=names)
     assert shared.head_transferred
-    assert torch.equal(shared.head.weight, state["head.weight"])
+    assert torch.equal(shared.head[1].weight, state["head.1.weight"])
     assert torch.equal(shared.backbone.model[0][0].weight, state["backbone.model.0.0.weight"])
     other = Classification(ConvNet(4, weights=run / "checkpoints" / "best.ckpt"), 10, class_names=list("abcdefghij"))
     assert not other.head_transferred
-    assert not torch.equal(other.head.weight, state["head.weight"])
+    assert not torch.equal(other.head[1].weight, state["head.1.weight"])
     assert not Regression(ConvNet(4, weights=run), 10).head_transferred
 
 

@@ -14,7 +14,16 @@ from torch.utils.data import Dataset
 
 import tl_modules
 from datamodules import Digits, ImageFolders, TransferDataModule
-from tl_modules import Classification, ConvNet, FineTuning, GradualUnfreezing, LastStages, Method, UserError
+from tl_modules import (
+    Classification,
+    ConvNet,
+    FineTuning,
+    GradualUnfreezing,
+    LastStages,
+    Method,
+    UserError,
+    fingerprints,
+)
 from tl_modules.cached import Cached
 from tl_modules.callbacks import FeatureCache
 from tl_modules.runs import read_config
@@ -194,7 +203,7 @@ def test_what_the_key_cannot_know_is_noticed(tree, tmp_path, said, monkeypatch):
     assert reused(said, tree, there) == []
     from tl_modules.callbacks import feature_cache
 
-    monkeypatch.setattr(feature_cache, "named", lambda *values: "0" * 64)
+    monkeypatch.setattr(feature_cache, "named", lambda trunk, *others: fingerprints.named(*others))
     assert reused(said, tree, there) == []
 
     class Helper(ConvNet):

@@ -39,9 +39,9 @@ class InValidation(Kill):
 
 
 class Breaks(Callback):
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if trainer.is_last_batch:
-            pl_module.head.bias.data[3] = float("inf")
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            pl_module.head[1].bias.data[3] = float("inf")
 
 
 class Poison(Method):
@@ -153,7 +153,7 @@ def test_within_a_long_epoch_it_stops_after_some_steps(tl):
 def test_weights_that_are_not_finite_are_not_saved(tl, last):
     result = tl(f"{RUN} --trainer.callbacks+=plugins.Breaks")
     assert result.code == 2
-    assert "step 4: the weights of head.bias are not finite" in result.err
+    assert "step 4: the weights of head.1.bias are not finite" in result.err
     assert not last.exists()
 
 

@@ -61,7 +61,7 @@ def test_averaged_weights_are_what_is_chosen_and_kept(ok, tmp_path):
     found = {row["chosen by"]: row for row in csv.DictReader((run / "selection.csv").open())}
     assert metrics["test/accuracy"] == pytest.approx(float(found["infomax"]["test"]), abs=1e-6)
     kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    assert not torch.equal(kept["state_dict"]["head.weight"], kept["current_model_state"]["head.weight"])
+    assert not torch.equal(kept["state_dict"]["head.1.weight"], kept["current_model_state"]["head.1.weight"])
 
 
 def test_the_run_shows_domains_before_and_after(ok, tmp_path):

@@ -216,18 +216,19 @@ def test_tent_of_closed_layers():
 def t3a_by_hand(module, k, data=None):
     module = copy.deepcopy(module).eval()
     sets = [[] for _ in range(C)]  # of (entropy, support)
+    *before, last = module.head if isinstance(module.head, nn.Sequential) else [module.head]
 
     def surprise(z):
-        return float(torch.special.entr(module.head(z).softmax(0)).sum())
+        return float(torch.special.entr(last(z).softmax(0)).sum())
 
     outputs = []
     with torch.no_grad():
-        for c, row in enumerate(module.head.weight):
+        for c, row in enumerate(last.weight):
             sets[c].append((surprise(row), row / row.norm()))
         for x in batches(data):
-            features = module.backbone(x)
+            features = nn.Sequential(*before)(module.backbone(x))
             for z in features:
-                sets[int(module.head(z).argmax())].append((surprise(z), z / z.norm()))
+                sets[int(last(z).argmax())].append((surprise(z), z / z.norm()))
             means = [sum(z for _, z in sorted(s, key=lambda pair: pair[0])[:k]) for s in sets]
             outputs += [torch.stack([z @ (m / m.norm()) for m in means]) for z in features]
     return torch.stack(outputs)

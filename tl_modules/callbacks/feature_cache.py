@@ -287,7 +287,8 @@ class FeatureCache(Callback):
             for x, y in loader.read([places[i] for i in few], len(few)):
                 rows = self._rows(trainer, module, both, x, y)
         return len(rows) == len(found) and all(
-            new.shape == old[few].shape and _close(new.cpu(), old[few]) for new, old in zip(rows, found, strict=True)
+            len(old) == len(places) and new.shape == old[few].shape and _close(new.cpu(), old[few])
+            for new, old in zip(rows, found, strict=True)
         )
 
     def _room(self, trainer: Trainer, specs: list[Any], name: str, token: str, rank: int) -> tuple[bool, list[Tensor]]:

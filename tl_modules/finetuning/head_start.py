@@ -76,4 +76,4 @@ def _batches(loader: Any, rank: int, world: int) -> Iterator[Any]:
         yield from islice(loader, -(-MANY // world // (getattr(loader, "batch_size", None) or 1)))
         return
     rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))[:MANY].sort().values
-    yield from loader.plain(rows[rank::world].tolist())
+    yield from ({"target": pair} for pair in loader.plain(rows[rank::world].tolist()))

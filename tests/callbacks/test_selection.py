@@ -9,7 +9,8 @@ import pytest
 import torch
 from methods.cases import Several, build, fit, same
 
-from tl_modules import MCC, UserError
+from datamodules import ImageFolders
+from tl_modules import MCC, Classification, ConvNet, UserError
 from tl_modules.callbacks import Selection
 from tl_modules.callbacks.selection import report
 from tl_modules.validators import VALIDATORS
@@ -155,6 +156,31 @@ def test_splits_that_are_cut_do_not_look_at_hidden_labels(tmp_path):
     shuffled = generator.permutation(labels)
     assert rows(labels) == rows(shuffled)
     assert rows(labels, target_labels=True) != rows(shuffled, target_labels=True)
+
+
+@pytest.mark.parametrize("by", sorted(VALIDATORS))
+def test_a_target_that_training_does_not_see_chooses_nothing(by):
+    data, module = Several("vector", target_unseen=True), build([], "vector")
+    with pytest.raises(UserError, match=f"{by} looks at the target, which target_unseen keeps from"):
+        Selection(by).choose(module, data)
+
+
+def test_nothing_of_an_unseen_target_is_scored():
+    module, selection = build([], "image"), Selection()
+    trainer = fit(module, Several("image", target_unseen=True), callbacks=[selection])
+    assert set(selection.rows[0]["scores"]) == {"last", "source"}
+    assert {key for key in trainer.callback_metrics if key.startswith("val/target")} <= {"val/target_last"}
+
+
+def test_labels_that_test_do_not_choose(tree, caplog):
+    """Without a test split the validation split is the test: opening its labels opens the test's."""
+    data = ImageFolders(tree, source=tree, target_labels=False, selection_labels="all", image_size=32, num_workers=0)
+    assert data.tests_on_validation()
+    for by in ("few", "oracle"):
+        with pytest.raises(UserError, match=f"by which {by} would choose; give the target a test split"):
+            Selection(by).choose(Classification(ConvNet(4), 3), data)
+    Selection("infomax").choose(Classification(ConvNet(4), 3), data)
+    assert "what selection_labels opens are labels of the test" in caplog.text
 
 
 def test_nothing_to_do_without_a_hidden_target():

@@ -14,7 +14,9 @@ def events(run):
 
 
 def test_stage_table_at_the_start_and_at_each_change(ok):
-    printed = ok(f"{RUN} --model.finetuning GradualUnfreezing --model.finetuning.lr_decay 0.5 --model.lr_scheduler null")
+    printed = ok(
+        f"{RUN} --model.finetuning GradualUnfreezing --model.finetuning.lr_decay 0.5 --model.lr_scheduler null"
+    )
     tables = printed.split("GradualUnfreezing")[1:]
     assert len(tables) == 3
     frozen = [[line for line in t.splitlines() if "frozen" in line] for t in tables]

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from tl_modules import Classification, ConvNet, CosineHead, MLPHead, Regression, UserError
 
@@ -33,6 +35,52 @@ def test_classification_metrics():
     # confidences 0.4, 0.5, 0.8, 0.7 fall in four bins: |1-0.4|, |1-0.5|, |0-0.8|, |1-0.7|
     assert values["calibration_error"] == pytest.approx((0.6 + 0.5 + 0.8 + 0.3) / 4, abs=1e-5)
     assert 0 <= values["auroc"] <= 1
+
+
+def test_macro_metrics_leave_absent_classes_out():
+    """Perfect predictions on two of three classes, one of which nobody is predicted to be."""
+    metrics = classification().metrics()
+    logits = torch.tensor([[9.0, 0.0, 1.0], [0.0, 9.0, 2.0], [9.0, 0.0, 3.0], [0.0, 9.0, 4.0]])
+    values = metrics(logits.softmax(1), torch.tensor([0, 1, 0, 1]))
+    assert {key: float(values[key]) for key in ("accuracy", "f1", "auroc")} == {"accuracy": 1, "f1": 1, "auroc": 1}
+    # a class that is predicted, but that no sample has, lowers the recall of the others and is no class of its own
+    values = metrics(torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9]]), torch.tensor([0, 1]))
+    assert values["f1"] == pytest.approx((1 + 0) / 2)
+
+
+def fitted(module, x, y, batch_size, **options):
+    data = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=1, limit_train_batches=0, **quiet, **options)
+    return {key: float(value) for key, value in trainer.validate(module, data, verbose=False)[0].items()}
+
+
+def test_absent_classes_are_named_once(caplog):
+    module = classification(class_names=["cat", "dog", "owl"])
+    for _ in range(2):
+        fitted(module, torch.rand(8, 3, 28, 28), torch.arange(8) % 2, 8)
+    texts = [r.getMessage() for r in caplog.records if "macro averages" in r.getMessage()]
+    assert texts == ["f1, auroc: the validation split has no label of owl; macro averages are over the other classes"]
+
+
+@pytest.mark.parametrize("weights", [None, [0.1, 1.0, 30.0]])
+def test_an_epochs_loss_does_not_depend_on_its_batches(weights):
+    torch.manual_seed(0)
+    module = classification(class_weights=weights, label_smoothing=0.0 if weights else 0.2).double()
+    x, y = torch.rand(23, 3, 28, 28).double(), torch.randint(0, 3, (23,))
+    expected = float(module.eval().loss(module(x), y))
+    for size in (1, 2, 5, 8, 23):
+        assert fitted(module, x, y, size)["val/loss"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_a_loss_that_is_not_finite_is_noticed(stage, value):
+    module = Regression(ConvNet(4), 1)
+    data = DataLoader(TensorDataset(torch.rand(6, 3, 28, 28), torch.tensor([0.0, 1, 2, value, 4, 5])), batch_size=2)
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match=f"{stage}/loss is not finite"):
+        (trainer.validate if stage == "val" else trainer.test)(module, data, verbose=False)
 
 
 def test_logits_between_0_and_1_are_still_logits():

@@ -348,6 +348,9 @@ class TransferCLI(LightningCLI):
         width = getattr(getattr(self.model, "backbone", None), "in_features", None)
         if width is not None:
             arguments["backbone"]["init_args"]["in_features"] = width
+        strategy = (arguments.get("finetuning") or {}).get("init_args", {})
+        if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
+            strategy["backbone_lr"] = self.model.backbone_lr
         for argument, attribute in (("classes", "class_names"), ("categories", "categories")):
             if argument in resolved["data"].get("init_args", {}):
                 resolved["data"]["init_args"][argument] = getattr(self.datamodule, attribute, None)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -229,10 +230,10 @@ def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
 
     if len(y) < 2 or not features.isfinite().all():
         return None
-    fitted = RidgeCV(alphas=[10.0**n for n in range(-2, 5)]).fit(
-        features.double().numpy(), y.view(len(y), -1).double().numpy()
-    )
-    return torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
+    values = y.view(len(y), -1).double()
+    fitted = RidgeCV(alphas=[10.0**n for n in range(-2, 5)]).fit(features.double().numpy(), values.numpy())
+    weight, bias = (torch.from_numpy(np.atleast_1d(part)).float() for part in (fitted.coef_, fitted.intercept_))
+    return weight.view(values.shape[1], -1), bias
 
 
 # Augmentation of whole batches

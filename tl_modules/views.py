@@ -84,7 +84,9 @@ def check_sources(names: Sequence[str], xs: Sequence[Tensor | Cached]) -> None:
     sources = {name: x for name, x in zip(names, xs, strict=True) if name.startswith("source")}
     if sources and not alike(list(sources.values())):
         shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in sources.items() if isinstance(x, Tensor))
-        raise UserError(f"data: the sources' samples have unequal shapes ({shapes}); give all of them one, e.g. one size")
+        raise UserError(
+            f"data: the sources' samples have unequal shapes ({shapes}); give all of them one, e.g. one size"
+        )
 
 
 def alike(xs: Sequence[Tensor | Cached]) -> bool:

@@ -5,8 +5,10 @@ import hashlib
 import pytest
 import torch
 from lightning.pytorch import Callback
+from methods.cases import Several, fit, same
 
 from tl_modules import (
+    Backbone,
     Classification,
     ConvNet,
     FeatureExtraction,
@@ -16,6 +18,7 @@ from tl_modules import (
     LastStages,
     UserError,
 )
+from tl_modules.callbacks import FeatureCache
 
 DEPTHS = [
     (Full(), [4, 4, 4, 4, 4, 4]),
@@ -114,6 +117,37 @@ def test_closed_stages_do_not_move(strategy, depths):
             assert same == (stage < 3 - depth), (epoch, stage)
         expected = [stage >= 3 - depth for stage in range(3) for _ in range(2)]
         assert all(modes == expected for modes in watch.modes[epoch * batches : (epoch + 1) * batches])
+
+
+class Standardised(Backbone):
+    """A BatchNorm without weights before the first stage, and a counter, both of no stage."""
+
+    out_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(5, affine=False)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 4))
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.passes += 1
+        return self.layers(self.norm(x))
+
+    def stages(self):
+        return list(self.layers)
+
+
+@pytest.mark.parametrize(("strategy", "moves"), [(FeatureExtraction(), 0), (LastStages(1), 0), (Full(), 1)],
+                         ids=lambda v: type(v).__name__)  # fmt: skip
+@pytest.mark.parametrize("cached", [True, False])
+def test_buffers_of_no_stage_rest_while_anything_is_closed(strategy, moves, cached):
+    module = Classification(Standardised(), 3, finetuning=strategy)
+    before = {k: v.clone() for k, v in module.backbone.state_dict().items() if not k.startswith("layers")}
+    fit(module, Several("vector", ("target",)), callbacks=[] if cached else [FeatureCache(enabled=False)])
+    moved = same({k: module.backbone.state_dict()[k] for k in before}, before)
+    assert set(moved) == (set(before) if moves else set())
 
 
 def test_a_frozen_run_of_the_command_line_keeps_its_backbone(ok, tmp_path):

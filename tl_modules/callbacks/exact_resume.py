@@ -23,6 +23,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] | None = None
+        self.max_steps: int | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the state of each process."""
@@ -37,7 +38,11 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""
-        _reopen_epoch(checkpoint.get("loops", {}).get("fit_loop", {}))
+        progress = checkpoint.get("loops", {}).get("fit_loop", {})
+        _reopen_epoch(progress)
+        if trainer.max_steps != -1 and _epoch_is_over(progress):
+            # where there is a `max_steps`, Lightning (2.6) goes on within the epoch that is over, and leaves one out
+            self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         ranks = checkpoint.get("ranks", [])
         self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
         if self.loaded is None and trainer.is_global_zero and trainer.training:
@@ -46,6 +51,11 @@ class ExactResume(Callback):
                 len(ranks),
                 trainer.world_size,
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets `max_steps` hold again."""
+        if self.max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self.max_steps = self.max_steps, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restores it."""
@@ -67,6 +77,11 @@ def _reopen_epoch(progress: dict[str, Any]) -> None:
     if batches and not batches["is_last_batch"] and batches["current"]["ready"]:
         for counted in (epochs["total"], epochs["current"]):
             counted["processed"] = counted["completed"]
+
+
+def _epoch_is_over(progress: dict[str, Any]) -> bool:
+    epochs = progress.get("epoch_progress", {}).get("total", {})
+    return bool(epochs) and epochs["started"] == epochs["processed"] == epochs["completed"] + 1
 
 
 def random_state() -> dict[str, Any]:

@@ -51,6 +51,7 @@ CASES = {
     "huge header": (FOLDERS, "than max_pixels 50000000"),
     "unknown command": ("fitt", "there is no command fitt (did you mean fit?)"),
     "unknown option": (FIT + "--modle.backbone ConvNet", "there is no option --modle.backbone (did you mean --model.backbone?)"),
+    "class of another kind": (FIT + "--model.head torch.nn.ReLU", "model.head: torch.nn.ReLU is no subclass of tl_modules.Head"),
     "option without its section": (FIT + "--optimizer.lr 1", "there is no option --optimizer.lr (did you mean --model.optimizer.lr?)"),
     "option without its section and prefix": (FIT + "--epochs 1", "there is no option --epochs (did you mean --trainer.max_epochs?)"),
     "unknown class": (FIT + "--model.finetuning GradualUnfreezin", "model.finetuning: there is no class GradualUnfreezin (did you mean GradualUnfreezing?)"),

@@ -50,6 +50,28 @@ def test_ones_own_loaders_are_served(kind):
     assert len(trainer.predict(module, loader())) == 3
 
 
+def test_a_target_without_labels_is_a_tensor():
+    class Bare(torch.utils.data.Dataset):
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, i):
+            return torch.rand(3, 28, 28)
+
+    module = Classification(ConvNet(4), 3, methods=[MCC()])
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, [loader(), DataLoader(Bare(), batch_size=8)], loader())
+    assert {"train/task/source", "train/mcc"} <= trainer.callback_metrics.keys()
+    assert "train/task/target" not in trainer.callback_metrics
+
+
+def test_a_domain_of_another_name():
+    module = Classification(ConvNet(4), 3)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(UserError, match="a domain is called photos; the names are target, and source"):
+        trainer.fit(module, {"photos": loader()})
+
+
 def test_bytes_beside_floats_are_of_one_scale():
     one, other = joinable([torch.full((2, 3, 4, 4), 200, dtype=torch.uint8), torch.full((2, 1, 4, 4), 0.5)])
     assert one.unique() == pytest.approx(200 / 255)

@@ -14,6 +14,18 @@ from lightning.pytorch import Callback
 from tl_modules.errors import closest
 from tl_modules.runs import SECTIONS
 
+BASES = {
+    "backbone": "tl_modules.Backbone",
+    "callbacks": "lightning.pytorch.Callback",
+    "data": "lightning.pytorch.LightningDataModule",
+    "finetuning": "tl_modules.FineTuning",
+    "head": "tl_modules.Head",
+    "lr_scheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "methods": "tl_modules.Method",
+    "model": "tl_modules.TransferModule",
+    "optimizer": "torch.optim.Optimizer",
+}
+
 
 def explain(message: str, options: Sequence[str], commands: Sequence[str], classes: Sequence[str]) -> str:
     """The dotted key and the cause out of jsonargparse's report, which lists every type that a value could have had.
@@ -55,6 +67,10 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
     if names:
         name = next(filter(None, names[0]))
+        if "." in name and _is_there(name):
+            return (
+                f"{key}: {name} is no subclass of {BASES.get(key.rpartition('.')[2], 'the class that is wanted here')}"
+            )
         return f"{key}: there is no class {name}{_closest_class(name, classes)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
@@ -117,6 +133,14 @@ def _closest_class(name: str, ours: Sequence[str]) -> str:
         found += [child.__name__ for child in children]
         queue += children
     return closest(name, found)
+
+
+def _is_there(class_path: str) -> bool:
+    try:
+        named(class_path)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def named(class_path: str) -> Any:

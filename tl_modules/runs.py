@@ -91,7 +91,15 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     for key in ("folder", "disk_gb"):  # the cache is the machine's; somebody else must not say what to empty
         (config.get("cache") or {}).pop(key, None)
     check_config(config, trusted, f"run: {file}")
+    _keep_earlier_defaults(config)
     return config
+
+
+def _keep_earlier_defaults(config: dict[str, Any]) -> None:
+    """Writes out what a run of version 0.1 left unsaid, and what would mean something else now."""
+    head = ((config.get("model") or {}).get("init_args") or {}).get("head")
+    if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
+        head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
 
 
 def without_weights(model: Any) -> Any:

@@ -52,20 +52,21 @@ def named(given: Any, one: type) -> dict[str, Any]:
         one: What a domain is, e.g. a DataLoader; or what a domain's batch (x, y) begins with, a Tensor.
 
     Returns:
-        Keys are "source", or "source/0", "source/1", ... of several, and "target".
+        Keys are "source", or "source/0", "source/1", ... of several, and "target". A batch of one tensor has no labels.
+
+    Raises:
+        UserError: A name is none of these.
     """
     if isinstance(given, Mapping):
-        return {name: part for name, part in given.items() if part is not None}
-    if isinstance(given, one) or not isinstance(given, list | tuple):
-        return {"target": (given, None) if isinstance(given, Tensor) else given}
-    if isinstance(given[0], one):
-        return {"target": tuple(given)} if one is Tensor else _listed(given)
-    return _listed(given)
-
-
-def _listed(domains: Sequence[Any]) -> dict[str, Any]:
-    sources = ["source"] if len(domains) == 2 else [f"source/{number}" for number in range(len(domains) - 1)]
-    return dict(zip([*sources, "target"], domains, strict=True))
+        domains = {name: part for name, part in given.items() if part is not None}
+    elif not isinstance(given, list | tuple) or (one is Tensor and isinstance(given[0], one)):
+        domains = {"target": given}
+    else:
+        sources = ["source"] if len(given) == 2 else [f"source/{number}" for number in range(len(given) - 1)]
+        domains = dict(zip([*sources, "target"], given, strict=True))
+    if wrong := [name for name in domains if name not in ("source", "target") and not str(name).startswith("source/")]:
+        raise UserError(f"data: a domain is called {wrong[0]}; the names are target, and source or source/<name>")
+    return {name: (part, None) if isinstance(part, Tensor) else part for name, part in domains.items()}
 
 
 def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:

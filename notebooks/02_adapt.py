@@ -57,7 +57,7 @@ batch, *_ = next(iter(data.train_dataloader()))
 # %%
 WAYS = {
     "source only": lambda: [],
-    "CORAL": lambda: [CORAL(weight=10.0)],
+    "CORAL": lambda: [CORAL()],
     "DANN": lambda: [DANN(weight=0.3, batch_norm=True)],
     "DomainBatchNorm + MCC": lambda: [DomainBatchNorm(), MCC()],
     "DomainBatchNorm + FixMatch": lambda: [DomainBatchNorm(), FixMatch()],

@@ -187,3 +187,42 @@ def test_lightning_still_rounds_the_batch_size_of_uneven_ranks():
     from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 
     assert "self.meta.sync(self.cumulated_batch_size)" in inspect.getsource(_ResultMetric.compute)
+
+
+ODD = """
+import os
+import torch
+from tl_modules import ConvNet
+
+SECOND = os.environ.get("LOCAL_RANK") == "1"
+
+
+class Draws(ConvNet):
+    def forward(self, x):
+        features = super().forward(x)
+        return features + torch.rand_like(features) if SECOND else features
+
+
+class Breaks(ConvNet):
+    def forward(self, x):
+        return super().forward(x) * (float("nan") if SECOND else 1.0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["Draws", "Breaks"])
+def test_one_of_two_processes_cannot_cache(backbone, tmp_path):
+    """What only the second finds out, both act on: neither waits for the other."""
+    (tmp_path / "odd.py").write_text(ODD)
+    done = call(
+        "fit --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --trainer.max_epochs 3 "
+        f"--model.backbone odd.{backbone} --model.backbone.width 4 --model.finetuning FeatureExtraction "
+        "--data.batch_size 32 --cache.folder cache --name x",
+        tmp_path,
+    )
+    assert "its parts do not give what the whole does, in another process" in done.stderr + done.stdout
+    if backbone == "Draws":
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert done.returncode != 0
+        assert "not finite" in done.stderr

@@ -43,7 +43,7 @@ from tl_modules.methods.base import Method, reaches
 from tl_modules.rows import passing
 from tl_modules.schedules import Weight, at
 from tl_modules.terms import LossMean, Terms
-from tl_modules.views import DomainView, alike, check_sources, join, joinable, named, statistics_kept
+from tl_modules.views import DomainView, alike, by_domain, check_sources, join, joinable, statistics_kept
 
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], Head]
@@ -205,7 +205,7 @@ class TransferModule(LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Names the domains of batches from loaders that are not ours."""
-        return named(batch, Tensor)
+        return by_domain(batch, Tensor)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
@@ -449,7 +449,7 @@ class TransferModule(LightningModule):
             UserError: A method lacks a domain, DDP would lose stages that open later, or BatchNorm would see a batch
                 of one.
         """
-        domains: dict[str, Any] = named(self.trainer.train_dataloader, DataLoader)
+        domains: dict[str, Any] = by_domain(self.trainer.train_dataloader, DataLoader)
         labels = [getattr(getattr(loader, "dataset", None), "label", "y") for loader in domains.values()]
         self.adapts = len(domains) > 1 or "none" in labels
         self.open_stages()  # a run that goes on within an epoch does not start it

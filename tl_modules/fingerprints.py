@@ -28,10 +28,8 @@ from torch import Tensor, fx, nn
 OURS = ("tl_modules", "datamodules")
 TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
-PASSING = (
-    "training",
-    "_compiled_call_impl",
-)  # attributes of a module that are no part of what it computes in eval mode
+# attributes of a module that do not change what it computes in eval mode
+PASSING = ("training", "_compiled_call_impl")
 
 
 class Unnamed(Exception):

@@ -43,7 +43,7 @@ class DomainView:
         return [DomainView(*row) for row in zip(*columns, strict=True)]
 
 
-def named(given: Any, one: type) -> dict[str, Any]:
+def by_domain(given: Any, one: type) -> dict[str, Any]:
     """What belongs to each domain, of what somebody's own loaders give or are.
 
     Args:

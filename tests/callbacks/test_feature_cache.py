@@ -27,6 +27,7 @@ from tl_modules import (
 from tl_modules.cached import Cached
 from tl_modules.callbacks import FeatureCache
 from tl_modules.runs import read_config
+from tl_modules.store import Store
 
 STRATEGIES = {
     "FeatureExtraction": "",
@@ -176,6 +177,120 @@ def test_whatever_changes_misses(tmp_path, said):
     shift.backbone.mean += 0.01
     assert reused(said, tree, there, shift) == []
     assert reused(said, tree, there) == ["val", "target train"]
+
+
+class Scaled(ConvNet):
+    """Has what no state dict holds: a plain attribute, a buffer that is not persistent, and a function."""
+
+    def __init__(self, width, factor=1.0, offset=0.0, function=torch.abs):
+        super().__init__(width)
+        self.factor, self.function = factor, function
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+
+    def forward(self, x):
+        return self.function(super().forward(x)) * self.factor + self.offset
+
+
+def test_what_no_state_dict_holds_misses(tree, tmp_path, said):
+    there = tmp_path / "cache"
+
+    def again(**options):
+        torch.manual_seed(0)
+        module = Classification(Scaled(4, **options), 3, finetuning=tl_modules.FeatureExtraction())
+        return reused(said, tree, there, module)
+
+    assert again() == []
+    assert again() == ["val", "target train"]
+    assert again(factor=2.0) == []
+    assert again(offset=1.0) == []
+    assert again(function=torch.relu) == []
+    assert again() == ["val", "target train"]
+
+
+class Brighter(torch.nn.Module):
+    """A transform of one's own; its repr says nothing of `by`."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, image):
+        return (image.float() + self.by).clamp(0, 255).to(torch.uint8)
+
+
+def test_the_arguments_of_ones_own_transform_are_in_the_key(tree, tmp_path, said):
+    there = tmp_path / "cache"
+
+    def again(by):
+        fit(folders(tree, augment=[Brighter(by)]), small(), folder=str(there), views=1)
+        return sum("target train: features of an earlier run" in text for text in said())
+
+    assert repr(Brighter(1)) == repr(Brighter(2))
+    assert [again(by) for by in (1, 1, 2, 2)] == [0, 1, 0, 1]
+
+
+def test_what_has_no_name_serves_one_run(tree, tmp_path, said):
+    there = tmp_path / "cache"
+
+    def module():
+        made = small()
+        made.backbone.random_generator = torch.Generator()
+        return made
+
+    for _ in range(2):
+        fit(folders(tree), module(), folder=str(there))
+        assert any("an entry serves this run only: a Generator has no name" in text for text in said())
+    assert not list(there.glob("*/meta.json"))
+
+
+def test_a_killed_build_blocks_nobody(tree, tmp_path, said, monkeypatch):
+    """Process ids repeat in containers; what a killed run has left there belongs to nobody."""
+    there = tmp_path / "cache"
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def killed(*_):
+        raise ChildProcessError
+
+    with monkeypatch.context() as death:
+        death.setattr(Store, "commit", killed)
+        death.setattr(Store, "drop", lambda *_: None)
+        with pytest.raises(ChildProcessError):
+            fit(folders(tree), small(), folder=str(there))
+    assert list(there.glob(".*.part"))
+    said()
+    assert reused(said, tree, there) == []
+    assert reused(said, tree, there) == ["val", "target train"]
+
+
+def test_a_line_says_once_why_the_cache_is_off(tree, tmp_path, said):
+    class Reader(Method):
+        reads_x = True
+
+        def forward(self, module, source, target):
+            return None
+
+    reasons = {
+        "--cache.enabled is false": (small(), {"enabled": False}),
+        "Reader looks at the input": (small(methods=[Reader()]), {}),
+    }
+    for reason, (module, options) in reasons.items():
+        fit(folders(tree), module, epochs=3, folder=str(tmp_path / "c"), **options)
+        assert said() == [f"cache: {RUNS}: {reason}"]
+    fit(folders(tree), small(), epochs=1, folder=str(tmp_path / "c"))
+    assert said() == [f"cache: {RUNS}: fewer than two epochs would read an entry"]
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 3))
+    fit(data, small(), folder=str(tmp_path / "c"))
+    assert said() == [f"cache: {RUNS}: the loaders are not those of a TransferDataModule"]
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler")
+def test_a_compiled_backbone_has_a_compiled_tail(monkeypatch):
+    from tl_modules.backbones.split import cut
+
+    backbone = ConvNet(4)
+    assert cut(backbone, 1).tail._compiled_call_impl is None
+    backbone.compile(backend="eager")
+    assert cut(backbone, 1).tail._compiled_call_impl is not None
 
 
 def test_code_precision_and_boundary_are_in_the_key(tree, tmp_path, said, monkeypatch):

@@ -27,7 +27,7 @@ import PIL
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from tl_modules.backbones.split import Cut, NotCut, check, cut, run_trunk
 from tl_modules.base import TransferModule
@@ -38,6 +38,7 @@ from tl_modules.errors import UserError
 from tl_modules.fingerprints import Unnamed, named
 from tl_modules.memory import free_memory
 from tl_modules.store import Store, default_folder
+from tl_modules.views import by_domain
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -94,10 +95,9 @@ class FeatureCache(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the training data of every domain."""
-        loaders = trainer.train_dataloader
-        domains = loaders if isinstance(loaders, Mapping) else {}
-        named = {f"{name} train": loader for name, loader in domains.items()}
-        self._serve(trainer, pl_module, named, trainer.limit_train_batches)
+        loaders = by_domain(trainer.train_dataloader, DataLoader)
+        training = {f"{name} train": loader for name, loader in loaders.items()}
+        self._serve(trainer, pl_module, training, trainer.limit_train_batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the validation data."""

@@ -270,3 +270,60 @@ def test_the_parser_still_makes_a_word_of_a_nested_null():
     parser.add_subclass_arguments(LightningModule, "model", skip={"num_outputs"})
     args = ["--model", "Classification", "--model.backbone", "ConvNet", "--model.backbone.weights", "null"]
     assert parser.parse_args(args).model.init_args.backbone.init_args.weights == "None"
+
+
+def test_paths_of_weights_are_absolute_in_the_config(ok, tmp_path, monkeypatch):
+    ok(f"fit {SMALL} --name pre")
+    for name, given in (("by_run", "runs/pre/version_0"), ("by_file", "runs/pre/version_0/checkpoints/best.ckpt")):
+        ok(f"fit {SMALL} --name {name} --model.backbone.weights {given}")
+        config = yaml.safe_load((version(tmp_path, name) / "config.yaml").read_text())
+        assert config["model"]["init_args"]["backbone"]["init_args"]["weights"] == str(tmp_path / given)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_run(version(tmp_path, "by_run")).backbone.out_features == 16
+
+
+PLACED = """
+import torch
+from tl_modules import ConvNet
+
+
+class Placed(ConvNet):
+    def __init__(self, device: torch.device, width: int = 4):
+        super().__init__(width)
+        self.place = device
+"""
+
+
+def test_a_device_is_in_the_config(ok, tmp_path):
+    (tmp_path / "placed.py").write_text(PLACED)
+    ok("fit --trainer.max_epochs 1 --data.shots_per_class 4 --model.backbone placed.Placed "
+       "--model.backbone.device cpu --name x")  # fmt: skip
+    config = yaml.safe_load((version(tmp_path, "x") / "config.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"]["init_args"]["device"] == "cpu"
+    ok("test --run runs/x/version_0 --trust placed")
+
+
+def test_what_the_config_cannot_hold_is_refused(tl, tmp_path):
+    """It would be a run that nobody can load."""
+    (tmp_path / "held.py").write_text(PLACED.replace("device: torch.device", "device: object = object()"))
+    result = tl("fit --trainer.max_epochs 1 --data.shots_per_class 4 --model.backbone held.Placed --name x")
+    assert result.code == 2, result.out
+    assert "device" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_the_end_says_what_was_kept_and_why(ok, tmp_path):
+    printed = ok(f"fit {SMALL} --name x")
+    metrics = read(version(tmp_path, "x"))
+    assert isinstance(metrics["epoch"], int)
+    assert metrics["chosen_by"] == "val/accuracy, highest"
+    assert f"kept epoch {metrics['epoch']}: val/accuracy {metrics['val/accuracy']:.4g} (highest)" in printed
+
+
+def test_the_help_of_heads_names_ours(ok, tl):
+    text = " ".join(tl("fit --model.help Classification").out.split())
+    known = text.partition("--model.head HEAD Class or function")[2].partition("--model.finetuning")[0]
+    assert all(f"tl_modules.{name}" in known for name in ("LinearHead", "MLPHead", "CosineHead"))
+    assert "torch.nn.ReLU" not in text
+    assert "torch.nn.Conv2d" not in text

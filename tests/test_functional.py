@@ -20,6 +20,7 @@ from tl_modules.functional import (
     nuclear_norm,
     perturb,
     ramp,
+    relative_coral,
     reverse_gradient,
     sliced_wasserstein,
     soft_cross_entropy,
@@ -84,6 +85,17 @@ def test_coral_in_closed_form():
     difference = np.cov(X.numpy().T) - np.cov(Y.numpy().T)
     assert float(coral(X, Y)) == pytest.approx((difference**2).sum() / (4 * 4**2))
     assert float(coral(X, 2 * X)) == pytest.approx(((3 * np.cov(X.numpy().T)) ** 2).sum() / 64)
+
+
+def test_relative_coral_has_no_scale():
+    x, y = torch.randn(30, 4), torch.randn(25, 4) @ torch.randn(4, 4)
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    expected = (cx - cy).square().sum() / (cx.square().sum() + cy.square().sum())
+    assert relative_coral(x, y) == pytest.approx(float(expected), rel=1e-4)
+    assert relative_coral(100 * x, 100 * y) == pytest.approx(float(expected), rel=1e-4)
+    assert relative_coral(x, x) == pytest.approx(0, abs=1e-6)
+    assert relative_coral(x, 1e-6 * y) == pytest.approx(1, abs=1e-4)
+    assert relative_coral(0 * x, 0 * y) == 0
 
 
 @pytest.mark.parametrize("rows", [9, 7, 3])

@@ -40,7 +40,7 @@ ALLOWED = {
     "evaluation": LOW | {"base"},
     "trainer": LOW | {"base", "checkpoints", "evaluation", "runs"},
     "cli": None,
-    "compare": LOW | {"arguments", "cli", "runs", "trust"},
+    "compare": LOW | {"arguments", "cli", "runs", "trust", "validators"},
     "__init__": None,
     "__main__": {"cli"},
 }

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import KINDS, METHODS, Several, arguments, build, exported, fit, same
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torchvision.models import resnet18
 
 from tl_modules import (
     CORAL,
@@ -25,6 +26,7 @@ from tl_modules import (
     SHOT,
     Classification,
     ConvNet,
+    CoTuning,
     DomainBatchNorm,
     FeatureExtraction,
     FineTuning,
@@ -32,10 +34,12 @@ from tl_modules import (
     InfoMax,
     LastStages,
     Linear,
+    LwF,
     MeanTeacher,
     Method,
     MixStyle,
     Ramp,
+    TorchvisionBackbone,
     TransferModule,
     UserError,
 )
@@ -273,3 +277,20 @@ def test_the_support_table_says_what_the_classes_say():
         assert row["needs"] == ", ".join(method.needs)
         assert row["x"] == ("yes" if method.reads_x else "")
         assert {s for s in header[4:] if row[s]} == set(method.settings), method
+
+
+@pytest.mark.parametrize("method", [LwF, CoTuning])
+def test_weights_of_a_file_bring_their_classifier(method, tmp_path):
+    """What the methods need of the pretrained head is in the file: no run of ours has to come first."""
+    torch.manual_seed(0)
+    state = resnet18(num_classes=7).state_dict()
+    torch.save(state, tmp_path / "resnet.pth")
+    backbone = TorchvisionBackbone("resnet18", weights=str(tmp_path / "resnet.pth"))
+    module = Classification(backbone, 3, class_names=["a", "b", "c"], methods=[method(source_classes=7)])
+    old = module.methods[0].old.linear
+    assert torch.equal(old.weight, state["fc.weight"])
+    assert torch.equal(old.bias, state["fc.bias"])
+    trainer = fit(module, Several("image", ("target",)))
+    assert trainer.callback_metrics[f"train/{method.__name__.lower()}"] > 0
+    with pytest.raises(UserError, match="source_classes"):
+        fit(Classification(backbone, 3, methods=[method(source_classes=8)]), Several("image", ("target",)))

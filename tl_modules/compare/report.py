@@ -18,11 +18,12 @@ from rich.table import Table
 
 from tl_modules.compare.plan import Cell
 from tl_modules.runs import write_whole
+from tl_modules.validators import VALIDATORS
 
 WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
 PANELS = 6  # of the plot; with more tasks it shows their mean
 LOWER_IS_BETTER = ("rmse", "mae", "loss")
-CRITERIA = tuple(f"val/target_{name}" for name in ("entropy", "infomax", "snd", "bnm", "class_cluster", "dev"))
+CRITERIA = tuple(f"val/target_{name}" for name in VALIDATORS)
 BY_LABELS = ("val/target_few", "val/target_oracle")  # they choose an epoch by labels of the target
 
 

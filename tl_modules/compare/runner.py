@@ -248,7 +248,8 @@ class Runner:
             return self._say(f"{text}failed: {more['error']} ({cell.folder / 'log.txt'})", "red")
         metrics = more["metrics"]
         metric = cell.metric or default_metric(metrics)
-        score = f"{metric} {metrics[metric]:.4f}, " if metric and cell.test is not None else ""
+        value = metrics.get(metric) if metric and cell.test is not None else None  # null: it was not finite
+        score = "" if value is None else f"{metric} {value:.4f}, "
         self._say(f"{text}{score}{one.spent()['seconds']:.0f} s")
 
     def _say(self, text: str, style: str = "") -> None:

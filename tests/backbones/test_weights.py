@@ -100,3 +100,14 @@ def test_weights_on_the_command_line_may_be_a_run(ok, tmp_path):
     ]
     backbone = [{k: v for k, v in state.items() if k.startswith("backbone")} for state in states]
     assert all(torch.equal(backbone[0][k], backbone[1][k]) for k in backbone[0])
+
+
+def test_a_run_from_before_keeps_its_head(ok, tmp_path):
+    """`MLPHead` did not normalise in version 0.1, whose configs do not say so."""
+    ok("fit --name x --trainer.max_epochs 1 --model.backbone.width 4 --model.head MLPHead --model.head.normalize false "
+       "--model.head.hidden 8 --data.shots_per_class 4")  # fmt: skip
+    file = tmp_path / "runs" / "x" / "version_0" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if "normalize: false" not in line))
+    assert len(file.read_text().splitlines()) == len(lines) - 1
+    ok("test --run runs/x/version_0")

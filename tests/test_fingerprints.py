@@ -110,11 +110,11 @@ def test_code_without_a_file_cannot_be_named():
 
 
 FILES = {
-    "mine.py": "from helper import scale\n\nclass Mine:\n    def __call__(self, x):\n        return scale(x)\n",
-    "helper.py": "from deeper import inner as factor\n\ndef scale(x):\n    return x * factor.VALUE\n",
-    "deeper/__init__.py": "",
-    "deeper/inner.py": "VALUE = 2\n",
-    "beside.py": "VALUE = 1\n",
+    "fp_mine.py": "from fp_helper import scale\n\nclass Mine:\n    def __call__(self, x):\n        return scale(x)\n",
+    "fp_helper.py": "from fp_deeper import inner as factor\n\ndef scale(x):\n    return x * factor.VALUE\n",
+    "fp_deeper/__init__.py": "",
+    "fp_deeper/inner.py": "VALUE = 2\n",
+    "fp_beside.py": "VALUE = 1\n",
 }
 
 
@@ -125,18 +125,18 @@ def test_code_is_that_of_all_files_it_imports(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
 
     def name():
-        for module in ("mine", "helper", "deeper", "deeper.inner"):
+        for module in ("fp_mine", "fp_helper", "fp_deeper", "fp_deeper.inner"):
             sys.modules.pop(module, None)
         fingerprints._closure.cache_clear()
-        import mine
+        import fp_mine
 
-        return named(mine.Mine())
+        return named(fp_mine.Mine())
 
     first = name()
     assert name() == first
     for file in FILES:
         path = Path(tmp_path, file)
         path.write_text(FILES[file] + "# changed\n")
-        assert (name() != first) == (file != "beside.py"), file
+        assert (name() != first) == (file != "fp_beside.py"), file
         path.write_text(FILES[file])
     assert name() == first

@@ -22,7 +22,8 @@ Head.register(nn.Linear)  # what runs of version 0.1 name
 class LinearHead(Head, nn.Sequential):
     """A linear layer on normalised features.
 
-    LayerNorm gives the features of any backbone one scale, so that one learning rate fits them all.
+    LayerNorm gives the features of any backbone one scale, so that one learning rate fits them all. The weights start
+    near zero.
 
     Args:
         in_features: Width of the features.
@@ -35,7 +36,11 @@ class LinearHead(Head, nn.Sequential):
     """
 
     def __init__(self, in_features: int, out_features: int, closed_form: bool = True) -> None:
-        super().__init__(nn.LayerNorm(in_features), nn.Linear(in_features, out_features))
+        last = nn.Linear(in_features, out_features)
+        # so small that a short run has no noise to unlearn, and passes none on to the backbone
+        nn.init.normal_(last.weight, std=1e-3)
+        nn.init.zeros_(last.bias)
+        super().__init__(nn.LayerNorm(in_features), last)
         self.closed_form = closed_form
         self.register_load_state_dict_post_hook(self._has_weights)  # type: ignore[no-untyped-call]
 

@@ -82,7 +82,7 @@ class Probe(Callback):
 
 def model(task=Classification, norm=nn.BatchNorm1d, num_outputs=C, **kwargs):
     torch.manual_seed(1)
-    module = task(Vectors(norm), num_outputs, **kwargs)
+    module = task(Vectors(norm), num_outputs, **{"head": nn.Linear} | kwargs)
     for layer in module.backbone.layers:
         if isinstance(layer, nn.BatchNorm1d):
             layer.running_mean.normal_()

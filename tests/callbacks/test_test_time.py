@@ -414,5 +414,5 @@ def test_adaptation_undoes_a_shift():
     found = {name: accuracy(adapted(module, *each, data=moved).outputs, data.y)
              for name, each in {"plain": [], "adabn": [AdaBN()], "tent": [TENT()]}.items()}  # fmt: skip
     assert clean > 0.9
-    assert found["plain"] < 0.7
+    assert found["plain"] < 0.8
     assert min(found["adabn"], found["tent"]) > 0.9

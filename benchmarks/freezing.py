@@ -69,7 +69,7 @@ def build(ours):
     """The module and its callbacks: closed for two epochs, then open."""
     seed_everything(0, verbose=False)
     if ours:
-        return Classification(ConvNet(8), 10, finetuning=FreezeThenUnfreeze(2)), [ExactResume()]
+        return Classification(ConvNet(8), 10, finetuning=FreezeThenUnfreeze(2), lr_scheduler=None), [ExactResume()]
     return Plain(ConvNet(8), 10), [BackboneFinetuning(2, train_bn=False, verbose=False)]
 
 
@@ -121,7 +121,7 @@ def dropped(ours):
         list(module.backbone.model[0][at : at + 2].parameters()) for at in (0, 3)
     )  # convolution, BatchNorm
     if ours:
-        held = {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
+        held = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
         missing = sum(id(p) not in held for p in second)
     else:
         missing = len(second) - len(BaseFinetuning.filter_on_optimizer(torch.optim.Adam(first), second))

@@ -134,7 +134,7 @@ def main():
         images = torch.from_numpy(large["train_images"]).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(large["train_labels"])
         common = "fit --data ImageArrays --model Classification --model.optimizer torch.optim.AdamW "
-        common += "--model.optimizer.lr 1e-3 "
+        common += "--model.optimizer.lr 1e-3 --model.head torch.nn.Linear --model.lr_scheduler null "
         for _ in range(args.pairs):
             theirs = network_step(images, labels, 32, 12)
             mine = ours(

@@ -82,9 +82,11 @@ def main():
                 ours += ["--model.backbone.name", model, "--data", "ImageFolders", f"--data.target={data}"]
                 ours += [f"--data.image_size={args.size}", f"--trainer.max_epochs={args.epochs}"]
                 ours += ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "1e-3"]
+                ours += ["--model.head", "torch.nn.Linear", "--model.lr_scheduler", "null"]
                 ours += ["--model.backbone.weights", *given] if given else []
                 ours += ["--seed_everything", str(pair), "--data.seed", str(pair)]
                 ours += ["--model.finetuning", *FINETUNING[case]]
+                ours += ["--model.finetuning.backbone_lr", "1", "--model.finetuning.batch_norm", "train"]
                 cache = {"TL_CACHE_DIR": str(folder / "cache")}
                 first, _ = timed(ours, folder, cache)
                 second = timed(ours, folder, cache)[0] if case == "features" else None

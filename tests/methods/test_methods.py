@@ -138,7 +138,7 @@ def test_methods_stack():
 def test_every_method_on_two_processes(tmp_path):
     """Both ranks have the same parameters after each method, and again after an interruption."""
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "methods"}
-    common |= {"MASTER_PORT": str(20000 + os.getpid() % 300 * 100), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    common |= {"MASTER_PORT": str(10000 + os.getpid() % 50 * 200), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", Path(cases.__file__)],

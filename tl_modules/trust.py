@@ -12,6 +12,7 @@ but what is allowed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -53,7 +54,7 @@ HARMLESS = {
 RUN_CODE = ("HubBackbone",)  # of a repository that its arguments name
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory
 TEXTS = ("name", "class_names", "classes", "categories")  # arguments whose texts are names of the user's
-DEEPEST, MOST = 50, 1_000_000  # levels and values of a config
+DEEPEST, MOST = 50, 200_000  # levels and values of a config
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -152,6 +153,7 @@ def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
     raise UserError("run: its config is nested without end; it is not that of a run")
 
 
+@functools.lru_cache(MOST)  # a config repeats itself
 def _holds_structure(text: str) -> bool:
     """Whether a text is YAML of a mapping or list, or of such a text."""
     for _ in range(DEEPEST):

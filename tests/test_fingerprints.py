@@ -96,7 +96,9 @@ def test_what_holds_itself_ends():
     assert named(one) == named(other)
 
 
-@pytest.mark.parametrize("value", [torch.Generator(), np.random.default_rng(0), object(), iter([1])], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [torch.Generator(), np.random.default_rng(0), object(), iter([1])], ids=lambda v: type(v).__name__
+)
 def test_what_cannot_be_named(value):
     with pytest.raises(Unnamed):
         named(Holder(inner=[value]))

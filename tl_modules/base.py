@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -45,6 +46,8 @@ from tl_modules.schedules import Weight, at
 from tl_modules.terms import LossMean, Terms
 from tl_modules.views import DomainView, alike, by_domain, check_sources, join, joinable, statistics_kept
 
+# ours leaves the batches of a datamodule of ours as they are
+warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], Head]
 STATES = {"state_dict", "current_model_state"}  # of a checkpoint; the second one where weights are averaged

@@ -330,8 +330,7 @@ class ImageArrays(TransferDataModule):
 
     Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside
     arrays of another split, `images` are those to train on. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float
-    in
-    [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
+    in [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are filled in.

@@ -14,8 +14,8 @@ import yaml
 from tl_modules import UserError
 from tl_modules.compare import Scores, report
 from tl_modules.compare.plan import make_cells, read_plan
-from tl_modules.compare.report import CRITERIA, p_value
 from tl_modules.compare.runner import Runner
+from tl_modules.compare.scores import CRITERIA, p_value
 from tl_modules.validators import VALIDATORS
 
 ROOT = Path(__file__).parents[1]

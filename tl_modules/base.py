@@ -174,12 +174,12 @@ class TransferModule(LightningModule):
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """A view of the source, of several sources together, and one of the target; all pass in one batch."""
         xs = joinable([x for x, _ in batch.values()])
-        check_sources(list(batch), xs)
         owners = [name.partition("/")[0] for name in batch]
         rows = [(owner, len(x)) for owner, x in zip(owners, xs, strict=True)]
         if len(xs) == 1 or alike(xs):
             features = list(torch.split(self._features(join(xs), rows), [count for _, count in rows]))
         else:  # BatchNorm sees those that cannot be joined one after the other
+            check_sources(list(batch), xs)
             features = [self._features(x, [row]) for x, row in zip(xs, rows, strict=True)]
         own = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
         joined = {owner: join([features[i] for i in places]) for owner, places in own.items()}

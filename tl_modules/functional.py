@@ -101,11 +101,6 @@ def covariance(x: Tensor) -> Tensor:
     return centred.T @ centred / max(1, len(x) - 1)
 
 
-def coral(x: Tensor, y: Tensor) -> Tensor:
-    """`||cov(x) - cov(y)||_F^2 / (4 D^2)` (Sun and Saenko, Deep CORAL, ECCV workshops 2016)."""
-    return (covariance(x) - covariance(y)).square().sum() / (4 * x.shape[1] ** 2)
-
-
 def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
     """`||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, at any scale.
 

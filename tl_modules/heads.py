@@ -29,7 +29,7 @@ class LinearHead(Head, nn.Sequential):
         in_features: Width of the features.
         out_features: Number of outputs.
         closed_form: Whether a run on a frozen pretrained backbone begins with the weights that shrinkage discriminant
-            analysis (classes) or ridge regression (values) gives on its features, rather than with random ones.
+            analysis (classes) or ridge regression (values) gives on its features, rather than near zero.
 
     Attributes:
         closed_form: The same; False once the head has weights.

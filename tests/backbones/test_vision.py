@@ -28,7 +28,7 @@ class Headless(nn.Module):
     def forward(self, x):
         return self.conv(x)
 
-def tiny(width=6):
+def tiny(width=6, pretrained=False):
     return Tiny(width)
 
 def headless():
@@ -143,6 +143,14 @@ def test_timm_missing_names_the_extra(monkeypatch):
         TimmBackbone("resnet10t")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "random"),
+    [(None, False), ({"width": 9}, False), ({"pretrained": True}, False), ({"pretrained": False}, True)],
+)
+def test_hub_weights_count_as_pretrained_unless_told(arguments, random, repo):
+    assert HubBackbone(repo, "tiny", arguments).random == random
+
+
 def test_hub_from_a_local_folder(repo):
     check(HubBackbone(repo, "tiny"), 6, 32, 2)
     check(HubBackbone(repo, "tiny", arguments={"width": 9}), 9, 32)
@@ -184,7 +192,7 @@ def cases(repo):
     yield LeNet, {"batch_norm": True}, 28
     yield TorchvisionBackbone, {"name": "squeezenet1_1"}, 64
     yield TimmBackbone, {"name": "resnet10t"}, 64
-    yield HubBackbone, {"repo": repo, "name": "tiny"}, 32
+    yield HubBackbone, {"repo": repo, "name": "tiny", "arguments": {"pretrained": False}}, 32
 
 
 def strategies(cls=tl_modules.FineTuning):

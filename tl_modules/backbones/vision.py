@@ -184,7 +184,8 @@ class HubBackbone(ImageBackbone):
     Args:
         repo: A local folder with a hubconf.py, or owner/name[:ref] on GitHub.
         name: The entry point in its hubconf.py.
-        arguments: Passed to the entry point, e.g. {pretrained: true}.
+        arguments: Passed to the entry point, e.g. {pretrained: true}. Its weights count as pretrained, unless
+            `pretrained` or `weights` among them says that they are not.
         weights: A local file or a run of ours; None keeps what the entry point gives.
         strict: Refuse weights that lack a tensor or have one of another shape.
         image_size: Side in pixels of the images that the width of the features is probed with, where it is not known.
@@ -239,8 +240,9 @@ class HubBackbone(ImageBackbone):
             )
 
         self.load_pretrained(weights, strict, hub)
-        if weights is None and any((arguments or {}).values()):  # the entry has weights of its own
-            self.random = False
+        said = [value for name, value in (arguments or {}).items() if name in ("pretrained", "weights")]
+        self.random = weights is None and bool(said) and not any(said)  # many entries are pretrained unless told
+        if weights is None and not self.random:
             layer = {} if classifier is None else classifier.layer.state_dict(prefix=f"{classifier.name}.")
             self.pretrained = Pretrained(f"{repo} {name}", {}, linear_head(layer, self.classifier))
 

@@ -17,10 +17,10 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import PIL
@@ -34,6 +34,7 @@ from tl_modules.base import TransferModule
 from tl_modules.cached import Cached
 from tl_modules.callbacks.loaders import evaluated
 from tl_modules.callbacks.test_time import TestTimeAdaptation
+from tl_modules.callbacks.together import all_agree, together
 from tl_modules.errors import UserError
 from tl_modules.fingerprints import Unnamed, named
 from tl_modules.memory import free_memory
@@ -41,7 +42,6 @@ from tl_modules.store import Store, default_folder
 from tl_modules.views import by_domain
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 BATCH = 32  # so many samples go through the closed stages at once, or fewer, where training takes fewer
 MANY = 1000
@@ -203,7 +203,7 @@ class FeatureCache(Callback):
             return found
 
         found = together(trainer, earlier)
-        if _all_agree(trainer, found is not None):
+        if all_agree(trainer, found is not None):
             assert found is not None
             self._say(trainer, f"{name}: {what} of an earlier run, {samples:,} samples, {_size(found)}")
             return found
@@ -295,7 +295,7 @@ class FeatureCache(Callback):
         """Tensors on disk, or in memory where the disk is not to be had."""
         size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
         reason = self.store.room(size)
-        if _all_agree(trainer, reason is None):
+        if all_agree(trainer, reason is None):
             together(trainer, lambda: self.store.begin(name, token, specs) if rank == 0 else None)
             return True, together(trainer, lambda: self.store.begin(name, token, specs, create=False))
         if trainer.world_size == 1 and size < SHARE * free_memory():
@@ -427,42 +427,10 @@ def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
             raise NotCut("the data set draws random numbers of its own")
 
 
-def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
-    """Does what one process could fail at alone, so that none waits for another that has given up.
-
-    Raises:
-        NotCut: A process raised it, and none anything else.
-        UserError: Another process raised something else; this one raises what it has raised itself.
-    """
-    fault: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the others must know
-        fault = error
-    mine = None if fault is None else (isinstance(fault, NotCut), str(fault))
-    faults: list[Any] = [mine]
-    if trainer.world_size > 1:
-        faults = [None] * trainer.world_size
-        torch.distributed.all_gather_object(faults, mine)
-    told = [each for each in faults if each is not None]
-    if not told:
-        return result
-    stops = [text for harmless, text in told if not harmless]
-    if fault is not None and not (stops and isinstance(fault, NotCut)):
-        raise fault
-    if stops:
-        raise UserError(f"another process has stopped: {stops[0]}")
-    raise NotCut(f"{told[0][1]}, in another process")
-
-
 def _view_seeds(view: int, domain: str, samples: int) -> list[int]:
     """The seeds of one view of each sample, which differ between domains."""
     seeds: list[int] = np.random.default_rng([view, zlib.crc32(domain.encode())]).integers(2**62, size=samples).tolist()
     return seeds
-
-
-def _all_agree(trainer: Trainer, flag: bool) -> bool:
-    return trainer.strategy.reduce_boolean_decision(flag, all=True) if trainer.world_size > 1 else flag
 
 
 def _what(both: Cut, module: TransferModule) -> str:

@@ -15,8 +15,9 @@ import torch
 import yaml
 
 from tl_modules.compare.plan import METRICS, default_metric, make_cells, read_plan, read_seeds
-from tl_modules.compare.report import LOWER_IS_BETTER, Scores, report, table_rows
+from tl_modules.compare.report import report, table_rows
 from tl_modules.compare.runner import Runner
+from tl_modules.compare.scores import LOWER_IS_BETTER, Scores
 from tl_modules.errors import UserError, closest
 
 

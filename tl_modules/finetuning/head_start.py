@@ -1,8 +1,7 @@
 """Starts a linear head in closed form, on the features that a frozen pretrained backbone gives of the training data.
 
-Not where the backbone will train too: weights that are the best for its present features amplify every change of these,
-and in trials fine-tuning from them ended 2 to 5 points behind fine-tuning from a random head (clothing, emoji,
-MobileNet).
+Not where the backbone will train too: a head that already fits the training data leaves little gradient to learn from,
+and in trials with MobileNetV1 fine-tuning from it ended 2 to 7 points behind (clothes, emoji, magnetic tiles).
 
 training data, not augmented -> backbone in eval mode -> features -> the task's closed form -> the head's last layer
 """

@@ -129,6 +129,9 @@ def stage_outputs(backbone: Any, run: Any, x: Any) -> list[Tensor]:
     return [output for output in outputs if isinstance(output, Tensor)]
 
 
+PARTS = ("weight", "bias")
+
+
 class SourceHead(nn.Module):
     """The pretrained head, a linear layer on the features as they are, or on normalised ones as in `LinearHead`."""
 
@@ -141,14 +144,10 @@ class SourceHead(nn.Module):
 
     def take(self, head: Mapping[str, Tensor]) -> bool:
         """Takes the weights of a pretrained head; whether it is one of these."""
-        for normalized, names in ((False, ["linear."]), (True, ["norm.", "linear."])):
-            prefixes = [""] if not normalized else ["0.", "1."]
-            given = {
-                f"{name}{part}": head.get(f"{prefix}{part}")
-                for name, prefix in zip(names, prefixes, strict=True)
-                for part in ("weight", "bias")
-            }
-            own = dict(self.named_parameters())
+        own = dict(self.named_parameters())
+        # where the keys of each kind begin here, and there
+        for normalized, layout in ((False, {"linear.": ""}), (True, {"norm.": "0.", "linear.": "1."})):
+            given = {f"{at}{part}": head.get(f"{there}{part}") for at, there in layout.items() for part in PARTS}
             if len(given) == len(head) and all(v is not None and v.shape == own[k].shape for k, v in given.items()):
                 self.load_state_dict(given, strict=False)
                 self.normalized.fill_(normalized)

@@ -13,15 +13,22 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def tl(tmp_path, monkeypatch, capsys):
-    """Runs a command line in an empty folder, in this process; gives its exit code and what it printed."""
+def tl(tmp_path, monkeypatch, capsys, request):
+    """Runs a command line in an empty folder, in this process; gives its exit code and what it printed.
+
+    TensorBoard's pictures take most of the time of a small run, so that only tests marked `tensorboard` draw them.
+    """
     monkeypatch.chdir(tmp_path)
+    draws = request.node.get_closest_marker("tensorboard") is not None
 
     def call(line, **values):
         capsys.readouterr()
         code, before = 0, dict(os.environ)
+        words = line.format(**values).split()
+        if words[:1] == ["fit"] and not draws and not {"--run", "--trainer.logger"} & set(words):
+            words += ["--trainer.logger", "false"]
         try:
-            main(line.format(**values).split())
+            main(words)
         except SystemExit as stop:
             code = stop.code or 0
         finally:  # a run with several processes leaves its ranks behind

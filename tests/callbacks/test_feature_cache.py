@@ -541,6 +541,7 @@ def test_test_data_are_cached_for_the_next_head(ok, said):
     assert "of an earlier run" in second
 
 
+@pytest.mark.tensorboard
 def test_pictures_show_what_was_not_read(ok, tmp_path):
     ok(RUN.replace("--trainer.logger false", "") + "--model.finetuning FeatureExtraction --name x")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -65,6 +65,7 @@ def test_averaged_weights_are_what_is_chosen_and_kept(ok, tmp_path):
     assert not torch.equal(kept["state_dict"]["head.1.weight"], kept["current_model_state"]["head.1.weight"])
 
 
+@pytest.mark.tensorboard
 def test_the_run_shows_domains_before_and_after(ok, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -3,6 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.tensorboard
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 4"
 
 

@@ -26,7 +26,7 @@ def tl(tmp_path, monkeypatch, capsys, request):
         code, before = 0, dict(os.environ)
         words = line.format(**values).split()
         if words[:1] == ["fit"] and not draws and not {"--run", "--trainer.logger"} & set(words):
-            words += ["--trainer.logger", "false"]
+            words[1:1] = ["--trainer.logger", "false"]
         try:
             main(words)
         except SystemExit as stop:

@@ -32,7 +32,7 @@ from torch import nn
 import tl_modules
 from datamodules import ImageArrays
 from tl_modules import Classification, ImageBackbone, TorchvisionBackbone
-from tl_modules.callbacks import FeatureCache
+from tl_modules.cache import FeatureCache
 
 # images of each class; None takes all
 SETS = (("clothing", 10), ("clothing", 30), ("emoji", 30), ("tiles", None), ("clothing", 100))

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 from datamodules import Digits, ImageFolders
 from datamodules.loading import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
-from tl_modules.callbacks import ExactResume, FreezeAudit, Interruptions
-from tl_modules.checkpoints import WholeFiles
+from tl_modules.checkpoints.files import WholeFiles
+from tl_modules.finetuning import FreezeAudit
+from tl_modules.runs import ExactResume, Interruptions
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

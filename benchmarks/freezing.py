@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules import Digits
 from tl_modules import Classification, ConvNet, FreezeThenUnfreeze, Full
-from tl_modules.callbacks import ExactResume
+from tl_modules.runs import ExactResume
 
 warnings.filterwarnings("ignore")
 for name in ("lightning.pytorch", "lightning.fabric"):

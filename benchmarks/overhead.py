@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision import models
 
 from tl_modules import Classification, LastStages, TorchvisionBackbone
-from tl_modules.cli import main as tl
+from tl_modules.cli.main import main as tl
 from tl_modules.evaluation import peak_memory
 
 
@@ -82,7 +82,7 @@ def memory():
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=LastStages(1)).train()
     x, y = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 10
     batch = {"target": (x, y)}
-    from tl_modules.backbones.split import cut, run_trunk
+    from tl_modules.cache.cut import cut, run_trunk
 
     both = cut(module.backbone, 4)
 

@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import Digits
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, GradualUnfreezing, LastStages
-from tl_modules.callbacks import FeatureCache
+from tl_modules.cache import FeatureCache
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -32,8 +32,8 @@ from torchvision.transforms.v2 import RandomInvert
 
 from datamodules import Digits
 from tl_modules import CORAL, DANN, MCC, Classification, DomainBatchNorm, FixMatch, LeNet, MLPHead
-from tl_modules.callbacks import Selection
-from tl_modules.callbacks.selection import report
+from tl_modules.evaluation import Selection
+from tl_modules.evaluation.model_selection import report
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

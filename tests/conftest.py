@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tl_modules.cli import main
+from tl_modules.cli.main import main
 
 torch.set_num_threads(1)
 

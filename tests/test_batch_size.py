@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tl_modules import UserError
-from tl_modules.batch_size import largest_that_fits
+from tl_modules.cli.batch_size import largest_that_fits
 
 RUN = "fit --trainer.max_epochs 1 --model.backbone.width 4 --name x"
 
@@ -35,7 +35,7 @@ def test_nothing_fits():
 LIMITED = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from tl_modules.cli import main
+from tl_modules.cli.main import main
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 700_000_000, resource.RLIM_INFINITY))
 main(sys.argv[1:])

@@ -12,8 +12,8 @@ import yaml
 
 from tl_modules import Classification, ConvNet, UserError, load_run
 from tl_modules.backbones.weights import read
-from tl_modules.checkpoints import WholeFiles, damage, load, newest, sweep
-from tl_modules.trust import check_config
+from tl_modules.checkpoints.files import WholeFiles, damage, load, newest, sweep
+from tl_modules.runs.trust import check_config
 
 SMALL = "--trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4"
 CONTENT = {"state_dict": {"w": torch.arange(50_000.0)}, "epoch": 3}

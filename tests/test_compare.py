@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from tl_modules import UserError
-from tl_modules.compare import Scores, report
-from tl_modules.compare.plan import make_cells, read_plan
-from tl_modules.compare.runner import Runner
-from tl_modules.compare.scores import CRITERIA, p_value
-from tl_modules.validators import VALIDATORS
+from tl_modules.cli.compare import Scores, report
+from tl_modules.cli.compare.plan import make_cells, read_plan
+from tl_modules.cli.compare.runner import Runner
+from tl_modules.cli.compare.scores import CRITERIA, p_value
+from tl_modules.cli.main import main
+from tl_modules.evaluation.criteria import VALIDATORS
 
 ROOT = Path(__file__).parents[1]
 QUICK = "--model.backbone.width 4 --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.logger false"
@@ -246,7 +247,7 @@ def test_a_signal_stops_the_children_and_leaves_the_rest(tmp_path, monkeypatch):
 
     threading.Thread(target=stop, daemon=True).start()
     with pytest.raises(SystemExit) as stopped:
-        Runner(cells, cells, 2).run()
+        Runner(cells, cells, 2, main).run()
     assert stopped.value.code == 143
     assert state(tmp_path / "runs/a/seed-0")["status"] == "interrupted"
     assert state(tmp_path / "runs/a/seed-0")["cpu_seconds"] > 0

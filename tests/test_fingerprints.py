@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from tl_modules import ConvNet, fingerprints
-from tl_modules.fingerprints import Unnamed, named
+from tl_modules.cache.fingerprints import Unnamed, named
 
 
 class Holder:

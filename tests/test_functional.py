@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tl_modules.functional import (
+from tl_modules.methods.functional import (
     certainty_weights,
     class_confusion,
     entropy,

@@ -1,89 +1,80 @@
 """Who may import whom: a new arrow is a decision, not an accident."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LOW = {"errors"}
-# room of tl_modules -> rooms that it may import at run time
-ALLOWED = {
-    "errors": set(),
-    "heads": set(),
-    "functional": set(),
-    "scores": set(),
-    "validators": {"functional"},
-    "backbones": LOW | {"checkpoints", "runs"},
-    "methods": LOW | {"functional", "heads", "rows", "schedules", "views"},
-    "finetuning": LOW | {"functional", "heads"},
-    "schedules": {"functional"},
-    "rows": set(),
-    "views": LOW | {"cached"},
-    "terms": set(),
-    "cached": LOW,
-    "fingerprints": set(),
-    "store": set(),
-    "memory": set(),
-    "precision": set(),
-    "base": LOW
-    | {"backbones", "methods", "finetuning", "fingerprints", "heads", "terms", "cached", "rows", "schedules", "views"},
-    "tasks": LOW | {"base", "heads", "functional"},
-    "checkpoints": LOW,
-    "trust": LOW | {"finetuning", "schedules"},
-    "runs": LOW | {"checkpoints", "trust"},
-    "explain": LOW | {"runs"},
-    "arguments": LOW | {"runs"},
-    "callbacks": LOW
-    | {"base", "views", "runs", "backbones", "cached", "fingerprints", "functional", "store", "memory", "validators"},
-    "batch_size": LOW | {"callbacks", "memory"},
-    "evaluation": LOW | {"base"},
-    "trainer": LOW | {"base", "checkpoints", "evaluation", "runs"},
-    "cli": None,
-    "compare": LOW | {"arguments", "cli", "runs", "trust", "validators"},
-    "__init__": None,
-    "__main__": {"cli"},
-}
+# rooms of tl_modules, the lowest floor first: a room imports only from floors below its own
+FLOORS = [
+    {"errors"},
+    {"heads"},
+    {"batch"},
+    {"methods", "finetuning"},
+    {"checkpoints"},
+    {"backbones"},
+    {"module"},
+    {"tasks", "evaluation"},
+    {"runs"},
+    {"cache"},
+    {"cli"},
+    {"__init__"},
+    {"__main__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = [p for package in ("tl_modules", "datamodules") for p in sorted((ROOT / package).rglob("*.py"))]
 
 
 def imports(path):
-    """Modules imported at run time, anywhere in the file."""
-    tree = ast.parse(path.read_text())
-    hidden = {
-        node
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
-    for node in ast.walk(tree):
-        if node in hidden:
-            continue
+    """Modules of ours that a file imports, anywhere in it and also for types only."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # a name may be a module of the package
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if file_of(name) else node.module for name in inner]
+        else:
+            continue
+        yield from (name for name in names if name.partition(".")[0] in ("tl_modules", "datamodules"))
+
+
+def file_of(name):
+    path = ROOT.joinpath(*name.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows(path):
+def test_arrows_go_down(path):
     wing, *rest = path.relative_to(ROOT).with_suffix("").parts
-    room = rest[0]
     for name in imports(path):
         top, _, inner = name.partition(".")
-        if top not in ("tl_modules", "datamodules"):
-            continue
+        room = inner.partition(".")[0] or "__init__"
         if wing == "datamodules":
             assert top == "datamodules"
         elif top == "datamodules":
-            assert room == "cli"
-        elif ALLOWED[room] is not None:
-            assert inner.partition(".")[0] in ALLOWED[room] | {room}, name
+            assert rest[0] == "cli"
+        elif room != rest[0] and rest[0] != "cli":
+            assert FLOOR[room] < FLOOR[rest[0]], name
 
 
-def test_every_room_is_listed():
+def test_no_circles():
+    TopologicalSorter({path: {file_of(name) for name in imports(path)} - {path} for path in FILES}).prepare()
+
+
+def test_every_room_has_a_floor():
     rooms = {p.relative_to(ROOT / "tl_modules").with_suffix("").parts[0] for p in FILES if "tl_modules" in p.parts}
-    assert rooms <= set(ALLOWED)
+    assert rooms == set(FLOOR)
+    assert len(rooms - {"__init__", "__main__"}) <= 13
+
+
+def test_names_of_rooms_are_the_rooms():
+    """Star imports bring a folder's modules along, which must not take a room's name."""
+    import tl_modules
+
+    for room in set(FLOOR) - {"__init__", "__main__"}:
+        assert getattr(tl_modules, room).__name__ == f"tl_modules.{room}"
 
 
 def test_importing_the_packages_imports_no_heavy_library():

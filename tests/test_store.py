@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from tl_modules.store import Store
+from tl_modules.cache.store import Store
 
 K, A, B, C, D = ("0123456789abcde" + c + 16 * "0" for c in "fabcd")
 

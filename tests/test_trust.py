@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tl_modules import UserError, load_run
-from tl_modules.trust import check_config, to_trust
+from tl_modules.runs.trust import check_config, to_trust
 
 FIT = "fit --trainer.max_epochs 1 --model.backbone.width 4 --data.shots_per_class 2 --name a --trainer.logger false"
 COMMANDS = ("test", "validate", "predict", "embed", "benchmark", "fit --resume")
@@ -31,7 +31,7 @@ AS_TEXT = f'{{"class_path": "{NAME}"}}'
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run, once for all."""
-    from tl_modules.cli import main
+    from tl_modules.cli.main import main
 
     here, folder = Path.cwd(), tmp_path_factory.mktemp("trained")
     os.chdir(folder)

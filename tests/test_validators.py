@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tl_modules.validators import MANY, VALIDATORS, Evidence, a_distance
+from tl_modules.evaluation.criteria import MANY, VALIDATORS, Evidence, a_distance
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 FEATURES = torch.randn(60, 8, generator=torch.Generator().manual_seed(1))

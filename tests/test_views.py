@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, TensorDataset
 
 from tl_modules import MCC, Classification, ConvNet, UserError
-from tl_modules.views import joinable
+from tl_modules.batch.output import joinable
 
 
 def loader(seed=0, **options):

@@ -3,137 +3,21 @@
 Importing this package is what makes the bare class names work in a config.
 """
 
-from tl_modules.backbones import (
-    Backbone,
-    ConvNet,
-    HubBackbone,
-    ImageBackbone,
-    LeNet,
-    TimmBackbone,
-    TorchvisionBackbone,
-    VectorBackbone,
-)
-from tl_modules.base import TransferModule
-from tl_modules.callbacks import T3A, TENT, AdaBN
-from tl_modules.errors import UserError
-from tl_modules.finetuning import (
-    FeatureExtraction,
-    FineTuning,
-    FreezeThenUnfreeze,
-    Full,
-    GradualUnfreezing,
-    LastStages,
-    WarmupCosine,
-)
-from tl_modules.heads import CosineHead, Head, LinearHead, MLPHead
-from tl_modules.methods import (
-    ADDA,
-    AFN,
-    BNM,
-    BSS,
-    CDAN,
-    CORAL,
-    DAN,
-    DANN,
-    DELTA,
-    IRM,
-    JAN,
-    L2SP,
-    MCC,
-    MCD,
-    MDD,
-    MLDG,
-    OSBP,
-    PADA,
-    SHOT,
-    SWD,
-    CoTuning,
-    DomainBatchNorm,
-    FixMatch,
-    GroupDRO,
-    InfoMax,
-    LwF,
-    MeanTeacher,
-    Method,
-    MinimumEntropy,
-    MixStyle,
-    Mixup,
-    OptimalTransport,
-    PseudoLabel,
-    StochNorm,
-    VREx,
-)
-from tl_modules.runs import load_run
-from tl_modules.schedules import Linear, Ramp, Schedule
-from tl_modules.tasks import Classification, Regression
-from tl_modules.views import DomainView
+from typing import TYPE_CHECKING
+
+from tl_modules.backbones import *
+from tl_modules.batch.output import DomainView as DomainView
+from tl_modules.errors import UserError as UserError
+from tl_modules.evaluation.test_time import T3A as T3A
+from tl_modules.evaluation.test_time import TENT as TENT
+from tl_modules.evaluation.test_time import AdaBN as AdaBN
+from tl_modules.finetuning import *
+from tl_modules.heads import *
+from tl_modules.methods import *
+from tl_modules.module import TransferModule as TransferModule
+from tl_modules.runs import load_run as load_run
+from tl_modules.tasks import *
 
 __version__ = "0.1.0"
-__all__ = [
-    "ADDA",
-    "AFN",
-    "BNM",
-    "BSS",
-    "CDAN",
-    "CORAL",
-    "DAN",
-    "DANN",
-    "DELTA",
-    "IRM",
-    "JAN",
-    "L2SP",
-    "MCC",
-    "MCD",
-    "MDD",
-    "MLDG",
-    "OSBP",
-    "PADA",
-    "SHOT",
-    "SWD",
-    "T3A",
-    "TENT",
-    "AdaBN",
-    "Backbone",
-    "Classification",
-    "CoTuning",
-    "ConvNet",
-    "CosineHead",
-    "DomainBatchNorm",
-    "DomainView",
-    "FeatureExtraction",
-    "FineTuning",
-    "FixMatch",
-    "FreezeThenUnfreeze",
-    "Full",
-    "GradualUnfreezing",
-    "GroupDRO",
-    "Head",
-    "HubBackbone",
-    "ImageBackbone",
-    "InfoMax",
-    "LastStages",
-    "LeNet",
-    "Linear",
-    "LinearHead",
-    "LwF",
-    "MLPHead",
-    "MeanTeacher",
-    "Method",
-    "MinimumEntropy",
-    "MixStyle",
-    "Mixup",
-    "OptimalTransport",
-    "PseudoLabel",
-    "Ramp",
-    "Regression",
-    "Schedule",
-    "StochNorm",
-    "TimmBackbone",
-    "TorchvisionBackbone",
-    "TransferModule",
-    "UserError",
-    "VREx",
-    "VectorBackbone",
-    "WarmupCosine",
-    "load_run",
-]
+if not TYPE_CHECKING:  # mypy takes the star imports as they are
+    __all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__))

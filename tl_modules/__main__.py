@@ -1,5 +1,5 @@
 """`python -m tl_modules` is `tl`."""
 
-from tl_modules.cli import main
+from tl_modules.cli.main import main
 
 main()

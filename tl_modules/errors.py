@@ -15,3 +15,9 @@ def closest(name: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return f" (did you mean {by_lower[found[0]]}?)" if found else ""
+
+
+def short(names: Iterable[object]) -> str:
+    """The first six names, for a sentence."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "")

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["CosineHead", "Head", "LinearHead", "MLPHead"]
+
 
 class Head(nn.Module, ABC):
     """Maps features (B, in_features) to outputs (B, out_features).

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tl_modules import Backbone, ConvNet, LastStages, TimmBackbone, TorchvisionBackbone
-from tl_modules.backbones.split import NotCut, check, cut, run_trunk
+from tl_modules.cache.cut import NotCut, check, cut, run_trunk
 
 BACKBONES = {
     "ConvNet": lambda: ConvNet(4),

@@ -5,7 +5,7 @@ import torch
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, LastStages, UserError, VectorBackbone
-from tl_modules.backbones.split import check, cut, run_trunk
+from tl_modules.cache.cut import check, cut, run_trunk
 
 
 def table(rows=64):

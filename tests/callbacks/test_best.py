@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tl_modules.callbacks.best import Best
+from tl_modules.evaluation.monitor import Best
 
 
 def after(values, mode):

@@ -24,10 +24,10 @@ from tl_modules import (
     UserError,
     fingerprints,
 )
-from tl_modules.cached import Cached
-from tl_modules.callbacks import FeatureCache
-from tl_modules.runs import read_config
-from tl_modules.store import Store
+from tl_modules.batch.cached import Cached
+from tl_modules.cache import FeatureCache
+from tl_modules.cache.store import Store
+from tl_modules.runs.directory import read_config
 
 STRATEGIES = {
     "FeatureExtraction": "",
@@ -284,7 +284,7 @@ def test_a_line_says_once_why_the_cache_is_off(tree, tmp_path, said):
 
 
 def test_a_compiled_backbone_has_a_compiled_tail():
-    from tl_modules.backbones.split import cut
+    from tl_modules.cache.cut import cut
 
     backbone = ConvNet(4)
     assert cut(backbone, 1).tail._compiled_call_impl is None
@@ -296,7 +296,7 @@ def test_code_precision_and_boundary_are_in_the_key(tree, tmp_path, said, monkey
     there = tmp_path / "cache"
     assert reused(said, tree, there) == []
     assert reused(said, tree, there, small("LastStages")) == []
-    from tl_modules.callbacks import feature_cache
+    from tl_modules.cache import feature_cache
 
     with monkeypatch.context() as other:
         other.setattr(feature_cache.torch, "__version__", "0.0")
@@ -315,7 +315,7 @@ def test_code_precision_and_boundary_are_in_the_key(tree, tmp_path, said, monkey
 def test_what_the_key_cannot_know_is_noticed(tree, tmp_path, said, monkeypatch):
     there = tmp_path / "cache"
     assert reused(said, tree, there) == []
-    from tl_modules.callbacks import feature_cache
+    from tl_modules.cache import feature_cache
 
     monkeypatch.setattr(feature_cache, "named", lambda trunk, *others: fingerprints.named(*others))
     assert reused(said, tree, there) == []
@@ -477,7 +477,7 @@ def test_data_that_cannot_name_themselves_are_cached_for_one_run(tmp_path, said)
 
 
 def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said, monkeypatch):
-    from tl_modules.callbacks import feature_cache
+    from tl_modules.cache import feature_cache
 
     asked, check = [], feature_cache._check_deterministic
     monkeypatch.setattr(feature_cache, "_check_deterministic", lambda *args: (asked.append(args), check(*args)))
@@ -493,7 +493,7 @@ def test_without_a_disk_there_is_the_memory(tree, tmp_path, said):
 
 
 def test_without_room_the_stages_run(tree, tmp_path, said, monkeypatch):
-    monkeypatch.setattr("tl_modules.callbacks.feature_cache.free_memory", lambda: 0)
+    monkeypatch.setattr("tl_modules.cache.feature_cache.free_memory", lambda: 0)
     trainer = fit(folders(tree), small(), folder=str(tmp_path / "c"), disk_gb=1e-9)
     assert any("more than --cache.disk_gb" in text for text in said())
     assert trainer.current_epoch == 2

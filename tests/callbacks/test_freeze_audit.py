@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_modules import Classification, ConvNet, LastStages
-from tl_modules.callbacks.freeze_audit import checksums
+from tl_modules.finetuning.audit import checksums
 
 RUN = "fit {options} --trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4 --data.batch_size 16 "
 FAULTS = """

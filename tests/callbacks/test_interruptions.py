@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tl_modules.checkpoints import load
+from tl_modules.checkpoints.files import load
 
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 6 --data.batch_size 16 --name x"
 PLUGINS = """
@@ -173,7 +173,7 @@ def test_an_exception_between_steps_saves_and_is_shown(tl, ok, last, tmp_path):
 
 
 def test_save_every_so_many_steps(ok, last, tmp_path, monkeypatch):
-    from tl_modules.callbacks import interruptions
+    from tl_modules.runs import interruptions
 
     saved = []
     monkeypatch.setattr(

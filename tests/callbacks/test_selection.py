@@ -11,9 +11,9 @@ from methods.cases import Several, build, fit, same
 
 from datamodules import ImageFolders
 from tl_modules import MCC, Classification, ConvNet, UserError
-from tl_modules.callbacks import Selection
-from tl_modules.callbacks.selection import report
-from tl_modules.validators import VALIDATORS
+from tl_modules.evaluation import Selection
+from tl_modules.evaluation.criteria import VALIDATORS
+from tl_modules.evaluation.model_selection import report
 
 RUN = (
     "fit --data Digits --data.source true --model Classification --model.backbone ConvNet --model.backbone.width 4 "

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tl_modules import Classification, FeatureExtraction, LastStages, TorchvisionBackbone
-from tl_modules.backbones.split import cut, run_trunk
+from tl_modules.cache.cut import cut, run_trunk
 from tl_modules.evaluation import macs, peak_memory, speed
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from tl_modules import Method
-from tl_modules.cli import main
+from tl_modules.cli.main import main
 
 EPOCHS, BATCHES = 3, 7
 # the last batch of two epochs, and points within the first and the last one (after an odd batch, with accumulation)

@@ -8,7 +8,7 @@ import time
 import pytest
 from harness import call, compare, forked, line
 
-from tl_modules.checkpoints import damage
+from tl_modules.checkpoints.files import damage
 
 KILLS = 20
 

@@ -18,7 +18,7 @@ from tl_modules import (
     LastStages,
     UserError,
 )
-from tl_modules.callbacks import FeatureCache
+from tl_modules.cache import FeatureCache
 
 DEPTHS = [
     (Full(), [4, 4, 4, 4, 4, 4]),

@@ -25,7 +25,7 @@ from tl_modules import (
     UserError,
     WarmupCosine,
 )
-from tl_modules.functional import discriminant, ridge
+from tl_modules.methods.functional import discriminant, ridge
 
 SMALL = "fit --trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4 --data.batch_size 16 "
 

@@ -22,7 +22,9 @@ import tl_modules
 from datamodules import TransferDataModule
 from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
 from tl_modules.backbones.weights import Pretrained
-from tl_modules.callbacks import ExactResume, FeatureCache, FreezeAudit
+from tl_modules.cache import FeatureCache
+from tl_modules.finetuning import FreezeAudit
+from tl_modules.runs import ExactResume
 
 KINDS = ("image", "vector")
 

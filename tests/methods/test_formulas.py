@@ -50,7 +50,7 @@ from tl_modules import (
     VREx,
     functional,
 )
-from tl_modules.rows import passing
+from tl_modules.batch.current_domain import passing
 
 
 def made(method, **kwargs):

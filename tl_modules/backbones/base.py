@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
+from tl_modules.batch.protocol import AbstractBackbone
 from tl_modules.errors import UserError
+
+__all__ = ["Backbone"]
 
 Weights = str | Path | None
 
 
-class Backbone(nn.Module):
+class Backbone(AbstractBackbone):
     """Maps raw input to features and owns its preprocessing (normalise, tokenise, mel).
 
     A subclass sets `out_features` and writes `forward` and `stages`.
@@ -41,9 +45,9 @@ class Backbone(nn.Module):
         """Features of shape (B, out_features) for a batch of raw inputs."""
         raise NotImplementedError
 
+    @abstractmethod
     def stages(self) -> list[nn.Module]:
         """The parts from input to output; together they hold every parameter exactly once."""
-        raise NotImplementedError
 
     def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State] | None = None) -> None:
         """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tl_modules.backbones.base import Backbone, Weights
 from tl_modules.errors import UserError
 
+__all__ = ["VectorBackbone"]
+
 
 class VectorBackbone(Backbone):
     """Dense layers on standardised rows; one stage for each width.

@@ -21,6 +21,8 @@ from tl_modules.backbones.base import Backbone, Weights
 from tl_modules.backbones.weights import Pretrained, State, linear_head
 from tl_modules.errors import UserError, closest
 
+__all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchvisionBackbone"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # None and not the numbers: a config that changes the class keeps the arguments that both classes have

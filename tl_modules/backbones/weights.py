@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_modules.checkpoints import damage
+from tl_modules.checkpoints.files import damage, find_run
 from tl_modules.errors import UserError
-from tl_modules.runs import find_run
 
 log = logging.getLogger(__name__)
 

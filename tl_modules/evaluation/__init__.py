@@ -1,5 +1,7 @@
-"""What a trained model costs to use."""
+"""What a trained model is worth: metrics, predictions, pictures, the choice of a model, its cost."""
 
-from tl_modules.evaluation.cost import machine, macs, peak_memory, speed
-
-__all__ = ["machine", "macs", "peak_memory", "speed"]
+from tl_modules.evaluation.cost import *
+from tl_modules.evaluation.figures import *
+from tl_modules.evaluation.model_selection import *
+from tl_modules.evaluation.predictions import *
+from tl_modules.evaluation.test_time import *

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+__all__ = ["machine", "macs", "peak_memory", "speed"]
+
 Context = Callable[[], AbstractContextManager[Any]]
 
 

@@ -8,19 +8,17 @@ is frozen would move by a last digit in each step, and with it whatever starts f
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
 
-
-def keep_exact(module: TransferModule) -> None:
+def keep_exact(module: AbstractTransferModule) -> None:
     """Lets the run's averaging callbacks average what trains alone; called when a fit starts.
 
     Raises:
@@ -51,7 +49,7 @@ class _Update:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def __call__(self, module: TransferModule) -> None:
+    def __call__(self, module: AbstractTransferModule) -> None:
         if self.depth != module.depth:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
             self.depth, self.pairs = module.depth, [(mine[name], tensor) for name, tensor in _resting(module)]
@@ -63,7 +61,7 @@ class _Update:
             average.copy_(current)
 
 
-def _resting(module: TransferModule) -> list[tuple[str, Tensor]]:
+def _resting(module: AbstractTransferModule) -> list[tuple[str, Tensor]]:
     """What no optimizer moves now: what is closed, and the methods' buffers and parameters without gradient."""
     methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
     buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
+__all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
 PRETRAINED_LR = 1 / 30  # a pretrained backbone is torn apart by the learning rate that a new head needs
@@ -84,11 +84,11 @@ class FineTuning:
         """Whether a stage that is closed at the start will train."""
         return self.depth(self.end, stages) != self.depth(0, stages)
 
-    def prepare(self, module: TransferModule) -> None:
+    def prepare(self, module: AbstractTransferModule) -> None:
         """Called once when the module is built: closes for good what never opens."""
         self.apply(module, self.end)
 
-    def apply(self, module: TransferModule, now: float) -> None:
+    def apply(self, module: AbstractTransferModule, now: float) -> None:
         """Opens and closes the stages: requires_grad and, in training, train or eval mode."""
         stages = module.backbone.stages()
         closed = len(stages) - self.depth(now, len(stages))
@@ -102,7 +102,7 @@ class FineTuning:
                 if isinstance(layer, _BatchNorm) and layer.affine:
                     layer.eval()
 
-    def param_groups(self, module: TransferModule) -> Iterator[dict[str, Any]]:
+    def param_groups(self, module: AbstractTransferModule) -> Iterator[dict[str, Any]]:
         """Every parameter once, in groups `head`, the methods' names, `stage_N`; `lr_scale` multiplies the lr."""
         parts = [("head", list(module.head.parameters()), 1.0)]
         # methods also keep teachers and starts, which never train

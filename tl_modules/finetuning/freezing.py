@@ -7,6 +7,8 @@ from typing import Any
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning, Unit
 
+__all__ = ["FeatureExtraction", "FreezeThenUnfreeze", "Full", "GradualUnfreezing", "LastStages"]
+
 
 class Full(FineTuning):
     """Trains every stage from the start (the classical fine-tuning)."""

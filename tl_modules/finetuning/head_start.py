@@ -11,21 +11,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.heads import LinearHead
-
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
 
 log = logging.getLogger(__name__)
 MANY = 10_000  # samples; more would not change the start much
 
 
-def start_head(module: TransferModule, loaders: Mapping[str, Any]) -> None:
+def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> None:
     """Gives a head that has no weights yet those of its task's closed form; leaves any other as it is.
 
     Args:

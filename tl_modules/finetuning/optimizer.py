@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
+__all__ = ["WarmupCosine"]
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "configured_lr")
 
@@ -76,7 +76,7 @@ class WarmupCosine(LRScheduler):
         return {key: getattr(self, key) for key in ("last_epoch", "base_lrs", "_step_count", "_last_lr")}
 
 
-def configure(module: TransferModule) -> Any:
+def configure(module: AbstractTransferModule) -> Any:
     """What Lightning's `configure_optimizers` gives: named groups, each with its share of the rate, and a scheduler."""
     optimizer = fused(module.optimizer(list(module.finetuning.param_groups(module))))
     for group in optimizer.param_groups:
@@ -120,7 +120,7 @@ def _scale_cycle(optimizer: Optimizer, scheduler: Any) -> None:
                 rates[number] *= group["lr_scale"]
 
 
-def resume_rates(module: TransferModule, checkpoint: dict[str, Any]) -> None:
+def resume_rates(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
     """Lets the learning rates that are given now win over a checkpoint's, each at the schedule's present share of it.
 
     Args:

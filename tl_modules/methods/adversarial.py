@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_modules.functional import certainty_weights, frozen, ramp, reverse_gradient
+from tl_modules.batch.output import DomainView, statistics_kept
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head, check_plain
+from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
 from tl_modules.methods.regularization import WithStart
-from tl_modules.schedules import Weight
-from tl_modules.views import statistics_kept
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
 
 
 class DANN(Method):
@@ -45,15 +44,15 @@ class DANN(Method):
         super().__init__(weight)
         self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Builds the critic."""
         self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
 
-    def width(self, module: TransferModule) -> int:
+    def width(self, module: AbstractTransferModule) -> int:
         """Of what the critic sees."""
         return module.backbone.out_features
 
-    def seen(self, module: TransferModule, view: DomainView) -> Tensor:
+    def seen(self, module: AbstractTransferModule, view: DomainView) -> Tensor:
         """What the critic sees of a view, (B, width)."""
         return view.features
 
@@ -61,7 +60,7 @@ class DANN(Method):
         """The weight of each sample, (B,) with mean 1."""
         return view.output.new_ones(len(view.output))
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
@@ -91,7 +90,7 @@ class CDAN(DANN):
         super().__init__(*args, **kwargs)
         self.entropy = entropy
 
-    def width(self, module: TransferModule) -> int:
+    def width(self, module: AbstractTransferModule) -> int:
         """Of the product, or of the random projections."""
         features, classes = module.backbone.out_features, module.num_outputs
         self.projected = features * classes > 4096
@@ -100,7 +99,7 @@ class CDAN(DANN):
             self.register_buffer("classes_to", torch.randn(classes, 1024))
         return 1024 if self.projected else features * classes
 
-    def seen(self, module: TransferModule, view: DomainView) -> Tensor:
+    def seen(self, module: AbstractTransferModule, view: DomainView) -> Tensor:
         """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
         p = view.output.softmax(1).detach()
         if self.projected:
@@ -131,12 +130,12 @@ class PADA(DANN):
         super().__init__(*args, **kwargs)
         self.momentum = momentum
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Starts with equal classes."""
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses a loss that is not the plain cross-entropy.
 
         Raises:
@@ -152,7 +151,7 @@ class PADA(DANN):
         share = self.get_buffer("share")
         return (share / share.max())[view.y]
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The critic's term, and what turns the task's mean cross-entropy into the weighted mean."""
         assert source is not None
         assert source.y is not None
@@ -191,7 +190,7 @@ class OSBP(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         with statistics_kept(module.head):
@@ -220,11 +219,11 @@ class MDD(Method):
         super().__init__(weight)
         self.margin, self.reversal, self.hidden = margin, reversal, hidden
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Builds the second head."""
         self.adversary = MLPHead(module.backbone.out_features, module.num_outputs, self.hidden, normalize=False)
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
         assert source is not None
         assert target is not None
@@ -255,14 +254,14 @@ class MCD(Method):
         super().__init__(weight)
         self.reversal = reversal
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Makes a second head like the first, with other start weights."""
         self.second = copy.deepcopy(module.head)
         for layer in self.second.modules():
             reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
             reset()
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The second head's loss on the source, less the discrepancy on the target."""
         assert source is not None
         assert target is not None
@@ -291,13 +290,13 @@ class ADDA(WithStart):
         super().__init__(weight)
         self.hidden = hidden
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.critic = MLPHead(module.backbone.out_features, 1, self.hidden, normalize=False)
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -306,7 +305,7 @@ class ADDA(WithStart):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""
         assert source is not None
         assert target is not None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from tl_modules.batch.output import DomainView
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
-from tl_modules.schedules import Weight
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["Method"]
 
 
 class Method(nn.Module):
@@ -46,14 +46,16 @@ class Method(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Called once, when the module has its pretrained weights and its head."""
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor | None:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None
+    ) -> Tensor | None:
         """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Refuses training data that lack what it needs; called when training starts.
 
         Raises:
@@ -91,7 +93,7 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return False
 
 
-def check_trains(method: Method, module: TransferModule, parts: Iterable[nn.Module], what: str) -> None:
+def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable[nn.Module], what: str) -> None:
     """Refuses a method without a term that works in parts of the backbone of which none will ever train.
 
     Raises:
@@ -104,7 +106,7 @@ def check_trains(method: Method, module: TransferModule, parts: Iterable[nn.Modu
         )
 
 
-def check_head(method: Method, module: TransferModule) -> None:
+def check_head(method: Method, module: AbstractTransferModule) -> None:
     """Refuses a method that keeps the source's head where the head is another one.
 
     Raises:
@@ -117,7 +119,7 @@ def check_head(method: Method, module: TransferModule) -> None:
         )
 
 
-def check_plain(method: Method, module: TransferModule, *settings: str) -> None:
+def check_plain(method: Method, module: AbstractTransferModule, *settings: str) -> None:
     """Refuses settings under which a term that takes the task's own loss away would be no loss any more.
 
     Args:

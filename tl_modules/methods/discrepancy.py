@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tl_modules.batch.output import DomainView
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
-from tl_modules.functional import (
+from tl_modules.methods.base import Method, pairs
+from tl_modules.methods.functional import (
     gaussians,
     joint_mmd,
     kernel,
@@ -18,12 +19,9 @@ from tl_modules.functional import (
     sliced_wasserstein,
     squared_distances,
 )
-from tl_modules.methods.base import Method, pairs
-from tl_modules.schedules import Weight
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "OptimalTransport"]
 
 
 class Discrepancy(Method):
@@ -39,7 +37,7 @@ class Discrepancy(Method):
         """Of two views, a scalar."""
         raise NotImplementedError
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The mean over the pairs."""
         return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
 
@@ -128,7 +126,7 @@ class OptimalTransport(Discrepancy):
         super().__init__(weight)
         self.alpha, self.beta = alpha, beta
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Finds out before the work whether the solver is there."""
         self.classes = module.classes
         try:
@@ -166,7 +164,7 @@ class AFN(Method):
         super().__init__(weight)
         self.step = step
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The mean over all samples."""
         norms = torch.cat([view.features.norm(dim=1) for view in (source, target) if view is not None])
         return (norms - (norms.detach() + self.step)).square().mean()

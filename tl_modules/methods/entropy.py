@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from tl_modules.functional import class_confusion, entropy, information, nuclear_norm
+from tl_modules.batch.output import DomainView
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.methods.base import Method
-from tl_modules.schedules import Weight
+from tl_modules.methods.functional import class_confusion, entropy, information, nuclear_norm
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 
 
 class OnTarget(Method):
@@ -26,7 +26,7 @@ class OnTarget(Method):
         """Of logits (B, C), a scalar."""
         raise NotImplementedError
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         return self.term(target.output)

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch.current_domain import passing
+from tl_modules.batch.output import DomainView, statistics_kept
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.methods.base import Method, check_plain, check_trains
-from tl_modules.rows import passing
-from tl_modules.schedules import Weight
-from tl_modules.views import statistics_kept
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
 
 GENERALISE = ("several sources", "generalisation")
 
 
-def risks(module: TransferModule, source: DomainView | None) -> Tensor:
+def risks(module: AbstractTransferModule, source: DomainView | None) -> Tensor:
     """The task's loss of each source domain, (number of domains,)."""
     assert source is not None
     return torch.stack([module.loss(view.output, view.y) for view in source.split()])  # type: ignore[arg-type]
@@ -51,7 +50,7 @@ class GroupDRO(Method):
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses losses that are not the plain mean of the risks.
 
         Raises:
@@ -65,7 +64,7 @@ class GroupDRO(Method):
         self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
         super()._load_from_state_dict(state, prefix, *args)
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """What turns the mean of the risks into the weighted sum."""
         each = risks(module, source)
         if len(self.q) != len(each):
@@ -99,7 +98,7 @@ class IRM(Method):
         super().__init__()
         self.penalty, self.anneal = penalty, anneal
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses a loss that the penalty would not divide.
 
         Raises:
@@ -108,7 +107,7 @@ class IRM(Method):
         super().check(module, domains)
         check_plain(self, module, "source_weight")
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The penalty, scaled."""
         assert source is not None
         assert source.y is not None
@@ -139,7 +138,7 @@ class VREx(Method):
     def __init__(self, weight: Weight = 10.0) -> None:
         super().__init__(weight)
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """`mean_e (R_e - mean R)^2`."""
         each = risks(module, source)
         return (each - each.mean()).square().mean()
@@ -166,7 +165,7 @@ class Mixup(Method):
         super().__init__(weight)
         self.alpha = alpha
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The mean over the pairs."""
         assert source is not None
         views = source.split()
@@ -208,13 +207,13 @@ class MixStyle(Method):
         super().__init__()
         self.p, self.alpha, self.stages = p, alpha, stages
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Hooks into the first stages, which closed ones, being in eval mode, do not heed."""
         for stage in module.backbone.stages()[: self.stages]:
             last = stage[-1] if isinstance(stage, nn.ModuleList) else stage
             last.register_forward_hook(self.mix)
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses first stages that never train.
 
         Raises:
@@ -237,7 +236,7 @@ class MixStyle(Method):
         mixed_deviation = share * deviation + (1 - share) * deviation[rows]
         return plain * mixed_deviation.detach() + mixed_mean.detach()
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
         """No term."""
 
 
@@ -275,7 +274,7 @@ class MLDG(Method):
         super().__init__(weight)
         self.lr = lr
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The risk of the source that was left out, after the inner step."""
         assert source is not None
         views = source.split()

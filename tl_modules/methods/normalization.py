@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tl_modules.batch.current_domain import domain_rows
+from tl_modules.batch.output import DomainView
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
-from tl_modules.rows import domain_rows
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["DomainBatchNorm", "StochNorm"]
 
 
 class Normalization(Method):
@@ -28,7 +28,7 @@ class Normalization(Method):
 
     changes_backbone = True
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Changes the layers.
 
         Raises:
@@ -48,7 +48,7 @@ class Normalization(Method):
         """Changes one layer in place."""
         raise NotImplementedError
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses a run in which none of the layers ever trains.
 
         Raises:
@@ -62,7 +62,7 @@ class Normalization(Method):
                 f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
             )
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
         """No term."""
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tl_modules.functional import information, perturb, ramp
+from tl_modules.batch.output import DomainView
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.methods.base import Method, check_head
-from tl_modules.schedules import Weight
+from tl_modules.methods.functional import information, perturb, ramp
+from tl_modules.methods.schedules import Weight
 
-if TYPE_CHECKING:
-    from tl_modules.base import TransferModule
-    from tl_modules.views import DomainView
+__all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 
 
 class FixMatch(Method):
@@ -39,7 +38,7 @@ class FixMatch(Method):
         super().__init__(weight)
         self.threshold, self.strength = threshold, strength
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.output.detach().softmax(1).max(1)
@@ -79,7 +78,7 @@ class MeanTeacher(Method):
         super().__init__(weight)
         self.momentum, self.threshold, self.strength, self.balance = momentum, threshold, strength, balance
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Copies the network."""
         self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
         self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
@@ -92,7 +91,7 @@ class MeanTeacher(Method):
         return self
 
     @torch.no_grad()
-    def learn(self, module: TransferModule) -> None:
+    def learn(self, module: AbstractTransferModule) -> None:
         """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
@@ -106,7 +105,7 @@ class MeanTeacher(Method):
             else:
                 mine.copy_(student[name])
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The consistency on the target."""
         assert target is not None
         if self.training:
@@ -142,7 +141,7 @@ class PseudoLabel(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.output.detach().softmax(1).max(1)
@@ -172,13 +171,13 @@ class SHOT(Method):
         super().__init__(weight)
         self.beta, self.momentum = beta, momentum
 
-    def attach(self, module: TransferModule) -> None:
+    def attach(self, module: AbstractTransferModule) -> None:
         """Closes the head; the centroids begin as nothing."""
         module.head.requires_grad_(False)
         self.register_buffer("centroids", torch.zeros(module.num_outputs, module.backbone.out_features))
         self.register_buffer("counts", torch.zeros(module.num_outputs, 1))
 
-    def check(self, module: TransferModule, domains: list[str]) -> None:
+    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -187,7 +186,7 @@ class SHOT(Method):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(self, module: TransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """Information maximisation and the pseudo-labels."""
         assert target is not None
         p, features = target.output.softmax(1), target.features

@@ -17,9 +17,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from tl_modules.base import TransferModule
 from tl_modules.errors import UserError
-from tl_modules.functional import discriminant
+from tl_modules.methods.functional import discriminant
+from tl_modules.module import TransferModule
+
+__all__ = ["Classification"]
 
 log = logging.getLogger(__name__)
 

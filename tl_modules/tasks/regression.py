@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
-from tl_modules.base import TransferModule
-from tl_modules.functional import ridge
+from tl_modules.methods.functional import ridge
+from tl_modules.module import TransferModule
+
+__all__ = ["Regression"]
 
 
 class Regression(TransferModule):

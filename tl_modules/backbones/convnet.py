@@ -1,0 +1,91 @@
+"""Small networks of ours for small images, trained from scratch or from a run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import nn
+
+from tl_modules.backbones.base import Weights
+from tl_modules.backbones.vision import IMAGENET_MEAN, ImageBackbone, Statistics
+
+__all__ = ["ConvNet", "LeNet"]
+
+
+class ConvNet(ImageBackbone):
+    """Three stages of two 3 x 3 convolutions with BatchNorm and pooling, for images of 28 to 64 px.
+
+    Args:
+        width: Channels of the first stage; each further stage has twice as many.
+        weights: A local file or a run of ours; None starts at random.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+        mean: Per channel, on the [0, 1] scale; None is ImageNet's.
+        std: Per channel, on the [0, 1] scale; None is ImageNet's.
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        weights: Weights = None,
+        strict: bool = True,
+        mean: Statistics = None,
+        std: Statistics = None,
+    ) -> None:
+        widths = [len(mean or IMAGENET_MEAN), width, 2 * width, 4 * width]
+        stages = [self._stage(i, o) for i, o in pairwise(widths)]
+        super().__init__(nn.Sequential(*stages), widths[-1], mean, std)
+        self.load_pretrained(weights, strict)
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int) -> nn.Sequential:
+        def conv(i: int) -> list[nn.Module]:
+            return [nn.Conv2d(i, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*conv(inputs), *conv(outputs), nn.MaxPool2d(2))
+
+    def stages(self) -> list[nn.Module]:
+        """The three stages."""
+        return list(self.model.children())
+
+
+class LeNet(ImageBackbone):
+    """The features of the digits in Ganin et al. (JMLR 2016), 768: two 5 x 5 convolutions, pooled.
+
+    Their label predictor is `MLPHead` (they: two hidden layers of 100), their critic has one hidden layer of 100.
+
+    Args:
+        batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
+        instance_norm: First gives each channel of an image mean 0 and deviation 1, which takes brightness and contrast
+            away (Shu et al., ICLR 2018, for the same digits).
+        dropout: Probability of dropping a whole channel of the second convolution.
+        weights: A local file or a run of ours; None starts at random.
+        strict: Refuse weights that lack a tensor or have one of another shape.
+        mean: Per channel, on the [0, 1] scale; None is ImageNet's.
+        std: Per channel, on the [0, 1] scale; None is ImageNet's.
+    """
+
+    def __init__(
+        self,
+        batch_norm: bool = False,
+        instance_norm: bool = False,
+        dropout: float = 0.0,
+        weights: Weights = None,
+        strict: bool = True,
+        mean: Statistics = None,
+        std: Statistics = None,
+    ) -> None:
+        def stage(inputs: int, outputs: int, *rest: nn.Module) -> nn.Sequential:
+            norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 5, bias=not batch_norm), *norm, nn.ReLU(), *rest)
+
+        channels = len(mean or IMAGENET_MEAN)
+        first = stage(channels, 32, nn.MaxPool2d(2))
+        if instance_norm:
+            first.insert(0, nn.InstanceNorm2d(channels))
+        second = stage(32, 48, nn.Dropout2d(dropout), nn.AdaptiveMaxPool2d(4), nn.Flatten())
+        super().__init__(nn.Sequential(first, second), 48 * 4 * 4, mean, std)
+        self.load_pretrained(weights, strict)
+
+    def stages(self) -> list[nn.Module]:
+        """Each convolution."""
+        return list(self.model.children())

@@ -1,0 +1,216 @@
+"""Names for what a computation depends on: equal names promise equal results, also in another process.
+
+weights -> a hash of their bits      modules, objects -> class, code, and all that they hold      code -> its files
+
+Code is that of a class's or function's own file and of all files that this one imports, as far as they are the user's;
+of an installed package it is the version, and of this one all of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from tl_modules.checkpoints.contents import fingerprint
+
+OURS = ("tl_modules", "datamodules")
+TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
+# attributes of a module that do not change what it computes in eval mode
+PASSING = ("training", "_compiled_call_impl")
+
+
+class Unnamed(Exception):
+    """Something cannot be named; its text says what."""
+
+
+def named(*values: Any) -> str:
+    """SHA-256 of values and of the code behind them.
+
+    Args:
+        *values: Plain data, tensors, modules, functions, classes or objects that hold such.
+
+    Raises:
+        Unnamed: One holds what has no name, e.g. a class of a notebook, an open file or a random generator.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(values, {}):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
+    if isinstance(value, PLAIN):
+        yield f"{type(value).__name__} {value!r}"
+        return
+    if id(value) in seen:
+        yield f"again {seen[id(value)]}"
+        return
+    seen[id(value)] = len(seen)
+    if isinstance(value, Tensor):
+        yield fingerprint({"": value})
+    elif isinstance(value, np.ndarray | np.generic):
+        array = np.asarray(value)
+        yield f"{array.shape} {array.dtype} {hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}"
+        if array.dtype.kind == "O":
+            yield from _parts(array.tolist(), seen)
+    elif isinstance(value, Mapping):
+        yield f"{type(value).__name__} {len(value)}"
+        for key, inner in value.items():
+            yield from _parts(key, seen)
+            yield from _parts(inner, seen)
+    elif isinstance(value, set | frozenset):
+        yield f"set {sorted(map(repr, value))}"
+    elif isinstance(value, list | tuple):
+        yield f"{type(value).__name__} {len(value)}"
+        for inner in value:
+            yield from _parts(inner, seen)
+    elif isinstance(value, types.ModuleType):
+        yield from _files(value.__name__)
+    elif isinstance(value, type):
+        yield f"{value.__module__}.{value.__qualname__}"
+        for parent in value.__mro__[:-1]:
+            yield from _files(parent.__module__)
+    elif isinstance(value, functools.partial):
+        yield from _parts((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, types.MethodType):
+        yield from _parts((value.__self__, value.__func__), seen)
+    elif isinstance(value, types.FunctionType):
+        yield from _function(value, seen)
+    elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
+        yield f"{getattr(value, '__module__', None)}.{value.__qualname__}"
+    elif isinstance(value, fx.GraphModule):
+        yield value.code
+        yield from _parts([node.target for node in value.graph.nodes if node.op == "call_function"], seen)
+        yield from _parts(
+            [dict(value.named_children()), dict(value.named_parameters()), dict(value.named_buffers())], seen
+        )
+    else:
+        yield from _object(value, seen)
+
+
+def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
+    """A class and all that an instance of it holds; what holds nothing that Python can see has no name."""
+    yield from _parts(type(value), seen)
+    held = dict(getattr(value, "__dict__", {}))
+    for parent in type(value).__mro__:
+        slots = vars(parent).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
+                held[slot] = getattr(value, slot)
+    if not held and type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "_io", "_thread"):
+        raise Unnamed(f"a {type(value).__qualname__} has no name")
+    for key in sorted(held):
+        if not (isinstance(value, nn.Module) and key in PASSING):
+            yield key
+            yield from _parts(held[key], seen)
+
+
+def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
+    yield f"{value.__module__}.{value.__qualname__}"
+    yield from _files(value.__module__)
+    yield from _parts((value.__defaults__, value.__kwdefaults__), seen)
+    for cell in value.__closure__ or ():
+        try:
+            yield from _parts(cell.cell_contents, seen)
+        except ValueError:  # not filled in yet
+            yield "empty"
+    if inspect.unwrap(value) is not value:
+        yield from _parts(inspect.unwrap(value), seen)
+
+
+def _files(module: str | None) -> tuple[str, ...]:
+    """What names the code of a module and of all that it imports."""
+    return _closure(module or "")
+
+
+@functools.cache
+def _closure(module: str) -> tuple[str, ...]:
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names and top != "__main__":
+            continue  # Python's version is in every key
+        if top in OURS:
+            found[top] = _package(top)
+            continue
+        file = _file(name)
+        if file is None:
+            if name == module:
+                raise Unnamed(f"{name or 'an object without a module'} has no file")
+            continue  # an import of something optional
+        if file.suffix != ".py" or {"site-packages", "dist-packages"} & set(file.parts):
+            found[top] = f"{top} {_version(top)}"
+            continue
+        text = file.read_bytes()
+        found[name] = hashlib.sha256(text).hexdigest()
+        waiting += _imports(text, name, is_package=file.name == "__init__.py")
+    return tuple(f"{name} {found[name]}" for name in sorted(found))
+
+
+def _file(name: str) -> Path | None:
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    if loaded is None and name != "__main__":
+        spec, path = None, None
+        for part in name.split("."):  # without importing anything
+            spec = PathFinder.find_spec(part, path)
+            if spec is None:
+                return None
+            path = list(spec.submodule_search_locations or [])
+        loaded = spec.origin if spec else None
+    return Path(loaded) if loaded and Path(loaded).is_file() else None
+
+
+def _imports(text: bytes, name: str, is_package: bool) -> Iterator[str]:
+    """The modules that a file imports, anywhere in it."""
+    package = name if is_package else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names if _file(f"{base}.{alias.name}"))
+
+
+@functools.cache
+def _package(top: str) -> str:
+    """A hash of all source files of one of our own packages."""
+    file = _file(top)
+    if file is None:
+        raise Unnamed(f"{top} has no files")
+    digest = hashlib.sha256()
+    for path in sorted(file.parent.rglob("*.py")):
+        digest.update(str(path.relative_to(file.parent)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _version(top: str) -> str:
+    version = getattr(sys.modules.get(top), "__version__", None)
+    if version is None:
+        try:
+            version = importlib.metadata.version(top)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise Unnamed(f"the version of {top} is not known") from error
+    return str(version)

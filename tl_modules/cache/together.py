@@ -1,0 +1,47 @@
+"""Decisions that all processes of a run take together, so that none waits for another that has given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+
+from tl_modules.cache.cut import NotCut
+from tl_modules.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
+    """Does what one process could fail at alone; all go on, or none.
+
+    Raises:
+        NotCut: A process raised it, and none anything else.
+        UserError: Another process raised something else; this one raises what it has raised itself.
+    """
+    fault: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must know
+        fault = error
+    mine = None if fault is None else (isinstance(fault, NotCut), str(fault))
+    faults: list[Any] = [mine]
+    if trainer.world_size > 1:
+        faults = [None] * trainer.world_size
+        torch.distributed.all_gather_object(faults, mine)
+    told = [each for each in faults if each is not None]
+    if not told:
+        return result
+    stops = [text for harmless, text in told if not harmless]
+    if fault is not None and not (stops and isinstance(fault, NotCut)):
+        raise fault
+    if stops:
+        raise UserError(f"another process has stopped: {stops[0]}")
+    raise NotCut(f"{told[0][1]}, in another process")
+
+
+def all_agree(trainer: Trainer, flag: bool) -> bool:
+    """Whether a flag is set in every process."""
+    return trainer.strategy.reduce_boolean_decision(flag, all=True) if trainer.world_size > 1 else flag

@@ -1,0 +1,1 @@
+"""Checkpoints: whole files, and what is in them."""

@@ -1,0 +1,89 @@
+"""What is in a checkpoint, and who puts it there.
+
+key                                        writer                             read by
+state_dict, optimizer_states, loops, ...   Lightning
+current_model_state                        Lightning's WeightAveraging        the same, when a run resumes
+transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
+random_backbone                            this file                          this file, when a run resumes
+left_out                                   this file, with save: trainable    this file: are the weights the same?
+callbacks                                  each callback, by its class's name
+                                           (runs/resume.py: generators and running means of each process)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.errors import UserError, short
+from tl_modules.finetuning.optimizer import resume_rates
+
+STATES = {"state_dict", "current_model_state"}
+
+
+def save(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
+    """Adds to a checkpoint what the task is, so that the next transfer knows whether the labels are shared.
+
+    With `save: trainable` it takes out what never trains, and adds a fingerprint of that.
+    """
+    checkpoint["transfer"] = module.task_description()
+    checkpoint["random_backbone"] = module.backbone.random
+    if module.save == "trainable":
+        left_out = never_trains(module)
+        module.left_out = module.left_out or fingerprint(left_out)  # what never trains never changes
+        checkpoint["left_out"] = module.left_out
+        for key in STATES & checkpoint.keys():
+            checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k not in left_out}
+
+
+def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
+    """Fills in what was left out; lets a learning rate given now win, at the schedule's present fraction of it.
+
+    Raises:
+        UserError: The checkpoint belongs to another network, or to a backbone with other weights.
+    """
+    if "left_out" in checkpoint:
+        left_out = {k: v for k, v in never_trains(module).items() if k not in checkpoint["state_dict"]}
+        if checkpoint["left_out"] != fingerprint(left_out):
+            raise UserError(
+                "checkpoint: it was saved with save: trainable on a backbone with other weights than this one; "
+                "pass the same --model.backbone.weights"
+            )
+        for key in STATES & checkpoint.keys():
+            checkpoint[key] = left_out | checkpoint[key]
+    given, own = checkpoint["state_dict"], module.state_dict()
+    wrong = given.keys() ^ own.keys()
+    wrong |= {k for k, p in module.named_parameters() if k in given and given[k].shape != p.shape}
+    if wrong:
+        raise UserError(
+            f"checkpoint: its {short(sorted(wrong))} and this model's are not the same; take the backbone, head "
+            "and methods that it was trained with, or start a new run with --model.backbone.weights"
+        )
+    resumes = bool(checkpoint.get("optimizer_states")) and module._trainer is not None and module.trainer.training
+    # what the checkpoint fills looks random; runs of version 0.1 treated all alike
+    module.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
+    module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)
+    if resumes:
+        resume_rates(module, checkpoint)
+
+
+def never_trains(module: AbstractTransferModule) -> dict[str, Tensor]:
+    """The backbone's parameters that the strategy never opens, by name."""
+    stages = module.backbone.stages()
+    closed = len(stages) - module.finetuning.depth(module.finetuning.end, len(stages))
+    held = {id(p) for stage in stages[:closed] for p in stage.parameters()}
+    return {name: p.detach() for name, p in module.named_parameters() if id(p) in held}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(cast(Any, tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""What `tl` does to the words of a command line before the parser sees them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tl_modules.errors import UserError
+from tl_modules.runs.directory import SECTIONS
+
+
+def values(args: Sequence[str], *options: str) -> list[str]:
+    """What is given to an option, as `--x V` or `--x=V`, in order."""
+    found = []
+    for number, word in enumerate(args):
+        option, equals, value = word.partition("=")
+        if option in options and (equals or number + 1 < len(args)):
+            found.append(value if equals else args[number + 1])
+    return found
+
+
+def given(args: Sequence[str], option: str) -> bool:
+    """Whether an option is there, as `--x` or `--x=V`."""
+    return any(word.partition("=")[0] == option for word in args)
+
+
+def without(args: Sequence[str], *options: str) -> list[str]:
+    """The words without these options and what is given to them."""
+    kept: list[str] = []
+    skip = False
+    for word in args:
+        if skip:
+            skip = False
+        elif word.partition("=")[0] in options:
+            skip = "=" not in word
+        else:
+            kept.append(word)
+    return kept
+
+
+def own_config(args: Sequence[str]) -> list[Any]:
+    """All that a command line says itself: its words, and what its configs hold, as far as they can be read."""
+    said: list[Any] = [word.partition("=")[2] or word for word in args]
+    for config in values(args, "-c", "--config"):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+            said.append(yaml.safe_load(Path(config).read_text() if "\n" not in config else config))
+    return said
+
+
+def nested_nulls(args: Sequence[str]) -> list[str]:
+    """Writes `--model.backbone.weights null` as a config: the parser would make the word None of it (4.53)."""
+    words: list[str] = []
+    for word in args:
+        if word == "null" and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += "=null"
+        else:
+            words.append(word)
+    return [part for word in words for part in _nested_null(word)]
+
+
+def _nested_null(word: str) -> list[str]:
+    option, _, value = word.partition("=")
+    section, *keys = option.removeprefix("--").split(".")
+    if value != "null" or section not in ("model", "data") or len(keys) < 2:
+        return [word]
+    nested: Any = None
+    for key in reversed(keys):
+        nested = {"init_args": {key: nested}}
+    return ["--config", yaml.safe_dump({section: nested})]
+
+
+def with_defaults(args: list[str]) -> list[str]:
+    """Names the embedded data and model where neither the command line nor a config does.
+
+    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
+
+    Raises:
+        UserError: A config cannot be read or is no mapping.
+    """
+    named = {key for config in values(args, "-c", "--config") for key in _classes(config)}
+    new: list[str] = []
+    if "model" not in named and not given(args, "--model"):
+        backbone = [] if given(args, "--model.backbone") else ["--model.backbone", "ConvNet"]
+        new += ["--model", "Classification", *backbone]
+    if "data" not in named and not given(args, "--data"):
+        new += ["--data", "Digits"]
+    return [args[0], *new, *args[1:]]
+
+
+def _classes(config: str) -> set[str]:
+    """The sections of a config, a file or its text, that name a class."""
+    try:
+        content = yaml.safe_load(Path(config).read_text() if "\n" not in config else config) or {}
+    except OSError as error:
+        raise UserError(f"config: {config} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {config} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
+    return {k for k, v in content.items() if isinstance(v, str) or (isinstance(v, dict) and "class_path" in v)}

@@ -1,0 +1,104 @@
+"""Finds the largest batch size that fits the memory, by trying."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
+
+from tl_modules.cache.memory import free_memory
+from tl_modules.errors import UserError
+from tl_modules.runs.resume import random_state, restore_random_state
+
+log = logging.getLogger(__name__)
+SHARE = 0.8  # of the free main memory that may be filled; the kernel kills a process that asks for more than there is
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory or the main memory was not enough."""
+    return isinstance(error, MemoryError) or is_oom_error(error)
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest of start, 2 start, 4 start, ... (or start / 2, ...) that fits, at most `most`.
+
+    Args:
+        fits: Tries a size.
+        start: Where to begin.
+        most: Where to stop.
+
+    Raises:
+        UserError: Not even 1 fits.
+    """
+    size = min(start, most)
+    while not fits(size):
+        if size == 1:
+            raise UserError("auto_batch: not even a batch of one fits the memory; choose a smaller backbone or image")
+        size //= 2
+    if size == min(start, most):
+        while size < most and fits(min(2 * size, most)):
+            size = min(2 * size, most)
+    return size
+
+
+def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precision: str) -> int:
+    """Trains and validates copies of the module with growing batches; module and random numbers stay as they are.
+
+    Args:
+        module: What will be trained.
+        data: Has `batch_size`, which is set back.
+        trainer: The run's Trainer; only its accelerator is asked for.
+        precision: The run's precision.
+
+    Returns:
+        The largest power-of-two multiple of the data's batch size (or fraction of it) that fits.
+    """
+    start: int = data.batch_size
+    state = random_state()
+    most = max(len(loader.sampler) for loader in data.train_dataloader().flattened)
+    before, room = _peak(), free_memory()
+
+    def fits(size: int) -> bool:
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if on_cpu and size > start and (_peak() - before) * 2 > SHARE * room:
+            return False
+        data.batch_size = size
+        trial = Trainer(
+            accelerator=trainer.strategy.root_device.type,
+            devices=1,
+            precision=precision,  # type: ignore[arg-type]
+            max_epochs=1,
+            limit_train_batches=2,
+            limit_val_batches=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trial.fit(copy.deepcopy(module), data)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
+
+    try:
+        return largest_that_fits(fits, start, most)
+    finally:
+        data.batch_size = start
+        restore_random_state(state)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,297 @@
+"""FILE.yaml of `tl compare`, and the cells of its grid.
+
+ways x tasks x seeds -> cells, each with its words, its folder and the cells whose runs its words name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tl_modules.cli.arguments import values
+from tl_modules.errors import UserError, closest
+
+KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better")
+WAY_KEYS = ("config", "options", "test", "of", "report", "metric")
+TASK_KEYS = ("config", "options", "test")
+METRICS = ("test/accuracy", "test/rmse")  # what runs are compared by, the first that they have
+# ${HOME} is the shell's, {lr: 1} a mapping
+REFERENCE = re.compile(r"(?<!\$)\{([^{}]+)\}")
+
+Key = tuple[str, str, int]  # task, way, seed
+
+
+@dataclass
+class Way:
+    """One of the things that are compared.
+
+    Attributes:
+        fit: Its words for `tl fit`; references to other ways are written {slug}.
+        test: Its words for `tl test`.
+        of: The way whose runs it tests; it then trains none.
+        report: Whether it is tested and stands in the tables.
+        metric: Its own key in metrics.json.
+    """
+
+    fit: list[str]
+    test: list[str]
+    of: str | None = None
+    report: bool = True
+    metric: str | None = None
+
+
+@dataclass
+class Plan:
+    """What FILE.yaml says."""
+
+    name: str
+    options: list[str]
+    seeds: list[int]
+    tasks: dict[str, Way]
+    ways: dict[str, Way]
+    baseline: str | None = None
+    metric: str | None = None
+    lower_is_better: bool | None = None
+
+
+def read_plan(file: Path) -> Plan:
+    """Reads FILE.yaml.
+
+    Raises:
+        UserError: Something in it is missing, unknown or of the wrong kind.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"compare: {file} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"compare: {file} is no YAML ({' '.join(str(error).split())})") from error
+    content = _mapping(content, KEYS, str(file))
+    names = [str(name) for name in _mapping(content.get("ways"), None, f"{file}: ways")]
+    if not names:
+        raise UserError(f"{file}: ways: name at least one way and its words")
+    _slugs(names, f"{file}: ways")
+
+    def entries(section: str, keys: Sequence[str]) -> dict[str, Way]:
+        return {
+            str(name): _way(entry, keys, names, file, f"{section}: {name}")
+            for name, entry in (content.get(section) or {}).items()
+        }
+
+    _mapping(content.get("tasks") or {}, None, f"{file}: tasks")
+    plan = Plan(
+        name=_of_type(content.get("name", file.stem), str, f"{file}: name", "a text"),
+        options=_configs(content, file) + _words(content.get("options"), names, f"{file}: options"),
+        seeds=read_seeds(content.get("seeds", [0]), f"{file}: seeds"),
+        tasks=entries("tasks", TASK_KEYS) or {"": Way([], [])},
+        ways=entries("ways", WAY_KEYS),
+        baseline=_of_type(content.get("baseline"), str | None, f"{file}: baseline", "the name of a way"),
+        metric=_of_type(content.get("metric"), str | None, f"{file}: metric", "a key of metrics.json"),
+        lower_is_better=_of_type(
+            content.get("lower_is_better"), bool | None, f"{file}: lower_is_better", "true or false"
+        ),
+    )
+    _slugs([task for task in plan.tasks if task], f"{file}: tasks")
+    reported = [name for name, way in plan.ways.items() if way.report]
+    if plan.baseline is not None and plan.baseline not in reported:
+        raise UserError(f"{file}: baseline: {plan.baseline} is no way that is reported{closest(plan.baseline, names)}")
+    return plan
+
+
+def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Way:
+    """A way or task: its words, or a mapping of `keys`."""
+    where = f"{file}: {place}"
+    if not isinstance(entry, dict):
+        return Way(_words(entry, names, where), [])
+    _mapping(entry, keys, where)
+    of = _of_type(entry.get("of"), str | None, f"{where}: of", "the name of a way")
+    if of is not None and of not in names:
+        raise UserError(f"{where}: of: there is no way {of}{closest(of, names)}")
+    if of is not None and (entry.get("options") or entry.get("config")):
+        raise UserError(
+            f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
+        )
+    return Way(
+        _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
+        _words(entry.get("test"), names, f"{where}: test"),
+        of,
+        _of_type(entry.get("report", True), bool, f"{where}: report", "true or false"),
+        _of_type(entry.get("metric"), str | None, f"{where}: metric", "a key of metrics.json"),
+    )
+
+
+def _words(text: Any, names: list[str], where: str) -> list[str]:
+    """The words of a text or list, with {way} as {slug}, which has no spaces."""
+
+    def short(found: re.Match[str]) -> str:
+        name = found[1].strip()
+        if name in names:
+            return f"{{{slug(name)}}}"
+        if ":" in name:
+            return found[0]
+        raise UserError(f"{where}: {{{name}}} names no way{closest(name, names)}; there are {', '.join(names)}")
+
+    if text is not None and not isinstance(text, str | list):
+        raise UserError(f"{where}: {text} is neither a text nor a list of words")
+    try:
+        if isinstance(text, list):
+            return [REFERENCE.sub(short, str(word)) for word in text]
+        return shlex.split(REFERENCE.sub(short, text or ""))
+    except ValueError as error:
+        raise UserError(f"{where}: {text!r} cannot be split into words ({error})") from error
+
+
+def _mapping(content: Any, keys: Sequence[str] | None, where: str) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is no mapping" + (f" of {', '.join(keys)}" if keys else " of names to words"))
+    for key in content:
+        if keys and key not in keys:
+            raise UserError(f"{where}: there is no key {key}{closest(str(key), keys)}; there are {', '.join(keys)}")
+    return content
+
+
+def _of_type(value: Any, kind: Any, where: str, wanted: str) -> Any:
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: {value} is not {wanted}")
+    return value
+
+
+def read_seeds(seeds: Any, where: str) -> list[int]:
+    """A list of seeds, each once."""
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{where}: {seeds} is no list of whole numbers, e.g. [0, 1, 2]")
+    return list(dict.fromkeys(seeds))
+
+
+def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]:
+    """The words for an entry's `config`, one or several paths, relative to the file or to the working directory."""
+    configs = entry.get("config") or []
+    words = []
+    for config in [configs] if isinstance(configs, str) else configs:
+        found = [path for path in (file.parent / str(config), Path(str(config))) if path.is_file()]
+        if not found:
+            raise UserError(
+                f"{file}: {place}config: there is no file {config}, neither beside it nor in the working directory"
+            )
+        words += ["--config", str(found[0])]
+    return words
+
+
+def slug(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^\w.+]+", "-", name.lower()).strip("-")
+
+
+def _slugs(names: Iterable[str], where: str) -> None:
+    """Refuses names whose runs would share a folder."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if not slug(name).strip("."):
+            raise UserError(f"{where}: {name!r} has no letter or digit to name a folder by")
+        if slug(name) in seen:
+            raise UserError(f"{where}: {seen[slug(name)]} and {name} would share the folder {slug(name)}; rename one")
+        seen[slug(name)] = name
+
+
+@dataclass
+class Cell:
+    """A way on a task with a seed.
+
+    Attributes:
+        root: The comparison's folder.
+        folder: The cell's own: its run's versions, log.txt and result.json.
+        fit: The words of `tl fit`, None if it only tests.
+        test: The words of `tl test`, None if it is not tested.
+        needs: Other cells by the slug of their way.
+        metric: The key that its metrics must have.
+    """
+
+    key: Key
+    root: Path
+    folder: Path
+    fit: list[str] | None
+    test: list[str] | None
+    needs: dict[str, Key]
+    of: str | None
+    metric: str | None
+    words: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        task, way, seed = self.key
+        return ", ".join([task] * bool(task) + [way, f"seed {seed}"])
+
+    def result(self) -> dict[str, Any]:
+        """What is known of it: words, status, seconds, cpu_seconds, error, metrics; empty before its first start."""
+        try:
+            found = json.loads((self.folder / "result.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def current(self) -> dict[str, Any]:
+        """Its result, unless that is of other words."""
+        found = self.result()
+        return found if found.get("words") == self.words else {}
+
+
+def make_cells(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Cell]:
+    """The cells of a plan, all ways with the first seed first.
+
+    Raises:
+        UserError: Ways need each other in a circle.
+    """
+    by_slug = {slug(name): name for name in plan.ways}
+    cells: dict[Key, Cell] = {}
+    for seed in seeds:
+        for task_name, task in plan.tasks.items():
+            for name, way in plan.ways.items():
+                seeded = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+                fit = None if way.of else [*plan.options, *task.fit, *way.fit, *seeded]
+                test = [*task.test, *way.test] if way.report else None
+                used = {found for word in [*(fit or []), *(test or [])] for found in REFERENCE.findall(word)}
+                used = (used & set(by_slug)) | ({slug(way.of)} if way.of else set())
+                place = folder / "runs" / slug(task_name) / slug(name) / f"seed-{seed}"
+                needs = {short: (task_name, by_slug[short], seed) for short in sorted(used)}
+                key = (task_name, name, seed)
+                metric = (way.metric or plan.metric) if way.report else None
+                cells[key] = Cell(key, folder, place, fit, test, needs, way.of and slug(way.of), metric)
+    try:
+        order = list(TopologicalSorter({key: cell.needs.values() for key, cell in cells.items()}).static_order())
+    except CycleError as error:
+        circle = " needs ".join(way for _, way, _ in reversed(error.args[1]))
+        raise UserError(f"ways: {circle}; a way cannot wait for itself") from error
+    for key in order:
+        cells[key].words = _identity(cells[key], cells)
+    return cells
+
+
+def _identity(cell: Cell, cells: Mapping[Key, Cell]) -> dict[str, Any]:
+    """All that a cell's result hangs on: its words, what their configs say, and the same of the cells it needs."""
+    words = [*(cell.fit or []), *(cell.test or [])]
+    configs = [Path(config) for config in values(words, "-c", "--config")]
+    return {
+        "fit": cell.fit,
+        "test": cell.test,
+        "configs": {str(path): _digest(path.read_bytes()) for path in configs if path.is_file()},
+        "needs": {s: _digest(json.dumps(cells[key].words).encode()) for s, key in cell.needs.items()},
+    }
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def default_metric(metrics: Iterable[str]) -> str | None:
+    """What runs are compared by, unless the file says."""
+    return next((key for key in METRICS if key in metrics), None)

@@ -1,0 +1,117 @@
+"""Writes and prints what the cells' numbers say: results.csv, table.csv, table.md, choice.csv and plot.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tl_modules.checkpoints.files import write_whole
+from tl_modules.cli.compare.plan import Cell
+from tl_modules.cli.compare.scores import Scores, count, interval
+
+WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
+PANELS = 6  # of the plot; with more tasks it shows their mean
+
+
+def table_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """A row per cell, of results.csv."""
+    rows = []
+    for cell in cells:
+        found = cell.current()
+        rows.append(
+            {
+                "task": cell.key[0],
+                "way": cell.key[1],
+                "seed": cell.key[2],
+                "status": found.get("status", "not run"),
+                "metrics": found.get("metrics", {}),
+                "seconds": found.get("seconds"),
+                "cpu_seconds": found.get("cpu_seconds"),
+                "error": found.get("error"),
+            }
+        )
+    return rows
+
+
+def report(rows: list[dict[str, Any]], scores: Scores, folder: Path, title: str) -> None:
+    """Writes results.csv, table.csv, table.md, plot.png and, if there is a choice, choice.csv; prints the tables."""
+    metrics = dict.fromkeys(key for row in rows for key in row["metrics"])
+    flat = [
+        {key: row[key] for key in ("task", "way", "seed", "status")}
+        | {key: row["metrics"].get(key) for key in metrics}
+        | {key: row[key] for key in ("seconds", "cpu_seconds", "error")}
+        for row in rows
+    ]
+    for name, content in (("results", flat), ("table", scores.table()), ("choice", scores.choice_table())):
+        _write_csv(folder / f"{name}.csv", content)
+    texts, caption = scores.texts(), scores.caption()
+    lines = [list(texts[0]), ["---"] * len(texts[0]), *(list(row.values()) for row in texts)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    write_whole(folder / "table.md", table + (f"\n{caption}\n" if caption else ""))
+    plot(scores, folder / "plot.png", title)
+    _print(f"{title}, mean (std) of {count(scores.seeds, 'seed')}", texts, caption)
+    _print(
+        f"{title}, chosen by what needs no label of the target",
+        scores.choice_texts(),
+        "regret: how far behind the best of the same ways on the target's test labels, mean over tasks and seeds",
+    )
+
+
+def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a row per line; without rows there is no file, not even an earlier one."""
+    if not rows:
+        return file.unlink(missing_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue())
+
+
+def _print(title: str, rows: list[dict[str, str]], caption: str) -> None:
+    """Prints a table, unless it has no rows."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column in WORDS else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def plot(scores: Scores, file: Path, title: str) -> None:
+    """A panel per task: each way's mean with its interval, a dot per seed, the baseline in grey."""
+    from matplotlib.figure import Figure
+
+    ways = list(scores.metrics)
+    panels: dict[str, str | None] = {task: task for task in scores.tasks}
+    if len(panels) > PANELS:
+        panels = {f"mean of {len(panels)} tasks": None}
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(2.5 + 4.5 * across, down * (1.4 + 0.36 * len(ways))), layout="constrained")
+    colours = ["#999999" if way == scores.baseline else "#3b7dd8" for way in ways]
+    for number, (name, task) in enumerate(panels.items()):
+        axes = figure.add_subplot(down, across, number + 1)
+        for height, way in enumerate(ways):
+            numbers = list(scores.by_seed(way, task).values())
+            if not numbers:
+                continue
+            mean, (low, _) = statistics.fmean(numbers), interval(numbers)
+            axes.barh(height, mean, xerr=None if low is None else mean - low, color=colours[height], capsize=3)
+            axes.plot(numbers, [height] * len(numbers), "k.", markersize=4)
+        axes.set_yticks(range(len(ways)), ways if number % across == 0 else [""] * len(ways))
+        axes.set_ylim(len(ways) - 0.5, -0.5)
+        axes.set_title(name, fontsize=10)
+    figure.suptitle(f"{title}\nlines: 95 % interval of the mean, dots: seeds", fontsize=10)
+    figure.savefig(file, dpi=120)

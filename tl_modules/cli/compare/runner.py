@@ -1,0 +1,291 @@
+"""Runs cells: a process for each command, several at a time, and a result.json for each cell.
+
+    ready cell -> tl fit --resume -> tl test -> result.json -> the cells that waited for it
+
+The processes are forked from a server that has imported everything once, which is most of the time of a small run;
+one that crashes takes nothing along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from tl_modules.checkpoints.files import find_run, write_whole
+from tl_modules.cli.compare.plan import REFERENCE, Cell, Key, default_metric
+from tl_modules.errors import UserError, closest
+from tl_modules.runs.trust import to_trust
+
+Main = Callable[[list[str]], Any]
+
+
+def _work(main: Main, words: list[str], log_file: Path, folder: str, threads: int, usage: Connection) -> None:
+    """Runs `tl WORDS` in this process, with all that it says in a file."""
+    os.setsid()  # a Ctrl-C reaches the parent, which tells its children once
+    signal.signal(signal.SIGTERM, _leave)  # outside of training, which saves first
+    os.chdir(folder)
+    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    sys.argv = [str(Path(sys.executable).with_name("tl")), *words]  # what Lightning starts further ranks with
+    print("$", shlex.join(["tl", *words]))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    try:
+        main(words)
+    finally:
+        spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        usage.send(sum(one.ru_utime + one.ru_stime for one in spent))
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@dataclass
+class Running:
+    """A cell whose commands are under way."""
+
+    cell: Cell
+    commands: Generator[list[str], int, dict[str, float]]
+    began: float
+    cpu_seconds: float
+    process: Any = None  # of a context that is chosen at run time
+    usage: Connection | None = None
+
+    def spent(self) -> dict[str, float]:
+        """Seconds, those of an interrupted attempt included."""
+        return {"seconds": time.perf_counter() - self.began, "cpu_seconds": self.cpu_seconds}
+
+
+class Runner:
+    """Runs cells, those that others need first, several at a time.
+
+    Args:
+        cells: All of them.
+        selected: Those that are wanted; what they need is run too.
+        processes: How many run at the same time.
+        main: The `tl` command, of command-line arguments.
+    """
+
+    def __init__(self, cells: Mapping[Key, Cell], selected: Iterable[Key], processes: int, main: Main) -> None:
+        self.cells, self.main = cells, main
+        self.graph: dict[Key, list[Key]] = {}
+        for key in selected:
+            self._add(key)
+        self.processes = processes
+        self.threads = max(1, (os.cpu_count() or 1) // processes)
+        # macOS frameworks don't survive a fork
+        self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        self.context.set_forkserver_preload(["tl_modules.cli.main"])
+        self.running: list[Running] = []
+        self.over: list[Key] = []
+        self.signal = 0
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+
+    def _add(self, key: Key) -> None:
+        self.graph[key] = list(self.cells[key].needs.values())
+        for need in self.graph[key]:
+            self._add(need)
+
+    def run(self) -> None:
+        """Runs what is not done yet.
+
+        Raises:
+            SystemExit: A signal has stopped it, with 130 or 143.
+        """
+        self._announce()
+        sorter = TopologicalSorter(self.graph)
+        sorter.prepare()
+        ready: list[Key] = []
+        told = 0
+        with self._signals():
+            while sorter.is_active() and (self.running or not self.signal):
+                ready += sorter.get_ready()
+                while ready and len(self.running) < self.processes and not self.signal:
+                    self._start(self.cells[ready.pop(0)])
+                for one in self._ended():
+                    self._go_on(one)
+                sorter.done(*self.over[told:])
+                told = len(self.over)
+        if self.signal:
+            self._say(f"stopped with {len(self.over)} of {len(self.graph)} cells ended; the same command goes on")
+            raise SystemExit(128 + self.signal)
+
+    def _announce(self) -> None:
+        cells = [self.cells[key] for key in self.graph]
+        done = sum(cell.current().get("status") == "done" for cell in cells)
+        changed = dict.fromkeys(cell.key[1] for cell in cells if cell.result() and not cell.current())
+        if done:
+            self._say(f"{done} of {len(cells)} cells are done already; remove a cell's folder to run it again")
+        if changed:
+            self._say(f"run anew, since their words or configs have changed: {', '.join(changed)}")
+
+    def _start(self, cell: Cell) -> None:
+        """Starts a cell, unless it is done or cannot be."""
+        earlier = cell.current()
+        if earlier.get("status") == "done":
+            self.over.append(cell.key)
+            return
+        if cell.folder.is_dir() and not earlier:  # of other words; it may have taken long, so it stays
+            olds = (cell.folder.with_name(f"{cell.folder.name}.old-{n}") for n in range(1, 10**6))
+            cell.folder.rename(next(old for old in olds if not old.exists()))
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter() - earlier.get("seconds", 0.0)
+        one = Running(cell, self._commands(cell), began, earlier.get("cpu_seconds", 0.0))
+        self._write(one, "interrupted")  # until it says otherwise
+        self._go_on(one)
+
+    def _go_on(self, one: Running) -> None:
+        """Starts a cell's next command after the one before, or writes how the cell has ended."""
+        code = None
+        if one.usage is not None:
+            code = one.process.exitcode
+            with contextlib.suppress(EOFError):  # a process that was killed has told nothing
+                one.cpu_seconds += one.usage.recv()
+            self.running.remove(one)
+        try:
+            if self.signal:
+                return self._write(one, "interrupted")
+            words = next(one.commands) if code is None else one.commands.send(code)
+        except StopIteration as end:
+            return self._end(one, "done", metrics=end.value)
+        except UserError as error:
+            return self._end(one, "failed", error=" ".join(str(error).split()))
+        one.usage, child = self.context.Pipe(duplex=False)
+        log_file = one.cell.folder.absolute() / "log.txt"
+        one.process = self.context.Process(
+            target=_work, args=(self.main, words, log_file, os.getcwd(), self.threads, child)
+        )
+        one.process.start()
+        child.close()
+        self.running.append(one)
+        if self.signal:  # it came in between
+            one.process.terminate()
+
+    def _commands(self, cell: Cell) -> Generator[list[str], int, dict[str, float]]:
+        """The commands of a cell, each of which is answered with its exit code.
+
+        Returns:
+            The run's metrics.
+
+        Raises:
+            UserError: A command failed, or a run is not what it should be.
+        """
+        for key in cell.needs.values():
+            if self.cells[key].current().get("status") != "done":
+                raise UserError(f"it needs {self.cells[key].name}, which failed")
+        runs = {short: find_run(self.cells[key].folder) for short, key in cell.needs.items()}
+
+        def filled(words: list[str]) -> list[str]:
+            return [REFERENCE.sub(lambda found: str(runs.get(found[1], found[0])), word) for word in words]
+
+        if cell.fit is not None:
+            # an interrupted attempt at the same words goes on; without one, --resume begins
+            place = ["--trainer.default_root_dir", str(cell.root), "--resume"]
+            place += ["--name", cell.folder.relative_to(cell.root / "runs").as_posix()]
+            _check((yield ["fit", *filled(cell.fit), *place]), cell)
+            run = find_run(cell.folder)
+        else:  # a copy, because several tests of one run would write into one metrics.json
+            assert cell.of is not None
+            run = cell.folder / "version_0"
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(
+                runs[cell.of], run, ignore=shutil.ignore_patterns("last.ckpt", "*.json", "*.csv", "events*", "*.pt")
+            )
+        if cell.test is not None:
+            own = to_trust(yaml.safe_load((run / "config.yaml").read_text()))
+            trust = ["--trust", ",".join(own)] if own else []
+            _check((yield ["test", "--run", str(run), *trust, *filled(cell.test)]), cell)
+        file = run / "metrics.json"
+        metrics: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        if cell.test is not None and not any(key.startswith("test/") for key in metrics):
+            raise UserError("the test wrote no metrics")
+        if cell.metric is not None and cell.metric not in metrics:
+            raise UserError(f"metric: {file} has no {cell.metric}{closest(cell.metric, metrics)}")
+        return metrics
+
+    def _ended(self) -> list[Running]:
+        """Waits for commands to end."""
+        if not self.running:  # there is nothing to wait for, and `wait` would for ever
+            return []
+        ended = wait([one.process.sentinel for one in self.running])
+        found = [one for one in self.running if one.process.sentinel in ended]
+        for one in found:
+            one.process.join()
+        return found
+
+    def _write(self, one: Running, status: str, **more: Any) -> None:
+        result = {"words": one.cell.words, "status": status} | one.spent() | more
+        write_whole(one.cell.folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def _end(self, one: Running, status: str, **more: Any) -> None:
+        """Writes how a cell has ended, and says so in a line."""
+        cell = one.cell
+        self._write(one, status, **more)
+        self.over.append(cell.key)
+        text = f"[{len(self.over)}/{len(self.graph)}] {cell.name}: "
+        if status == "failed":
+            return self._say(f"{text}failed: {more['error']} ({cell.folder / 'log.txt'})", "red")
+        metrics = more["metrics"]
+        metric = cell.metric or default_metric(metrics)
+        value = metrics.get(metric) if metric and cell.test is not None else None  # null: it was not finite
+        score = "" if value is None else f"{metric} {value:.4f}, "
+        self._say(f"{text}{score}{one.spent()['seconds']:.0f} s")
+
+    def _say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Tells the children once for each signal, and leaves it to them to save."""
+
+        def received(number: int, frame: Any) -> None:
+            if not self.signal:
+                os.write(2, b"stopping: what runs is saving; once more stops at once\n")
+            self.signal = number
+            for one in self.running:
+                one.process.terminate()
+
+        mine = threading.current_thread() is threading.main_thread()
+        before: dict[int, Any] = (
+            {number: signal.signal(number, received) for number in (signal.SIGINT, signal.SIGTERM)} if mine else {}
+        )
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _check(code: int, cell: Cell) -> None:
+    """Raises what a command ended with."""
+    if code < 0:
+        raise UserError(f"killed by {signal.Signals(-code).name}")
+    if code > 0:
+        text = (cell.folder / "log.txt").read_text(errors="replace").rpartition("\n$ tl ")[2]
+        lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+        errors = [line.removeprefix("tl: error: ") for line in lines if line.startswith("tl: error: ")]
+        raise UserError((errors or lines or [f"exit code {code}"])[-1])

@@ -1,0 +1,328 @@
+"""What the cells' numbers say together: means, intervals, ranks, tests against the baseline, choices without labels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from tl_modules.evaluation.criteria import VALIDATORS
+
+LOWER_IS_BETTER = ("rmse", "mae", "loss")
+CRITERIA = tuple(f"val/target_{name}" for name in VALIDATORS)
+BY_LABELS = ("val/target_few", "val/target_oracle")  # they choose an epoch by labels of the target
+
+
+def interval(numbers: Sequence[float]) -> tuple[float | None, float | None]:
+    """The 95 % confidence interval of the mean by Student's t; of fewer than two numbers there is none."""
+    from scipy.stats import t  # type: ignore[import-untyped]
+
+    if len(numbers) < 2:
+        return None, None
+    half = float(t.ppf(0.975, len(numbers) - 1)) * _error(numbers)
+    return statistics.fmean(numbers) - half, statistics.fmean(numbers) + half
+
+
+def p_value(numbers: Sequence[float]) -> float:
+    """Two-sided p of the t test that the mean is 0; 1 where there is no spread to test it by.
+
+    One and the same difference in every seed is no proof: it comes of a seed that changes nothing, and by chance of few
+    test samples, on which accuracies take few values.
+    """
+    from scipy.stats import t
+
+    if max(numbers) - min(numbers) <= 1e-3 * max(map(abs, numbers)):  # the rounding of float32 is no spread either
+        return 1.0
+    return 2 * float(t.sf(abs(statistics.fmean(numbers)) / _error(numbers), len(numbers) - 1))
+
+
+def _error(numbers: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    return statistics.stdev(numbers) / math.sqrt(len(numbers))
+
+
+def _mean(numbers: Iterable[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return statistics.fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a criterion would choose on one task with one seed.
+
+    Attributes:
+        seed: The seed.
+        values: The metric that counts, by candidate.
+        way: The candidate with the criterion's best score.
+        oracle: The best of the values.
+    """
+
+    seed: int
+    values: dict[str, float]
+    way: str
+    oracle: float
+
+    @property
+    def value(self) -> float:
+        """The metric of what is chosen."""
+        return self.values[self.way]
+
+
+class Scores:
+    """What the cells' numbers say together.
+
+    Args:
+        rows: One per cell: task, way, seed, status, metrics, cpu_seconds.
+        metrics: The key in `metrics` that counts, by way.
+        baseline: The way that negative transfer is measured against.
+        lower: Whether lower is better.
+
+    Attributes:
+        values: Way -> (task, seed) -> the metric, where there is one.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        metrics: Mapping[str, str],
+        baseline: str | None = None,
+        lower: bool = False,
+    ) -> None:
+        self.rows = [row for row in rows if row["way"] in metrics]
+        self.metrics = metrics
+        self.baseline = baseline
+        self.lower = lower
+        self.tasks = list(dict.fromkeys(row["task"] for row in self.rows))
+        self.seeds = list(dict.fromkeys(row["seed"] for row in self.rows))
+        self.values: dict[str, dict[tuple[str, int], float]] = {way: {} for way in metrics}
+        for row in self.rows:
+            value = row["metrics"].get(metrics[row["way"]])
+            if row["status"] == "done" and value is not None and math.isfinite(value):
+                self.values[row["way"]][row["task"], row["seed"]] = value
+
+    def by_seed(self, way: str, task: str | None = None) -> dict[int, float]:
+        """A way's value on a task, by seed; without a task its mean over all tasks, of each seed that has them all."""
+        mine, tasks = self.values[way], self.tasks if task is None else [task]
+        whole = [seed for seed in self.seeds if all((task, seed) in mine for task in tasks)]
+        return {seed: statistics.fmean(mine[task, seed] for task in tasks) for seed in whole}
+
+    def ranks(self) -> dict[str, float]:
+        """Each way's mean rank, 1 is best, over the (task, seed) where it and another have a value; ties share theirs.
+
+        A way with missing cells is ranked over fewer of them, and where it is missing the others are among fewer.
+        """
+        from scipy.stats import rankdata
+
+        sign = 1 if self.lower else -1
+        ranks: dict[str, list[float]] = {}
+        for place in product(self.tasks, self.seeds):
+            there = {way: sign * few[place] for way, few in self.values.items() if place in few}
+            if len(there) > 1:
+                for way, rank in zip(there, rankdata(list(there.values())), strict=True):
+                    ranks.setdefault(way, []).append(float(rank))
+        return {way: statistics.fmean(mine) for way, mine in ranks.items()}
+
+    def differences(self, way: str, task: str | None = None) -> list[float]:
+        """A way's value minus the baseline's, of each seed that both have: on a task, or of the means over all tasks.
+
+        The seeds are the sample, so tasks are averaged within each. A seed in which either lacks a task is left out of
+        the means, which would be of other tasks than the rest.
+        """
+        if self.baseline is None or way == self.baseline:
+            return []
+        mine, base = self.by_seed(way, task), self.by_seed(self.baseline, task)
+        return [mine[seed] - base[seed] for seed in mine if seed in base]
+
+    def transfer(self) -> dict[str, str]:
+        """Says of each way whether it is worse than the baseline, in the mean of the tasks or else on which of them.
+
+        A paired two-sided t test over seeds decides, of each way in the mean and, if there are several, on each task;
+        Holm's correction over all of them keeps the chance of any false alarm in the table below 5 %. One seed is no
+        test.
+        """
+        tasks = [None, *self.tasks] if len(self.tasks) > 1 else [None]
+        numbers = {(way, task): self.differences(way, task) for way in self.values for task in tasks}
+        p = {test: p_value(few) for test, few in numbers.items() if len(few) > 1}
+        worse = set()
+        for passed, test in enumerate(sorted(p, key=p.__getitem__)):
+            if p[test] > 0.05 / (len(p) - passed):
+                break
+            if (statistics.fmean(numbers[test]) > 0) == self.lower:
+                worse.add(test)
+
+        def text(way: str) -> str:
+            on = [task for task in self.tasks if (way, task) in worse]
+            if (way, None) in worse:
+                return f"worse than {self.baseline}"
+            return f"worse than {self.baseline} on {', '.join(on)}" if on else ""
+
+        return {way: text(way) for way in self.values}
+
+    def choices(self) -> dict[str, list[Choice]]:
+        """What each criterion that needs no label of the target would choose, wherever it has two candidates or more.
+
+        A candidate is a way whose training hid the target's labels and left the criterion's score in metrics.json.
+        Tests of another way's run and ways trained on the target's labels have none, and ways whose epoch `few` or
+        `oracle` has chosen are left out. A score that is not finite never wins; of equal ones the first way does. A
+        criterion favours a way that trains on it, as `infomax` does SHOT.
+        """
+        scores: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
+        for row in self.rows:
+            way, place, metrics = row["way"], (row["task"], row["seed"]), row["metrics"]
+            if place not in self.values[way] or str(metrics.get("chosen_by")).startswith(BY_LABELS):
+                continue
+            for key, score in metrics.items():
+                if key in CRITERIA or key.startswith("val/source_"):
+                    known = score is not None and math.isfinite(score)
+                    higher = (-score if self._is_loss(key) else score) if known else -math.inf
+                    scores.setdefault(key, {}).setdefault(place, {})[way] = higher
+        choices: dict[str, list[Choice]] = {}
+        for key, places in scores.items():
+            for place, candidates in places.items():
+                best = max(candidates, key=candidates.__getitem__)
+                if len(candidates) > 1 and candidates[best] > -math.inf:
+                    values = {way: self.values[way][place] for way in candidates}
+                    oracle = (min if self.lower else max)(values.values())
+                    name = key.removeprefix("val/").removeprefix("target_")
+                    choices.setdefault(name, []).append(Choice(place[1], values, best, oracle))
+        return choices
+
+    def _is_loss(self, key: str) -> bool:
+        """Whether lower is better for a criterion."""
+        metric = key.removeprefix("val/source_")
+        return self.lower if f"test/{metric}" in self.metrics.values() else metric.endswith(LOWER_IS_BETTER)
+
+    def choice_table(self) -> list[dict[str, Any]]:
+        """A row of numbers per criterion, of all (task, seed) in which it has a choice.
+
+        "mean" and "std" (over seeds) are of the metric of what it would choose, "oracle" of the best of the same
+        candidates, "regret" the mean distance between the two, and "WAY chosen" is how often it would be that way.
+        """
+        choices = self.choices()
+        ways = [way for way in self.metrics if any(way in one.values for found in choices.values() for one in found)]
+        table = []
+        for criterion, found in choices.items():
+            seeds = [[one.value for one in found if one.seed == seed] for seed in self.seeds]
+            means = [statistics.fmean(few) for few in seeds if few]
+            row: dict[str, Any] = {"criterion": criterion}
+            row["mean"] = statistics.fmean(one.value for one in found)
+            row["std"] = statistics.stdev(means) if len(means) > 1 else None
+            row["oracle"] = statistics.fmean(one.oracle for one in found)
+            row["regret"] = abs(row["oracle"] - row["mean"])
+            row["choices"] = len(found)
+            table.append(row | {f"{way} chosen": _times(way, found) for way in ways})
+        return table
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row of numbers per way; None where there is none."""
+        ranks, transfer, infomax = self.ranks(), self.transfer(), self.choices().get("infomax", [])
+        table = []
+        for way, metric in self.metrics.items():
+            mine = [row for row in self.rows if row["way"] == way]
+            done = [row["metrics"] for row in mine if row["status"] == "done"]
+            row: dict[str, Any] = {"way": way}
+            for task in self.tasks:
+                numbers = list(self.by_seed(way, task).values())
+                row[f"{task} mean".strip()] = _mean(numbers)
+                row[f"{task} std".strip()] = statistics.stdev(numbers) if len(numbers) > 1 else None
+            means = list(self.by_seed(way).values())
+            row["mean"] = _mean(means)
+            row["low"], row["high"] = interval(means)
+            row["rank"] = ranks.get(way)
+            seconds = _mean(few["cpu_seconds"] for few in mine)
+            row["cpu_minutes"] = None if seconds is None else seconds / 60
+            if self.baseline is not None:
+                numbers = self.differences(way)
+                row["difference"] = _mean(numbers)
+                row["difference low"], row["difference high"] = interval(numbers)
+                row["difference seeds"] = len(numbers) or None
+                row["negative transfer"] = transfer[way]
+            row["oracle"] = _mean(few.get(metric.replace("test/", "test/oracle/", 1)) for few in done)
+            row["gap"] = _mean(few.get("test/oracle_gap") for few in done)
+            times = _times(way, infomax)
+            row["chosen by infomax"] = None if times is None else f"{times} of {len(infomax)}"
+            row["missing"] = len(mine) - len(self.values[way])
+            table.append(row)
+        for column in ("oracle", "gap", "chosen by infomax"):
+            if all(row[column] is None for row in table):
+                for row in table:
+                    del row[column]
+        return table
+
+    def texts(self) -> list[dict[str, str]]:
+        """The same for reading."""
+        return [self._texts(row) for row in self.table()]
+
+    def _texts(self, row: dict[str, Any]) -> dict[str, str]:
+        texts = {"way": row["way"]}
+        for task in self.tasks:
+            texts[task or "mean (std)"] = _spread(*(row[f"{task} {what}".strip()] for what in ("mean", "std")))
+        if len(self.tasks) > 1:
+            texts["mean"] = _number(row["mean"])
+        texts["95 % interval"] = _range(row["low"], row["high"])
+        texts["rank"] = _number(row["rank"], ".2f")
+        texts["CPU min"] = _number(row["cpu_minutes"], ".2f")
+        if self.baseline is not None:
+            between = _range(row["difference low"], row["difference high"], "+.3f")
+            texts[f"against {self.baseline}"] = _number(row["difference"], "+.3f") + (
+                f" ({between})" if between else ""
+            )
+            texts["negative transfer"] = row["negative transfer"]
+        texts |= {column: _number(row[column]) for column in ("oracle", "gap") if column in row}
+        if "chosen by infomax" in row:
+            texts["chosen by infomax"] = row["chosen by infomax"] or ""
+        if self._incomplete():
+            texts["missing"] = str(row["missing"] or "")
+        return texts
+
+    def choice_texts(self) -> list[dict[str, str]]:
+        """The choices for reading."""
+        return [self._choice_texts(row) for row in self.choice_table()]
+
+    def _choice_texts(self, row: dict[str, Any]) -> dict[str, str]:
+        chosen = {way: row.get(f"{way} chosen") for way in self.metrics}
+        return {
+            "criterion": row["criterion"],
+            "mean (std)": _spread(row["mean"], row["std"]),
+            "regret": _number(row["regret"]),
+            "chosen": ", ".join(f"{way} {times} of {row['choices']}" for way, times in chosen.items() if times),
+        }
+
+    def _incomplete(self) -> bool:
+        return any(len(few) < len(self.tasks) * len(self.seeds) for few in self.values.values())
+
+    def caption(self) -> str:
+        """What the columns about the baseline say; empty without one."""
+        if self.baseline is None:
+            return ""
+        unit = "at most " * self._incomplete() + count(self.seeds, "seed")
+        unit += f", mean of {len(self.tasks)} tasks" if len(self.tasks) > 1 else ""
+        return (
+            f"against {self.baseline}: difference paired by seed ({unit}) and its 95 % interval; "
+            "negative transfer: paired t test over seeds, 5 % for the whole table (Holm)"
+        )
+
+
+def _times(way: str, choices: Sequence[Choice]) -> int | None:
+    """How often a way is chosen, None where it is no candidate."""
+    return sum(one.way == way for one in choices) if any(way in one.values for one in choices) else None
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _spread(mean: float | None, std: float | None) -> str:
+    return _number(mean) if std is None else f"{_number(mean)} ({_number(std)})"
+
+
+def _range(low: float | None, high: float | None, form: str = ".3f") -> str:
+    return "" if low is None else f"{_number(low, form)} to {_number(high, form)}"
+
+
+def count(things: Sequence[Any], name: str) -> str:
+    """How many there are, in words: `3 seeds`."""
+    return f"{len(things)} {name}{'s' * (len(things) > 1)}"

@@ -1,0 +1,157 @@
+"""What went wrong, in one sentence, out of the reports of the parser and of worker processes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+from tl_modules.errors import closest
+from tl_modules.runs.directory import SECTIONS
+
+BASES = {
+    "backbone": "tl_modules.Backbone",
+    "callbacks": "lightning.pytorch.Callback",
+    "data": "lightning.pytorch.LightningDataModule",
+    "finetuning": "tl_modules.FineTuning",
+    "head": "tl_modules.Head",
+    "lr_scheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "methods": "tl_modules.Method",
+    "model": "tl_modules.TransferModule",
+    "optimizer": "torch.optim.Optimizer",
+}
+
+
+def explain(message: str, options: Sequence[str], commands: Sequence[str], classes: Sequence[str]) -> str:
+    """The dotted key and the cause out of jsonargparse's report, which lists every type that a value could have had.
+
+    Args:
+        message: The report.
+        options: The options that the parser knows.
+        commands: The commands.
+        classes: The names of our own classes.
+    """
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    key = ".".join(keys)
+    given = [re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", value) for value in re.findall(r"Given value: (.*)", message)]
+    owners = re.findall(r"Problem with given class_path '([^']+)'", message)
+    if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
+        name = found[1]
+        known = _arguments(owners[-1]) if owners else []
+        where = f"{key}.{name}" if key else name
+        owner = f"{owners[-1].rpartition('.')[2]} has no argument {name}" if owners else f"there is no key {name}"
+        return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
+    if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):
+        option = found[1].split()[0].split("=")[0]
+        return f"there is no option {option}{_closest_option(option, options)}"
+    if found := re.search(r"does not accept option '([^']+)'", message):
+        return f"there is no key {found[1]}{closest(found[1], SECTIONS)}; a config has {', '.join(SECTIONS)}"
+    if 'expected "subcommand"' in message:
+        return f"name a command: {', '.join(commands)}; `tl --help` says what they do"
+    if found := re.search(r"invalid choice: '([^']+)'", message):
+        return f"there is no command {found[1]}{closest(found[1], commands)}; there are {', '.join(commands)}"
+    if found := re.search(r"the following arguments are required: (.*)", message):
+        owner = f"{owners[-1].rpartition('.')[2]} needs " if owners else "missing: "
+        return f"{key}: {owner}{found[1]}".removeprefix(": ")
+    if found := re.search(r"File does not exist: '?([^']+)'?", message):
+        return f"{key}: there is no file {found[1]}"
+    if found := re.search(r"Importing '([^']+)' is not allowed", message):
+        refused = f"{key}: {found[1]} is not imported for a config of somebody else's"
+        return f"{refused}; if you trust it, pass --trust {found[1]}"
+    names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
+    if names:
+        name = next(filter(None, names[0]))
+        if "." in name and _is_there(name):
+            return (
+                f"{key}: {name} is no subclass of {BASES.get(key.rpartition('.')[2], 'the class that is wanted here')}"
+            )
+        return f"{key}: there is no class {name}{_closest_class(name, classes)}"
+    if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
+        return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
+    if found := re.search(r"Multiple subclasses with name (.*)", message):
+        return f"{key}: more than one class has the name {found[1]}"
+    expected = [
+        re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")
+    ]
+    if expected and given:
+        wanted = " or ".join(dict.fromkeys(line.removeprefix("Expected a ").partition(". Got")[0] for line in expected))
+        choices = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", wanted.replace("NoneType", "null"))
+        return f"{key}: {given[-1][:80]} is not {choices}"
+    details = [
+        line
+        for line in lines
+        if not line.startswith(("Parser key", "Does not validate", "Subtypes", "Errors", "Given"))
+    ]
+    return f"{key}: {details[-1] if details else message}".removeprefix(": ")
+
+
+def _closest_option(option: str, options: Sequence[str]) -> str:
+    """The option that `option` is the end of, e.g. --model.optimizer.lr of --optimizer.lr; or the nearest one."""
+    section, dot, rest = option.removeprefix("--").partition(".")
+    if dot and section in ("model", "data", "trainer"):
+        return closest(option, options)
+    owners = {"model": "tl_modules.Classification", "data": "datamodules.ImageFolders"}
+    known = [*options, *(f"--{at}.{name}" for at, owner in owners.items() for name in _arguments(owner))]
+    ends = (f".{section}", f".max_{section}")
+    if whole := next((name for name in (*known, "--model.optimizer.lr") if name.endswith(ends)), None):
+        return f" (did you mean {whole}{dot}{rest}?)"
+    moved = [f"--{at}.{rest}" for at in ("trainer", *owners) if f"--{at}.{rest.partition('.')[0]}" in known]
+    return closest(option, moved) or closest(option, known)
+
+
+def _arguments(class_path: str) -> list[str]:
+    """The argument names of a class, its parents' behind **kwargs included."""
+    names: dict[str, None] = {}
+    for parent in named(class_path).__mro__:
+        if "__init__" not in vars(parent):
+            continue
+        parameters = inspect.signature(parent.__init__).parameters.values()
+        names |= dict.fromkeys(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in names if name != "self"]
+
+
+def _closest_class(name: str, ours: Sequence[str]) -> str:
+    """The nearest class in the module that a dotted name gives, or among those with a bare name."""
+    module, dot, bare = name.rpartition(".")
+    if dot:
+        try:
+            return closest(bare, dir(importlib.import_module(module)))
+        except ImportError as error:
+            return f" ({error})"
+    found = list(ours)
+    queue: list[type] = [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, Callback]
+    while queue:
+        children: list[type] = queue.pop().__subclasses__()
+        found += [child.__name__ for child in children]
+        queue += children
+    return closest(name, found)
+
+
+def _is_there(class_path: str) -> bool:
+    try:
+        named(class_path)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def named(class_path: str) -> Any:
+    """The class that a config names by its path."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def sentence(error: BaseException) -> str:
+    """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())

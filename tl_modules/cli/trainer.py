@@ -1,0 +1,260 @@
+"""Lightning's Trainer with what `tl` does beside fitting and testing; each typed method is a command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import call
+from torch import Tensor
+
+from tl_modules.checkpoints.files import load, write_whole
+from tl_modules.errors import UserError
+from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
+from tl_modules.module import TransferModule
+from tl_modules.runs.directory import fill
+
+
+class TransferTrainer(Trainer):
+    """The Trainer of `tl`."""
+
+    callbacks: list[Callback]
+    profiler: Any
+
+    def _run_stage(self) -> Any:
+        with asked_only(self):
+            return super()._run_stage()
+
+    def embed(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        out: str | None = None,
+        format: Literal["safetensors", "npy"] = "safetensors",
+    ) -> None:
+        """Writes the backbone's features of all splits and domains for use elsewhere.
+
+        Args:
+            model: Its backbone gives the features.
+            datamodule: Whose samples.
+            ckpt_path: A checkpoint; None takes the backbone as its pretrained weights made it.
+            out: The folder; None is `embeddings` in the run's directory. It gets features.safetensors (a tensor
+                `features`) or features.npy, (N, out_features) in single precision, and index.csv: row, domain, split,
+                id (a path, where there is one) and label.
+            format: Of the features.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        module, data = _ours(model), datamodule
+        if ckpt_path is not None:
+            fill(module, load(ckpt_path))
+        folder = Path(out) if out else Path(self.default_root_dir) / "embeddings"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
+        loaders: dict[tuple[str, str], Any] = data.every_split()  # type: ignore[attr-defined]
+        collected = _Collect()
+        self.callbacks.append(collected)
+        try:
+            self.predict(_Features(module), dataloaders=list(loaders.values()), return_predictions=False)
+        finally:
+            self.callbacks.remove(collected)
+        if not self.is_global_zero:
+            return
+        parts = [collected.rows[number] for number in range(len(loaders))]
+        features = torch.stack([part[row] for part in parts for row in sorted(part)]).float()
+        if format == "npy":
+            np.save(folder / "features.npy", features.numpy())
+        else:
+            from safetensors.torch import save_file
+
+            save_file({"features": features}, folder / "features.safetensors")
+        with (folder / "index.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "domain", "split", "id", "label"])
+            number = 0
+            for (domain, split), part in zip(loaders, parts, strict=True):
+                ids, labels = data.described(domain, split)  # type: ignore[attr-defined]
+                for row in sorted(part):
+                    writer.writerow([number, domain, split, ids[row], labels[row]])
+                    number += 1
+        print(f"{len(features):,} samples, {features.shape[1]} features each, in {folder}")
+
+    def benchmark(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        batch_sizes: list[int] = [1, 8, 32],  # noqa: B006 - what the help shows
+        seconds: float = 2.0,
+        compile: bool = False,
+    ) -> None:
+        """Measures what predicting costs on this machine, and writes benchmark.json into the run's directory.
+
+        Args:
+            model: What is measured, in the run's precision.
+            datamodule: Its first test batch is the input.
+            ckpt_path: A checkpoint.
+            batch_sizes: Samples a batch.
+            seconds: How long each is timed.
+            compile: Also measures torch.compile.
+
+        Raises:
+            UserError: A batch size is not positive, or there is nothing to compile with.
+        """
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise UserError(f"batch_sizes: {batch_sizes} must be at least 1 each")
+        module = _ours(model)
+        if ckpt_path is not None:
+            fill(module, load(ckpt_path))
+        device = self.strategy.root_device
+        module = module.to(device).eval()
+        datamodule.setup("test")
+        ((x, _),) = next(iter(datamodule.test_dataloader())).values()
+        x = self.precision_plugin.convert_input(x.to(device))
+        context = self.precision_plugin.forward_context
+        found: dict[str, Any] = {
+            "machine": machine(device),
+            "precision": self.precision,
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "macs": macs(module, x),
+            "file": Path(ckpt_path).stat().st_size if ckpt_path else None,
+            "eager": {},
+        }
+        for size in batch_sizes:
+            found["eager"][size] = speed(module, x, size, seconds, context)
+            with torch.inference_mode(), context():
+                found["eager"][size]["memory"] = peak_memory(partial(module, repeated(x, size)), device)
+        if compile:
+            compile_backbone(module)
+            found["compiled"] = {size: speed(module, x, size, seconds, context) for size in batch_sizes}
+        print(_report(found))
+        if self.is_global_zero:
+            write_whole(Path(self.default_root_dir) / "benchmark.json", json.dumps(found, indent=2) + "\n")
+
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+@contextmanager
+def asked_only(trainer: TransferTrainer) -> Iterator[None]:
+    """Inside, a step's hooks reach the callbacks that have them: Lightning asks all of them for all, 0.1 ms a step."""
+    everyone: Any = call._call_callback_hooks
+    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
+
+    def some(owner: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        if owner is not trainer or hook_name not in having or not isinstance(owner.profiler, NoProfiler):
+            everyone(owner, hook_name, *args, **kwargs)
+            return
+        module = trainer.lightning_module
+        before, module._current_fx_name = module._current_fx_name, hook_name
+        for callback in having[hook_name]:
+            getattr(callback, hook_name)(trainer, module, *args, **kwargs)
+        module._current_fx_name = before
+
+    cast(Any, call)._call_callback_hooks = some
+    try:
+        yield
+    finally:
+        cast(Any, call)._call_callback_hooks = everyone
+
+
+def _has(callback: Callback, hook: str) -> bool:
+    return getattr(type(callback), hook) is not getattr(Callback, hook) or hook in vars(callback)
+
+
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing at no cost: Lightning's default makes some ninety generator contexts a step, 0.15 ms."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        """A context that does nothing."""
+        return self.nothing
+
+
+class _Features(LightningModule):
+    """Gives the backbone's features and the row numbers."""
+
+    def __init__(self, module: TransferModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
+        ((x, rows),) = batch.values()
+        return self.module.backbone(x), rows
+
+
+class _Collect(Callback):
+    """Keeps features by loader and row, those of all processes at the end."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[int, Tensor]] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, number: int = 0
+    ) -> None:
+        features, rows = outputs
+        self.rows.setdefault(number, {}).update(zip(rows.tolist(), features.cpu().clone(), strict=True))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, self.rows)
+            for part in parts:
+                for number, rows in part.items():
+                    self.rows.setdefault(number, {}).update(rows)
+
+
+def compile_backbone(module: LightningModule) -> None:
+    """Lets torch.compile run the backbone; its weights keep their names.
+
+    Raises:
+        UserError: There is no C++ compiler for a CPU.
+    """
+    if module.device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        raise UserError("compile: torch.compile needs a C++ compiler (g++) on a CPU; install one, or leave it out")
+    _ours(module).backbone.compile()
+
+
+def _ours(model: LightningModule) -> TransferModule:
+    if not isinstance(model, TransferModule):
+        raise UserError(f"model: {type(model).__name__} has no backbone and head; this command needs a TransferModule")
+    return model
+
+
+def _report(found: dict[str, Any]) -> str:
+    file = f", file {found['file'] / 1e6:.1f} MB" if found["file"] else ""
+    lines = [
+        f"{found['machine']}, {found['precision']}: {found['parameters']:,} parameters, "
+        f"{found['macs'] / 1e6:,.1f} million MACs a sample{file}",
+        f"{'batch':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'samples/s':>12}{'peak MB':>10}",
+    ]
+    for way in ("eager", "compiled"):
+        lines += ["with torch.compile"] if way == "compiled" and way in found else []
+        for size, row in found.get(way, {}).items():
+            memory = f"{row['memory'] / 1e6:>10.1f}" if "memory" in row else ""
+            lines.append(
+                f"{size:>8}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}{row['throughput']:>12.1f}{memory}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""Criteria that choose a model in unsupervised adaptation without a label of the target; higher is better for all.
+
+    logits and features of the target's validation samples (and of the source's, with labels) -> a number
+
+None of them measures accuracy, and each can be fooled: `entropy` by a model that puts everything into one class,
+`class_cluster` by clusters that are not the classes, `dev` by domains that do not overlap.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import tl_modules.methods.functional as functional
+
+MANY = 2000  # of so many samples, evenly spaced, the costly criteria see
+FEW = 500  # of so many of each domain the classifier of domains sees
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion sees of a model.
+
+    Attributes:
+        target_output: Logits of the target's validation samples, (N, C).
+        target_features: Their features, (N, D).
+        source_output: Logits of the source's validation samples, (M, C); None where there is no source.
+        source_features: Their features, (M, D).
+        source_y: Their labels, (M,).
+    """
+
+    target_output: Tensor
+    target_features: Tensor
+    source_output: Tensor | None = None
+    source_features: Tensor | None = None
+    source_y: Tensor | None = None
+
+
+Validator = Callable[[Evidence], float]
+
+
+def _finite(validator: Validator) -> Validator:
+    """Lets what cannot be scored, a diverged model or fewer than two samples, lose: it scores -inf."""
+
+    @wraps(validator)
+    def scored(evidence: Evidence) -> float:
+        given = [value for value in vars(evidence).values() if value is not None]
+        if len(evidence.target_output) < 2 or not all(value.isfinite().all() for value in given):
+            return -math.inf
+        score = validator(evidence)
+        return score if math.isfinite(score) else -math.inf
+
+    return scored
+
+
+@_finite
+def entropy(evidence: Evidence) -> float:
+    """`-mean H(p)` (Morerio et al., ICLR 2018)."""
+    return -functional.entropy(_probabilities(evidence)).mean().item()
+
+
+@_finite
+def infomax(evidence: Evidence) -> float:
+    """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each sample, and of many classes."""
+    return functional.information(_probabilities(evidence)).item()
+
+
+@_finite
+def snd(evidence: Evidence) -> float:
+    """Soft neighbourhood density: whether many samples are decided alike (Saito et al., ICCV 2021).
+
+    `mean_i H(softmax_j(<q_i, q_j> / 0.05))` over j other than i, with q the probabilities scaled to length 1.
+    """
+    q = F.normalize(_few(_probabilities(evidence)).float())
+    return functional.entropy((q @ q.T / 0.05).fill_diagonal_(-math.inf).softmax(1)).mean().item()
+
+
+@_finite
+def bnm(evidence: Evidence) -> float:
+    """`||P||_* / sqrt(N min(N, C))`, at most 1: large where P is certain and diverse (Cui et al., CVPR 2020)."""
+    p = _probabilities(evidence)
+    return functional.nuclear_norm(p).item() * math.sqrt(len(p) / min(p.shape))
+
+
+@_finite
+def class_cluster(evidence: Evidence) -> float:
+    """ClassAMI: whether the predicted classes are the clusters of the features (Musgrave et al., arXiv 2208.07360).
+
+    Adjusted mutual information between predicted classes and k-means of the features scaled to length 1, with as many
+    clusters as classes: 1 where they are the same, 0 by chance.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    classes = _few(evidence.target_output).argmax(1)
+    if classes.min() == classes.max():  # one class in one cluster would count as perfect
+        return 0.0
+    features = F.normalize(_few(evidence.target_features).float())
+    k_means = KMeans(min(evidence.target_output.shape), n_init=2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be fewer different features than classes
+        clusters = k_means.fit_predict(features.numpy(force=True))
+    return float(adjusted_mutual_info_score(classes.numpy(force=True), clusters))
+
+
+@_finite
+def dev(evidence: Evidence) -> float:
+    """Deep embedded validation: minus the source's risk, weighted as if it were the target's (You et al., ICML 2019).
+
+    `-(mean w l + eta (mean w - 1))` with l the cross-entropy, w the density ratio of target to source features, and
+    `eta = -cov(w l, w) / var(w)` the control variate.
+
+    The paper fits the classifier of domains, from which w follows, on training samples; here it is fitted twice on one
+    half of the validation samples and weighs the other half, so that none weighs itself; its probabilities are kept
+    within [0.01, 0.99], since one sample of a huge w would decide alone. Without a source the score is -inf.
+    """
+    if evidence.source_output is None or evidence.source_features is None or evidence.source_y is None:
+        return -math.inf
+    held_out = _domain_probabilities(evidence.source_features, evidence.target_features)
+    if held_out is None:
+        return -math.inf
+    p = held_out[0].clip(0.01, 0.99)
+    w = p / (1 - p)
+    output, y = (_few(each, FEW) for each in (evidence.source_output, evidence.source_y))
+    loss = F.cross_entropy(output.double(), y, reduction="none")
+    weighted = w * loss.numpy(force=True)
+    variance = w.var()
+    eta = -((weighted - weighted.mean()) * (w - w.mean())).mean() / variance if variance > 1e-12 else 0.0
+    return -float(weighted.mean() + eta * (w.mean() - 1))
+
+
+VALIDATORS: dict[str, Validator] = {
+    "entropy": entropy,
+    "infomax": infomax,
+    "snd": snd,
+    "bnm": bnm,
+    "class_cluster": class_cluster,
+    "dev": dev,
+}
+
+
+def a_distance(source_features: Tensor, target_features: Tensor) -> float:
+    """Proxy A-distance `2 (1 - 2 err)`, clipped at 0, of two domains (Ben-David et al., Machine Learning 2010).
+
+    Args:
+        source_features: (M, D).
+        target_features: (N, D).
+
+    Returns:
+        With err the cross-validated error of a linear classifier of domains, averaged over the two: 0 where it guesses,
+        2 where it is always right; nan where features are not finite, or a domain has fewer than two samples.
+    """
+    held_out = _domain_probabilities(source_features, target_features)
+    if held_out is None:
+        return math.nan
+    source, target = held_out
+    # a tie is half an error
+    errors = [(side > 0.5).mean() + (side == 0.5).mean() / 2 for side in (source, 1 - target)]
+    return max(0.0, 2 * (1 - float(np.sum(errors))))
+
+
+def _domain_probabilities(source: Tensor, target: Tensor) -> tuple[Any, Any] | None:
+    """How likely each source and each target sample is one of the target, by a classifier that has not seen it.
+
+    Logistic regression on one half of each domain says it of the other half; both domains weigh alike.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    few = [_few(source, FEW), _few(target, FEW)]
+    x, domain = torch.cat(few).float(), np.repeat([0, 1], [len(each) for each in few])
+    if not x.isfinite().all() or min(len(source), len(target)) < 2:
+        return None
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", tol=1e-3, max_iter=50))
+    folds = StratifiedKFold(2, shuffle=True, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 50 steps are near enough to the end
+        p = cross_val_predict(classifier, x.numpy(force=True), domain, cv=folds, method="predict_proba")[:, 1]
+    return p[domain == 0], p[domain == 1]
+
+
+def _probabilities(evidence: Evidence) -> Tensor:
+    return evidence.target_output.double().softmax(1)
+
+
+def _few(x: Tensor, many: int = MANY) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    rows = np.linspace(0, len(x) - 1, min(many, len(x))).round()
+    return x[torch.from_numpy(rows).long()]

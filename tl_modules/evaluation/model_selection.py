@@ -1,0 +1,325 @@
+"""Which epoch's model is kept where the target's labels are hidden, and what another choice would have given.
+
+each validation   source's labelled samples, target's samples without labels -> a score per criterion
+                  what the model decides on the target's validation and test samples is put down, unlabelled
+best.ckpt         the epoch with the best score of the criterion that `by` names
+tl test           only now the labels are read: chosen by X beside the oracle, and the gap
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tl_modules.checkpoints.files import write_metrics
+from tl_modules.errors import UserError
+from tl_modules.evaluation.criteria import VALIDATORS, Evidence, a_distance
+from tl_modules.evaluation.figures import draw_domains
+from tl_modules.evaluation.gather import evaluated
+from tl_modules.module import TransferModule
+
+__all__ = ["Selection"]
+
+Criterion = Literal["source", "entropy", "infomax", "snd", "bnm", "class_cluster", "dev", "few", "oracle", "last"]
+log = logging.getLogger(__name__)
+FEW = 500  # so many samples of each domain are kept for the map of the features
+
+
+class Selection(Callback):
+    """Scores every validation by all criteria that need no label of the target, and keeps what the report needs.
+
+    Where the target's labels are open, the task's metric on them chooses, and this does nothing.
+
+    Args:
+        by: What chooses the model: "source" (the task's metric on the source's validation samples); without labels of
+            the target "entropy", "infomax", "snd", "bnm", "class_cluster" or "dev"; "few" labels of the target
+            (`--data.selection_labels N`); "oracle", all of them (`--data.selection_labels all`); or "last", the last
+            epoch. None is "source", and without a source "infomax", or "last" where there are no classes. Of a target
+            that is kept unseen no input is looked at either.
+        run: The run's directory, for the report; None writes none.
+    """
+
+    def __init__(self, by: Criterion | None = None, run: Path | None = None) -> None:
+        self.by: str | None = by
+        self.run = run
+        self.rows: list[dict[str, Any]] = []
+        self.before: Evidence | None = None
+        self.after: Evidence | None = None
+        self.seen: dict[str, _Seen] = {}
+
+    # Choosing
+
+    def choose(self, module: LightningModule, data: Any) -> None:
+        """Makes the criterion the module's monitor.
+
+        Raises:
+            UserError: The criterion needs what the data does not have or open.
+        """
+        if not isinstance(module, TransferModule) or not hasattr(data, "hidden"):
+            return
+        if not data.hidden():
+            if self.by is not None:
+                raise UserError(
+                    f"select: {self.by} chooses where the target's labels are hidden; here they are open and choose"
+                )
+            return
+        source = data.has_source()
+        metric = type(module).monitor[0].removeprefix("val/")
+        if metric not in module.metrics():
+            if self.by is not None:
+                raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is none of its metrics")
+            return
+        by = self.by or ("source" if source else "infomax" if module.classes else "last")
+        if by in ("source", "dev") and not source:
+            raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")
+        if by in VALIDATORS and not module.classes:
+            raise UserError(f"select: {by} works on class probabilities; take source, few, oracle or last")
+        if by in VALIDATORS and data.target_unseen:
+            raise UserError(
+                f"select: {by} looks at the target, which target_unseen keeps from training and from the choice of the "
+                "model; take source or last"
+            )
+        if by in ("few", "oracle"):
+            opened = data.selection_labels
+            if opened is None or (by == "oracle" and opened != "all"):
+                raise UserError(
+                    f"select: {by} looks at labels of the target that the data keeps hidden; open them by "
+                    f"--data.selection_labels {'all' if by == 'oracle' else 'N'}"
+                )
+        if data.selection_labels is not None and data.tests_on_validation():
+            opened_twice = "the target has no test split, so what selection_labels opens are labels of the test"
+            if by in ("few", "oracle"):
+                raise UserError(f"select: {opened_twice}, by which {by} would choose; give the target a test split")
+            log.warning("%s: 'few' and 'oracle' in the report have seen them", opened_twice)
+        self.by = by
+        if by != "source":
+            mode = type(module).monitor[1] if by in ("few", "oracle") else "max"
+            module.monitor = (f"val/target_{by}", mode)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Chooses, where the command line has not."""
+        if stage == "fit":
+            self.choose(pl_module, getattr(trainer, "datamodule", None))
+
+    # Looking
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts over."""
+        self.loaders = evaluated(trainer)
+        self.seen = {}
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps outputs and features."""
+        if not self._watches(trainer, pl_module) or not isinstance(outputs, dict):
+            return
+        loader = self.loaders[dataloader_idx]
+        for view in outputs.values():
+            self.seen.setdefault(loader.role, _Seen(loader)).add(view)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scores the epoch and puts down what the model decides on the target."""
+        if not self._watches(trainer, pl_module) or "target val" not in {loader.role for loader in self.loaders}:
+            return
+        assert isinstance(pl_module, TransferModule)
+        seen = {role: each.gathered(trainer) for role, each in self.seen.items()}
+        source = seen.get("val", (None, None, None))
+        evidence = Evidence(*seen["target val"][:2], *source)
+        if trainer.sanity_checking:
+            if trainer.global_step == 0:
+                self.before = _few(evidence)
+            return
+        scores = self._scores(trainer, pl_module, evidence)
+        metric = type(pl_module).monitor[0].removeprefix("val/")
+        shown = {f"val/source_{metric}" if name == "source" else f"val/target_{name}": s for name, s in scores.items()}
+        if evidence.source_features is not None and not _unseen(trainer):
+            shown["val/a_distance"] = a_distance(evidence.source_features, evidence.target_features)
+        pl_module.log_dict(shown, batch_size=1)
+        decided = {split: _decided(pl_module, seen[f"target {split}"][0]) for split in ("val", "test")
+                   if f"target {split}" in seen}  # fmt: skip
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **decided})
+        if _best(self.rows, str(self.by), pl_module) == len(self.rows) - 1:
+            self.after = _few(evidence)
+
+    def _watches(self, trainer: Trainer, module: LightningModule) -> bool:
+        return trainer.state.fn == "fit" and isinstance(module, TransferModule) and self.by is not None
+
+    def _scores(self, trainer: Trainer, module: TransferModule, evidence: Evidence) -> dict[str, float]:
+        """Of every criterion that can be had; those of the task's metric in its own sense."""
+        scores: dict[str, float] = {"last": float(len(self.rows))}
+        if evidence.source_y is not None:
+            assert evidence.source_output is not None
+            scores["source"] = module.score(_decided(module, evidence.source_output), evidence.source_y)
+        if module.classes and not _unseen(trainer):
+            for name, validator in VALIDATORS.items():
+                if name != "dev" or evidence.source_y is not None:
+                    scores[name] = validator(evidence)
+        data: Any = getattr(trainer, "datamodule", None)
+        rows, labels = data.opened() if data is not None else ([], np.zeros(0))
+        rows = [row for row in rows if row < len(evidence.target_output)]  # a limited validation sees fewer
+        if rows:
+            name = "oracle" if data.selection_labels == "all" else "few"
+            decisions = _decided(module, evidence.target_output[rows])
+            scores[name] = module.score(decisions, torch.as_tensor(labels[: len(rows)]))
+        return scores
+
+    # Keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was put down so far, so that a resumed run has all of it."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.rows = list(state["rows"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes selection.pt and draws the map of the features."""
+        if not self.rows or not trainer.is_global_zero:
+            return
+        if self.run is not None:
+            torch.save({"by": self.by, "rows": self.rows}, self.run / "selection.pt")
+        draw_domains(trainer, pl_module, {"before": self.before, "after": self.after})
+
+    # Reporting
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reads the target's labels and says what each criterion chose."""
+        file = None if self.run is None else self.run / "selection.pt"
+        data = getattr(trainer, "datamodule", None)
+        if (
+            file is None
+            or not file.is_file()
+            or not trainer.is_global_zero
+            or not isinstance(pl_module, TransferModule)
+        ):
+            return
+        kept = torch.load(file, weights_only=True)
+        splits = [split for split in ("val", "test") if split in kept["rows"][0]]
+        labels = {split: torch.as_tensor(data.labels(split)) for split in splits} if data is not None else {}
+        if not labels or any(len(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
+            return  # of other data, or of a limited validation
+        found = report(pl_module, kept["rows"], labels)
+        assert self.run is not None
+        _write(self.run, found, kept["by"], type(pl_module).monitor[0].removeprefix("val/"))
+
+
+def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """What each criterion chose, scored by the target's labels.
+
+    Args:
+        module: Its task's metric scores.
+        rows: What each validation left.
+        labels: Of the target's splits "val" and, where it is another one, "test".
+
+    Returns:
+        A row per criterion: chosen by, epoch, score on the split val, on the split test, behind the oracle. The
+        oracle is the epoch with the best score on the target's validation labels; "best epoch" that on the test labels.
+    """
+    scored = {s: [module.score(row[s], y) for row in rows] for s, y in labels.items()}
+    last = "test" if "test" in scored else "val"
+    lower = type(module).monitor[1] == "min"
+    pick = np.argmin if lower else np.argmax
+    chosen = {name: _best(rows, name, module) for name in rows[0]["scores"] if name != "oracle"}
+    chosen |= {"oracle": int(pick(scored["val"])), "best epoch": int(pick(scored[last]))}
+    oracle = scored[last][chosen["oracle"]]
+    return [
+        {
+            "chosen by": name,
+            "epoch": rows[place]["epoch"],
+            **{split: values[place] for split, values in scored.items()},
+            "behind the oracle": scored[last][place] - oracle if lower else oracle - scored[last][place],
+        }
+        for name, place in chosen.items()
+    ]
+
+
+def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None:
+    with (run / "selection.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    last = "test" if "test" in found[0] else "val"
+    table = Table(title=f"{metric} on the target, by what chose the epoch", title_justify="left")
+    for column in found[0]:
+        table.add_column(column, justify="left" if column == "chosen by" else "right")
+    metrics = {}
+    for row in found:
+        name = row["chosen by"]
+        metrics[f"test/{'oracle' if name == 'oracle' else f'by_{name}'.replace(' ', '_')}/{metric}"] = row[last]
+        if name == by:
+            metrics["test/oracle_gap"] = row["behind the oracle"]
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
+        table.add_row(*cells, style="bold" if name == by else "")
+    table.caption = (
+        f"{by} chose this run's model; the oracle saw the target's validation labels, and 'best epoch' its test labels"
+    )
+    Console().print(table)
+    write_metrics(run, metrics)
+
+
+class _Seen:
+    """Outputs, features and labels of one loader's pass."""
+
+    def __init__(self, loader: Any) -> None:
+        self.order = list(getattr(loader.sampler, "rows", range(len(loader.dataset))))
+        self.parts: list[list[Tensor]] = [[], [], []]
+
+    def add(self, view: Any) -> None:
+        for part, value in zip(self.parts, (view.output, view.features, view.y), strict=True):
+            if value is not None:
+                part.append(value.detach().float() if value.is_floating_point() else value)
+
+    def gathered(self, trainer: Trainer) -> tuple[Any, Any, Any]:
+        """Of all processes, in the data's order, on the CPU; None for labels that are hidden."""
+        mine = [torch.cat(part).cpu() if part else None for part in self.parts]
+        ranks: list[Any] = [(self.order[: len(mine[0])], mine)]  # type: ignore[arg-type]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, (self.order[: len(mine[0])], mine))  # type: ignore[arg-type]
+        order = torch.tensor([row for rows, _ in ranks for row in rows]).argsort()
+        columns = [[part[i] for _, part in ranks] for i in range(3)]
+        found = [None if column[0] is None else torch.cat(column)[order] for column in columns]
+        return found[0], found[1], found[2]
+
+
+def _unseen(trainer: Trainer) -> bool:
+    """Whether the target is to be kept from every choice, also from one by its inputs alone."""
+    return bool(getattr(getattr(trainer, "datamodule", None), "target_unseen", False))
+
+
+def _decided(module: TransferModule, output: Tensor) -> Tensor:
+    """The decisions of outputs, small enough to be kept for every epoch."""
+    decided = module.decide(module.predict(output))
+    return decided.to(torch.int16) if decided.dtype == torch.int64 and module.num_outputs < 2**15 else decided
+
+
+def _best(rows: list[dict[str, Any]], criterion: str, module: TransferModule) -> int:
+    """The first of the validations with the best score."""
+    scores = np.array([row["scores"].get(criterion, np.nan) for row in rows])
+    lower = type(module).monitor[1] == "min" and criterion in ("source", "few", "oracle")
+    worst = np.inf if lower else -np.inf
+    scores = np.where(np.isfinite(scores), scores, worst)
+    return int(scores.argmin() if lower else scores.argmax())
+
+
+def _few(evidence: Evidence) -> Evidence:
+    few: dict[str, Any] = {name: None if value is None else value[:FEW] for name, value in vars(evidence).items()}
+    return Evidence(**few)

@@ -1,0 +1,183 @@
+"""Shows what trains, and stops a run in which something trains that should not, or the other way round."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.errors import UserError
+
+OFF = "; pass --audit false to go on all the same"
+
+
+class FreezeAudit(Callback):
+    """Prints the table of stages at the start and at each change, and checks it against what happens.
+
+    A run stops when a parameter trains but is in no optimizer, is in the optimizer twice, is open for a whole epoch
+    without ever getting a gradient, or when a weight or buffer that is closed has changed at an epoch's end, at the end
+    of the run or in a checkpoint, whatever has changed it.
+
+    Args:
+        check: Whether to check; the table is shown all the same.
+    """
+
+    def __init__(self, check: bool = True) -> None:
+        self.check = check
+        self.depth: int | None = None
+        self.sums: dict[str, list[int]] = {}
+        self.epoch_starts = False
+        self.waiting: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an earlier fit."""
+        self.depth, self.sums, self.waiting = None, {}, {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on within an epoch does not come here: it can't speak of the whole epoch."""
+        self.epoch_starts = True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """At an epoch's first step, waits for gradients; at a change of what is open, checks and shows it."""
+        if not isinstance(pl_module, AbstractTransferModule):
+            return
+        if self.epoch_starts:
+            self.epoch_starts = False
+            self.waiting = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if pl_module.depth == self.depth:
+            return
+        self.depth = pl_module.depth
+        if self.check:
+            check_optimizer(pl_module, trainer.optimizers)
+            self.sums = {name: self.sums.get(name, sums) for name, sums in checksums(pl_module).items()}
+        if trainer.is_global_zero:
+            bar = getattr(trainer.progress_bar_callback, "progress", None)
+            (bar.console if bar is not None else Console()).print(table(pl_module, trainer))  # a live bar makes room
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Crosses out what has a gradient; after an epoch's first step, usually nothing is left."""
+        if self.waiting:
+            self.waiting = {name: p for name, p in self.waiting.items() if p.grad is None}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that what was closed has not moved and that what was open could.
+
+        Raises:
+            UserError: It has; it could not.
+        """
+        if not self.check or not isinstance(pl_module, AbstractTransferModule):
+            return
+        self.compare(checksums(pl_module), f"changed in epoch {trainer.current_epoch}")
+        if self.waiting and trainer.is_last_batch:
+            raise UserError(
+                f"freeze audit: {_some(self.waiting)} was open for the whole epoch {trainer.current_epoch} but never "
+                f"got a gradient: the loss does not depend on it{OFF}"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks what other callbacks have left at the end.
+
+        Raises:
+            UserError: They have moved what was closed.
+        """
+        if self.check and isinstance(pl_module, AbstractTransferModule) and self.sums:
+            self.compare(checksums(pl_module), "changed at the end of training, by a callback")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Checks what a checkpoint holds in place of the module's own tensors, e.g. an average.
+
+        Raises:
+            UserError: It is not what is closed.
+        """
+        if not self.check or not isinstance(pl_module, AbstractTransferModule) or not self.sums:
+            return
+        state, closed = checkpoint["state_dict"], pl_module.closed_tensors()
+        held = {n: {k: state.get(k, t).detach() for k, t in named.items()} for n, named in closed.items()}
+        own = {t.data_ptr() for named in closed.values() for t in named.values()}
+        if any(t.data_ptr() not in own for named in held.values() for t in named.values()):
+            self.compare(sums_of(held), "is another one in the checkpoint, because of a callback")
+
+    def compare(self, now: Mapping[str, list[int]], what: str) -> None:
+        """Refuses sums that are not those of before.
+
+        Raises:
+            UserError: One is not.
+        """
+        for name, sums in now.items():
+            if name in self.sums and sums != self.sums[name]:
+                raise UserError(f"freeze audit: {name} is closed, but one of its weights or buffers {what}{OFF}")
+
+
+def check_optimizer(module: AbstractTransferModule, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Every parameter that trains is in an optimizer, once; compared by identity.
+
+    Raises:
+        UserError: One is not, or twice.
+    """
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    names = dict(module.named_parameters())
+    if lost := {name: p for name, p in names.items() if p.requires_grad and not held[id(p)]}:
+        raise UserError(f"freeze audit: {_some(lost)} trains but is in no optimizer{OFF}")
+    if twice := {name: p for name, p in names.items() if held[id(p)] > 1}:
+        raise UserError(
+            f"freeze audit: {_some(twice)} is in the optimizer {held[id(next(iter(twice.values())))]} times{OFF}"
+        )
+
+
+def checksums(module: AbstractTransferModule) -> dict[str, list[int]]:
+    """A sum over the bits of each tensor that must not move now, by stage."""
+    return sums_of(module.closed_tensors())
+
+
+def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """A sum over the bits of each tensor, by group."""
+    every = [_bits(t) for named in tensors.values() for t in named.values()]
+    values = iter(torch.stack(every).tolist() if every else [])  # one wait for the device
+    return {name: [next(values) for _ in named] for name, named in tensors.items()}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return flat.view(kind).sum(dtype=torch.int64)
+
+
+def table(module: AbstractTransferModule, trainer: Trainer) -> Table:
+    """A row per named parameter group: stage, parameters, trains, in the optimizer, learning rate, mode."""
+    groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups
+    parts = dict(module.named_methods()) | {f"stage_{i}": stage for i, stage in enumerate(module.backbone.stages())}
+    # a default strategy is a lazy instance, whose class has a prefix
+    strategy = module.strategy_name()
+    where = f"epoch {trainer.current_epoch}" + (
+        f", step {trainer.global_step}" if module.finetuning.unit != "epochs" else ""
+    )
+    shown = Table(title=f"{where}: {strategy}", title_justify="left")
+    for column in ("stage", "trains", "parameters", "in optimizer", "lr", "mode"):
+        shown.add_column(column, justify="right" if column in ("parameters", "in optimizer", "lr") else "left")
+    for group in reversed(groups):
+        name = group.get("name", "?")
+        part: Any = parts.get(name, module.head)
+        trains = any(p.requires_grad for p in group["params"])
+        # a stage is a bare list, whose own flag says nothing
+        training = any(m.training for m in list(part.modules())[1:] or [part])
+        shown.add_row(
+            name,
+            "yes" if trains else "frozen",
+            f"{sum(p.numel() for p in part.parameters()):,}",
+            f"{sum(p.numel() for p in group['params']):,}",
+            f"{group['lr']:.2g}" if trains else "-",
+            "train" if training else "eval",
+        )
+    return shown
+
+
+def _some(named: Mapping[str, Tensor]) -> str:
+    first = next(iter(named))
+    return first if len(named) == 1 else f"{first} (and {len(named) - 1} more)"

@@ -1,0 +1,125 @@
+"""A run's directory: what `tl fit` leaves there, and how it is read again.
+
+runs/<name>/version_0/   config.yaml               everything resolved, so that later defaults change nothing
+                         checkpoints/best.ckpt     and last.ckpt
+                         metrics.csv               a row per epoch
+                         metrics.json              the best epoch's validation metrics; `tl test` adds its own
+                         events.out.tfevents...    TensorBoard
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningModule
+
+from tl_modules.checkpoints.files import find_run, load, versions
+from tl_modules.errors import UserError
+from tl_modules.runs.trust import check_config, imports_only
+
+__all__ = ["load_run"]
+
+MAPPINGS = ("trainer", "model", "data", "cache", "select")
+SECTIONS = ("seed_everything", "name", *MAPPINGS)
+
+
+def new_run(root: str | os.PathLike[str], name: str) -> Path:
+    """Creates the next free `root/runs/name/version_N`.
+
+    Raises:
+        UserError: It cannot be written there.
+    """
+    parent = Path(root) / "runs" / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        version = max(versions(parent), default=-1) + 1
+        while True:
+            try:
+                (parent / f"version_{version}" / "checkpoints").mkdir(parents=True)
+                return parent / f"version_{version}"
+            except FileExistsError:  # another process took it
+                version += 1
+    except OSError as error:
+        raise UserError(
+            f"default_root_dir: the run directory {parent} cannot be written ({error.strerror}); "
+            "pass --trainer.default_root_dir DIR"
+        ) from error
+
+
+def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a run's config.yaml that every command shares.
+
+    Raises:
+        UserError: It is no mapping of sections, or names what a config of someone else's must not.
+    """
+    file = run / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"run: {file} cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"run: {file} is no mapping of {', '.join(SECTIONS)}")
+    config = {key: value for key, value in config.items() if key in SECTIONS}
+    for key in MAPPINGS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"run: {file}: {key} is no mapping")
+    for key in ("folder", "disk_gb"):  # the cache is the machine's; somebody else must not say what to empty
+        (config.get("cache") or {}).pop(key, None)
+    check_config(config, trusted, f"run: {file}")
+    _keep_earlier_defaults(config)
+    return config
+
+
+def _keep_earlier_defaults(config: dict[str, Any]) -> None:
+    """Writes out what a run of version 0.1 left unsaid, and what would mean something else now."""
+    head = ((config.get("model") or {}).get("init_args") or {}).get("head")
+    if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
+        head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
+
+
+def without_weights(model: Any) -> Any:
+    """A model's config (mapping or Namespace) that leaves its backbone random, where a checkpoint fills it anyway."""
+    arguments = model.get("init_args") or {}
+    backbone = arguments.get("backbone")
+    backbone = {} if backbone is None or isinstance(backbone, str) else backbone.get("init_args") or {}
+    if arguments.get("save") != "trainable" and backbone.get("weights") is not None:
+        backbone["weights"] = None
+    return model
+
+
+def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequence[str] = ()) -> LightningModule:
+    """The trained module of a run, in eval mode.
+
+    Args:
+        path: The run's directory.
+        checkpoint: "best" or "last".
+        trust: Modules of your own that its config may name; importing them runs their code.
+
+    Raises:
+        UserError: It is no run directory, the checkpoint is not there or damaged, or the config names what it must not.
+    """
+    run = find_run(path)
+    config = read_config(run, trust)
+    content = load(run / "checkpoints" / f"{checkpoint}.ckpt")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    with imports_only(trust):
+        try:
+            parsed = parser.parse_object({"model": without_weights(config["model"])})
+        except ArgumentError as error:
+            raise UserError(f"run: {run / 'config.yaml'}: {' '.join(str(error).split())[:300]}") from error
+        check_config(yaml.safe_load(parser.dump(parsed, skip_none=False)), trust, f"run: {run / 'config.yaml'}")
+        module: LightningModule = parser.instantiate_classes(parsed).model
+    return fill(module, content).eval()
+
+
+def fill(module: LightningModule, content: dict[str, Any]) -> LightningModule:
+    """Gives a module the weights of a checkpoint's content."""
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"])
+    return module

@@ -1,0 +1,102 @@
+"""Writes config.yaml, metrics.csv and metrics.json."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tl_modules.checkpoints.files import write_metrics, write_whole
+from tl_modules.evaluation.monitor import Best, floats
+from tl_modules.evaluation.test_time import TestTimeAdaptation
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory(Callback):
+    """Keeps the files of a run's directory up to date.
+
+    Args:
+        path: The directory; only the first process writes there.
+        config: What config.yaml says; empty leaves the file alone.
+
+    Attributes:
+        trained: Whether any training was left to do.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config
+        self.trained = False
+        self.rows: list[dict[str, float]] = []
+        self.best = Best()
+        self.validated = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes config.yaml before anything is trained.
+
+        Raises:
+            UserError: The directory cannot be written.
+        """
+        if not self.config or not trainer.is_global_zero:
+            return
+        write_whole(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There is something to train."""
+        self.trained = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows and the best epoch so far, so that a resumed run has those of the undisturbed one."""
+        return {"rows": self.rows, "best": self.best.metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.rows, self.best.metrics = list(state["rows"]), dict(state["best"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the metrics of `tl validate`; in `fit`, remembers those of the epoch that best.ckpt holds."""
+        self.validated = True
+        if trainer.state.fn == "validate":
+            self._write(trainer, floats(trainer, "val/"))
+        else:
+            self.best.improved(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the epoch's row of metrics.csv, with metrics of a validation if there was one.
+
+        The row of an epoch that `max_steps` has cut short gives way to that of the whole epoch, if the run goes on.
+        """
+        rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
+        others = ("lr-", *(() if self.validated else ("val/",)))  # TensorBoard's, and those of an earlier epoch
+        self.validated = False
+        metrics = {name: value for name, value in floats(trainer).items() if not name.startswith(others)}
+        self.rows = [row for row in self.rows if row["epoch"] != trainer.current_epoch]
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics, **rates}
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_whole(self.path / "metrics.csv", text.getvalue())
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the best epoch's metrics."""
+        self._write(trainer, self.best.metrics)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the test metrics; those of a model that adapts to the test data by a name of their own."""
+        names = [c.name for c in cast(Any, trainer).callbacks if isinstance(c, TestTimeAdaptation)]
+        prefix = "/".join(["test", *names, ""])
+        metrics = floats(trainer, "test/")
+        self._write(trainer, {prefix + name.removeprefix("test/"): value for name, value in metrics.items()})
+
+    def _write(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        if trainer.is_global_zero and metrics:
+            write_metrics(self.path, metrics)

@@ -1,0 +1,107 @@
+"""What a checkpoint needs beside weights and optimizer so that a resumed run is the undisturbed one."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tl_modules.module import TransferModule
+
+__all__ = ["ExactResume"]
+
+log = logging.getLogger(__name__)
+
+
+class ExactResume(Callback):
+    """Saves every process's random numbers and running means, and restores them at the first step.
+
+    Not earlier: the loaders and the loops draw random numbers of their own until then.
+    """
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] | None = None
+        self.max_steps: int | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the state of each process."""
+        mine: dict[str, Any] = {"epoch": trainer.current_epoch, "random": random_state()}
+        if isinstance(pl_module, TransferModule):
+            mine["terms"] = pl_module.terms.state_dict()
+        ranks: list[Any] = [mine]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        checkpoint["ranks"] = ranks
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""
+        progress = checkpoint.get("loops", {}).get("fit_loop", {})
+        _reopen_epoch(progress)
+        if trainer.max_steps != -1 and _epoch_is_over(progress):
+            # where there is a `max_steps`, Lightning (2.6) goes on within the epoch that is over, and leaves one out
+            self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
+        ranks = checkpoint.get("ranks", [])
+        self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
+        if self.loaded is None and trainer.is_global_zero and trainer.training:
+            log.warning(
+                "the checkpoint has the random numbers of %d processes, this run %d: it goes on, but not to the bit",
+                len(ranks),
+                trainer.world_size,
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets `max_steps` hold again."""
+        if self.max_steps is not None:
+            trainer.fit_loop.epoch_loop.max_steps, self.max_steps = self.max_steps, None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restores it."""
+        if self.loaded is None:
+            return
+        restore_random_state(self.loaded["random"])
+        # at an epoch's end the means are those of the epoch before
+        if isinstance(pl_module, TransferModule) and self.loaded["epoch"] == trainer.current_epoch:
+            pl_module.terms.load_state_dict(self.loaded["terms"], pl_module.device)
+        self.loaded = None
+
+
+def _reopen_epoch(progress: dict[str, Any]) -> None:
+    """Lets Lightning (2.6) go on within an epoch that was not over, with the order of that epoch.
+
+    Its checkpoint of such an epoch counts it as processed, by which the loaders' order would be that of the next one.
+    """
+    batches, epochs = progress.get("epoch_loop.batch_progress", {}), progress.get("epoch_progress", {})
+    if batches and not batches["is_last_batch"] and batches["current"]["ready"]:
+        for counted in (epochs["total"], epochs["current"]):
+            counted["processed"] = counted["completed"]
+
+
+def _epoch_is_over(progress: dict[str, Any]) -> bool:
+    epochs = progress.get("epoch_progress", {}).get("total", {})
+    return bool(epochs) and epochs["started"] == epochs["processed"] == epochs["completed"] + 1
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's global generators, as plain data."""
+    name, keys, *rest = cast(Any, np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Sets the generators to what `random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

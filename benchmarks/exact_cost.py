@@ -30,7 +30,7 @@ from datamodules import Digits, ImageFolders
 from datamodules.loading import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
 from tl_modules.checkpoints.files import WholeFiles
-from tl_modules.finetuning import FreezeAudit
+from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.runs import ExactResume, Interruptions
 
 warnings.filterwarnings("ignore")

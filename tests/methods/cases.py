@@ -23,7 +23,7 @@ from datamodules import TransferDataModule
 from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
 from tl_modules.backbones.weights import Pretrained
 from tl_modules.cache import FeatureCache
-from tl_modules.finetuning import FreezeAudit
+from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.runs import ExactResume
 
 KINDS = ("image", "vector")

@@ -19,7 +19,7 @@ from tl_modules.cli.compare.scores import CRITERIA, p_value
 from tl_modules.cli.main import main
 from tl_modules.evaluation.criteria import VALIDATORS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICK = "--model.backbone.width 4 --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.logger false"
 FILES = sorted((ROOT / "configs" / "recipes").glob("*_compare.yaml"))
 

@@ -55,7 +55,7 @@ class Brightness(TransferModule):
     monitor = ("val/mae", "min")
 
     def loss(self, output, y):
-        return (output.squeeze(1) - y).abs().mean()
+        return (output.squeeze(1) - y).abs()
 
     def metrics(self):
         return MetricCollection({"mae": MeanAbsoluteError()})

@@ -129,7 +129,7 @@ class TransferModule(AbstractTransferModule):
     # What a task writes
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """The task's loss, a scalar, from outputs (B, num_outputs) and labels (B, ...)."""
+        """The task's loss of each sample, (B,), from outputs (B, num_outputs) and labels (B, ...)."""
         raise NotImplementedError
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -139,9 +139,9 @@ class TransferModule(AbstractTransferModule):
         """
         return None
 
-    def loss_weight(self, y: Tensor) -> float | Tensor:
-        """What `loss` has divided by, so that an epoch's loss does not depend on its batches: the number of samples."""
-        return len(y)
+    def loss_weight(self, y: Tensor) -> Tensor | None:
+        """How much each sample's loss counts in a mean, (B,), e.g. its class's weight; None: all the same."""
+        return None
 
     def metrics(self) -> MetricCollection:
         """The metrics of a split, updated with `predict(output)` and the labels."""
@@ -191,7 +191,11 @@ class TransferModule(AbstractTransferModule):
         for (owner, places), output in zip(own.items(), outputs, strict=True):
             y = None if any(ys[i] is None for i in places) else join([ys[i] for i in places])
             parts = tuple(rows[i][1] for i in places)
-            views[owner] = DomainView(join([xs[i] for i in places]), y, joined[owner], output, parts)
+            view = DomainView(join([xs[i] for i in places]), y, joined[owner], output, parts)
+            if y is not None:
+                with self._full_precision():
+                    view.loss, view.weight = self.losses(output, y)
+            views[owner] = view
         return views
 
     def _features(self, x: Tensor | Cached, rows: list[tuple[str, int]]) -> Tensor:
@@ -214,14 +218,17 @@ class TransferModule(AbstractTransferModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the task's and the methods' terms."""
         views = self.look(batch)
+        source, target = views.get("source"), views.get("target")
         with self._full_precision():
+            for _, method in self.named_methods():
+                method.reweight(self, source, target)
             terms = {
-                f"task/{domain}": at(self.task_weight[domain], self) * self.loss(view.output, view.y)
+                f"task/{domain}": at(self.task_weight[domain], self) * view.mean_loss
                 for domain, view in views.items()
                 if view.y is not None and self.task_weight[domain] != 0
             }
             for name, method in self.named_methods():
-                term = method(self, views.get("source"), views.get("target"))
+                term = method(self, source, target)
                 if term is not None:
                     self._check_reach(name, method, term)
                     terms[name] = at(method.weight, self) * term
@@ -233,6 +240,21 @@ class TransferModule(AbstractTransferModule):
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **terms}, max(len(view.output) for view in views.values()))
         return total
+
+    def losses(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The task's loss (B,) and weight (B,) or None of each sample.
+
+        Raises:
+            UserError: The task's `loss` gives something else.
+        """
+        loss, weight = self.loss(output, y), self.loss_weight(y)
+        for name, given in (("loss", loss), ("loss_weight", weight)):
+            if given is not None and given.shape != (len(y),):
+                raise UserError(
+                    f"{type(self).__name__}.{name} gives a tensor of shape {tuple(given.shape)} for {len(y)} samples; "
+                    'let it give one value for each, (B,), e.g. by reduction="none"'
+                )
+        return loss, weight
 
     def _check_reach(self, name: str, method: Method, term: Tensor) -> None:
         """Refuses a term that moves nothing, once everything is open that ever will be.
@@ -308,7 +330,7 @@ class TransferModule(AbstractTransferModule):
         metrics: MetricCollection = getattr(self, of_metrics)
         metrics.update(self.predict(view.output), view.y)
         # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
-        getattr(self, of_loss).update(self.loss(view.output, view.y), self.loss_weight(view.y))
+        getattr(self, of_loss).update(view.loss, view.weight)
         measures = {of_loss: getattr(self, of_loss)}
         measures |= {f"{of_metrics}.{key}": m for key, m in metrics.items(keep_base=True, copy_state=False)}
         for attribute, measure in measures.items():

@@ -45,7 +45,7 @@ class OnlyFirstBatch(Classification):
         ((x, y),) = batch.values()
         if batch_idx == 0:
             return super().training_step(batch, batch_idx)
-        return self.loss(self.head(self.backbone(x).detach()), y)
+        return self.loss(self.head(self.backbone(x).detach()), y).mean()
 """
 CASES = {
     "in no optimizer": ("--model faults.Forgets --model.backbone ConvNet", "head.1.bias trains but is in no optimizer"),

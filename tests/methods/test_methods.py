@@ -175,32 +175,30 @@ def test_a_missing_head_is_said(method):
         fit(module, Several("image"))
 
 
-@pytest.mark.parametrize(("method", "options", "name"), [
-    (PADA, {"weight": 2.0}, "weight"), (PADA, {"source_weight": 0.5}, "source_weight"),
-    (PADA, {"class_weights": [1.0, 1.0, 5.0]}, "class_weights"), (PADA, {"label_smoothing": 0.1}, "label_smoothing"),
-    (IRM, {"source_weight": 0.5}, "source_weight"), (GroupDRO, {"weight": 2.0}, "weight"),
-    (GroupDRO, {"source_weight": 0.5}, "source_weight"), (GroupDRO, {"class_weights": [1.0, 1.0, 5.0]}, "class_weights"),
-])  # fmt: skip
-def test_what_would_grow_without_end_is_refused(method, options, name):
-    """These terms take the task's loss away, as it is by default."""
-    own = {k: v for k, v in options.items() if k == "weight"}
-    module = build([], "vector", **{k: v for k, v in options.items() if k != "weight"})
-    module.methods.append(method(**own))
-    module.methods[0].attach(module)
-    with pytest.raises(UserError, match=f"{method.__name__} takes the task's plain loss away.* with {name}"):
-        fit(module, Several("vector"))
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a term cannot reweight samples before the task's loss is one per sample (next issue)"
+@pytest.mark.parametrize(
+    "options", [{}, {"class_weights": [1.0, 1.0, 5.0]}, {"source_weight": 0.5}, {"label_smoothing": 0.1}]
 )
-@pytest.mark.parametrize(("method", "options"), [
-    (PADA, {"class_weights": [1.0, 1.0, 5.0]}), (PADA, {"source_weight": 0.5}), (IRM, {"source_weight": 0.5}),
-    (GroupDRO, {"class_weights": [1.0, 1.0, 5.0]}), (GroupDRO, {"source_weight": 0.5}),
-])  # fmt: skip
-def test_weights_of_classes_and_samples_multiply(method, options):
-    trainer = fit(build([method], "vector", **options), Several("vector"), epochs=5)
+@pytest.mark.parametrize("method", [PADA, GroupDRO, IRM])
+def test_weights_of_classes_domains_and_samples_multiply(method, options):
+    """No term takes the task's loss away, so that none makes the whole negative."""
+    module = build([method], "vector", **options)
+    trainer = fit(module, Several("vector"), epochs=5)
     assert float(trainer.callback_metrics["train/loss"]) >= 0
+    batch = {name: (torch.randn(6, 5), torch.arange(6) % 3) for name in ("source/a", "source/b")}
+    source = module.look(batch)["source"]
+    target = module.look({"target": (torch.randn(6, 5), None)})["target"]
+    before = source.weight.clone() if source.weight is not None else torch.ones(12)
+    module.eval()
+    module.methods[0].reweight(module, source, target)
+    if method is GroupDRO:
+        sums = source.weight.split(6)
+        assert torch.allclose(torch.stack([part.sum() for part in sums]), module.methods[0].q)
+        assert all(
+            torch.allclose(part / part.sum(), w / w.sum()) for part, w in zip(sums, before.split(6), strict=True)
+        )
+    elif method is PADA:
+        share = module.methods[0].get_buffer("share")
+        assert torch.allclose(source.weight, before * (share / share.max())[source.y])
 
 
 def test_nothing_left_of_the_loss_is_said():

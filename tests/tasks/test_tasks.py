@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tl_modules import Classification, ConvNet, CosineHead, MLPHead, Regression, UserError
+from tl_modules.batch.output import weighted_mean
 
 
 def classification(**options):
@@ -16,11 +17,12 @@ def classification(**options):
 def test_class_weights_and_label_smoothing():
     logits, y = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor([0, 2])
     logs = logits.log_softmax(1)
-    assert torch.allclose(classification().loss(logits, y), -(logs[0, 0] + logs[1, 2]) / 2)
-    weighted = classification(class_weights=[1.0, 1.0, 3.0]).loss(logits, y)
-    assert torch.allclose(weighted, -(logs[0, 0] + 3 * logs[1, 2]) / 4)
+    assert torch.allclose(classification().loss(logits, y), -torch.stack([logs[0, 0], logs[1, 2]]))
+    loss, weight = classification(class_weights=[1.0, 1.0, 3.0]).losses(logits, y)
+    assert torch.allclose(weighted_mean(loss, weight), -(logs[0, 0] + 3 * logs[1, 2]) / 4)
+    assert torch.allclose(weighted_mean(loss, weight), F.cross_entropy(logits, y, weight=torch.tensor([1.0, 1.0, 3.0])))
     smooth = classification(label_smoothing=0.3).loss(logits, y)
-    by_hand = torch.stack([-(0.7 * logs[i, c] + 0.1 * logs[i].sum()) for i, c in enumerate(y)]).mean()
+    by_hand = torch.stack([-(0.7 * logs[i, c] + 0.1 * logs[i].sum()) for i, c in enumerate(y)])
     assert torch.allclose(smooth, by_hand)
 
 
@@ -68,7 +70,7 @@ def test_an_epochs_loss_does_not_depend_on_its_batches(weights):
     torch.manual_seed(0)
     module = classification(class_weights=weights, label_smoothing=0.0 if weights else 0.2).double()
     x, y = torch.rand(23, 3, 28, 28).double(), torch.randint(0, 3, (23,))
-    expected = float(module.eval().loss(module(x), y))
+    expected = float(weighted_mean(*module.eval().losses(module(x), y)))
     for size in (1, 2, 5, 8, 23):
         assert fitted(module, x, y, size)["val/loss"] == pytest.approx(expected, abs=1e-6)
 
@@ -96,7 +98,7 @@ def test_classification_table():
 def test_regression():
     task = Regression(ConvNet(4), 1)
     output, y = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 3.0, 2.0])
-    assert task.loss(output, y) == pytest.approx(5 / 3)
+    assert task.loss(output, y).tolist() == [0, 1, 4]
     values = task.metrics()(task.predict(output), y)
     assert values["mae"] == pytest.approx(1.0)
     assert values["rmse"] == pytest.approx((5 / 3) ** 0.5)
@@ -104,7 +106,20 @@ def test_regression():
     assert task.table(task.predict(output)) == {"value": [1.0, 2.0, 4.0]}
     two = Regression(ConvNet(4), 2)
     assert list(two.table(torch.zeros(1, 2))) == ["value_0", "value_1"]
-    assert two.loss(torch.zeros(3, 2), torch.ones(3, 2)) == 1
+    assert two.loss(torch.zeros(3, 2), torch.ones(3, 2)).tolist() == [1, 1, 1]
+
+
+class Scalar(Regression):
+    def loss(self, output, y):
+        return F.mse_loss(output[:, 0], y)
+
+
+def test_a_loss_that_is_not_one_for_each_sample_is_said():
+    module = Scalar(ConvNet(4), 1)
+    with pytest.raises(
+        UserError, match=r"Scalar.loss gives a tensor of shape \(\) for 4 samples; .*one value for each"
+    ):
+        module.training_step({"target": (torch.rand(4, 3, 28, 28), torch.rand(4))}, 0)
 
 
 def test_joint_training_weighs_the_target():

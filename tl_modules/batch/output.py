@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class DomainView:
         features: (B, out_features).
         output: The head's output, (B, num_outputs).
         parts: How many rows each of several sources has, which follow one another; B of one domain.
+        loss: The task's loss of each sample, (B,); None where the labels are hidden.
+        weight: How much each sample's loss counts, (B,); None: all the same. Methods may put others in its place.
     """
 
     x: Tensor | Cached
@@ -32,15 +34,28 @@ class DomainView:
     features: Tensor
     output: Tensor
     parts: tuple[int, ...] = ()
+    loss: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def mean_loss(self) -> Tensor:
+        """The task's weighted mean loss, a scalar."""
+        assert self.loss is not None
+        return weighted_mean(self.loss, self.weight)
 
     def split(self) -> list[DomainView]:
         """A view for each of the domains."""
         if len(self.parts) < 2:
             return [self]
         sizes = list(self.parts)
-        given = (self.x, self.y, self.features, self.output)
-        columns: Any = [[None] * len(sizes) if c is None else c.split(sizes) for c in given]
-        return [DomainView(*row) for row in zip(*columns, strict=True)]
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parts"}
+        columns: Any = {name: [None] * len(sizes) if c is None else c.split(sizes) for name, c in given.items()}
+        return [DomainView(**{name: c[i] for name, c in columns.items()}) for i in range(len(sizes))]
+
+
+def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`sum(weight loss) / sum(weight)` of losses (B,) and weights (B,) of the samples; without weights, their mean."""
+    return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 
 def by_domain(given: Any, one: type) -> dict[str, Any]:

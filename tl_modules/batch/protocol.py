@@ -60,7 +60,11 @@ class AbstractTransferModule(LightningModule, ABC):
 
     @abstractmethod
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Returns the task's loss."""
+        """Returns the task's loss of each sample."""
+
+    @abstractmethod
+    def loss_weight(self, y: Tensor) -> Tensor | None:
+        """Returns how much each sample's loss counts."""
 
     @abstractmethod
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:

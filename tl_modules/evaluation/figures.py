@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -156,8 +156,7 @@ class _Kept:
             return
         outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
         with torch.inference_mode():
-            on_device = [cast(Any, part.to(module.device)).split(1) for part in (outputs, labels)]
-            losses = torch.stack([module.loss(o, y) for o, y in zip(*on_device, strict=True)]).tolist()
+            losses = module.loss(outputs.to(module.device), labels.to(module.device)).tolist()
             prediction = module.predict(outputs)
         names = module.class_names
         classes = names is not None and prediction.ndim == 2

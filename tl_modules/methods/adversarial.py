@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_modules.batch.output import DomainView, statistics_kept
+from tl_modules.batch.output import DomainView, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.heads import MLPHead
-from tl_modules.methods.base import Method, check_head, check_plain
+from tl_modules.methods.base import Method, check_head
 from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
 from tl_modules.methods.regularization import WithStart
 from tl_modules.methods.schedules import Weight
@@ -115,7 +116,7 @@ class PADA(DANN):
     """Partial adversarial adaptation (Cao et al., ECCV 2018): source classes that the target lacks count little.
 
     A class's weight is the target's mean probability of it, scaled to a maximum of 1, as a running mean; the source's
-    part of the critic's loss and the source's cross-entropy are weighted by it.
+    part of the critic's loss and the task's loss on the source are weighted by it.
 
     Args:
         *args: As for `DANN`.
@@ -135,15 +136,6 @@ class PADA(DANN):
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
-        """Also refuses a loss that is not the plain cross-entropy.
-
-        Raises:
-            UserError: The term, the source's loss, classes or labels are weighted.
-        """
-        super().check(module, domains)
-        check_plain(self, module, "weight", "source_weight", "class_weights", "label_smoothing")
-
     def importance(self, view: DomainView) -> Tensor:
         """The weight of the label's class; 1 in the target."""
         if view.y is None:
@@ -151,24 +143,20 @@ class PADA(DANN):
         share = self.get_buffer("share")
         return (share / share.max())[view.y]
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """The critic's term, and what turns the task's mean cross-entropy into the weighted mean."""
+    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """Weighs the source's samples by their classes."""
         assert source is not None
-        assert source.y is not None
         assert target is not None
         if self.training:
             share = self.get_buffer("share")
             share.lerp_(target.output.detach().softmax(1).mean(0), 1 - self.momentum)
-        weights = self.importance(source)
-        each = F.cross_entropy(source.output, source.y, reduction="none")
-        critic = super().forward(module, source, _unlabelled(target))
-        return critic + (weights * each).sum() / weights.sum() - each.mean()
+        weight = self.importance(source)
+        source.weight = weight if source.weight is None else source.weight * weight
 
-
-def _unlabelled(view: DomainView) -> DomainView:
-    view = copy.copy(view)
-    view.y = None
-    return view
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+        """The critic's term."""
+        assert target is not None
+        return super().forward(module, source, replace(target, y=None))
 
 
 class OSBP(Method):
@@ -269,7 +257,8 @@ class MCD(Method):
         with statistics_kept(module.head):
             discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
         assert source.y is not None
-        return module.loss(self.second(source.features), source.y) - cast(Tensor, discrepancy)
+        loss = module.loss(self.second(source.features), source.y)
+        return weighted_mean(loss, source.weight) - cast(Tensor, discrepancy)
 
 
 class ADDA(WithStart):

@@ -55,6 +55,13 @@ class Method(nn.Module):
         """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
+    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """Changes how much each sample's loss counts: puts another `weight` (B,) into a view.
+
+        Called before `forward`, when `loss` and `weight` of the views are there. The weights of several methods
+        multiply, if each multiplies what it finds.
+        """
+
     def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Refuses training data that lack what it needs; called when training starts.
 
@@ -117,33 +124,6 @@ def check_head(method: Method, module: AbstractTransferModule) -> None:
             f"methods: {type(method).__name__} keeps the source's head; give the run of a source with the same classes "
             "and head by --model.backbone.weights RUN"
         )
-
-
-def check_plain(method: Method, module: AbstractTransferModule, *settings: str) -> None:
-    """Refuses settings under which a term that takes the task's own loss away would be no loss any more.
-
-    Args:
-        method: Its term holds minus the task's mean loss.
-        module: Of the run.
-        settings: Which of "weight", "source_weight", "class_weights" and "label_smoothing" must be as they are by
-            default.
-
-    Raises:
-        UserError: One is another.
-    """
-    plain: dict[str, tuple[Any, Any]] = {
-        "weight": (method.weight, 1.0),
-        "source_weight": (module.task_weight["source"], 1.0),
-        "class_weights": (getattr(module, "class_weights", None), None),
-        "label_smoothing": (getattr(module, "label_smoothing", 0.0), 0.0),
-    }
-    for name in settings:
-        value, default = plain[name]
-        if (value is not None) if default is None else (value != default):
-            raise UserError(
-                f"methods: {type(method).__name__} takes the task's plain loss away and puts another in its place, "
-                f"which would grow without end with {name} {value if default is not None else 'given'}; leave it out"
-            )
 
 
 def pairs(source: DomainView | None, target: DomainView | None) -> list[tuple[DomainView, DomainView]]:

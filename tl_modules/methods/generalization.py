@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.current_domain import passing
-from tl_modules.batch.output import DomainView, statistics_kept
+from tl_modules.batch.output import DomainView, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
-from tl_modules.methods.base import Method, check_plain, check_trains
+from tl_modules.methods.base import Method, check_trains
 from tl_modules.methods.schedules import Weight
 
 __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
@@ -24,20 +24,25 @@ __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
 GENERALISE = ("several sources", "generalisation")
 
 
-def risks(module: AbstractTransferModule, source: DomainView | None) -> Tensor:
-    """The task's loss of each source domain, (number of domains,)."""
+def risks(source: DomainView | None) -> Tensor:
+    """The task's mean loss of each source domain, (number of domains,)."""
     assert source is not None
-    return torch.stack([module.loss(view.output, view.y) for view in source.split()])  # type: ignore[arg-type]
+    return torch.stack([view.mean_loss for view in source.split()])
+
+
+def mean_loss(module: AbstractTransferModule, output: Tensor, y: Tensor | None) -> Tensor:
+    """The task's weighted mean loss of outputs other than a view's own, a scalar."""
+    assert y is not None
+    return weighted_mean(module.loss(output, y), module.loss_weight(y))
 
 
 class GroupDRO(Method):
     """Group distributionally robust optimisation (Sagawa et al., ICLR 2020).
 
-    `sum_e q_e R_e - mean_e R_e`, which beside the task's own mean of the risks leaves the sum weighted by q; in each
-    step `q_e` is multiplied by `exp(eta R_e)` and scaled to sum 1.
+    The task's loss on the sources is `sum_e q_e R_e`; in each step `q_e` is multiplied by `exp(eta R_e)` and scaled to
+    sum 1. It has no term of its own.
 
     Args:
-        weight: Of the term; only with 1 is it the paper's.
         eta: The step size of q; DomainBed takes 0.01.
     """
 
@@ -45,28 +50,20 @@ class GroupDRO(Method):
     settings = GENERALISE
     q: Tensor
 
-    def __init__(self, weight: Weight = 1.0, eta: float = 0.01) -> None:
-        super().__init__(weight)
+    def __init__(self, eta: float = 0.01) -> None:
+        super().__init__()
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
-
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
-        """Also refuses losses that are not the plain mean of the risks.
-
-        Raises:
-            UserError: The term, the source's loss or the classes are weighted.
-        """
-        super().check(module, domains)
-        check_plain(self, module, "weight", "source_weight", "class_weights")
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         # the model is built before the data says how many domains there are
         self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
         super()._load_from_state_dict(state, prefix, *args)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """What turns the mean of the risks into the weighted sum."""
-        each = risks(module, source)
+    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """Gives the samples of each domain its q together."""
+        assert source is not None
+        each = risks(source)
         if len(self.q) != len(each):
             self.q = torch.full_like(each, 1 / len(each)).detach()
         if self.training:
@@ -75,16 +72,20 @@ class GroupDRO(Method):
             now = module.trainer.strategy.reduce(now, reduce_op="mean") if module._trainer else now
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
-        # a copy, since the next step changes q in place
-        return (self.q.clone() * each).sum() - each.mean()
+        weight = torch.ones_like(source.output[:, 0]) if source.weight is None else source.weight
+        parts = zip(self.q, weight.split(source.parts), strict=True)
+        source.weight = torch.cat([q * part / part.sum() for q, part in parts])
+
+    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+        """No term."""
 
 
 class IRM(Method):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al., 2019).
 
     `mean_e g1 g2` with `g = d/dw R_e(w * output)` at w = 1 on each half of the domain's batch, whose product is an
-    unbiased estimate of the squared gradient. Weight 1 until `anneal` of the run is done, then `penalty`, by which the
-    whole loss is divided (as in the authors' code) so that the learning rate keeps its meaning.
+    unbiased estimate of the squared gradient. Its weight is 1 until `anneal` of the run is done, then `penalty`. (The
+    authors also divide the whole loss by the penalty; Adam, which they and DomainBed take, does not see that.)
 
     Args:
         penalty: lambda after the annealing; DomainBed takes 100.
@@ -98,31 +99,18 @@ class IRM(Method):
         super().__init__()
         self.penalty, self.anneal = penalty, anneal
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
-        """Also refuses a loss that the penalty would not divide.
-
-        Raises:
-            UserError: The source's loss is weighted.
-        """
-        super().check(module, domains)
-        check_plain(self, module, "source_weight")
-
     def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """The penalty, scaled."""
+        """The penalty, weighted."""
         assert source is not None
         assert source.y is not None
         terms = []
         for view in source.split():
             assert view.y is not None
             one = torch.ones((), device=view.output.device, requires_grad=True)
-            losses = [module.loss(view.output[i::2] * one, view.y[i::2]) for i in range(2)]
+            losses = [mean_loss(module, view.output[i::2] * one, view.y[i::2]) for i in range(2)]
             grads = [torch.autograd.grad(loss, one, create_graph=True)[0] for loss in losses]
             terms.append(grads[0] * grads[1])
-        penalty = torch.stack(terms).mean()
-        if module.progress < self.anneal:
-            return penalty
-        # (R + lambda P) / lambda, as a term beside R
-        return penalty - (1 - 1 / self.penalty) * module.loss(source.output, source.y)
+        return torch.stack(terms).mean() * (1.0 if module.progress < self.anneal else self.penalty)
 
 
 class VREx(Method):
@@ -140,7 +128,7 @@ class VREx(Method):
 
     def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
         """`mean_e (R_e - mean R)^2`."""
-        each = risks(module, source)
+        each = risks(source)
         return (each - each.mean()).square().mean()
 
 
@@ -177,9 +165,9 @@ class Mixup(Method):
             share = random.betavariate(self.alpha, self.alpha)
             mixed = share * unit(one.x) + (1 - share) * unit(other.x)[rows]
             output = module.see(mixed, "source").output
-            assert one.y is not None
             assert other.y is not None
-            terms.append(share * module.loss(output, one.y) + (1 - share) * module.loss(output, other.y[rows]))
+            losses = [mean_loss(module, output, y) for y in (one.y, other.y[rows])]
+            terms.append(share * losses[0] + (1 - share) * losses[1])
         return torch.stack(terms).mean()
 
 
@@ -279,7 +267,7 @@ class MLDG(Method):
         assert source is not None
         views = source.split()
         held_out = int(torch.randint(len(views), ()))
-        training = [module.loss(v.output, v.y) for i, v in enumerate(views) if i != held_out]  # type: ignore[arg-type]
+        training = [view.mean_loss for i, view in enumerate(views) if i != held_out]
         parts = {"backbone": module.backbone, "head": module.head}
         named = {f"{k}.{n}": p for k, part in parts.items() for n, p in part.named_parameters() if p.requires_grad}
         grads = torch.autograd.grad(
@@ -291,4 +279,4 @@ class MLDG(Method):
             for key, part in parts.items():
                 own = {name.partition(".")[2]: p for name, p in moved.items() if name.startswith(f"{key}.")}
                 x = torch.func.functional_call(part, own, (x,))
-        return module.loss(x, view.y)  # type: ignore[arg-type]
+        return mean_loss(module, cast(Tensor, x), view.y)

@@ -60,7 +60,7 @@ class Terms:
 
 
 class LossMean(Metric):
-    """The mean of an evaluation's loss over batches, each weighted by what its own mean has divided by.
+    """The weighted mean of an evaluation's loss over its samples, whatever its batches.
 
     torchmetrics' `MeanMetric` leaves out what is nan, or (`nan_strategy="disable"`, 1.9) the weights.
     """
@@ -74,10 +74,10 @@ class LossMean(Metric):
         self.add_state("total", torch.zeros(()), "sum")
         self.add_state("weight", torch.zeros(()), "sum")
 
-    def update(self, loss: Tensor, weight: float | Tensor) -> None:
-        """Takes in a batch's mean loss, and the number of its samples, or the sum of their weights."""
-        self.total += loss * weight
-        self.weight += weight
+    def update(self, loss: Tensor, weight: Tensor | None = None) -> None:
+        """Takes in the samples' losses (B,) and weights (B,); None: all count the same."""
+        self.total += (loss if weight is None else weight * loss).sum()
+        self.weight += len(loss) if weight is None else weight.sum()
 
     def compute(self) -> Tensor:
         """The mean so far."""

@@ -77,9 +77,13 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 
 def _keep_earlier_defaults(config: dict[str, Any]) -> None:
     """Writes out what a run of version 0.1 left unsaid, and what would mean something else now."""
-    head = ((config.get("model") or {}).get("init_args") or {}).get("head")
+    arguments = (config.get("model") or {}).get("init_args") or {}
+    head = arguments.get("head")
     if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
         head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
+    for method in arguments.get("methods") or []:
+        if isinstance(method, dict) and str(method.get("class_path")).endswith("GroupDRO"):
+            (method.get("init_args") or {}).pop("weight", None)  # of its term, which it has no more
 
 
 def without_weights(model: Any) -> Any:

@@ -56,16 +56,16 @@ class Classification(TransferModule):
         self.said: set[str] = set()
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, C) and class numbers (B,)."""
-        return F.cross_entropy(output, y, weight=self.class_weights, label_smoothing=self.label_smoothing)
+        """Cross-entropy (B,) of logits (B, C) and class numbers (B,)."""
+        return F.cross_entropy(output, y, label_smoothing=self.label_smoothing, reduction="none")
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Shrinkage discriminant analysis."""
         return discriminant(features, y, self.num_outputs)
 
-    def loss_weight(self, y: Tensor) -> float | Tensor:
-        """The sum of the samples' class weights."""
-        return len(y) if self.class_weights is None else self.class_weights[y].sum()
+    def loss_weight(self, y: Tensor) -> Tensor | None:
+        """The weights of the samples' classes."""
+        return None if self.class_weights is None else self.class_weights[y]
 
     def metrics(self) -> MetricCollection:
         """Accuracy (micro), F1 and AUROC (macro, over the classes that are there), calibration error over 15 bins."""

@@ -20,8 +20,8 @@ class Regression(TransferModule):
     monitor = ("val/rmse", "min")
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean squared error of outputs (B, K) and values (B,) or (B, K)."""
-        return F.mse_loss(output, y.view_as(output).to(output.dtype))
+        """Mean squared error (B,) of outputs (B, K) and values (B,) or (B, K)."""
+        return F.mse_loss(output, y.view_as(output).to(output.dtype), reduction="none").mean(1)
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Ridge regression."""

@@ -73,7 +73,7 @@ class GroupDRO(Method):
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
         weight = torch.ones_like(source.output[:, 0]) if source.weight is None else source.weight
-        parts = zip(self.q, weight.split(source.parts), strict=True)
+        parts = zip(self.q, torch.split(weight, list(source.parts)), strict=True)
         source.weight = torch.cat([q * part / part.sum() for q, part in parts])
 
     def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:

@@ -80,7 +80,7 @@ def test_every_method_on_every_task(method, task):
 # what they act on is the features alone, or layers within the backbone
 FEATURES_ONLY = {
     "ADDA", "AFN", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DomainBatchNorm", "LwF", "MDD", "MixStyle",
-    "SHOT", "StochNorm", "SWD",
+    "PADA", "SHOT", "StochNorm", "SWD",
 }  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from tl_modules.errors import UserError
 __all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
-PRETRAINED_LR = 1 / 30  # a pretrained backbone is torn apart by the learning rate that a new head needs
+# a pretrained backbone is torn apart by the learning rate that a new head needs; its last stage alone stands more
+PRETRAINED_LR, LAST_STAGE_LR = 1 / 30, 1 / 3
 
 
 class FineTuning:
@@ -38,8 +39,8 @@ class FineTuning:
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
             rates, Howard and Ruder, ACL 2018); 1 gives all stages the same.
-        backbone_lr: Learning rate of the backbone relative to the head's. None: 1/30 where the backbone is pretrained,
-            1 where it starts at random.
+        backbone_lr: Learning rate of the backbone relative to the head's. None: 1/30 where the backbone is pretrained
+            (`LastStages`: more), 1 where it starts at random.
         batch_norm: "train" normalises by the batch in open stages and moves the running statistics; "eval" keeps those
             of the pretrained weights, which a little data cannot better. None is "eval" where a pretrained backbone is
             fine-tuned on one labelled domain, and "train" elsewhere. Layers without weights, which only standardise,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tl_modules.errors import UserError
-from tl_modules.finetuning.base import FineTuning, Unit
+from tl_modules.finetuning.base import LAST_STAGE_LR, PRETRAINED_LR, FineTuning, Unit
 
 __all__ = ["FeatureExtraction", "FreezeThenUnfreeze", "Full", "GradualUnfreezing", "LastStages"]
 
@@ -29,6 +29,8 @@ class FeatureExtraction(FineTuning):
 class LastStages(FineTuning):
     """Trains the head and the last `k` stages.
 
+    Where nothing else is said, a pretrained backbone gets 1 / (3 k) of the head's learning rate, at least 1/30.
+
     Args:
         k: How many stages, counted from the head.
         **kwargs: As for `FineTuning`.
@@ -39,6 +41,12 @@ class LastStages(FineTuning):
         if k < 0:
             raise UserError(f"k: {k} must not be negative")
         self.k = k
+
+    def relative_lr(self, random: bool) -> float:
+        """More where less is open."""
+        if self.backbone_lr is None and not random:
+            return max(PRETRAINED_LR, LAST_STAGE_LR / max(1, self.k))
+        return super().relative_lr(random)
 
     def depth(self, now: float, stages: int) -> int:
         """The last k."""

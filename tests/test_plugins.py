@@ -38,8 +38,8 @@ class Doubled(Head):
 
 
 class OnlyLate(FineTuning):
-    def depth(self, now, stages):
-        return 1 if now >= 1 else 0
+    def trainable_stages(self, position, stages):
+        return range(stages - 1 if position >= 1 else stages, stages)
 
 
 class MeanMatch(Method):

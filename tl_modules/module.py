@@ -103,7 +103,7 @@ class TransferModule(AbstractTransferModule):
         self.head: nn.Module = head(backbone.out_features, num_outputs)
         self.finetuning = finetuning
         self.num_stages = len(backbone.stages())
-        self.depth = self.num_stages
+        self.trainable = range(self.num_stages)
         self.methods = nn.ModuleList(methods or [])
         self.backbone_lr = finetuning.relative_lr(backbone.random)
         self.reached: set[str] = set()  # the methods whose gradient has been seen to come to something that trains
@@ -262,7 +262,7 @@ class TransferModule(AbstractTransferModule):
         Raises:
             UserError: Its gradient comes to no parameter of backbone or head that trains.
         """
-        if name in self.reached or self.depth != self.finetuning.depth(self.finetuning.end, self.num_stages):
+        if name in self.reached or self.trainable != self._trainable_stages(self.finetuning.end):
             return
         self.reached.add(name)
         if not reaches(term, (*self.backbone.parameters(), *self.head.parameters())):
@@ -398,37 +398,21 @@ class TransferModule(AbstractTransferModule):
 
     def will_train(self, part: nn.Module) -> bool:
         """Whether a part of the backbone is in a stage that is open now or opens later."""
-        depth = self.finetuning.depth(self.finetuning.end, self.num_stages)
-        stages = self.backbone.stages()
-        return any(part is module for stage in stages[len(stages) - depth :] for module in stage.modules())
+        stages, trainable = self.backbone.stages(), self._trainable_stages(self.finetuning.end)
+        return any(part is module for number in trainable for module in stages[number].modules())
 
     def keeps_statistics(self) -> bool:
         """Whether BatchNorm keeps its running statistics, unless the strategy says: in plain fine-tuning."""
         changed = any(method.changes_backbone for _, method in self.named_methods())
         return not (self.backbone.random or self.adapts or changed)
 
+    def _trainable_stages(self, position: float) -> range:
+        return self.finetuning.trainable_stages(position, self.num_stages)
+
     def open_stages(self) -> None:
-        """Opens what is open now."""
-        self.depth = self.finetuning.depth(self.now(), self.num_stages)
+        """Freezes and unfreezes stages as the position in training says."""
+        self.trainable = self._trainable_stages(self.now())
         self.finetuning.apply(self, self.now())
-
-    def closed_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The parameters and buffers that must not move now, by stage and by name.
-
-        While a stage is closed, what belongs to no stage is too; the head is, where none of it trains.
-        """
-        stages = self.backbone.stages()
-        closed = len(stages) - self.depth
-        owner = {id(t): n for n, stage in enumerate(stages) for t in (*stage.parameters(), *stage.buffers())}
-        head_rests = not any(p.requires_grad for p in self.head.parameters())
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-            stage = owner.get(id(tensor), -1)
-            if name.startswith("backbone.") and stage < closed and closed:
-                found.setdefault(f"stage_{stage}" if stage >= 0 else "a part in no stage", {})[name] = tensor.detach()
-            elif name.startswith("head.") and head_rests:
-                found.setdefault("head", {})[name] = tensor.detach()
-        return found
 
     def on_train_epoch_start(self) -> None:
         """Opens what this epoch opens."""
@@ -437,7 +421,7 @@ class TransferModule(AbstractTransferModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Opens what this step opens."""
-        if self.finetuning.unit != "epochs" and self.finetuning.depth(self.now(), self.num_stages) != self.depth:
+        if self.finetuning.unit != "epochs" and self._trainable_stages(self.now()) != self.trainable:
             self.open_stages()
 
     def train(self, mode: bool = True) -> TransferModule:

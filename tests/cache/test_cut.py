@@ -140,6 +140,6 @@ def test_what_the_cut_gets_wrong_is_noticed():
 def test_strategies_and_cuts_agree_on_what_is_closed():
     strategy = LastStages(1)
     backbone = ConvNet(4)
-    both = cut(backbone, len(backbone.stages()) - strategy.depth(0, 3))
+    both = cut(backbone, strategy.trainable_stages(0, 3).start)
     closed = {id(p) for stage in backbone.stages()[:2] for p in stage.parameters()}
     assert {id(p) for p in both.trunk.parameters()} == closed

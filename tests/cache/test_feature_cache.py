@@ -22,10 +22,9 @@ from tl_modules import (
     LastStages,
     Method,
     UserError,
-    fingerprints,
 )
 from tl_modules.batch.cached import Cached
-from tl_modules.cache import FeatureCache
+from tl_modules.cache import FeatureCache, fingerprints
 from tl_modules.cache.store import Store
 from tl_modules.runs.directory import read_config
 

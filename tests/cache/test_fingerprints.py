@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from tl_modules import ConvNet, fingerprints
+from tl_modules import ConvNet
+from tl_modules.cache import fingerprints
 from tl_modules.cache.fingerprints import Unnamed, named
 
 

@@ -47,7 +47,7 @@ def test_closed_stages_keep_nothing_for_a_backward_pass(strategy):
     """At most 10 % more than the no-grad forward of the closed part and what the open part needs."""
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=strategy).train()
     x, y = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8), torch.arange(4)
-    both = cut(module.backbone, 5 - strategy.depth(0, 5))
+    both = cut(module.backbone, strategy.trainable_stages(0, 5).start)
     with torch.no_grad():
         boundary = run_trunk(both, x)
 

@@ -9,13 +9,16 @@ from methods.cases import Several, fit, same
 
 from tl_modules import (
     Backbone,
+    BitFit,
     Classification,
     ConvNet,
     FeatureExtraction,
+    FirstStages,
     FreezeThenUnfreeze,
     Full,
     GradualUnfreezing,
     LastStages,
+    NormOnly,
     UserError,
 )
 from tl_modules.cache import FeatureCache
@@ -35,7 +38,7 @@ DEPTHS = [
 
 @pytest.mark.parametrize(("strategy", "depths"), DEPTHS)
 def test_depth(strategy, depths):
-    assert [strategy.depth(epoch, 4) for epoch in range(6)] == depths
+    assert [strategy.trainable_stages(epoch, 4) for epoch in range(6)] == [range(4 - depth, 4) for depth in depths]
     assert strategy.opens_later(4) == (depths[0] != 4 and not isinstance(strategy, FeatureExtraction | LastStages))
 
 
@@ -45,7 +48,8 @@ def test_depth(strategy, depths):
     (FreezeThenUnfreeze(0.5, "fraction"), [0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4]),
 ])  # fmt: skip
 def test_depth_by_fraction(strategy, depths):
-    assert [strategy.depth(tenths / 10, 4) for tenths in range(11)] == depths
+    found = [strategy.trainable_stages(tenths / 10, 4) for tenths in range(11)]
+    assert found == [range(4 - depth, 4) for depth in depths]
     assert strategy.opens_later(4)
 
 
@@ -262,3 +266,72 @@ def test_a_fraction_needs_an_end(tl):
 def test_lr_decay_has_a_range(wrong):
     with pytest.raises(UserError, match="lr_decay"):
         Full(lr_decay=wrong)
+
+
+class Tied(Backbone):
+    """The first and the last stage share a weight."""
+
+    out_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def stages(self):
+        return list(self.layers)
+
+
+def test_what_two_stages_share_belongs_to_the_first():
+    module = Classification(Tied(), 3, finetuning=LastStages(1))
+    shared, bias = module.backbone.layers[0].weight, module.backbone.layers[2].bias
+    assert not shared.requires_grad
+    assert bias.requires_grad
+    groups = {group["name"]: [id(p) for p in group["params"]] for group in module.finetuning.param_groups(module)}
+    assert id(shared) in groups["stage_0"]
+    assert groups["stage_2"] == [id(bias)]
+    module.open_stages()
+    assert "backbone.layers.0.weight" in module.finetuning.frozen_tensors(module)["stage_0"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"), [(BitFit(), "bias"), (NormOnly(), "norm")], ids=lambda v: type(v).__name__
+)
+def test_part_of_the_parameters_trains(strategy, kind):
+    """The rest is as it was to the bit, is not in the optimizer, and is left out of small checkpoints."""
+    module = Classification(ConvNet(4), 3, finetuning=strategy, save="trainable")
+    norms = {f"backbone.{n}" for n, m in module.backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    trains = {
+        name for name, _ in module.named_parameters()
+        if name.startswith("head.") or (name.endswith(".bias") if kind == "bias" else name.rpartition(".")[0] in norms)
+    }  # fmt: skip
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    trainer = fit(module, Several("image", ("target",)))
+    assert {name for name, p in module.named_parameters() if not torch.equal(p, before[name])} == trains
+    held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in module.named_parameters() if name in trains}
+    frozen = module.finetuning.frozen_tensors(module)
+    assert {name for named in frozen.values() for name in named} == before.keys() - trains
+    assert module.finetuning.never_trains(module).keys() == before.keys() - trains
+
+
+def test_the_first_stages_train_alone():
+    module = Classification(ConvNet(4), 3, finetuning=FirstStages(1))
+    module.train()
+    assert [stage.training for stage in module.backbone.stages()] == [True, False, False]
+    before = digests(module, "backbone")
+    fit(module, Several("image", ("target",)))
+    moved = {name.split(".")[2] for name, digest in digests(module, "backbone").items() if digest != before[name]}
+    assert moved == {"0"}
+
+
+def test_nothing_of_the_kind_is_said():
+    with pytest.raises(UserError, match="NormOnly finds no parameter to train in Tied"):
+        Classification(Tied(), 3, finetuning=NormOnly())
+    with pytest.raises(UserError, match="k: 0 must be at least 1"):
+        FirstStages(0)

@@ -90,7 +90,7 @@ def test_no_method_does_nothing_in_silence(method, strategy):
     """Either it moves something that trains, or one sentence says that it cannot, and what to change."""
     module = build([method], "vector", finetuning=strategy())
     before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
-    opens_later = strategy().depth(0, 2) < strategy().depth(1, 2)
+    opens_later = strategy().opens_later(2)
     if (strategy is FeatureExtraction and method.__name__ in FEATURES_ONLY) or (opens_later and method is SHOT):
         with pytest.raises(
             UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"

@@ -36,7 +36,7 @@ class AbstractTransferModule(LightningModule, ABC):
     head: nn.Module
     finetuning: Any
     num_stages: int
-    depth: int
+    trainable: range
     backbone_lr: float
     optimizer: Any
     lr_scheduler: Any
@@ -85,10 +85,6 @@ class AbstractTransferModule(LightningModule, ABC):
     @abstractmethod
     def keeps_statistics(self) -> bool:
         """Returns whether BatchNorm keeps its running statistics."""
-
-    @abstractmethod
-    def closed_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the parameters and buffers that must not move now."""
 
     @abstractmethod
     def task_description(self) -> dict[str, Any]:

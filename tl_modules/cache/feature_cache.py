@@ -377,7 +377,8 @@ def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
         each = trainer.num_training_batches / trainer.accumulate_grad_batches
         now = strategy.end if each == math.inf else (now + 1) * math.ceil(each) - 1  # what opens after it is later
         now = now / steps if strategy.unit == "fraction" else now
-    return module.num_stages - strategy.depth(now, module.num_stages)
+    trainable = strategy.trainable_stages(now, module.num_stages)
+    return trainable.start if trainable else module.num_stages
 
 
 def _passes(trainer: Trainer, module: TransferModule) -> int:

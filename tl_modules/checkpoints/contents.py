@@ -34,7 +34,7 @@ def save(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
     checkpoint["transfer"] = module.task_description()
     checkpoint["random_backbone"] = module.backbone.random
     if module.save == "trainable":
-        left_out = never_trains(module)
+        left_out = module.finetuning.never_trains(module)
         module.left_out = module.left_out or fingerprint(left_out)  # what never trains never changes
         checkpoint["left_out"] = module.left_out
         for key in STATES & checkpoint.keys():
@@ -48,7 +48,9 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
         UserError: The checkpoint belongs to another network, or to a backbone with other weights.
     """
     if "left_out" in checkpoint:
-        left_out = {k: v for k, v in never_trains(module).items() if k not in checkpoint["state_dict"]}
+        left_out = {
+            k: v for k, v in module.finetuning.never_trains(module).items() if k not in checkpoint["state_dict"]
+        }
         if checkpoint["left_out"] != fingerprint(left_out):
             raise UserError(
                 "checkpoint: it was saved with save: trainable on a backbone with other weights than this one; "
@@ -70,14 +72,6 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)
     if resumes:
         resume_rates(module, checkpoint)
-
-
-def never_trains(module: AbstractTransferModule) -> dict[str, Tensor]:
-    """The backbone's parameters that the strategy never opens, by name."""
-    stages = module.backbone.stages()
-    closed = len(stages) - module.finetuning.depth(module.finetuning.end, len(stages))
-    held = {id(p) for stage in stages[:closed] for p in stage.parameters()}
-    return {name: p.detach() for name, p in module.named_parameters() if id(p) in held}
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -31,14 +31,14 @@ class FreezeAudit(Callback):
 
     def __init__(self, check: bool = True) -> None:
         self.check = check
-        self.depth: int | None = None
+        self.trainable: range | None = None
         self.sums: dict[str, list[int]] = {}
         self.epoch_starts = False
         self.waiting: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier fit."""
-        self.depth, self.sums, self.waiting = None, {}, {}
+        self.trainable, self.sums, self.waiting = None, {}, {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that goes on within an epoch does not come here: it can't speak of the whole epoch."""
@@ -51,9 +51,9 @@ class FreezeAudit(Callback):
         if self.epoch_starts:
             self.epoch_starts = False
             self.waiting = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        if pl_module.depth == self.depth:
+        if pl_module.trainable == self.trainable:
             return
-        self.depth = pl_module.depth
+        self.trainable = pl_module.trainable
         if self.check:
             check_optimizer(pl_module, trainer.optimizers)
             self.sums = {name: self.sums.get(name, sums) for name, sums in checksums(pl_module).items()}
@@ -98,7 +98,7 @@ class FreezeAudit(Callback):
         """
         if not self.check or not isinstance(pl_module, AbstractTransferModule) or not self.sums:
             return
-        state, closed = checkpoint["state_dict"], pl_module.closed_tensors()
+        state, closed = checkpoint["state_dict"], pl_module.finetuning.frozen_tensors(pl_module)
         held = {n: {k: state.get(k, t).detach() for k, t in named.items()} for n, named in closed.items()}
         own = {t.data_ptr() for named in closed.values() for t in named.values()}
         if any(t.data_ptr() not in own for named in held.values() for t in named.values()):
@@ -133,7 +133,7 @@ def check_optimizer(module: AbstractTransferModule, optimizers: list[torch.optim
 
 def checksums(module: AbstractTransferModule) -> dict[str, list[int]]:
     """A sum over the bits of each tensor that must not move now, by stage."""
-    return sums_of(module.closed_tensors())
+    return sums_of(module.finetuning.frozen_tensors(module))
 
 
 def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:

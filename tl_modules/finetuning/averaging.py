@@ -25,7 +25,7 @@ def keep_exact(module: AbstractTransferModule) -> None:
         UserError: A callback cannot be kept from moving what is closed.
     """
     for callback in cast(Any, module.trainer).callbacks:
-        opens_all = module.finetuning.depth(0, module.num_stages) == module.num_stages
+        opens_all = len(module.finetuning.trainable_stages(0, module.num_stages)) == module.num_stages
         if isinstance(callback, StochasticWeightAveraging) and not opens_all:
             raise UserError(
                 "callbacks: StochasticWeightAveraging takes BatchNorm's statistics anew, those of closed stages too; "
@@ -45,14 +45,14 @@ class _Update:
 
     def __init__(self, average: Any) -> None:
         self.average, self.update = average, average.update_parameters
-        self.depth: int | None = None
+        self.trainable: range | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def __call__(self, module: AbstractTransferModule) -> None:
-        if self.depth != module.depth:
+        if self.trainable != module.trainable:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
-            self.depth, self.pairs = module.depth, [(mine[name], tensor) for name, tensor in _resting(module)]
+            self.trainable, self.pairs = module.trainable, [(mine[name], tensor) for name, tensor in _resting(module)]
         for average, current in self.pairs:
             if average.shape != current.shape:  # a buffer that has got its size since
                 average.resize_(current.shape)
@@ -65,4 +65,8 @@ def _resting(module: AbstractTransferModule) -> list[tuple[str, Tensor]]:
     """What no optimizer moves now: what is closed, and the methods' buffers and parameters without gradient."""
     methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
     buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]
-    return methods + buffers + [pair for named in module.closed_tensors().values() for pair in named.items()]
+    return (
+        methods
+        + buffers
+        + [pair for named in module.finetuning.frozen_tensors(module).values() for pair in named.items()]
+    )

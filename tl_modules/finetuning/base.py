@@ -1,9 +1,9 @@
-"""What every fine-tuning strategy is: a pure function from how far training is to what is open.
+"""Defines a fine-tuning strategy: a pure function from the position in training to what trains.
 
-    stages   [ 0 ][ 1 ][ 2 ][ 3 ][ head ]
-    depth 0    -    -    -    -     x        x trains; - is closed: no gradient, and in eval mode, so that
-    depth 2    -    -    x    x     x        BatchNorm's statistics rest too
-    depth 4    x    x    x    x     x
+    stages        [ 0 ][ 1 ][ 2 ][ 3 ][ head ]
+    range(4, 4)     -    -    -    -     x        x trains; - is frozen: no gradient, and in eval mode, so that
+    range(2, 4)     -    -    x    x     x        BatchNorm keeps its running statistics
+    range(0, 4)     x    x    x    x     x
 
 Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
 in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
@@ -13,9 +13,10 @@ wraps the module, so that DDP sees it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.batch.protocol import AbstractTransferModule
@@ -24,23 +25,25 @@ from tl_modules.errors import UserError
 __all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
-# a pretrained backbone is torn apart by the learning rate that a new head needs; its last stage alone stands more
-PRETRAINED_LR, LAST_STAGE_LR = 1 / 30, 1 / 3
+# a pretrained backbone is torn apart by the learning rate that a new head needs; a small part of it stands more
+PRETRAINED_LR, PART_LR = 1 / 30, 1 / 3
 
 
 class FineTuning:
     """Decides which stages of the backbone train; the head and the methods always do.
 
-    A subclass writes `depth`. It may only open stages as training goes on, never close one.
+    A subclass writes `trainable_stages`, and `trains` if only some parameters of these stages are to train. Stages may
+    be unfrozen during training, never frozen again.
 
     Attributes:
-        unit: What `depth` counts in.
+        unit: What the position is counted in.
+        pretrained_lr: The default of `backbone_lr` for a pretrained backbone.
 
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
             rates, Howard and Ruder, ACL 2018); 1 gives all stages the same.
-        backbone_lr: Learning rate of the backbone relative to the head's. None: 1/30 where the backbone is pretrained
-            (`LastStages`: more), 1 where it starts at random.
+        backbone_lr: Learning rate of the backbone relative to the head's. None: `pretrained_lr` if the backbone is
+            pretrained, 1 if it starts at random.
         batch_norm: "train" normalises by the batch in open stages and moves the running statistics; "eval" keeps those
             of the pretrained weights, which a little data cannot better. None is "eval" where a pretrained backbone is
             fine-tuned on one labelled domain, and "train" elsewhere. Layers without weights, which only standardise,
@@ -48,6 +51,7 @@ class FineTuning:
     """
 
     unit: Unit = "epochs"
+    pretrained_lr: float = PRETRAINED_LR
 
     def __init__(
         self,
@@ -65,53 +69,128 @@ class FineTuning:
         """The backbone's learning rate relative to the head's, where its weights start at random or not."""
         if self.backbone_lr is not None:
             return self.backbone_lr
-        return 1.0 if random else PRETRAINED_LR
+        return 1.0 if random else self.pretrained_lr
 
-    def depth(self, now: float, stages: int) -> int:
-        """How many of the `stages`, counted from the head, train.
+    def trainable_stages(self, position: float, stages: int) -> range:
+        """Returns which stages train, numbered from the input.
 
         Args:
-            now: How far training is, in `unit`: the epoch (from 0), the optimizer steps taken, or their fraction.
+            position: How far training is, in `unit`: the epoch (from 0), the optimizer steps taken, or their fraction.
             stages: How many the backbone has.
         """
         raise NotImplementedError
 
+    def trains(self, name: str, owner: nn.Module) -> bool:
+        """Returns whether a parameter of a stage that trains does.
+
+        Args:
+            name: Its name in the module that holds it, e.g. "bias".
+            owner: That module.
+        """
+        return True
+
     @property
     def end(self) -> float:
-        """The `now` after which nothing opens any more."""
+        """The largest position: what is frozen there is frozen for the whole run."""
         return 1.0 if self.unit == "fraction" else float(sys.maxsize)
 
     def opens_later(self, stages: int) -> bool:
-        """Whether a stage that is closed at the start will train."""
-        return self.depth(self.end, stages) != self.depth(0, stages)
+        """Returns whether a stage that is frozen at the start will train."""
+        return self.trainable_stages(self.end, stages) != self.trainable_stages(0, stages)
+
+    def parameters(self, stages: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Parameter, bool]]:
+        """Yields every parameter once: the first stage that holds it, itself, and whether it trains with its stage."""
+        seen: set[int] = set()
+        for number, stage in enumerate(stages):
+            for owner in stage.modules():
+                for name, parameter in owner.named_parameters(recurse=False):
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield number, parameter, self.trains(name, owner)
 
     def prepare(self, module: AbstractTransferModule) -> None:
-        """Called once when the module is built: closes for good what never opens."""
+        """Freezes for good what never trains; called once, when the module is built.
+
+        Raises:
+            UserError: The strategy trains parameters of a kind that the backbone lacks.
+        """
+        stages = module.backbone.stages()
+        trains = [each for *_, each in self.parameters(stages)]
+        if trains and not any(trains):
+            raise UserError(
+                f"finetuning: {type(self).__name__} finds no parameter to train in {type(module.backbone).__name__}; "
+                "take LastStages, or FeatureExtraction if only the head is to train"
+            )
         self.apply(module, self.end)
 
-    def apply(self, module: AbstractTransferModule, now: float) -> None:
-        """Opens and closes the stages: requires_grad and, in training, train or eval mode."""
+    def apply(self, module: AbstractTransferModule, position: float) -> None:
+        """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
         stages = module.backbone.stages()
-        closed = len(stages) - self.depth(now, len(stages))
-        # what belongs to no stage (containers, a BatchNorm without parameters) rests until all stages are open
-        module.backbone.train(module.training and not closed)
+        trainable = self.trainable_stages(position, len(stages))
+        # what belongs to no stage (containers, a BatchNorm without parameters) is frozen until all stages train
+        module.backbone.train(module.training and len(trainable) == len(stages))
         for number, stage in enumerate(stages):
-            stage.requires_grad_(number >= closed)
-            stage.train(number >= closed and module.training)
+            stage.train(number in trainable and module.training)
+        for number, parameter, trains in self.parameters(stages):
+            parameter.requires_grad_(number in trainable and trains)
         if self.batch_norm == "eval" or (self.batch_norm is None and module.keeps_statistics()):
             for layer in module.backbone.modules():
                 if isinstance(layer, _BatchNorm) and layer.affine:
                     layer.eval()
 
     def param_groups(self, module: AbstractTransferModule) -> Iterator[dict[str, Any]]:
-        """Every parameter once, in groups `head`, the methods' names, `stage_N`; `lr_scale` multiplies the lr."""
-        parts = [("head", list(module.head.parameters()), 1.0)]
-        # methods also keep teachers and starts, which never train
-        parts += [(name, [p for p in m.parameters() if p.requires_grad], 1.0) for name, m in module.named_methods()]
+        """Yields groups `head`, the methods' names, `stage_N`, with every parameter once; `lr_scale` multiplies the lr.
+
+        A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
+        not train with its stage is left out.
+        """
         stages = module.backbone.stages()
+        of_stage: list[list[nn.Parameter]] = [[] for _ in stages]
+        seen: set[int] = set()
+        for number, parameter, trains in self.parameters(stages):
+            seen.add(id(parameter))
+            if trains:
+                of_stage[number].append(parameter)
+        # methods also hold networks that never train (a teacher, a copy of the pretrained one)
+        methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
+        for name, parameters in (("head", list(module.head.parameters())), *methods):
+            own = [p for p in parameters if id(p) not in seen]
+            seen |= {id(p) for p in own}
+            if own:
+                yield {"name": name, "params": own, "lr_scale": 1.0}
         for number in reversed(range(len(stages))):
             scale = module.backbone_lr * self.lr_decay ** (len(stages) - number)
-            parts.append((f"stage_{number}", list(stages[number].parameters()), scale))
-        for name, parameters, scale in parts:
-            if parameters:
-                yield {"name": name, "params": parameters, "lr_scale": scale}
+            if of_stage[number]:
+                yield {"name": f"stage_{number}", "params": of_stage[number], "lr_scale": scale}
+
+    def frozen_tensors(self, module: AbstractTransferModule) -> dict[str, dict[str, Tensor]]:
+        """Returns the parameters and buffers that must not change now, by part and by name.
+
+        While a stage is frozen, what belongs to no stage is too; the head is if none of it trains.
+        """
+        stages = module.backbone.stages()
+        stage_of: dict[int, int] = {}
+        for number, stage in enumerate(stages):
+            for tensor in (*stage.parameters(), *stage.buffers()):
+                stage_of.setdefault(id(tensor), number)
+        head_is_frozen = not any(p.requires_grad for p in module.head.parameters())
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            number = stage_of.get(id(tensor), -1)
+            part = None
+            if name.startswith("backbone.") and number not in module.trainable and len(module.trainable) < len(stages):
+                part = f"stage_{number}" if number >= 0 else "a part in no stage"
+            elif number in module.trainable and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                part = f"a part of stage_{number}"
+            elif name.startswith("head.") and head_is_frozen:
+                part = "head"
+            if part:
+                found.setdefault(part, {})[name] = tensor.detach()
+        return found
+
+    def never_trains(self, module: AbstractTransferModule) -> dict[str, Tensor]:
+        """Returns the backbone's parameters that are frozen for the whole run, by name."""
+        stages = module.backbone.stages()
+        trainable = self.trainable_stages(self.end, len(stages))
+        frozen = {id(p) for number, p, trains in self.parameters(stages) if number not in trainable or not trains}
+        return {name: p.detach() for name, p in module.named_parameters() if id(p) in frozen}

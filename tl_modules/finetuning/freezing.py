@@ -1,35 +1,46 @@
-"""Strategies that close stages: each is one line of `depth`."""
+"""Strategies that freeze stages or parameters: each is a line or two."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tl_modules.errors import UserError
-from tl_modules.finetuning.base import LAST_STAGE_LR, PRETRAINED_LR, FineTuning, Unit
+from torch import nn
 
-__all__ = ["FeatureExtraction", "FreezeThenUnfreeze", "Full", "GradualUnfreezing", "LastStages"]
+from tl_modules.errors import UserError
+from tl_modules.finetuning.base import PART_LR, PRETRAINED_LR, FineTuning, Unit
+
+__all__ = [
+    "BitFit",
+    "FeatureExtraction",
+    "FirstStages",
+    "FreezeThenUnfreeze",
+    "Full",
+    "GradualUnfreezing",
+    "LastStages",
+    "NormOnly",
+]
 
 
 class Full(FineTuning):
     """Trains every stage from the start (the classical fine-tuning)."""
 
-    def depth(self, now: float, stages: int) -> int:
+    def trainable_stages(self, position: float, stages: int) -> range:
         """All."""
-        return stages
+        return range(stages)
 
 
 class FeatureExtraction(FineTuning):
     """Trains the head on a frozen backbone."""
 
-    def depth(self, now: float, stages: int) -> int:
+    def trainable_stages(self, position: float, stages: int) -> range:
         """None."""
-        return 0
+        return range(stages, stages)
 
 
 class LastStages(FineTuning):
     """Trains the head and the last `k` stages.
 
-    Where nothing else is said, a pretrained backbone gets 1 / (3 k) of the head's learning rate, at least 1/30.
+    If nothing else is said, a pretrained backbone gets 1 / (3 k) of the head's learning rate, at least 1/30.
 
     Args:
         k: How many stages, counted from the head.
@@ -41,20 +52,37 @@ class LastStages(FineTuning):
         if k < 0:
             raise UserError(f"k: {k} must not be negative")
         self.k = k
+        self.pretrained_lr = max(PRETRAINED_LR, PART_LR / max(1, k))
 
-    def relative_lr(self, random: bool) -> float:
-        """More where less is open."""
-        if self.backbone_lr is None and not random:
-            return max(PRETRAINED_LR, LAST_STAGE_LR / max(1, self.k))
-        return super().relative_lr(random)
-
-    def depth(self, now: float, stages: int) -> int:
+    def trainable_stages(self, position: float, stages: int) -> range:
         """The last k."""
-        return min(self.k, stages)
+        return range(max(0, stages - self.k), stages)
+
+
+class FirstStages(FineTuning):
+    """Trains the head and the first `k` stages: surgical fine-tuning (Lee et al., ICLR 2023).
+
+    For a target whose inputs look different (noise, blur, another sensor) while the labels mean the same.
+
+    Args:
+        k: How many stages, counted from the input.
+        **kwargs: As for `FineTuning`.
+    """
+
+    def __init__(self, k: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if k < 1:
+            raise UserError(f"k: {k} must be at least 1")
+        self.k = k
+        self.pretrained_lr = PART_LR
+
+    def trainable_stages(self, position: float, stages: int) -> range:
+        """The first k."""
+        return range(min(self.k, stages))
 
 
 class GradualUnfreezing(FineTuning):
-    """Opens one more stage every so often, from the head down (Howard and Ruder, ACL 2018).
+    """Unfreezes one more stage every so often, from the head down (Howard and Ruder, ACL 2018).
 
     Args:
         every: How long between two openings, in `unit`; the first stage opens after the head has trained alone so long.
@@ -66,16 +94,19 @@ class GradualUnfreezing(FineTuning):
         super().__init__(**kwargs)
         self.every, self.unit = _checked("every", every, unit), unit
 
-    def depth(self, now: float, stages: int) -> int:
+    def trainable_stages(self, position: float, stages: int) -> range:
         """One more each time."""
-        return min(int(now / self.every + 1e-9), stages)
+        return range(max(0, stages - int(position / self.every + 1e-9)), stages)
 
 
 class FreezeThenUnfreeze(FineTuning):
-    """Trains the head alone for a while, then everything (fastai's fine_tune).
+    """Trains the head alone for a while, then everything.
+
+    This is fastai's `fine_tune`; with `after: 0.5, unit: fraction` it is LP-FT, linear probing, then fine-tuning (Kumar
+    et al., ICLR 2022).
 
     Args:
-        after: How long the backbone stays closed, in `unit`.
+        after: How long the backbone stays frozen, in `unit`.
         unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
         **kwargs: As for `FineTuning`.
     """
@@ -84,9 +115,29 @@ class FreezeThenUnfreeze(FineTuning):
         super().__init__(**kwargs)
         self.after, self.unit = _checked("after", after, unit), unit
 
-    def depth(self, now: float, stages: int) -> int:
+    def trainable_stages(self, position: float, stages: int) -> range:
         """None, then all."""
-        return stages if now >= self.after else 0
+        return range(0 if position >= self.after else stages, stages)
+
+
+class BitFit(Full):
+    """Trains the head and the biases of all layers (Ben Zaken et al., ACL 2022)."""
+
+    pretrained_lr = PART_LR
+
+    def trains(self, name: str, owner: nn.Module) -> bool:
+        """The biases."""
+        return name.endswith("bias")
+
+
+class NormOnly(Full):
+    """Trains the head, and scale and shift of all normalisation layers (Frankle et al., ICLR 2021)."""
+
+    pretrained_lr = PART_LR
+
+    def trains(self, name: str, owner: nn.Module) -> bool:
+        """Those of a layer that is called a norm."""
+        return "norm" in type(owner).__name__.lower()
 
 
 def _checked(name: str, value: float, unit: Unit) -> float:

@@ -31,7 +31,7 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
         loaders: Of the training data, by domain.
     """
     trainer, head = module.trainer, module.head
-    opens = module.finetuning.depth(module.finetuning.end, module.num_stages)
+    opens = module.finetuning.trainable_stages(module.finetuning.end, module.num_stages)
     if not isinstance(head, LinearHead) or not head.closed_form:
         return
     if opens or module.backbone.random or trainer.ckpt_path is not None:

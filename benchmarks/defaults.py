@@ -168,10 +168,10 @@ def fit(backbone, data, strategy, seed, epochs):
 
 
 def table(rows):
-    """Means over seeds, in Markdown; the standard error of each opened strategy's difference to the frozen one."""
+    """Means over seeds, in Markdown; the difference of each strategy to `FeatureExtraction`, and its standard error."""
     ways = ("LDA", *STRATEGIES)
     print("| data, a class | backbone | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 2))
-    low = []
+    low, over_all = [], {way: [] for way in ways}
     for data, backbone in dict.fromkeys((row["data"], row["backbone"]) for row in rows):
         found = {way: {} for way in ways}
         for row in rows:
@@ -182,6 +182,7 @@ def table(rows):
             cells.append(f"{statistics.mean(by.values()):.3f}" if by else "")
             against = found["FeatureExtraction"]
             pairs = [by[seed] - against[seed] for seed in by if seed in against]
+            over_all[way] += [statistics.mean(pairs)] if pairs else []
             if len(pairs) > 1 and way not in ("LDA", "FeatureExtraction"):
                 error = statistics.stdev(pairs) / len(pairs) ** 0.5
                 cells[-1] += f" ({statistics.mean(pairs):+.3f}, se {error:.3f})"
@@ -189,6 +190,10 @@ def table(rows):
                     low.append(f"{data}, {backbone}, {way}")
         print(f"| {data} | {backbone} | " + " | ".join(cells) + " |")
     print("below FeatureExtraction by more than a standard error: " + ("; ".join(low) or "none"))
+    for way, means in over_all.items():
+        if len(means) > 1 and way != "FeatureExtraction":
+            error = statistics.stdev(means) / len(means) ** 0.5
+            print(f"{way} - FeatureExtraction over {len(means)} rows: {statistics.mean(means):+.3f} (se {error:.3f})")
 
 
 def main():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Unit = Literal["epochs", "steps", "fraction"]
 # a pretrained backbone is torn apart by the learning rate that a new head needs; its last stage alone stands more
-PRETRAINED_LR, LAST_STAGE_LR = 1 / 30, 1 / 3
+PRETRAINED_LR, LAST_STAGE_LR = 1 / 30, 1 / 10
 
 
 class FineTuning:

@@ -26,7 +26,7 @@ __all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
 # a pretrained backbone is torn apart by the learning rate that a new head needs; a small part of it stands more
-PRETRAINED_LR, PART_LR = 1 / 30, 1 / 3
+PRETRAINED_LR, PART_LR = 1 / 30, 1 / 10
 
 
 class FineTuning:

@@ -40,7 +40,7 @@ class FeatureExtraction(FineTuning):
 class LastStages(FineTuning):
     """Trains the head and the last `k` stages.
 
-    If nothing else is said, a pretrained backbone gets 1 / (3 k) of the head's learning rate, at least 1/30.
+    If nothing else is said, a pretrained backbone gets 1 / (10 k) of the head's learning rate, at least 1/30.
 
     Args:
         k: How many stages, counted from the head.

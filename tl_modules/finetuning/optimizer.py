@@ -2,7 +2,7 @@
 
 part                         learning rate                       changed by
 head, methods                3e-3 (AdamW)                        --model.optimizer.lr
-stages, pretrained           1/30 of that; 1/3 if few train      --model.finetuning.backbone_lr
+stages, pretrained           1/30 of that; 1/10 if little trains --model.finetuning.backbone_lr
 stages, random               as the head                         --model.finetuning.backbone_lr
 a stage below another one    x lr_decay                          --model.finetuning.lr_decay
 each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant

@@ -136,8 +136,8 @@ class NormOnly(Full):
     pretrained_lr = PART_LR
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """Those of a layer that is called a norm."""
-        return "norm" in type(owner).__name__.lower()
+        """Those of a layer whose class, or one that it derives from, is called a norm."""
+        return any("norm" in kind.__name__.lower() for kind in type(owner).__mro__)
 
 
 def _checked(name: str, value: float, unit: Unit) -> float:

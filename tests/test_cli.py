@@ -321,6 +321,14 @@ def test_the_end_says_what_was_kept_and_why(ok, tmp_path):
     assert f"kept epoch {metrics['epoch']}: val/accuracy {metrics['val/accuracy']:.4g} (highest)" in printed
 
 
+@pytest.mark.parametrize("line", [
+    "fit --model.help Classification --trainer.max_epochs 3", "fit --model.help=Classification --trainer.max_epochs 3",
+    "fit --data.help Digits --model Classification --name x", "fit --model.finetuning.help BitFit --trainer.logger false",
+])  # fmt: skip
+def test_options_beside_help_are_options(line, ok):
+    assert "Help for --" in ok(line)
+
+
 def test_the_help_of_heads_names_ours(ok, tl):
     text = " ".join(tl("fit --model.help Classification").out.split())
     known = text.partition("--model.head HEAD Class or function")[2].partition("--model.finetuning")[0]

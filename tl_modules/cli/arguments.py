@@ -51,6 +51,17 @@ def own_config(args: Sequence[str]) -> list[Any]:
     return said
 
 
+def help_last(args: Sequence[str]) -> list[str]:
+    """Puts `--model.help X` at the end: the parser would take what follows it for options of X (4.53)."""
+    others: list[str] = []
+    asked: list[str] = []
+    for before, word in zip(["", *args], args, strict=False):
+        is_help = word.startswith("--") and word.partition("=")[0].endswith(".help")
+        is_value = bool(asked) and before == asked[-1] and "=" not in before and not word.startswith("-")
+        (asked if is_help or is_value else others).append(word)
+    return others + asked
+
+
 def nested_nulls(args: Sequence[str]) -> list[str]:
     """Writes `--model.backbone.weights null` as a config: the parser would make the word None of it (4.53)."""
     words: list[str] = []

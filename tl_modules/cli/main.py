@@ -31,7 +31,7 @@ import datamodules
 import tl_modules
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
-from tl_modules.cli.arguments import given, nested_nulls, own_config, values, with_defaults, without
+from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.messages import explain, named, sentence
 from tl_modules.cli.precision import best_precision
@@ -109,7 +109,7 @@ class TransferCLI(LightningCLI):
         self.configured = False
         self.trusted: list[str] = []
         self.command = next((word for word in args if word in COMMANDS), None)
-        words = nested_nulls(args)
+        words = nested_nulls(help_last(args))
         if self.command and not {"-h", "--help"} & set(words):
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")

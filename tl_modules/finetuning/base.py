@@ -42,8 +42,8 @@ class FineTuning:
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
             rates, Howard and Ruder, ACL 2018); 1 gives all stages the same.
-        backbone_lr: Learning rate of the backbone relative to the head's. None: `pretrained_lr` if the backbone is
-            pretrained, 1 if it starts at random.
+        backbone_lr: Learning rate of the backbone relative to the head's. None: if the backbone is pretrained, 1/30, or
+            1/10 in strategies that train little of it; if it starts at random, 1.
         batch_norm: "train" normalises by the batch in open stages and moves the running statistics; "eval" keeps those
             of the pretrained weights, which a little data cannot better. None is "eval" where a pretrained backbone is
             fine-tuned on one labelled domain, and "train" elsewhere. Layers without weights, which only standardise,

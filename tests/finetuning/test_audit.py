@@ -57,13 +57,8 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def faults(tmp_path, monkeypatch):
-    (tmp_path / "faults.py").write_text(FAULTS)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    import sys
-
-    sys.modules.pop("faults", None)
+def faults(module_file):
+    module_file("faults", FAULTS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -75,13 +75,8 @@ class FragileDigits(Digits):
 
 
 @pytest.fixture(autouse=True)
-def plugins(tmp_path, monkeypatch):
-    (tmp_path / "plugins.py").write_text(PLUGINS)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    import sys
-
-    sys.modules.pop("plugins", None)
+def plugins(module_file):
+    module_file("plugins", PLUGINS)
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ class AbstractTransferModule(LightningModule, ABC):
     backbone_lr: float
     optimizer: Any
     lr_scheduler: Any
-    task_weight: dict[str, Any]
     head_transferred: bool
     save: str
     left_out: str | None

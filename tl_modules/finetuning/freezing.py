@@ -69,12 +69,13 @@ class FirstStages(FineTuning):
         **kwargs: As for `FineTuning`.
     """
 
+    pretrained_lr = PART_LR
+
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if k < 1:
             raise UserError(f"k: {k} must be at least 1")
         self.k = k
-        self.pretrained_lr = PART_LR
 
     def trainable_stages(self, position: float, stages: int) -> range:
         """The first k."""

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import yaml
 
 from tl_modules.cli.compare.plan import METRICS, default_metric, make_cells, read_plan, read_seeds
 from tl_modules.cli.compare.report import report, table_rows
-from tl_modules.cli.compare.runner import Runner
+from tl_modules.cli.compare.runner import Main, Runner
 from tl_modules.cli.compare.scores import LOWER_IS_BETTER, Scores
 from tl_modules.errors import UserError, closest
 
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"compare: {message}; `tl compare --help` says more")
 
 
-def compare(args: Sequence[str], main: Callable[[list[str]], Any]) -> None:
+def compare(args: Sequence[str], main: Main) -> None:
     """Runs `tl compare`.
 
     Args:

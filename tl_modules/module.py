@@ -15,7 +15,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, ClassVar, Literal, cast
@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
@@ -456,8 +456,7 @@ class TransferModule(AbstractTransferModule):
         """Stops before the first step at what could only go wrong later.
 
         Raises:
-            UserError: A method lacks a domain, DDP would lose stages that open later, or BatchNorm would see a batch
-                of one.
+            UserError: A method lacks a domain, there is nothing to learn from, or the strategy cannot train.
         """
         domains: dict[str, Any] = by_domain(self.trainer.train_dataloader, DataLoader)
         labels = [getattr(getattr(loader, "dataset", None), "label", "y") for loader in domains.values()]
@@ -470,38 +469,11 @@ class TransferModule(AbstractTransferModule):
                 "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
                 "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
             )
-        if not any(p.requires_grad for p in self.parameters()):
-            name = self.strategy_name()
-            raise UserError(
-                f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
-            )
-        opens_later = self.finetuning.opens_later(self.num_stages)
-        strategy = self.trainer.strategy
-        plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
-        if opens_later and plain_ddp:
-            raise UserError(
-                f"finetuning: {self.strategy_name()} opens stages during training, which plain ddp cannot"
-                " follow; pass --trainer.strategy ddp_find_unused_parameters_true"
-            )
-        for loader in domains.values():
-            self._check_last_batch(loader)
+        self.finetuning.check(self, domains)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine):
                 config.scheduler.bind(self.total_steps)
         start_head(self, domains)
-
-    def _check_last_batch(self, loader: Any) -> None:
-        trained = any(
-            isinstance(m, nn.modules.batchnorm._BatchNorm) and any(p.requires_grad for p in m.parameters())
-            for m in self.modules()
-        )
-        size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
-        samples = len(sampler) if isinstance(sampler, Sized) else 0
-        if trained and (size == 1 or (size and not loader.drop_last and samples % size == 1)):
-            raise UserError(
-                f"batch_size: {samples} training samples in batches of {size} leave a batch of one, on which BatchNorm "
-                "cannot train; choose another --data.batch_size or pass --data.drop_last true"
-            )
 
     def setup(self, stage: str) -> None:
         """Refuses data whose classes are not the model's, and strategies that cannot keep what this one promises.

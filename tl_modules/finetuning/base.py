@@ -13,9 +13,10 @@ wraps the module, so that DDP sees it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal
 
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -123,6 +124,33 @@ class FineTuning:
             )
         self.apply(module, self.end)
 
+    def check(self, module: AbstractTransferModule, loaders: Mapping[str, Any]) -> None:
+        """Refuses a run in which it cannot train; called when training starts.
+
+        Args:
+            module: As it is at the start.
+            loaders: Of the training data, by domain.
+
+        Raises:
+            UserError: Nothing trains, DDP would lose stages that are unfrozen later, or BatchNorm would see a batch of
+                one.
+        """
+        name = module.strategy_name()
+        if not any(p.requires_grad for p in module.parameters()):
+            raise UserError(
+                f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
+            )
+        strategy = module.trainer.strategy
+        plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+        if plain_ddp and self.opens_later(module.num_stages):
+            raise UserError(
+                f"finetuning: {name} opens stages during training, which plain ddp cannot follow; pass "
+                "--trainer.strategy ddp_find_unused_parameters_true"
+            )
+        if any(isinstance(m, _BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in module.modules()):
+            for loader in loaders.values():
+                _check_last_batch(loader)
+
     def apply(self, module: AbstractTransferModule, position: float) -> None:
         """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
         stages = module.backbone.stages()
@@ -194,3 +222,13 @@ class FineTuning:
         trainable = self.trainable_stages(self.end, len(stages))
         frozen = {id(p) for number, p, trains in self.parameters(stages) if number not in trainable or not trains}
         return {name: p.detach() for name, p in module.named_parameters() if id(p) in frozen}
+
+
+def _check_last_batch(loader: Any) -> None:
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    samples = len(sampler) if isinstance(sampler, Sized) else 0
+    if size == 1 or (size and not loader.drop_last and samples % size == 1):
+        raise UserError(
+            f"batch_size: {samples} training samples in batches of {size} leave a batch of one, on which BatchNorm "
+            "cannot train; choose another --data.batch_size or pass --data.drop_last true"
+        )

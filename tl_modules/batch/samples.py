@@ -1,0 +1,262 @@
+"""One law for a batch of samples: count, concat, split, take, move, alike, collate.
+
+A batch is a tree. Its leaves are
+
+    Tensor (B, ...)            a sample is an entry of the first axis
+    Padded (B, ...), (B, k)    samples of unequal shapes, filled up at their ends
+    list                       one item per sample, e.g. strings
+    None                       hidden, e.g. labels
+
+and its nodes are dicts, tuples and `Node`s. Nothing else in the package asks what is in a batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Batch(NamedTuple):
+    """What a loader gives of one domain.
+
+    Attributes:
+        x: The prepared inputs of B samples, a tree.
+        y: Their labels, a tree, or None where they are hidden.
+        index: The samples' numbers in their data set, (B,).
+    """
+
+    x: Any
+    y: Any = None
+    index: Tensor | None = None
+
+
+class Padded:
+    """Samples of unequal shapes in one tensor.
+
+    Args:
+        values: (B, ...), filled up beyond each sample's shape, with zeros or whatever the maker has chosen.
+        shapes: How far each sample reaches on the axes 1 to k, (B, k).
+    """
+
+    def __init__(self, values: Tensor, shapes: Tensor) -> None:
+        self.values, self.shapes = values, shapes
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Padded:
+        """Pads tensors with equally many axes with zeros, to the largest of them."""
+        shapes = torch.tensor([tensor.shape for tensor in tensors])
+        values = tensors[0].new_zeros(len(tensors), *shapes.amax(0).tolist())
+        for row, tensor in zip(values, tensors, strict=True):
+            row[tuple(map(slice, tensor.shape))] = tensor
+        return Padded(values, shapes)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How far each sample reaches on axis 1, (B,)."""
+        return self.shapes[:, 0]
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a sample is and False where it is filled up, (B, L), of axis 1."""
+        return torch.arange(self.values.shape[1], device=self.values.device) < self.lengths[:, None]
+
+    def replace(self, values: Tensor, lengths: Tensor | None = None) -> Padded:
+        """Returns other values (B, L, ...) of the same lengths on axis 1, or of `lengths`."""
+        return Padded(values, self.shapes[:, :1] if lengths is None else lengths[:, None])
+
+    def to(self, *args: Any, **kwargs: Any) -> Padded:
+        """Moves or casts the values, as `Tensor.to`; the shapes stay whole numbers."""
+        values = self.values.to(*args, **kwargs)
+        return Padded(values, self.shapes.to(values.device, non_blocking=bool(kwargs.get("non_blocking"))))
+
+    def pin_memory(self) -> Padded:
+        """Copies to pinned memory."""
+        return Padded(self.values.pin_memory(), self.shapes.pin_memory())
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class Node(ABC):
+    """An inner node with a meaning of its own around a tree, which the law passes through."""
+
+    tree: Any
+    kind: Any = None  # what two of them must have in common to be concatenated, beside their trees
+
+    @abstractmethod
+    def replace(self, tree: Any) -> Any:
+        """Returns the same node around another tree."""
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Builds the tree of what `function` makes of the leaves of `tree`, and of those at the same place of the others.
+
+    Raises:
+        TypeError: Something that a batch cannot hold.
+    """
+    if isinstance(tree, Tensor | Padded | list):
+        return function(tree, *others)
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [map_leaves(function, *each) for each in zip(tree, *others, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, Node):
+        return tree.replace(map_leaves(function, tree.tree, *(other.tree for other in others)))
+    raise TypeError(f"a batch holds tensors, Padded, lists, dicts and tuples, not a {type(tree).__name__}")
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Lists the leaves from left to right; None is not one."""
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found
+
+
+def count(tree: Any) -> int:
+    """Counts the samples.
+
+    Raises:
+        ValueError: The leaves disagree, or there are none.
+    """
+    if isinstance(tree, Tensor):
+        return len(tree)
+    sizes = {len(leaf) for leaf in leaves(tree)}
+    if len(sizes) != 1:
+        raise ValueError(f"the parts of a batch have {sorted(sizes)} samples")
+    return sizes.pop()
+
+
+def concat(trees: Sequence[Any]) -> Any:
+    """Puts batches one after the other; gives None if one of them is None."""
+    if len(trees) == 1:
+        return trees[0]
+    if isinstance(trees[0], Tensor):
+        return torch.cat(list(trees))
+    return None if any(tree is None for tree in trees) else map_leaves(_concat, *trees)
+
+
+def _concat(*parts: Any) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    if isinstance(parts[0], list):
+        return [item for part in parts for item in part]
+    largest = [max(sizes) for sizes in zip(*(part.values.shape[1:] for part in parts), strict=True)]
+    return Padded(torch.cat([_fill(part.values, largest) for part in parts]), torch.cat([p.shapes for p in parts]))
+
+
+def _fill(values: Tensor, largest: Sequence[int]) -> Tensor:
+    missing = [full - size for full, size in zip(largest, values.shape[1:], strict=True)]
+    return F.pad(values, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else values
+
+
+def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
+    """Divides a batch into consecutive ones of these sizes; None into as many None."""
+    if len(sizes) == 1:
+        return [tree]
+    if isinstance(tree, Tensor):
+        return list(tree.split(list(sizes)))
+    ends = np.cumsum(sizes).tolist()
+    return [take(tree, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def take(tree: Any, index: slice | Tensor) -> Any:
+    """Takes the samples of a slice or of indices (n,); Padded drops what none of them needs."""
+    return map_leaves(lambda leaf: _take(leaf, index), tree)
+
+
+def _take(leaf: Any, index: slice | Tensor) -> Any:
+    if isinstance(leaf, list):
+        return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+    if isinstance(index, Tensor):
+        index = index.to(leaf.device if isinstance(leaf, Tensor) else leaf.values.device)
+    if isinstance(leaf, Tensor):
+        return leaf[index]
+    values, shapes = leaf.values[index], leaf.shapes[index]
+    largest = shapes.amax(0).tolist() if len(shapes) else []
+    return Padded(values[(slice(None), *map(slice, largest))], shapes)
+
+
+def unbind(tree: Any) -> list[Any]:
+    """Divides a batch into batches of one sample, each of its natural shape."""
+    return [take(tree, slice(i, i + 1)) for i in range(count(tree))]
+
+
+def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
+    """Moves a batch to a device, with the arguments of `Tensor.to`; lists stay as they are."""
+    return map_leaves(lambda leaf: leaf if isinstance(leaf, list) else leaf.to(*args, **kwargs), tree)
+
+
+def to_float32(tree: Any) -> Any:
+    """Casts half-precision tensors to float32."""
+
+    def cast(leaf: Any) -> Any:
+        values = leaf.values if isinstance(leaf, Padded) else leaf
+        half = isinstance(values, Tensor) and values.dtype in (torch.float16, torch.bfloat16)
+        return leaf.to(torch.float32) if half else leaf
+
+    return map_leaves(cast, tree)
+
+
+def alike(trees: Sequence[Any]) -> bool:
+    """Tells whether batches can be concatenated."""
+    return len({kind(tree) for tree in trees}) <= 1
+
+
+def kind(tree: Any) -> Any:
+    """Describes what batches must have in common to be concatenated."""
+    if isinstance(tree, Tensor):
+        return tree.shape[1:], tree.dtype
+    if isinstance(tree, Padded):
+        return "padded", tree.values.ndim, tree.values.dtype, tree.shapes.shape[1]
+    if isinstance(tree, dict):
+        return tuple((key, kind(value)) for key, value in tree.items())
+    if isinstance(tree, tuple):
+        return tuple(map(kind, tree))
+    return (type(tree), tree.kind, kind(tree.tree)) if isinstance(tree, Node) else type(tree)
+
+
+def collate(samples: Sequence[Any]) -> Any:
+    """Makes a batch of samples: numbers and tensors of one shape are stacked, of several padded, the rest is listed."""
+    first = samples[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {key: collate([sample[key] for sample in samples]) for key in first}
+    if isinstance(first, tuple):
+        parts = [collate(column) for column in zip(*samples, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, np.ndarray):
+        return collate([torch.as_tensor(sample) for sample in samples])
+    if isinstance(first, bool | int | float | np.generic):
+        return torch.tensor(np.asarray(samples)) if isinstance(first, np.generic) else torch.tensor(list(samples))
+    if isinstance(first, Tensor):
+        return torch.stack(list(samples)) if len({s.shape for s in samples}) == 1 else Padded.of(samples)
+    return list(samples)
+
+
+class Collate:
+    """Makes a `Batch` of samples (x, y, index) in a loader's worker; small, so that it can be sent there.
+
+    Args:
+        prepare: Raw inputs -> a tree, the backbone's.
+        label: Raw labels -> a tree, the task's.
+    """
+
+    def __init__(
+        self, prepare: Callable[[Sequence[Any]], Any] = collate, label: Callable[[Sequence[Any]], Any] = collate
+    ) -> None:
+        self.prepare, self.label = prepare, label
+
+    def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
+        """Returns the batch; its y is None where labels are hidden."""
+        x, y, index = zip(*samples, strict=True)
+        return Batch(self.prepare(x), None if y[0] is None else self.label(y), torch.tensor(index))

@@ -155,7 +155,7 @@ def lda(backbone, data):
 def fit(backbone, data, strategy, seed, epochs):
     seed_everything(seed, verbose=False)
     finetuning = getattr(tl_modules, strategy)()
-    module = Classification(backbone, data.num_outputs, data.class_names, finetuning=finetuning)
+    module = Classification(backbone, data.schema, finetuning=finetuning)
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="val/accuracy", mode="max")
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}

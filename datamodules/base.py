@@ -1,18 +1,20 @@
 """What every datamodule is: domains with splits, and the one convention that data and models share, the batch.
 
-    training    {"source": (x, y), "target": (x, y)}      y is None where labels are hidden; several sources are
-                                                          "source/photo", "source/sketch", ...
-    evaluation  {"target": (x, y)}                        one domain
-    prediction  {"target": (x, row number)}
+    training    {"source": (x, y, index), "target": (x, y, index)}    y is None where labels are hidden; index is the
+                                                                      samples' numbers in their data set
+                several sources are "source/photo", "source/sketch", ...; the labelled samples of a target that has
+                unlabelled ones too are "target/labelled"
+    evaluation  {"target": (x, y, index)}                             one domain
+    prediction  {"target": (x, None, index)}
 
-Datamodules know nothing of models, nor the other way round.
+Datamodules know nothing of models, nor the other way round: `schema` says what x and y are, and the model's `collate`
+makes batches of samples.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +26,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError
-from datamodules.loading import Loader, Shard, Shuffled, View, collate, cores, deaf, even_batch_size
-from datamodules.splits import SPLITS, Joined, few_shots, ids_of, targets_of
+from datamodules.loading import Loader, Named, Shard, Shuffled, View, collate, cores, deaf, even_batch_size
+from datamodules.splits import SPLITS, Joined, few_shots, ids_of, some_of_each, targets_of
 
 
 class TransferDataModule(LightningDataModule):
-    """Loads source domains and/or a target; a subclass writes `domains` and sets `num_outputs` and `class_names`.
+    """Loads source domains and/or a target; a subclass writes `domains` and says what x and y are.
 
     A target alone is labelled (fine-tuning). **Beside a source the target's labels reach neither training nor model
     selection**, unless `target_labels` opens them; validation then runs on the source's labelled samples, and gives
@@ -43,6 +45,8 @@ class TransferDataModule(LightningDataModule):
         batch_size: Samples per domain in a step.
         num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
         shots_per_class: Keeps that many labelled target training samples of each class.
+        labelled: How many of the target's training samples have labels, spread over the classes; the others are there
+            without (semi-supervised). None: all of them, or where the labels are hidden none.
         target_labels: Whether training and model selection see the target's labels; None shows those of a target alone
             (fine-tuning) and hides them beside a source (adaptation). False hides them also of a target alone
             (source-free adaptation).
@@ -54,18 +58,25 @@ class TransferDataModule(LightningDataModule):
         seed: Seeds splits, shots and shuffling.
 
     Attributes:
-        num_outputs: Width of the head that the labels need.
+        x_schema: What x is, as plain data, e.g. {"image": {}}; {} says nothing.
+        y_schema: What y is, as plain data, e.g. {"boxes": ["car", "bus"]}; None makes it of the next two.
         class_names: Names of the classes, in the order of their numbers; None for real-valued labels.
+        num_outputs: How many values a real-valued label has.
+        collate: Makes a batch of samples (x, y, number); None takes the model's.
     """
 
-    num_outputs: int
+    x_schema: Mapping[str, Any] = {}
+    y_schema: Mapping[str, Any] | None = None
+    num_outputs: int = 1
     class_names: list[str] | None = None
+    collate: Callable[[Sequence[Any]], Any] | None = None
 
     def __init__(
         self,
         batch_size: int = 32,
         num_workers: int | None = 0,
         shots_per_class: int | None = None,
+        labelled: int | None = None,
         target_labels: bool | None = None,
         target_unseen: bool = False,
         selection_labels: int | Literal["all"] | None = None,
@@ -81,6 +92,14 @@ class TransferDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
         self.shots_per_class = shots_per_class
+        if labelled is not None and labelled < 1:
+            raise DataError(f"labelled: {labelled} must be at least 1")
+        if labelled is not None and (shots_per_class is not None or target_labels is not None or target_unseen):
+            raise DataError(
+                "labelled: it says itself which labels of the target training sees; leave shots_per_class, "
+                "target_labels and target_unseen out"
+            )
+        self.labelled = labelled
         if isinstance(selection_labels, int) and selection_labels < 1:
             raise DataError(f"selection_labels: {selection_labels} must be at least 1, or all")
         if target_labels and target_unseen:
@@ -94,6 +113,12 @@ class TransferDataModule(LightningDataModule):
         self.blind = False
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
         self._loaders: list[Loader] = []
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What x and y are, as plain data, from which models are built."""
+        named = {"classes": list(self.class_names)} if self.class_names is not None else {"values": self.num_outputs}
+        return {"x": dict(self.x_schema), "y": dict(self.y_schema) if self.y_schema is not None else named}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each domain that this split has.
@@ -165,7 +190,16 @@ class TransferDataModule(LightningDataModule):
             rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
             if name == "target" and self.shots_per_class:
                 rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
-            views[name] = View(dataset, rows, self.augment, label="none" if hidden and name == "target" else "y")
+            if name == "target" and self.labelled is not None:
+                shown = some_of_each(dataset, self.labelled, self.seed)
+                views["target/labelled"] = View(dataset, shown, self.augment)
+                rows = sorted(set(rows) - set(shown))
+                if not rows:
+                    raise DataError(
+                        f"labelled: the target has {len(shown)} training samples, so none is left unlabelled"
+                    )
+            without = name == "target" and (hidden or self.labelled is not None)
+            views[name] = View(dataset, rows, self.augment, label="none" if without else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
             sampler = Shuffled(view, longest, self.batch_size, self.seed, name)
@@ -212,8 +246,8 @@ class TransferDataModule(LightningDataModule):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """What `test_dataloader` loads, with row numbers instead of labels; see `ids`."""
-        return self._evaluation("test", label="row")
+        """What `test_dataloader` loads, without labels; `index` counts the rows of `ids`."""
+        return self._evaluation("test", label="none")
 
     def ids(self) -> list[str]:
         """The name of each row of `predict_dataloader`."""
@@ -221,14 +255,14 @@ class TransferDataModule(LightningDataModule):
         return ids_of(dataset)
 
     def every_split(self) -> dict[tuple[str, str], DataLoader[Any]]:
-        """A loader of row numbers for each (domain, split), without augmentation; a split that is another one, once."""
+        """A loader without labels for each (domain, split), without augmentation; a split that is another one, once."""
         found: dict[tuple[str, str], DataLoader[Any]] = {}
         seen: list[Dataset[Any]] = []
         for split in SPLITS:
             for domain, dataset in self.split_domains(split).items():
                 if not any(dataset is other for other in seen):
                     seen.append(dataset)
-                    found[domain, split] = self._rows(dataset, domain, "row", split)
+                    found[domain, split] = self._rows(dataset, domain, "none", split)
         return found
 
     def described(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
@@ -257,11 +291,13 @@ class TransferDataModule(LightningDataModule):
     def _loader(
         self, view: View, size: int, sampler: Any, domain: str, named: bool = True, drop_last: bool = False
     ) -> Loader:
+        model = getattr(self.trainer, "lightning_module", None)
+        own = self.collate or getattr(model, "collate", None) or collate
         loader = Loader(
             view,
             batch_size=size,
             sampler=sampler,
-            collate_fn=partial(collate, domain=domain if named else None),
+            collate_fn=Named(own, domain if named else None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

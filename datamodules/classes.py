@@ -74,7 +74,7 @@ class Classes(TransferDataModule):
             if UNKNOWN in kept["source"]:
                 raise DataError(f"open_set: the source has a class {UNKNOWN} itself; rename it")
             self.class_names = [*(name for name in names if name in kept["source"]), UNKNOWN]
-        self.num_outputs = len(self.class_names)
+        self.x_schema = data.x_schema
         new = {name: number for number, name in enumerate(self.class_names)}
         # a class of the data -> its number here, for what each domain keeps
         self.numbers = {

@@ -29,12 +29,13 @@ class Digits(TransferDataModule):
         **kwargs: As for `TransferDataModule`.
     """
 
+    x_schema: Mapping[str, Any] = {"image": {}}
+
     def __init__(self, target: bool = True, source: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not (target or source):
             raise DataError("target: with source false, target must be true")
         self.class_names = [str(digit) for digit in range(10)]
-        self.num_outputs = 10
         self.wanted = {"source": source, "target": target}
         self._splits: dict[str, dict[str, Dataset[Any]]] | None = None
 

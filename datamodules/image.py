@@ -168,6 +168,8 @@ class ImageFolders(TransferDataModule):
         DataError: A folder is missing, a class is empty, there is but one, or the domains' classes differ.
     """
 
+    x_schema: Mapping[str, Any] = {"image": {}}
+
     def __init__(
         self,
         target: Path | str | None = None,
@@ -195,7 +197,6 @@ class ImageFolders(TransferDataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.keep_decoded = keep_decoded
         self.class_names = classes if classes is not None else self._read_classes()
-        self.num_outputs = len(self.class_names)
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
 
     def _read_classes(self) -> list[str]:
@@ -344,6 +345,8 @@ class ImageArrays(TransferDataModule):
         DataError: Arrays are missing, do not match, or hold values outside their range.
     """
 
+    x_schema: Mapping[str, Any] = {"image": {}}
+
     def __init__(
         self,
         target: Path | str | None = None,
@@ -373,12 +376,12 @@ class ImageArrays(TransferDataModule):
             counts = {name: int(values.max()) + 1 for name, values in labels.items()}
             if classes is None and len(set(counts.values())) == 2:
                 raise DataError(f"source, target: their classes differ: {counts['source']} and {counts['target']}")
-            self.num_outputs = len(classes) if classes is not None else max(counts.values())
-            if max(counts.values()) > self.num_outputs:
-                raise DataError(f"classes: {self.num_outputs} names, but labels up to {max(counts.values()) - 1}")
-            if self.num_outputs < 2:
+            count = len(classes) if classes is not None else max(counts.values())
+            if max(counts.values()) > count:
+                raise DataError(f"classes: {count} names, but labels up to {max(counts.values()) - 1}")
+            if count < 2:
                 raise DataError("target: all labels are 0; classification needs at least two classes")
-            self.class_names = classes or [str(number) for number in range(self.num_outputs)]
+            self.class_names = classes or [str(number) for number in range(count)]
 
     def _labels(self, name: str) -> np.ndarray[Any, Any]:
         return np.concatenate([np.asarray(d.targets) for d in self._found[name].values()])  # type: ignore[attr-defined]

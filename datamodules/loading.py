@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
@@ -21,7 +21,7 @@ from datamodules.splits import digest
 
 
 class View(Dataset[Any]):
-    """Some rows of a data set, with labels, without, or with row numbers in their place.
+    """Some rows of a data set as (x, y, number in the data set); y is None where labels are hidden.
 
     A row that comes with a seed is augmented.
     """
@@ -39,13 +39,14 @@ class View(Dataset[Any]):
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
         return inner and digest(inner, np.asarray(self.rows), self.label)
 
-    def __getitem__(self, place: Place) -> tuple[Any, Any]:
+    def __getitem__(self, place: Place) -> tuple[Any, Any, int]:
         index, seed = place if isinstance(place, tuple) else (place, None)
-        x, y = self.dataset[self.rows[index]]
+        row = self.rows[index]
+        x, y = self.dataset[row]
         if self.transform is not None and seed is not None:
             with seeded(seed):
                 x = self.transform(x)
-        return x, {"y": y, "none": None, "row": index}[self.label]
+        return x, y if self.label == "y" else None, row
 
 
 def generator_of(*parts: int | str) -> np.random.Generator:
@@ -97,7 +98,7 @@ class Loader(DataLoader[Any]):
 
     domain: str = "target"
     role: str = "train"
-    memory: Callable[[Sequence[Place]], tuple[Any, Any]] | None = None
+    memory: Callable[[Sequence[Place]], Any] | None = None
     dataset: View
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -107,25 +108,25 @@ class Loader(DataLoader[Any]):
             self.done += 1
             yield batch
 
-    def _remembered(self, memory: Callable[[Sequence[Place]], tuple[Any, Any]]) -> Iterator[Any]:
-        domain = cast(Any, self.collate_fn).keywords["domain"]
+    def _remembered(self, memory: Callable[[Sequence[Place]], Any]) -> Iterator[Any]:
+        domain = cast(Named, self.collate_fn).domain
         for places in cast(Any, self.batch_sampler):
             yield memory(places) if domain is None else {domain: memory(places)}
 
     def read(self, places: Sequence[Place], batch_size: int = 1) -> DataLoader[Any]:
-        """Reads these places in their order once, with as many workers; batches are (x, y) whatever the domain."""
+        """Reads these places in their order once, with as many workers; batches do not name the domain."""
         return DataLoader(
             self.dataset,
             batch_size,
             sampler=cast(Any, places),
-            collate_fn=collate,
+            collate_fn=cast(Named, self.collate_fn).collate,
             num_workers=self.num_workers if len(places) > batch_size else 0,
             worker_init_fn=deaf,
             generator=torch.Generator(),
         )
 
     def plain(self, rows: Sequence[int]) -> Iterator[Any]:
-        """Batches (x, y) of these rows once, in their order, without augmentation; from memory, where that has them."""
+        """Batches of these rows once, in their order, without augmentation; from memory, where that has them."""
         size = self.batch_size or 1
         if self.memory is None:
             return iter(self.read(rows, size))
@@ -147,11 +148,27 @@ class Loader(DataLoader[Any]):
         self.sampler.done = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
-def collate(samples: Sequence[tuple[Any, Any]], domain: str | None = None) -> Any:
-    """Stacks samples; a hidden label stays None. With `domain`, the batch names it."""
-    xs, ys = zip(*samples, strict=True)
-    batch = (default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)))
-    return batch if domain is None else {domain: batch}
+def collate(samples: Sequence[tuple[Any, Any, int]]) -> tuple[Any, Any, Tensor]:
+    """Stacks samples where no model says how; a hidden label stays None."""
+    xs, ys, index = zip(*samples, strict=True)
+    return default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)), torch.tensor(index)
+
+
+class Named:
+    """Makes a batch of samples and names its domain.
+
+    Args:
+        collate: What makes the batch.
+        domain: None leaves the naming to somebody else.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Any]], Any], domain: str | None) -> None:
+        self.collate, self.domain = collate, domain
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Returns {domain: batch}, or the batch."""
+        batch = self.collate(samples)
+        return batch if self.domain is None else {self.domain: batch}
 
 
 def cores() -> int:

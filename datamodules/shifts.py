@@ -235,7 +235,7 @@ class Shifted(TransferDataModule):
             if classes[name] != classes[first]:
                 raise DataError(f"shifts: {first} and {name} make different classes; take shifts that agree")
         self.class_names = classes[first]
-        self.num_outputs = data.num_outputs if self.class_names is None else len(self.class_names)
+        self.num_outputs, self.x_schema = data.num_outputs, data.x_schema
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
         data.wrapped(self.seed, self.hides(self.names))
         self._made: dict[tuple[str, str], ArrayImages] = {}

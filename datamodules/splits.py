@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,20 @@ def few_shots(
             raise DataError(f"{field}: class {name} has {len(own)} training samples, fewer than {shots}")
         rows += generator.permutation(own)[:shots].tolist()
     return sorted(rows)
+
+
+def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
+    """Rows of `count` samples in all, as evenly over the classes as there are samples, drawn by `seed`."""
+    targets = targets_of(dataset)
+    order = np.random.default_rng(seed).permutation(len(targets))
+    if targets.dtype.kind in "iub":
+        seen: Counter[int] = Counter()
+        turns = []
+        for row in order.tolist():  # the first of each class, then the second of each, ...
+            seen[int(targets[row])] += 1
+            turns.append(seen[int(targets[row])])
+        order = order[np.argsort(turns, kind="stable")]
+    return sorted(order[:count].tolist())
 
 
 class Joined(ConcatDataset[Any]):

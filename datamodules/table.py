@@ -74,9 +74,6 @@ class Tables(TransferDataModule):
         test_fraction: Share for testing, where nothing else is said.
         **kwargs: As for `TransferDataModule`.
 
-    Attributes:
-        in_features: D, the width of x.
-
     Raises:
         DataError: A file cannot be read, a cell is missing or is no number, or the domains' columns differ.
     """
@@ -105,9 +102,8 @@ class Tables(TransferDataModule):
         self.class_names = classes
         if label is not None:
             y, self.class_names = _label(tables, kind, threshold, classes)
-        self.in_features = next(iter(x.values())).shape[1]
-        self.num_outputs = 1 if self.class_names is None else len(self.class_names)
-        self.paths, self.fractions, self.labelled = paths, (val_fraction, test_fraction), label is not None
+        self.x_schema = {"numeric": [str(number) for number in range(next(iter(x.values())).shape[1])]}
+        self.paths, self.fractions, self.has_label = paths, (val_fraction, test_fraction), label is not None
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         for name, table in tables.items():
@@ -118,7 +114,7 @@ class Tables(TransferDataModule):
         """The split's rows in each domain."""
         for name, found in self._found.items():
             if name not in self._splits:
-                stratified = self.labelled and self.stratifies(name, self.paths)
+                stratified = self.has_label and self.stratifies(name, self.paths)
                 self._splits[name] = three_way(found, str(self.paths[name]), *self.fractions, self.seed, stratified)
             if split not in self._splits[name]:
                 raise DataError(f"{name}: its index.csv has no row of the split {split}")

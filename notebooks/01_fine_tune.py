@@ -78,7 +78,7 @@ def fit(module, data, epochs=EPOCHS):
 
 def network(weights=None, finetuning=None):
     names = [str(digit) for digit in range(10)]
-    return Classification(ConvNet(16, weights=weights), 10, class_names=names, finetuning=finetuning or Full())
+    return Classification(ConvNet(16, weights=weights), {"y": {"classes": names}}, finetuning=finetuning or Full())
 
 
 WAYS = {

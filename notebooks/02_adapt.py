@@ -69,7 +69,7 @@ def adapt(way, seed):
     seed_everything(seed, verbose=False)
     data = Digits(source=True, seed=seed, batch_size=32, augment=[RandomInvert(0.5)])
     backbone = LeNet(batch_norm=True, instance_norm=True)
-    model = Classification(backbone, data.num_outputs, class_names=data.class_names, head=MLPHead, methods=WAYS[way]())
+    model = Classification(backbone, data.schema, head=MLPHead, methods=WAYS[way]())
     selection = Selection("source")
     trainer = Trainer(
         max_epochs=EPOCHS,
@@ -115,7 +115,7 @@ for way in WAYS:
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for way in WAYS:
     model, selection, data = runs[way, 0]
-    accuracy = [model.score(row["test"], labels(data)["test"]) for row in selection.rows]
+    accuracy = [model.primary_metric(row["test"], labels(data)["test"]) for row in selection.rows]
     axes[0].plot(accuracy, label=way)
     axes[1].plot([row["scores"]["infomax"] for row in selection.rows])
 axes[0].set(title="target test accuracy", xlabel="epoch")

@@ -132,7 +132,7 @@ def test_layers_of_configs_and_the_command_line_last(ok, tmp_path):
     arguments = yaml.safe_load((version(tmp_path) / "config.yaml").read_text())["model"]["init_args"]
     assert arguments["finetuning"]["init_args"].items() >= {"k": 1, "lr_decay": 0.5}.items()
     assert [m["class_path"] for m in arguments["methods"]] == ["tl_modules.L2SP"]
-    assert arguments["num_outputs"] == 10
+    assert len(arguments["schema"]["y"]["classes"]) == 10
 
 
 def test_methods_from_the_command_line(ok, tmp_path):
@@ -267,7 +267,7 @@ def test_the_parser_still_makes_a_word_of_a_nested_null():
     from lightning.pytorch import LightningModule
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model", skip={"num_outputs"})
+    parser.add_subclass_arguments(LightningModule, "model", skip={"schema"})
     args = ["--model", "Classification", "--model.backbone", "ConvNet", "--model.backbone.weights", "null"]
     assert parser.parse_args(args).model.init_args.backbone.init_args.weights == "None"
 

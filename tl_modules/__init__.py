@@ -6,7 +6,9 @@ Importing this package is what makes the bare class names work in a config.
 from typing import TYPE_CHECKING
 
 from tl_modules.backbones import *
-from tl_modules.batch.output import DomainView as DomainView
+from tl_modules.batch.output import DomainOutput as DomainOutput
+from tl_modules.batch.samples import Batch as Batch
+from tl_modules.batch.samples import Padded as Padded
 from tl_modules.errors import UserError as UserError
 from tl_modules.evaluation.test_time import T3A as T3A
 from tl_modules.evaluation.test_time import TENT as TENT

@@ -78,11 +78,13 @@ def test_a_source_run_brings_its_backbone_and_where_labels_are_shared_its_head(o
     run = tmp_path / "runs" / "src" / "version_0"
     state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     names = [str(i) for i in range(10)]
-    shared = Classification(ConvNet(4, weights=run), 10, class_names=names)
+    shared = Classification(ConvNet(4, weights=run), {"y": {"classes": names}})
     assert shared.head_transferred
     assert torch.equal(shared.head[1].weight, state["head.1.weight"])
     assert torch.equal(shared.backbone.model[0][0].weight, state["backbone.model.0.0.weight"])
-    other = Classification(ConvNet(4, weights=run / "checkpoints" / "best.ckpt"), 10, class_names=list("abcdefghij"))
+    other = Classification(
+        ConvNet(4, weights=run / "checkpoints" / "best.ckpt"), {"y": {"classes": list("abcdefghij")}}
+    )
     assert not other.head_transferred
     assert not torch.equal(other.head[1].weight, state["head.1.weight"])
     assert not Regression(ConvNet(4, weights=run), 10).head_transferred

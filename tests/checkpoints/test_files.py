@@ -214,7 +214,7 @@ def test_a_malicious_instantiator_is_not_run(run, tmp_path, ok):
     ok(f"test --run {run}")
     load_run(run)
     with pytest.raises(Exception):  # noqa: B017, PT011 - Lightning refuses it in its own words
-        Classification.load_from_checkpoint(path, backbone=ConvNet(4), num_outputs=10)
+        Classification.load_from_checkpoint(path, backbone=ConvNet(4), schema=10)
     assert not (tmp_path / "pwned").exists()
 
 

@@ -302,7 +302,7 @@ def test_arrays(layout, tmp_path):
         for name, array in arrays.items():
             np.save(path / f"{name}.npy", array)
     data = ImageArrays(path)
-    assert (data.num_outputs, data.class_names) == (3, ["0", "1", "2"])
+    assert data.schema["y"] == {"classes": ["0", "1", "2"]}
     sizes = {split: len(data.domains(split)["target"]) for split in ("train", "val", "test")}
     assert sizes == {"train": 9, "val": 3, "test": 6}
     x, y = data.domains("test")["target"][4]
@@ -314,7 +314,7 @@ def test_arrays(layout, tmp_path):
 def test_arrays_of_values_are_regression(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((20, 6, 6), np.uint8), labels=np.linspace(0, 1, 20))
     data = ImageArrays(tmp_path / "a.npz")
-    assert (data.num_outputs, data.class_names) == (1, None)
+    assert data.schema["y"] == {"values": 1}
 
 
 def test_images_beside_test_images_are_those_to_train_on(tmp_path):

@@ -210,7 +210,7 @@ def test_the_labels_of_a_hidden_target_decide_no_split(tmp_path):
 def test_coloured_labels():
     data = Shifted(Digits(), {"a": Colour(0.1, 0.0)}, split_samples=False)
     whole, coloured = Digits().domains("train")["target"], data.domains("train")["source"]
-    assert data.num_outputs == 2
+    assert len(data.class_names) == 2
     assert np.array_equal(coloured.targets, whole.targets // 5)
 
 

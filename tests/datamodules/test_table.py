@@ -33,7 +33,7 @@ def rows(data, domain="target"):
 
 def test_numbers_without_a_header(write):
     data = Tables(write(WINE))
-    assert (data.in_features, data.num_outputs, data.class_names) == (2, 1, None)
+    assert data.schema == {"x": {"numeric": ["0", "1"]}, "y": {"values": 1}}
     assert [len(data.domains(s)["target"]) for s in ("train", "val", "test")] == [18, 6, 6]
     found = rows(data)
     assert sorted(map(int, found)) == list(range(30))
@@ -109,7 +109,7 @@ def test_prediction_takes_all_rows_and_needs_no_labels(write, tmp_path):
     assert data.ids() == ["0", "1", "2", "3", "4"]
     unlabelled = "\n".join(line.rpartition(";")[0] for line in PEOPLE.splitlines())
     new = Tables(write(unlabelled, "new.csv"), label=None, classes=data.class_names, categories=data.categories)
-    assert new.num_outputs == 2
+    assert len(new.class_names) == 2
     ((x, _),) = [batch["target"] for batch in new.predict_dataloader()]
     assert x[2].tolist() == [35, 1, 0, 0]
     np.savez(tmp_path / "a.npz", features=np.zeros((10, 2)))
@@ -195,7 +195,7 @@ def test_the_real_tables(data_dir):
     wine = Tables(red, white)
     assert wine.in_features == 11
     assert len(rows(wine, "source")) == 4898
-    assert Tables(red, threshold=6).num_outputs == 2
+    assert len(Tables(red, threshold=6).class_names) == 2
     adult = Tables(data_dir / "tabular" / "adult-test.csv")
     assert adult.class_names == ["<=50K.", ">50K."]
     assert adult.in_features > 90

@@ -72,16 +72,15 @@ class Stateful(Method):
         ramp = module.global_step / 20
         views = (source, target)
         domains = [
-            nn.functional.cross_entropy(self.critic(v.features), torch.full((len(v.x),), i))
-            for i, v in enumerate(views)
+            nn.functional.cross_entropy(self.critic(v.pooled), torch.full((len(v.x),), i)) for i, v in enumerate(views)
         ]
         if self.training:
             with torch.no_grad():
-                self.memory.lerp_(target.features.mean(0), 0.1)
+                self.memory.lerp_(target.pooled.mean(0), 0.1)
                 self.teacher.add_(0.01 * self.memory)
-        noisy = target.features + 0.1 * torch.randn_like(target.features)
+        noisy = target.pooled + 0.1 * torch.randn_like(target.pooled)
         near = (noisy @ self.teacher.T - target.output).square().mean()
-        return sum(domains) + ramp * (near + (target.features.mean(0) - self.memory).square().mean())
+        return sum(domains) + ramp * (near + (target.pooled.mean(0) - self.memory).square().mean())
 
 
 def digest(state):

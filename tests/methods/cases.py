@@ -59,7 +59,7 @@ class Several(TransferDataModule):
     def __init__(self, kind, domains=("source/a", "source/b", "target"), values=False, labels=None, **kwargs):
         super().__init__(batch_size=8, **kwargs)
         self.kind, self.names, self.labels = kind, domains, labels
-        self.num_outputs, self.class_names = (1, None) if values else (3, ["a", "b", "c"])
+        self.class_names = None if values else ["a", "b", "c"]
 
     def domains(self, split):
         found = {}
@@ -71,7 +71,7 @@ class Several(TransferDataModule):
             x = (x * 40).clip(0, 255).astype(np.uint8) if self.kind == "image" else x.astype(np.float32)
             if name == "target" and self.labels is not None:
                 y = self.labels(y)
-            y = torch.tensor(y) if self.num_outputs == 3 else torch.tensor(y, dtype=torch.float32)
+            y = torch.tensor(y) if self.class_names else torch.tensor(y, dtype=torch.float32)
             found[name] = TensorDataset(torch.tensor(x), y)
         return found
 
@@ -91,7 +91,7 @@ def build(methods, kind, task=Classification, **kwargs):
     known = {"task": task.__name__, "class_names": names, "num_outputs": outputs}
     backbone.pretrained = Pretrained("made up", {}, task=known, head=head.state_dict())
     methods = [method(**arguments(method)) for method in methods]
-    return task(backbone, outputs, class_names=names, methods=methods, **kwargs)
+    return task(backbone, {"y": {"classes": names} if names else {"values": outputs}}, methods=methods, **kwargs)
 
 
 def fit(module, data, folder=None, ckpt_path=None, callbacks=(), epochs=2, **options):

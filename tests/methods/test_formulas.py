@@ -30,11 +30,12 @@ from tl_modules import (
     PADA,
     SHOT,
     SWD,
+    Batch,
     Classification,
     ConvNet,
     CoTuning,
     DomainBatchNorm,
-    DomainView,
+    DomainOutput,
     FixMatch,
     GroupDRO,
     InfoMax,
@@ -56,12 +57,12 @@ from tl_modules.methods import functional
 def made(method, **kwargs):
     """A module with one method, and views of a source batch of two domains and of a target batch."""
     torch.manual_seed(0)
-    module = Classification(Vectors(), 3, class_names=["a", "b", "c"], methods=[method], **kwargs)
+    module = Classification(Vectors(), {"y": {"classes": ["a", "b", "c"]}}, methods=[method], **kwargs)
     module.adapts = True  # as in training with a source
     module.train()
     x, y = torch.randn(12, 5), torch.arange(8) % 3
-    batch = {"source/a": (x[:4], y[:4]), "source/b": (x[4:8], y[4:]), "target": (x[8:], None)}
-    views = module.look(batch)
+    batch = {"source/a": (x[:4], y[:4]), "source/b": (x[4:8], y[4:]), "target": (x[8:], None, torch.arange(4))}
+    views = module.forward_domains(batch)
     return module, views["source"], views["target"]
 
 
@@ -104,24 +105,24 @@ def gradients(module, term):
     (CoTuning(3), {"backbone", "method"}),
     (IRM(anneal=0.0), {"backbone", "head"}),
     (VREx(), {"backbone", "head"}),
-    (Mixup(), {"backbone", "head"}),
     (MLDG(), {"backbone", "head"}),
 ], ids=lambda m: type(m).__name__ if isinstance(m, nn.Module) else "")  # fmt: skip
 def test_who_gets_a_gradient(method, expected):
     module, source, target = made(method)
     if isinstance(method, LwF | CoTuning):
         method.head.normalized.fill_(True)  # a head on plain features has no use for its LayerNorm
+    method.on_full_pass(module, "target", iter([target]))
     assert gradients(module, method(module, source, target)) == expected
 
 
 def test_dann_is_the_critics_loss_and_its_reversal():
     module, source, target = made(DANN(gamma=0))
     method = module.methods[0]
-    logits = [method.critic(view.features).squeeze(1) for view in (source, target)]
+    logits = [method.critic(view.pooled).squeeze(1) for view in (source, target)]
     plain = (-logits[0].sigmoid().log().mean() - (1 - logits[1].sigmoid()).log().mean()) / 2
     term = method(module, source, target)
     assert float(term) == pytest.approx(float(plain), rel=1e-5)
-    inputs = [source.features, method.critic[0].weight]
+    inputs = [source.pooled, method.critic[0].weight]
     reversed_, straight = torch.autograd.grad(term, inputs, retain_graph=True), torch.autograd.grad(plain, inputs)
     assert torch.allclose(reversed_[0], -straight[0], atol=1e-7)
     assert torch.allclose(reversed_[1], straight[1], atol=1e-7)
@@ -130,18 +131,18 @@ def test_dann_is_the_critics_loss_and_its_reversal():
 def test_cdan_sees_features_times_probabilities():
     module, source, _ = made(CDAN())
     seen = module.methods[0].seen(module, source)
-    by_hand = [[p * f for p in source.output.softmax(1)[i] for f in source.features[i]] for i in range(8)]
+    by_hand = [[p * f for p in source.output.softmax(1)[i] for f in source.pooled[i]] for i in range(8)]
     assert torch.allclose(seen, torch.tensor(by_hand))
     wide = CDAN()
     module = Classification(ConvNet(64), 20, methods=[wide])  # 256 x 20 is more than 4,096
-    view = DomainView(torch.zeros(2), None, torch.randn(2, 256), torch.randn(2, 20))
+    view = DomainOutput(module, torch.zeros(2), None, torch.randn(2, 256), torch.randn(2, 20))
     assert wide.seen(module, view).shape == (2, 1024)
 
 
 def test_mdd_by_hand():
     module, source, target = made(MDD(margin=4.0))
     method = module.methods[0]
-    here, there = method.adversary(source.features), method.adversary(target.features).softmax(1)
+    here, there = method.adversary(source.pooled), method.adversary(target.pooled).softmax(1)
     agreed = F.cross_entropy(here, source.output.argmax(1))
     others = torch.stack([(1 - there[i, label]).log() for i, label in enumerate(target.output.argmax(1))])
     assert float(method(module, source, target)) == pytest.approx(float(4 * agreed - others.mean()), rel=1e-5)
@@ -150,12 +151,12 @@ def test_mdd_by_hand():
 def test_mcd_heads_and_backbone_want_opposite_things():
     module, source, target = made(MCD())
     method = module.methods[0]
-    discrepancy = (target.output.softmax(1) - method.second(target.features).softmax(1)).abs().mean()
-    expected = F.cross_entropy(method.second(source.features), source.y) - discrepancy
+    discrepancy = (target.output.softmax(1) - method.second(target.pooled).softmax(1)).abs().mean()
+    expected = F.cross_entropy(method.second(source.pooled), source.y) - discrepancy
     term = method(module, source, target)
     assert float(term) == pytest.approx(float(expected), rel=1e-5)
-    backbone = torch.autograd.grad(term, target.features, retain_graph=True)[0]
-    assert torch.allclose(backbone, torch.autograd.grad(discrepancy, target.features, retain_graph=True)[0], atol=1e-7)
+    backbone = torch.autograd.grad(term, target.pooled, retain_graph=True)[0]
+    assert torch.allclose(backbone, torch.autograd.grad(discrepancy, target.pooled, retain_graph=True)[0], atol=1e-7)
     head = torch.autograd.grad(term, module.head[1].weight, retain_graph=True)[0]
     assert torch.allclose(head, -torch.autograd.grad(discrepancy, module.head[1].weight)[0], atol=1e-7)
 
@@ -166,9 +167,9 @@ def test_adda_keeps_head_and_source_encoder():
     assert not any(p.requires_grad for p in (*module.head.parameters(), *method.start.parameters()))
     assert not method.start.training
     term = method(module, source, target)
-    mine = torch.autograd.grad(term, target.features, retain_graph=True)[0]
-    inverted = F.softplus(-method.critic(target.features)).mean()
-    assert torch.allclose(mine, torch.autograd.grad(inverted, target.features)[0], atol=1e-7)
+    mine = torch.autograd.grad(term, target.pooled, retain_graph=True)[0]
+    inverted = F.softplus(-method.critic(target.pooled)).mean()
+    assert torch.allclose(mine, torch.autograd.grad(inverted, target.pooled)[0], atol=1e-7)
 
 
 def test_osbp_by_hand():
@@ -187,8 +188,8 @@ def test_pada_weighs_absent_classes_down():
     assert torch.allclose(method.share, share)
     weights = (share / share.max())[source.y]
     each = F.cross_entropy(source.output, source.y, reduction="none")
-    critic = F.softplus(-method.critic(source.features).squeeze(1)) * weights
-    critic = (critic.mean() + F.softplus(method.critic(target.features)).mean()) / 2
+    critic = F.softplus(-method.critic(source.pooled).squeeze(1)) * weights
+    critic = (critic.mean() + F.softplus(method.critic(target.pooled)).mean()) / 2
     assert float(term) == pytest.approx(float(critic), rel=1e-5)
     assert float(source.mean_loss) == pytest.approx(float((weights * each).sum() / weights.sum()), rel=1e-5)
 
@@ -197,20 +198,20 @@ def test_discrepancies_are_their_functions():
     module, source, target = made(DAN())
     one, other = source.split()
     assert float(module.methods[0](module, source, target)) == pytest.approx(
-        float(functional.mmd(source.features, target.features))
+        float(functional.mmd(source.pooled, target.pooled))
     )
     assert float(CORAL(mean=True)(module, source, None)) == pytest.approx(
-        float(functional.relative_coral(one.features, other.features, mean=True))
+        float(functional.relative_coral(one.pooled, other.pooled, mean=True))
     )
-    assert float(DAN()(module, *[DomainView(source.x, None, source.features, source.output)] * 2)) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert float(
+        DAN()(module, *[DomainOutput(module, source.x, None, source.pooled, source.output)] * 2)
+    ) == pytest.approx(0, abs=1e-6)
 
 
 def test_optimal_transport_is_pots():
     ot = pytest.importorskip("ot")
     module, source, target = made(OptimalTransport(alpha=0.5, beta=2.0))
-    x, z = source.features.detach().numpy(), target.features.detach().numpy()
+    x, z = source.pooled.detach().numpy(), target.pooled.detach().numpy()
     logs = target.output.detach().log_softmax(1).numpy()
     cost = np.array(
         [
@@ -225,7 +226,7 @@ def test_optimal_transport_is_pots():
 def test_afn_and_bss_by_hand():
     module, source, target = made(AFN(step=2.0))
     assert float(module.methods[0](module, source, target)) == pytest.approx(4.0)
-    features = torch.cat([source.features, target.features]).detach().numpy()
+    features = torch.cat([source.pooled, target.pooled]).detach().numpy()
     values = np.linalg.svd(features, compute_uv=False)
     assert float(BSS(k=2)(module, source, target)) == pytest.approx((values[-2:] ** 2).sum(), rel=1e-3, abs=1e-6)
 
@@ -247,12 +248,12 @@ def test_only_certain_samples_count():
     target.output = torch.tensor([[9.0, 0, 0], [0.1, 0, 0], [0, 9.0, 0], [0, 0, 0.1]], requires_grad=True)
     pseudo = PseudoLabel(threshold=0.9)(module, source, target)
     assert float(pseudo) == pytest.approx(2 * math.log(1 + 2 * math.exp(-9)) / 4, rel=1e-3)
-    again = module.see(functional.perturb(target.x, 0.0)).output
+    again = module.forward_extra(functional.perturb(target.x, 0.0)).output
     expected = (F.cross_entropy(again[:1], torch.tensor([0])) + F.cross_entropy(again[2:3], torch.tensor([1]))) / 4
     assert float(module.methods[0](module, source, target)) == pytest.approx(float(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [FixMatch(threshold=0.0), MeanTeacher(threshold=0.0), Mixup()])
+@pytest.mark.parametrize("method", [FixMatch(threshold=0.0), MeanTeacher(threshold=0.0)])
 def test_changed_copies_move_no_running_statistics(method):
     module, source, target = made(method)
     layers = [m for m in module.backbone.modules() if isinstance(m, nn.BatchNorm1d)]
@@ -262,7 +263,7 @@ def test_changed_copies_move_no_running_statistics(method):
     method(module, source, target)
     assert looks[-1].mean(0).abs().max() < 1e-5  # normalised by the batch all the same
     assert all(torch.equal(layer.running_mean, old) for layer, old in zip(layers, before, strict=True))
-    module.look({"target": (target.x, None)})
+    module.forward_domains({"target": (target.x, None)})
     assert not torch.equal(layers[0].running_mean, before[0])
 
 
@@ -289,10 +290,10 @@ def test_mean_teacher_is_the_authors():
     method = module.methods[0]
     q = torch.tensor([[0.5, 0.3, 0.2], [0.34, 0.33, 0.33], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]])
     method.learn(module)
-    method.teacher = nn.Sequential(nn.Identity())
+    method.teacher = nn.Sequential(nn.Identity(), nn.Identity())
     target.x = q.log()
     p = torch.tensor([[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
-    module.see = lambda x: DomainView(x, None, x, p.log())
+    module.forward_extra = lambda x: DomainOutput(module, x, None, x, p.log())
     module._trainer, progress = None, type(module).progress
     type(module).progress = property(lambda self: 1.0)
     try:
@@ -314,10 +315,18 @@ def test_the_teacher_never_trains():
 
 
 def test_shot_by_hand():
-    module, source, target = made(SHOT(beta=0.3, momentum=0.0))
-    p, f = target.output.detach().softmax(1), target.features.detach()
-    centroids = (p.T @ f) / p.sum(0)[:, None]
-    near = torch.stack([F.cosine_similarity(row, centroids) for row in f]).argmax(1)
+    module, source, target = made(SHOT(beta=0.3))
+    p, f = target.output.detach().softmax(1), F.normalize(target.pooled.detach())
+    there = p.argmax(1).unique()
+    share = p[:, there]
+    for _ in range(2):  # centroids weighted by the probabilities, then those of the classes
+        centroids = (share.T @ f) / share.sum(0)[:, None]
+        near = torch.stack([F.cosine_similarity(row, centroids) for row in f]).argmax(1)
+        share = torch.eye(len(there))[near]
+    near = there[near]
+    target.index = torch.tensor([2, 0, 3, 1])
+    module.methods[0].on_full_pass(module, "target", iter([target.take(slice(0, 3)), target.take(slice(3, 4))]))
+    assert torch.equal(module.methods[0].labels[target.index], near)
     expected = -functional.information(p) + 0.3 * F.cross_entropy(target.output, near)
     assert float(module.methods[0](module, source, target)) == pytest.approx(float(expected), rel=1e-4)
     assert not any(q.requires_grad for q in module.head.parameters())
@@ -338,7 +347,7 @@ def test_lwf_and_co_tuning_use_the_old_head():
     module.eval()
     lwf, co_tuning = module.methods
     x, y = torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 2])
-    view = module.look({"target": (x, y)})["target"]
+    view = module.forward_domains({"target": (x, y)})["target"]
     taught = (lwf.old(module.backbone(x)) / 2).softmax(1)
     assert torch.equal(lwf.old.linear.weight, module.head[1].weight)  # the head came along
     assert float(lwf(module, None, view)) == pytest.approx(float(functional.entropy(taught).mean()), rel=1e-5)
@@ -347,7 +356,7 @@ def test_lwf_and_co_tuning_use_the_old_head():
     p = co_tuning.old(module.backbone(x)).softmax(1)
     relation = torch.stack([p[y == c].sum(0) + 1e-3 / 3 for c in range(3)])
     relation /= relation.sum(1, keepdim=True)
-    expected = -(relation[y] * co_tuning.head(view.features).log_softmax(1)).sum(1).mean()
+    expected = -(relation[y] * co_tuning.head(view.pooled).log_softmax(1)).sum(1).mean()
     assert float(term) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -385,12 +394,24 @@ def test_vrex_is_the_variance_of_the_risks():
     assert float(module.methods[0](module, source, None)) == pytest.approx(np.var(risks), rel=1e-4)
 
 
-def test_mixup_of_whole_samples_is_the_risk(monkeypatch):
-    module, source, _ = made(Mixup())
+def test_mixup_mixes_samples_and_labels(monkeypatch):
+    """`CE(output(l x_i + (1 - l) x_j), l y_i + (1 - l) y_j)` in place of the loss on the samples as they are."""
+    module, source, target = made(Mixup())
     module.eval()
-    monkeypatch.setattr("random.betavariate", lambda a, b: 1.0)
-    expected = [module.loss(module(v.x), v.y).mean() for v in source.split()]
-    assert float(module.methods[0](module, source, None)) == pytest.approx(float(sum(expected) / 2), rel=1e-4)
+    monkeypatch.setattr("random.betavariate", lambda a, b: 0.7)
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).roll(1))
+    batch = {"source": Batch(source.x, source.y), "target": Batch(target.x)}
+    x, y = 0.7 * source.x + 0.3 * source.x.roll(1, 0), torch.eye(3)[source.y]
+    logs = module(x).log_softmax(1)
+    expected = -((0.7 * y + 0.3 * y.roll(1, 0)) * logs).sum(1).mean()
+    assert float(module.training_step(batch, 0)) == pytest.approx(float(expected), rel=1e-5)
+    mixed = module.methods[0].transform_batch(module, batch)
+    assert mixed["target"] is batch["target"]
+    sources = {"source/a": Batch(torch.zeros(4, 5), torch.zeros(4).long()),
+               "source/b": Batch(torch.ones(4, 5), torch.ones(4).long())}  # fmt: skip
+    mixed = module.methods[0].transform_batch(module, sources)
+    assert torch.allclose(mixed["source/a"].x, torch.full((4, 5), 0.3))  # with the other source
+    assert torch.allclose(mixed["source/b"].y, torch.tensor([0.3, 0.7, 0.0]).expand(4, 3))
 
 
 def test_mldg_goes_through_the_inner_step(monkeypatch):
@@ -401,7 +422,7 @@ def test_mldg_goes_through_the_inner_step(monkeypatch):
     x = source.x.double()
 
     def objective():
-        views = module.look({"source/a": (x[:4], source.y[:4]), "source/b": (x[4:], source.y[4:])})
+        views = module.forward_domains({"source/a": (x[:4], source.y[:4]), "source/b": (x[4:], source.y[4:])})
         return module.methods[0](module, views["source"], None)
 
     weight = module.head[1].weight

@@ -38,6 +38,7 @@ from tl_modules import (
     MeanTeacher,
     Method,
     MixStyle,
+    Mixup,
     Ramp,
     TorchvisionBackbone,
     TransferModule,
@@ -62,15 +63,15 @@ def test_a_resumed_run_is_the_undisturbed_one(method, kind, tmp_path):
 @pytest.mark.parametrize("task", exported(TransferModule), ids=lambda c: c.__name__)
 @every_method
 def test_every_method_on_every_task(method, task):
-    if method.needs_classes and not task.classes:
+    if method.needs_classes and not task.is_classification:
         with pytest.raises(UserError, match=f"{method.__name__} works on class probabilities"):
             build([method], "image", task)
         return
     module = build([method, L2SP if method.changes_backbone else method], "image", task)
-    trainer = fit(module, Several("image", values=not task.classes), epochs=1)
+    trainer = fit(module, Several("image", values=not task.is_classification), epochs=1)
     names = [n for n, _ in module.named_methods() if f"train/{n}" in trainer.callback_metrics]
     assert names or isinstance(
-        module.methods[0], MixStyle | GroupDRO
+        module.methods[0], MixStyle | GroupDRO | Mixup
     )  # which has no term, as those that change the backbone
     parts = [trainer.callback_metrics[f"train/{name}"] for name in ("task/source", *names)]
     assert torch.isfinite(torch.stack(parts)).all()
@@ -112,7 +113,7 @@ def test_every_method_on_cached_activations(method):
 def test_a_term_that_reaches_nothing_of_the_users_is_said():
     class Nothing(Method):
         def forward(self, module, source, target):
-            return target.features.detach().sum()
+            return target.pooled.detach().sum()
 
     with pytest.raises(UserError, match="Nothing would do nothing"):
         fit(build([Nothing], "vector"), Several("vector"))
@@ -187,8 +188,8 @@ def test_weights_of_classes_domains_and_samples_multiply(method, options):
     trainer = fit(module, Several("vector"), epochs=5)
     assert float(trainer.callback_metrics["train/loss"]) >= 0
     batch = {name: (torch.randn(6, 5), torch.arange(6) % 3) for name in ("source/a", "source/b")}
-    source = module.look(batch)["source"]
-    target = module.look({"target": (torch.randn(6, 5), None)})["target"]
+    source = module.forward_domains(batch)["source"]
+    target = module.forward_domains({"target": (torch.randn(6, 5), None)})["target"]
     before = source.weight.clone() if source.weight is not None else torch.ones(12)
     module.eval()
     module.methods[0].reweight(module, source, target)
@@ -286,7 +287,7 @@ def test_weights_of_a_file_bring_their_classifier(method, tmp_path):
     state = resnet18(num_classes=7).state_dict()
     torch.save(state, tmp_path / "resnet.pth")
     backbone = TorchvisionBackbone("resnet18", weights=str(tmp_path / "resnet.pth"))
-    module = Classification(backbone, 3, class_names=["a", "b", "c"], methods=[method(source_classes=7)])
+    module = Classification(backbone, {"y": {"classes": ["a", "b", "c"]}}, methods=[method(source_classes=7)])
     old = module.methods[0].old.linear
     assert torch.equal(old.weight, state["fc.weight"])
     assert torch.equal(old.bias, state["fc.bias"])

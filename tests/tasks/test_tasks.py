@@ -6,22 +6,25 @@ from lightning.pytorch import Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tl_modules import Classification, ConvNet, CosineHead, MLPHead, Regression, UserError
-from tl_modules.batch.output import weighted_mean
+from tl_modules import Classification, ConvNet, CosineHead, DomainOutput, MLPHead, Regression, UserError
 
 
 def classification(**options):
     return Classification(ConvNet(4), 3, **options)
 
 
+def outputs(module, output, y=None):
+    return DomainOutput(module, None, y, output, output)
+
+
 def test_class_weights_and_label_smoothing():
     logits, y = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), torch.tensor([0, 2])
     logs = logits.log_softmax(1)
-    assert torch.allclose(classification().loss(logits, y), -torch.stack([logs[0, 0], logs[1, 2]]))
-    loss, weight = classification(class_weights=[1.0, 1.0, 3.0]).losses(logits, y)
-    assert torch.allclose(weighted_mean(loss, weight), -(logs[0, 0] + 3 * logs[1, 2]) / 4)
-    assert torch.allclose(weighted_mean(loss, weight), F.cross_entropy(logits, y, weight=torch.tensor([1.0, 1.0, 3.0])))
-    smooth = classification(label_smoothing=0.3).loss(logits, y)
+    assert torch.allclose(outputs(classification(), logits, y).loss, -torch.stack([logs[0, 0], logs[1, 2]]))
+    out = outputs(classification(class_weights=[1.0, 1.0, 3.0]), logits, y)
+    assert torch.allclose(out.mean_loss, -(logs[0, 0] + 3 * logs[1, 2]) / 4)
+    assert torch.allclose(out.mean_loss, F.cross_entropy(logits, y, weight=torch.tensor([1.0, 1.0, 3.0])))
+    smooth = outputs(classification(label_smoothing=0.3), logits, y).loss
     by_hand = torch.stack([-(0.7 * logs[i, c] + 0.1 * logs[i].sum()) for i, c in enumerate(y)])
     assert torch.allclose(smooth, by_hand)
 
@@ -31,7 +34,7 @@ def test_classification_metrics():
     metrics = task.metrics()
     logits = torch.tensor([[0.4, 0.3, 0.3], [0.2, 0.5, 0.3], [0.8, 0.1, 0.1], [0.1, 0.2, 0.7]]).log()
     y = torch.tensor([0, 1, 1, 2])
-    values = metrics(task.predict(logits), y)
+    values = metrics(outputs(task, logits).prediction, y)
     assert values["accuracy"] == pytest.approx(0.75)
     assert values["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     # confidences 0.4, 0.5, 0.8, 0.7 fall in four bins: |1-0.4|, |1-0.5|, |0-0.8|, |1-0.7|
@@ -58,7 +61,7 @@ def fitted(module, x, y, batch_size, **options):
 
 
 def test_absent_classes_are_named_once(caplog):
-    module = classification(class_names=["cat", "dog", "owl"])
+    module = Classification(ConvNet(4), {"y": {"classes": ["cat", "dog", "owl"]}})
     for _ in range(2):
         fitted(module, torch.rand(8, 3, 28, 28), torch.arange(8) % 2, 8)
     texts = [r.getMessage() for r in caplog.records if "macro averages" in r.getMessage()]
@@ -70,7 +73,7 @@ def test_an_epochs_loss_does_not_depend_on_its_batches(weights):
     torch.manual_seed(0)
     module = classification(class_weights=weights, label_smoothing=0.0 if weights else 0.2).double()
     x, y = torch.rand(23, 3, 28, 28).double(), torch.randint(0, 3, (23,))
-    expected = float(weighted_mean(*module.eval().losses(module(x), y)))
+    expected = float(outputs(module, module.eval()(x), y).mean_loss)
     for size in (1, 2, 5, 8, 23):
         assert fitted(module, x, y, size)["val/loss"] == pytest.approx(expected, abs=1e-6)
 
@@ -87,31 +90,32 @@ def test_a_loss_that_is_not_finite_is_noticed(stage, value):
 
 def test_logits_between_0_and_1_are_still_logits():
     task = classification()
-    assert torch.allclose(task.predict(torch.full((1, 3), 0.5)), torch.full((1, 3), 1 / 3))
+    assert torch.allclose(outputs(task, torch.full((1, 3), 0.5)).prediction, torch.full((1, 3), 1 / 3))
 
 
 def test_classification_table():
-    task = Classification(ConvNet(4), 2, class_names=["cat", "dog"])
-    assert task.table(torch.tensor([[0.25, 0.75]])) == {"label": ["dog"], "p_cat": [0.25], "p_dog": [0.75]}
+    task = Classification(ConvNet(4), {"y": {"classes": ["cat", "dog"]}})
+    assert task.prediction_columns(torch.tensor([[0.25, 0.75]])) == {"label": ["dog"], "p_cat": [0.25], "p_dog": [0.75]}
 
 
 def test_regression():
     task = Regression(ConvNet(4), 1)
     output, y = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 3.0, 2.0])
-    assert task.loss(output, y).tolist() == [0, 1, 4]
-    values = task.metrics()(task.predict(output), y)
+    out = outputs(task, output, y)
+    assert out.loss.tolist() == [0, 1, 4]
+    values = task.metrics()(out.prediction, y)
     assert values["mae"] == pytest.approx(1.0)
     assert values["rmse"] == pytest.approx((5 / 3) ** 0.5)
     assert values["r2"] == pytest.approx(1 - 5 / 2)
-    assert task.table(task.predict(output)) == {"value": [1.0, 2.0, 4.0]}
+    assert task.prediction_columns(out.prediction) == {"value": [1.0, 2.0, 4.0]}
     two = Regression(ConvNet(4), 2)
-    assert list(two.table(torch.zeros(1, 2))) == ["value_0", "value_1"]
-    assert two.loss(torch.zeros(3, 2), torch.ones(3, 2)).tolist() == [1, 1, 1]
+    assert list(two.prediction_columns(torch.zeros(1, 2))) == ["value_0", "value_1"]
+    assert outputs(two, torch.zeros(3, 2), torch.ones(3, 2)).loss.tolist() == [1, 1, 1]
 
 
 class Scalar(Regression):
-    def loss(self, output, y):
-        return F.mse_loss(output[:, 0], y)
+    def loss(self, out):
+        return F.mse_loss(out.output[:, 0], out.y)
 
 
 def test_a_loss_that_is_not_one_for_each_sample_is_said():
@@ -137,7 +141,6 @@ def test_joint_training_weighs_the_target():
 @pytest.mark.parametrize(("options", "match"), [
     ({"class_weights": [1.0]}, "1 weights for 3 classes"),
     ({"label_smoothing": 1.5}, "label_smoothing"),
-    ({"class_names": ["a"]}, "1 names for num_outputs 3"),
 ])  # fmt: skip
 def test_mistakes(options, match):
     with pytest.raises(UserError, match=match):

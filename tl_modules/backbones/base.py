@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
+from tl_modules.batch import samples
 from tl_modules.batch.protocol import AbstractBackbone
 from tl_modules.errors import UserError
 
@@ -19,15 +21,18 @@ Weights = str | Path | None
 
 
 class Backbone(AbstractBackbone):
-    """Maps raw input to features and owns its preprocessing (normalise, tokenise, mel).
+    """Maps raw samples to features and owns all that lies between: tokenising, padding, normalising, spectrograms.
 
-    A subclass sets `out_features` and writes `forward` and `stages`.
+    A subclass sets `out_features` and writes `forward` and `stages`; `prepare` too if its inputs are more than tensors
+    to be stacked.
 
     Attributes:
+        prepare: A list of raw inputs -> a tree of them (see batch/samples.py), in a loader's worker; a small object,
+            so that it can be sent there.
         name: Of the architecture, for messages.
         model: The network that `load_pretrained` fills.
         classifier: The name in `model` of the classifier's last layer, which was taken out.
-        out_features: Width of the features.
+        out_features: Width of the features; of a pyramid, of each level.
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
         bf16: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
@@ -36,14 +41,40 @@ class Backbone(AbstractBackbone):
     name: str = ""
     model: nn.Module
     classifier: str = ""
-    out_features: int
+    out_features: int | list[int]
+    prepare: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
     pretrained: Pretrained | None = None
     random: bool = False
     bf16: tuple[str, ...] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features of shape (B, out_features) for a batch of raw inputs."""
+    def bind_schema(self, x: Mapping[str, Any]) -> None:
+        """Learns from the schema what inputs are: builds what depends on it, refuses what it cannot read.
+
+        Args:
+            x: The schema of the inputs, e.g. {"image": {}} or {"numeric": ["age", "hours"]}; empty if nobody knows.
+        """
+
+    def forward(self, x: Any) -> Any:
+        """Prepared inputs -> features, a tree that carries all that a head needs, e.g. (B, out_features)."""
         raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """D of `pooled_features`."""
+        return self.out_features if isinstance(self.out_features, int) else self.out_features[-1]
+
+    def pooled_features(self, features: Any) -> Tensor:
+        """Features -> one vector per sample, (B, D): means over positions or time, of the last part of several."""
+        if isinstance(features, samples.Padded):
+            total = (features.values * features.mask[..., None]).sum(1)
+            return total / features.lengths[:, None].clamp(min=1).to(total)
+        if isinstance(features, Tensor):
+            return features.flatten(2).mean(2) if features.ndim == 4 else features
+        return self.pooled_features(list(features.values() if isinstance(features, dict) else features)[-1])
+
+    def align(self, xs: list[Any]) -> list[Any]:
+        """Brings the inputs of a step's domains into one form, so that they can pass as one batch."""
+        return xs
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:

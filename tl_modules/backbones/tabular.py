@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -23,14 +25,14 @@ class VectorBackbone(Backbone):
     run's rows, also after pretrained weights were loaded.
 
     Args:
-        in_features: D, the number of columns; `tl fit` takes it from the data's `in_features`.
+        in_features: D, the number of columns; None takes it from the data's schema.
         widths: Of each stage; [] leaves the standardised columns as they are.
         dropout: Share of each stage's outputs that is dropped in training.
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
 
     Raises:
-        UserError: The number of columns is not known, a width is not positive, or the weights do not fit.
+        UserError: A width is not positive, or the weights do not fit.
     """
 
     def __init__(
@@ -42,23 +44,42 @@ class VectorBackbone(Backbone):
         strict: bool = True,
     ) -> None:
         super().__init__()
-        if in_features is None:
-            raise UserError("in_features: the data do not say how many columns they have; VectorBackbone takes Tables")
-        if min([in_features, *widths]) < 1:
-            raise UserError(f"in_features, widths: {in_features} and {widths} must be at least 1 each")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout: {dropout} must lie in [0, 1)")
+        self.widths, self.dropout, self.weights, self.strict = widths, dropout, weights, strict
+        if in_features is not None:
+            self._build(in_features)
+
+    def bind_schema(self, x: Mapping[str, Any]) -> None:
+        """Builds the layers for the data's columns.
+
+        Raises:
+            UserError: The data does not say how many there are, or has another number than the layers.
+        """
+        columns = len(x["numeric"]) if "numeric" in x else None
+        if columns is None and not hasattr(self, "in_features"):
+            raise UserError(
+                "in_features: the data does not say how many columns it has; VectorBackbone takes Tables, or in_features"
+            )
+        if not hasattr(self, "in_features"):
+            self._build(cast(int, columns))
+        elif columns not in (None, self.in_features):
+            raise UserError(f"in_features: {self.in_features} for data with {columns} columns")
+
+    def _build(self, in_features: int) -> None:
+        if min([in_features, *self.widths]) < 1:
+            raise UserError(f"in_features, widths: {in_features} and {self.widths} must be at least 1 each")
         # momentum None: the average over all batches, so that columns of any scale are right from the first step on
         standardise = nn.BatchNorm1d(in_features, affine=False, momentum=None)
         stages: list[list[nn.Module]] = [[standardise]]
-        for inputs, outputs in pairwise([in_features, *widths]):
-            dense = [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(), nn.Dropout(dropout)]
-            stages.append(dense)
+        for inputs, outputs in pairwise([in_features, *self.widths]):
+            norm, dropout = nn.BatchNorm1d(outputs), nn.Dropout(self.dropout)
+            stages.append([nn.Linear(inputs, outputs, bias=False), norm, nn.ReLU(), dropout])
         # it has no parameters, and rests and moves with the first stage
         stages[:2] = [[layer for stage in stages[:2] for layer in stage]]
         self.model = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
-        self.in_features, self.out_features = in_features, [in_features, *widths][-1]
-        self.load_pretrained(weights, strict)
+        self.in_features, self.out_features = in_features, [in_features, *self.widths][-1]
+        self.load_pretrained(self.weights, self.strict)
         assert standardise.num_batches_tracked is not None
         standardise.num_batches_tracked.zero_()
 

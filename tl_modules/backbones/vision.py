@@ -9,7 +9,7 @@ blocks at one resolution, and the single blocks of a transformer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
@@ -75,6 +75,28 @@ class ImageBackbone(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W) uint8, or float in [0, 1] -> (B, out_features)."""
         return pooled(self.model(self.preprocess(x)))
+
+    def bind_schema(self, x: Mapping[str, Any]) -> None:
+        """Refuses inputs that are not images.
+
+        Raises:
+            UserError: The data says that they are something else.
+        """
+        if x and "image" not in x:
+            raise UserError(
+                f"backbone: {type(self).__name__} takes images, and the data's inputs are {', '.join(x)}; "
+                "take a backbone for these, e.g. VectorBackbone for numeric columns"
+            )
+
+    def align(self, xs: list[Any]) -> list[Any]:
+        """Gives grey images beside coloured ones three channels, and bytes beside floats the range [0, 1]."""
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in xs):
+            xs = [x.float() / 255 if isinstance(x, Tensor) and x.dtype == torch.uint8 else x for x in xs]
+        images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
+        channels = max((x.shape[1] for x in images), default=1)
+        if len(images) < len(xs) or {x.shape[1] for x in images} != {1, channels}:
+            return xs
+        return [x.expand(-1, channels, -1, -1) for x in images]
 
     def stages(self) -> list[nn.Module]:
         """Splits `model` where its resolution drops and before each transformer block."""

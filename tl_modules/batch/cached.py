@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
+from tl_modules.batch import samples
 from tl_modules.errors import UserError
 
 
-class Cached:
+class CachedActivations(samples.Node):
     """The activations of a batch where the closed stages end.
 
     Args:
-        boundary: Tensors of B rows each.
+        tree: The boundary.
         tail: The boundary -> features (B, out_features).
-        read: How many -> so many of the batch's raw inputs, read anew.
+        read: n -> the first n of the batch's raw inputs, read again.
     """
 
-    def __init__(
-        self, boundary: tuple[Tensor, ...], tail: Callable[..., Tensor], read: Callable[[int], Tensor]
-    ) -> None:
-        self.boundary, self.tail, self.read = boundary, tail, read
+    def __init__(self, tree: Any, tail: Callable[..., Any], read: Callable[[int], Any]) -> None:
+        self.tree, self.tail, self.read, self.kind = tree, tail, read, id(tail)
 
-    def features(self) -> Tensor:
-        """Features (B, out_features)."""
-        return self.tail(*self.boundary)
+    def replace(self, tree: Any) -> CachedActivations:
+        return CachedActivations(tree, self.tail, self.read)
 
-    def kind(self) -> tuple[Any, ...]:
-        """What two of them must have in common to be joined."""
-        return (self.tail, *((part.shape[1:], part.dtype) for part in self.boundary))
+    def features(self) -> Any:
+        """Returns the features."""
+        return self.tail(*self.tree)
 
-    @staticmethod
-    def join(parts: Sequence[Cached]) -> Cached:
-        """One after the other."""
-        boundary = tuple(torch.cat(columns) for columns in zip(*(part.boundary for part in parts), strict=True))
-        return Cached(boundary, parts[0].tail, parts[0].read)
-
-    def split(self, sizes: list[int]) -> list[Cached]:
-        """Parts of so many rows each."""
-        rows = zip(*(torch.split(part, sizes) for part in self.boundary), strict=True)
-        return [Cached(boundary, self.tail, self.read) for boundary in rows]
-
-    def to(self, device: torch.device, non_blocking: bool = True) -> Cached:
-        """The same on a device."""
-        moved = tuple(part.to(device, non_blocking=non_blocking) for part in self.boundary)
-        return Cached(moved, self.tail, self.read)
+    def to(self, device: torch.device, non_blocking: bool = True) -> CachedActivations:
+        """Moves to a device."""
+        return self.replace(samples.move(self.tree, device, non_blocking=non_blocking))
 
     def __len__(self) -> int:
-        return len(self.boundary[0])
+        return samples.count(self.tree)
 
     def __getattr__(self, name: str) -> NoReturn:
         """Whoever takes it for a tensor is told what to do."""
@@ -64,3 +49,8 @@ class Cached:
         """The same for torch's functions."""
         raise UserError(f"cache: {function.__name__} is asked of x, but x was not read: its features are cached; let "
                         "the method say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip
+
+
+def align_cached(xs: list[Any]) -> list[Any]:
+    """Returns them."""
+    return xs

@@ -1,56 +1,110 @@
-"""What the network sees of a domain in one step, and how the inputs of several domains pass as one batch."""
+"""What the network gives for one domain in one step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tl_modules.batch.cached import Cached
+from tl_modules.batch import samples
+from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 
 
 @dataclass
-class DomainView:
-    """What the network sees of one domain in one step.
+class DomainOutput:
+    """The outputs for one domain's batch of B samples; what costs work is computed when it is first asked for.
 
     Attributes:
-        x: The raw input, (B, ...); where the frozen stages are cached, a `Cached`.
-        y: The labels, (B, ...), or None where they are hidden.
-        features: (B, out_features).
-        output: The head's output, (B, num_outputs).
-        parts: How many rows each of several sources has, which follow one another; B of one domain.
-        loss: The task's loss of each sample, (B,); None where the labels are hidden.
-        weight: How much each sample's loss counts, (B,); None: all the same. Methods may put others in its place.
+        module: Its task says what loss, prediction and probabilities are.
+        x: The prepared inputs, a tree; where the frozen stages are cached, a `CachedActivations`.
+        y: The labels, a tree, or None where they are hidden.
+        features: What the head takes, a tree; (B, out_features) where the task takes pooled features.
+        output: What the head gives, a tree, e.g. (B, num_outputs).
+        index: The samples' numbers in their data set, (B,).
+        parts: How many samples each of several domains has, which follow one another.
+        labelled: The same of the samples with labels, where a domain has both; None if `y` says it all.
     """
 
-    x: Tensor | Cached
-    y: Tensor | None
-    features: Tensor
-    output: Tensor
+    module: Any = field(repr=False)  # an AbstractTransferModule, whose file imports this one
+    x: Any
+    y: Any
+    features: Any
+    output: Any
+    index: Tensor | None = None
     parts: tuple[int, ...] = ()
-    loss: Tensor | None = None
-    weight: Tensor | None = None
+    labelled: DomainOutput | None = None
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """One feature vector per sample, (B, D)."""
+        if self.module.uses_pooled_features:
+            return cast(Tensor, self.features)
+        return cast(Tensor, self.module.backbone.pooled_features(self.features))
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probabilities of the classes, (B, C)."""
+        return cast(Tensor, self.module.probabilities(self))
+
+    @cached_property
+    def prediction(self) -> Any:
+        """What a user wants of each sample, a tree."""
+        return self.module.postprocess(self)
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """The task's loss of each sample, (B,).
+
+        Raises:
+            UserError: The task gives something else.
+        """
+        return self._per_sample("loss", self.module.loss(self))
+
+    @cached_property
+    def weight(self) -> Tensor | None:
+        """How much each sample's loss counts, (B,); None: all the same. Methods may put others in its place."""
+        weight = self.module.loss_weight(self)
+        return None if weight is None else self._per_sample("loss_weight", weight)
 
     @property
     def mean_loss(self) -> Tensor:
         """The task's weighted mean loss, a scalar."""
-        assert self.loss is not None
         return weighted_mean(self.loss, self.weight)
 
-    def split(self) -> list[DomainView]:
-        """A view for each of the domains."""
+    def _per_sample(self, name: str, given: Tensor) -> Tensor:
+        if given.shape != (len(self),):
+            raise UserError(
+                f"{type(self.module).__name__}.{name} gives a tensor of shape {tuple(given.shape)} for {len(self)} "
+                'samples; let it give one value for each, (B,), e.g. by reduction="none"'
+            )
+        return given
+
+    def split(self) -> list[DomainOutput]:
+        """Returns an output for each of the domains."""
         if len(self.parts) < 2:
             return [self]
-        sizes = list(self.parts)
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parts"}
-        columns: Any = {name: [None] * len(sizes) if c is None else c.split(sizes) for name, c in given.items()}
-        return [DomainView(**{name: c[i] for name, c in columns.items()}) for i in range(len(sizes))]
+        ends = list(accumulate(self.parts))
+        return [self.take(slice(end - size, end)) for size, end in zip(self.parts, ends, strict=True)]
+
+    def take(self, index: slice) -> DomainOutput:
+        """Returns the output for some of the samples, with the weights that methods have given them."""
+        trees = (self.x, self.y, self.features, self.output, self.index)
+        found = DomainOutput(self.module, *(samples.take(tree, index) for tree in trees))
+        if "loss" in vars(self):
+            found.loss = self.loss[index]
+        if self.y is not None:
+            found.weight = None if self.weight is None else self.weight[index]
+        return found
+
+    def __len__(self) -> int:
+        return samples.count(self.features)
 
 
 def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -58,8 +112,34 @@ def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 
+def joined(module: Any, owner: str, batches: Sequence[Batch], features: Sequence[Any], output: Any) -> DomainOutput:
+    """Puts the batches of one domain together: several sources, or the labelled and the unlabelled part of a target.
+
+    Args:
+        module: The module.
+        owner: "source" or "target".
+        batches: Their inputs and labels.
+        features: Of each.
+        output: The head's, of all of them one after the other.
+    """
+    xs, ys, index = zip(*batches, strict=True)
+    # samples of several sources may have unequal shapes, which only a method that reads them would mind
+    whole = [samples.concat(xs) if samples.alike(xs) else None, samples.concat(ys), samples.concat(index)]
+    sizes = tuple(samples.count(each) for each in features)
+    found = DomainOutput(module, whole[0], whole[1], samples.concat(features), output, whole[2], sizes)
+    if whole[1] is None:
+        with_labels = [i for i, batch in enumerate(batches) if batch.y is not None]
+        if with_labels:  # one at most: of several sources all have labels, or none
+            each = samples.split(output, sizes)[with_labels[0]]
+            batch = batches[with_labels[0]]
+            found.labelled = DomainOutput(module, batch.x, batch.y, features[with_labels[0]], each, batch.index)
+        if owner == "target":  # its parts are no domains of their own
+            found.parts = (sum(sizes),)
+    return found
+
+
 def by_domain(given: Any, one: type) -> dict[str, Any]:
-    """What belongs to each domain, of what somebody's own loaders give or are.
+    """Assigns to the domains what somebody's own loaders give or are.
 
     Args:
         given: A mapping of domains as ours have it, or of one domain, the target, or a list of domains, the sources
@@ -67,54 +147,46 @@ def by_domain(given: Any, one: type) -> dict[str, Any]:
         one: What a domain is, e.g. a DataLoader; or what a domain's batch (x, y) begins with, a Tensor.
 
     Returns:
-        Keys are "source", or "source/0", "source/1", ... of several, and "target". A batch of one tensor has no labels.
+        Keys are "source", or "source/0", "source/1", ... of several, and "target". Batches become `Batch`es; a batch
+        of one tensor has no labels.
 
     Raises:
         UserError: A name is none of these.
     """
     if isinstance(given, Mapping):
         domains = {name: part for name, part in given.items() if part is not None}
-    elif not isinstance(given, list | tuple) or (one is Tensor and isinstance(given[0], one)):
+    elif not isinstance(given, list | tuple) or isinstance(given, Batch) or (one is Tensor and _is_batch(given)):
         domains = {"target": given}
     else:
         sources = ["source"] if len(given) == 2 else [f"source/{number}" for number in range(len(given) - 1)]
         domains = dict(zip([*sources, "target"], given, strict=True))
-    if wrong := [name for name in domains if name not in ("source", "target") and not str(name).startswith("source/")]:
+    if wrong := [name for name in domains if not _is_name(str(name))]:
         raise UserError(f"data: a domain is called {wrong[0]}; the names are target, and source or source/<name>")
-    return {name: (part, None) if isinstance(part, Tensor) else part for name, part in domains.items()}
+    return domains if one is not Tensor else {name: _as_batch(part) for name, part in domains.items()}
 
 
-def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
-    """The same inputs; beside others, grey images (B, 1, H, W) get three channels and bytes become floats in [0, 1]."""
-    if any(isinstance(x, Tensor) and x.is_floating_point() for x in xs):
-        xs = [x.float() / 255 if isinstance(x, Tensor) and x.dtype == torch.uint8 else x for x in xs]
-    images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
-    channels = max((x.shape[1] for x in images), default=1)
-    if len(images) < len(xs) or {x.shape[1] for x in images} != {1, channels}:
-        return xs
-    return [x.expand(-1, channels, -1, -1) for x in images]
+def _is_name(name: str) -> bool:
+    return name in ("source", "target", "target/labelled") or name.startswith("source/")
 
 
-def check_sources(names: Sequence[str], xs: Sequence[Tensor | Cached]) -> None:
+def _is_batch(given: Any) -> bool:
+    return isinstance(given[0], Tensor | samples.Padded | dict | samples.Node)
+
+
+def _as_batch(part: Any) -> Batch:
+    if isinstance(part, Batch):
+        return part
+    return Batch(*part) if isinstance(part, list | tuple) else Batch(part)
+
+
+def check_sources(names: Sequence[str], xs: Sequence[Any]) -> None:
     """Raises a UserError where the samples of several sources do not make one batch."""
     sources = {name: x for name, x in zip(names, xs, strict=True) if name.startswith("source")}
-    if sources and not alike(list(sources.values())):
-        shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in sources.items() if isinstance(x, Tensor))
+    if not samples.alike(list(sources.values())):
+        kinds = ", ".join(f"{name} {samples.describe(x)}" for name, x in sources.items())
         raise UserError(
-            f"data: the sources' samples have unequal shapes ({shapes}); give all of them one, e.g. one size"
+            f"data: the sources' samples have unequal shapes ({kinds}); give all of them one, e.g. one size"
         )
-
-
-def alike(xs: Sequence[Tensor | Cached]) -> bool:
-    """Whether inputs can pass through the backbone as one batch."""
-    return len({x.kind() if isinstance(x, Cached) else (x.shape[1:], x.dtype) for x in xs}) == 1
-
-
-def join(parts: Sequence[Any]) -> Any:
-    """Batches one after the other; a single one as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    return Cached.join(parts) if isinstance(parts[0], Cached) else torch.cat(list(parts))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
     x: Any
     y: Any = None
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
 
 
 class Padded:
@@ -163,7 +163,7 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
     if len(sizes) == 1:
         return [tree]
     if isinstance(tree, Tensor):
-        return list(tree.split(list(sizes)))
+        return list(torch.split(tree, list(sizes)))
     ends = np.cumsum(sizes).tolist()
     return [take(tree, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
 
@@ -182,7 +182,8 @@ def _take(leaf: Any, index: slice | Tensor) -> Any:
         return leaf[index]
     values, shapes = leaf.values[index], leaf.shapes[index]
     largest = shapes.amax(0).tolist() if len(shapes) else []
-    return Padded(values[(slice(None), *map(slice, largest))], shapes)
+    within = (slice(None), *map(slice, largest))
+    return Padded(values[within], shapes)
 
 
 def unbind(tree: Any) -> list[Any]:
@@ -193,6 +194,17 @@ def unbind(tree: Any) -> list[Any]:
 def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
     """Moves a batch to a device, with the arguments of `Tensor.to`; lists stay as they are."""
     return map_leaves(lambda leaf: leaf if isinstance(leaf, list) else leaf.to(*args, **kwargs), tree)
+
+
+def copied(tree: Any) -> Any:
+    """Copies the tensors."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Padded):
+            return Padded(leaf.values.clone(), leaf.shapes.clone())
+        return leaf.clone() if isinstance(leaf, Tensor) else list(leaf)
+
+    return map_leaves(copy, tree)
 
 
 def to_float32(tree: Any) -> Any:
@@ -222,6 +234,13 @@ def kind(tree: Any) -> Any:
     if isinstance(tree, tuple):
         return tuple(map(kind, tree))
     return (type(tree), tree.kind, kind(tree.tree)) if isinstance(tree, Node) else type(tree)
+
+
+def describe(tree: Any) -> str:
+    """Names the shapes of a sample, for messages."""
+    shapes = [tuple((leaf.values if isinstance(leaf, Padded) else leaf).shape[1:]) for leaf in leaves(tree)
+              if not isinstance(leaf, list)]  # fmt: skip
+    return ", ".join(map(str, shapes))
 
 
 def collate(samples: Sequence[Any]) -> Any:

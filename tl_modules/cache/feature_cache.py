@@ -29,8 +29,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from tl_modules.batch.cached import Cached
+from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import by_domain
+from tl_modules.batch.samples import Batch
 from tl_modules.cache.cut import Cut, NotCut, check, cut, run_trunk
 from tl_modules.cache.fingerprints import Unnamed, named
 from tl_modules.cache.memory import free_memory
@@ -135,7 +136,7 @@ class FeatureCache(Callback):
 
     def _off(self, module: TransferModule, loaders: Mapping[str, Any]) -> str | None:
         """What switches the cache off for the whole run, or None."""
-        steps = ("look", "training_step", "validation_step", "test_step", "_evaluate")
+        steps = ("forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
         own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
         readers = [type(method).__name__ for _, method in module.named_methods() if method.reads_x]
         if not self.enabled:
@@ -232,7 +233,7 @@ class FeatureCache(Callback):
         def first() -> list[Tensor]:
             if key is None:
                 _check_deterministic(loader, places)
-            x, y = next(batches)
+            x, y, _ = next(batches)
             return self._rows(trainer, module, both, x, y, first=True)
 
         def rest(rows: list[Tensor]) -> None:
@@ -246,7 +247,7 @@ class FeatureCache(Callback):
                 batch = next(batches, None)
                 if batch is None:
                     return
-                rows = self._rows(trainer, module, both, *batch)
+                rows = self._rows(trainer, module, both, *batch[:2])
 
         rows = together(trainer, first)
         specs = [((len(places), *part.shape[1:]), part.dtype) for part in rows]
@@ -286,7 +287,7 @@ class FeatureCache(Callback):
         """Whether a few samples still give what an earlier run stored, whatever the key cannot know."""
         few = sorted({round(i * (len(places) - 1) / 3) for i in range(4)})
         with _evaluating(module):
-            for x, y in loader.read([places[i] for i in few], len(few)):
+            for x, y, _ in loader.read([places[i] for i in few], len(few)):
                 rows = self._rows(trainer, module, both, x, y)
         return len(rows) == len(found) and all(
             len(old) == len(places) and new.shape == old[few].shape and _close(new.cpu(), old[few])
@@ -351,7 +352,7 @@ class _Memory:
         self.parts = tensors if view.label == "none" else tensors[:-1]
         self.y = None if view.label == "none" else tensors[-1]
 
-    def __call__(self, places: Sequence[Any]) -> tuple[Cached, Tensor | None]:
+    def __call__(self, places: Sequence[Any]) -> Batch:
         """The batch at these places: row numbers, or row numbers with the seeds that choose a view."""
         pairs = [place if isinstance(place, tuple) else (place, 0) for place in places]
         index = torch.tensor([row + len(self.view) * (seed % self.views) for row, seed in pairs])
@@ -359,7 +360,8 @@ class _Memory:
         if self.dtype is not None:
             boundary = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in boundary)
         labels = None if self.y is None else self.y.index_select(0, index)
-        return Cached(boundary, self.tail, lambda count: self._read(pairs[:count])), labels
+        rows = torch.tensor([self.view.rows[row] for row, _ in pairs])
+        return Batch(CachedActivations(boundary, self.tail, lambda count: self._read(pairs[:count])), labels, rows)
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
         xs: Tensor = default_collate([self.view[pair][0] for pair in pairs])

@@ -13,6 +13,7 @@ callbacks                                  each callback, by its class's name
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.optimizer import resume_rates
 
+log = logging.getLogger(__name__)
+EARLIER = (".centroids", ".counts")  # SHOT's of version 0.1, which the first full pass replaces
 STATES = {"state_dict", "current_model_state"}
 
 
@@ -59,6 +62,10 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
         for key in STATES & checkpoint.keys():
             checkpoint[key] = left_out | checkpoint[key]
     given, own = checkpoint["state_dict"], module.state_dict()
+    for key in [k for k in given if k not in own and k.startswith("methods.") and k.endswith(EARLIER)]:
+        del given[key]
+    for key in [k for k in own if k not in given and k.startswith("methods.") and k.endswith(".labels")]:
+        given[key] = own[key]  # SHOT's, of the next full pass
     wrong = given.keys() ^ own.keys()
     wrong |= {k for k, p in module.named_parameters() if k in given and given[k].shape != p.shape}
     if wrong:
@@ -72,6 +79,18 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)
     if resumes:
         resume_rates(module, checkpoint)
+
+
+def transfer_head(module: AbstractTransferModule) -> bool:
+    """Takes the source run's head along where task, labels and shape are the same, and says so."""
+    pretrained = module.backbone.pretrained
+    if pretrained is None or pretrained.task != module.task_description():
+        return False
+    if {k: v.shape for k, v in pretrained.head.items()} != {k: v.shape for k, v in module.head.state_dict().items()}:
+        return False
+    module.head.load_state_dict(pretrained.head)
+    log.info("head from %s too: the task and its labels are the same", pretrained.origin)
+    return True
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -1,6 +1,6 @@
 """The `tl` command: LightningCLI with run directories, short errors, and both wings imported.
 
-argv -> config (later wins) -> data, model (num_outputs and class_names linked) -> run directory -> Trainer
+argv -> config (later wins) -> data, model (of the data's schema) -> run directory -> Trainer
 """
 
 from __future__ import annotations
@@ -177,10 +177,7 @@ class TransferCLI(LightningCLI):
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
         if not self.configured:  # a run's config already has what the links give
-            for attribute in ("num_outputs", "class_names"):
-                parser.link_arguments(f"data.{attribute}", f"model.init_args.{attribute}", apply_on="instantiate")
-            width = "model.init_args.backbone.init_args.in_features"
-            parser.link_arguments("data", width, lambda data: getattr(data, "in_features", None), "instantiate")
+            parser.link_arguments("data.schema", "model.init_args.schema", apply_on="instantiate")
 
     def _expand_run(self, args: list[str]) -> list[str]:
         """A run's config goes below all that the command line says, and its checkpoint above."""
@@ -334,12 +331,8 @@ class TransferCLI(LightningCLI):
         resolved: dict[str, Any] = {key: self.saved.get(key) for key in SECTIONS}
         resolved["name"] = self.directory.parent.name
         arguments = resolved["model"].setdefault("init_args", {})
-        for attribute in ("num_outputs", "class_names"):
-            if attribute not in arguments and hasattr(self.model, attribute):
-                arguments[attribute] = getattr(self.model, attribute)
-        width = getattr(getattr(self.model, "backbone", None), "in_features", None)
-        if width is not None:
-            arguments["backbone"]["init_args"]["in_features"] = width
+        if "schema" not in arguments and hasattr(self.model, "schema"):
+            arguments["schema"] = self.model.schema
         strategy = (arguments.get("finetuning") or {}).get("init_args", {})
         if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
             strategy["backbone_lr"] = self.model.backbone_lr

@@ -123,7 +123,9 @@ class TransferTrainer(Trainer):
         device = self.strategy.root_device
         module = module.to(device).eval()
         datamodule.setup("test")
-        ((x, _),) = next(iter(datamodule.test_dataloader())).values()
+        cast(Any, datamodule).collate = module.collate
+        (batch,) = next(iter(datamodule.test_dataloader())).values()
+        x = batch.x
         x = self.precision_plugin.convert_input(x.to(device))
         context = self.precision_plugin.forward_context
         found: dict[str, Any] = {
@@ -198,11 +200,11 @@ class _Features(LightningModule):
 
     def __init__(self, module: TransferModule) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.collate = module, module.collate
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
-        ((x, rows),) = batch.values()
-        return self.module.backbone(x), rows
+        ((_, part),) = batch.items()
+        return self.module.backbone.pooled_features(self.module.backbone(part.x)), part.index
 
 
 class _Collect(Callback):

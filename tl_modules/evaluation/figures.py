@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from tl_modules.batch.cached import Cached
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.cached import CachedActivations
+from tl_modules.batch.output import DomainOutput
 from tl_modules.evaluation.gather import evaluated
 from tl_modules.evaluation.monitor import Best
 from tl_modules.module import TransferModule
@@ -61,8 +61,8 @@ class Pictures(Callback):
         writer = _writer(trainer)
         if writer is None:
             return
-        for domain, (x, y) in batch.items():
-            x = x.read(SHOWN) if isinstance(x, Cached) else x
+        for domain, (x, y, _) in batch.items():
+            x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
             if _is_image(x):
                 titles = ["hidden"] * len(x) if y is None else [_name(pl_module, value) for value in y[:SHOWN]]
                 writer.add_figure(f"inputs/{domain}", _grid(list(x[:SHOWN].cpu()), titles), 0)
@@ -137,12 +137,12 @@ class _Kept:
         self.labels: list[Tensor] = []
         self.features: list[Tensor] = []
 
-    def add(self, view: DomainView) -> None:
+    def add(self, view: DomainOutput) -> None:
         assert view.y is not None
         self.outputs.append(view.output)
         self.labels.append(view.y)
         if len(self.features) * len(view.y) < POINTS:
-            self.features.append(view.features.float())
+            self.features.append(view.pooled.float())
 
     def on_cpu(self) -> _Kept:
         """The same, ready to be sent; its rows are those that a limited pass has seen."""
@@ -156,8 +156,9 @@ class _Kept:
             return
         outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
         with torch.inference_mode():
-            losses = module.loss(outputs.to(module.device), labels.to(module.device)).tolist()
-            prediction = module.predict(outputs)
+            whole = DomainOutput(module, None, labels, features, outputs)
+            losses = module.loss(whole).tolist()
+            prediction = whole.prediction
         names = module.class_names
         classes = names is not None and prediction.ndim == 2
         guess = prediction.argmax(1) if classes else prediction
@@ -261,7 +262,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     """
     writer = _writer(trainer)
     found = {title: e for title, e in evidence.items() if e is not None and e.source_features is not None}
-    if writer is None or not found or not isinstance(module, TransferModule) or not module.classes:
+    if writer is None or not found or not isinstance(module, TransferModule) or not module.is_classification:
         return
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE

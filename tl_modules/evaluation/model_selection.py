@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tl_modules.batch.output import DomainOutput
 from tl_modules.checkpoints.files import write_metrics
 from tl_modules.errors import UserError
 from tl_modules.evaluation.criteria import VALIDATORS, Evidence, a_distance
@@ -79,10 +80,10 @@ class Selection(Callback):
             if self.by is not None:
                 raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is none of its metrics")
             return
-        by = self.by or ("source" if source else "infomax" if module.classes else "last")
+        by = self.by or ("source" if source else "infomax" if module.is_classification else "last")
         if by in ("source", "dev") and not source:
             raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")
-        if by in VALIDATORS and not module.classes:
+        if by in VALIDATORS and not module.is_classification:
             raise UserError(f"select: {by} works on class probabilities; take source, few, oracle or last")
         if by in VALIDATORS and data.target_unseen:
             raise UserError(
@@ -166,8 +167,8 @@ class Selection(Callback):
         scores: dict[str, float] = {"last": float(len(self.rows))}
         if evidence.source_y is not None:
             assert evidence.source_output is not None
-            scores["source"] = module.score(_decided(module, evidence.source_output), evidence.source_y)
-        if module.classes and not _unseen(trainer):
+            scores["source"] = module.primary_metric(_decided(module, evidence.source_output), evidence.source_y)
+        if module.is_classification and not _unseen(trainer):
             for name, validator in VALIDATORS.items():
                 if name != "dev" or evidence.source_y is not None:
                     scores[name] = validator(evidence)
@@ -177,7 +178,7 @@ class Selection(Callback):
         if rows:
             name = "oracle" if data.selection_labels == "all" else "few"
             decisions = _decided(module, evidence.target_output[rows])
-            scores[name] = module.score(decisions, torch.as_tensor(labels[: len(rows)]))
+            scores[name] = module.primary_metric(decisions, torch.as_tensor(labels[: len(rows)]))
         return scores
 
     # Keeping
@@ -233,7 +234,7 @@ def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[s
         A row per criterion: chosen by, epoch, score on the split val, on the split test, behind the oracle. The
         oracle is the epoch with the best score on the target's validation labels; "best epoch" that on the test labels.
     """
-    scored = {s: [module.score(row[s], y) for row in rows] for s, y in labels.items()}
+    scored = {s: [module.primary_metric(row[s], y) for row in rows] for s, y in labels.items()}
     last = "test" if "test" in scored else "val"
     lower = type(module).monitor[1] == "min"
     pick = np.argmin if lower else np.argmax
@@ -283,7 +284,7 @@ class _Seen:
         self.parts: list[list[Tensor]] = [[], [], []]
 
     def add(self, view: Any) -> None:
-        for part, value in zip(self.parts, (view.output, view.features, view.y), strict=True):
+        for part, value in zip(self.parts, (view.output, view.pooled, view.y), strict=True):
             if value is not None:
                 part.append(value.detach().float() if value.is_floating_point() else value)
 
@@ -307,7 +308,7 @@ def _unseen(trainer: Trainer) -> bool:
 
 def _decided(module: TransferModule, output: Tensor) -> Tensor:
     """The decisions of outputs, small enough to be kept for every epoch."""
-    decided = module.decide(module.predict(output))
+    decided: Tensor = module.to_labels(module.postprocess(DomainOutput(module, None, None, None, output)))
     return decided.to(torch.int16) if decided.dtype == torch.int64 and module.num_outputs < 2**15 else decided
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tl_modules.batch import samples
 from tl_modules.errors import UserError
 from tl_modules.module import TransferModule
 
@@ -45,7 +46,7 @@ class PredictionTable(Callback):
         """Keeps the batch's rows."""
         assert isinstance(pl_module, TransferModule)
         prediction, rows = outputs
-        columns = pl_module.table(prediction.cpu())
+        columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))
         for i, row in enumerate(rows.tolist()):
             self.rows[row] = {name: values[i] for name, values in columns.items()}
 

@@ -24,10 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.batch import samples
 from tl_modules.errors import UserError
 from tl_modules.evaluation.gather import evaluated
 from tl_modules.methods.functional import entropy, soft_cross_entropy
-from tl_modules.module import Batch, TransferModule
+from tl_modules.module import Domains, TransferModule
 
 __all__ = ["T3A", "TENT", "AdaBN", "TestTimeAdaptation"]
 
@@ -78,7 +79,7 @@ class TestTimeAdaptation(Callback):
         others = [c for c in cast(Any, trainer).callbacks if isinstance(c, TestTimeAdaptation) and c is not self]
         if others:
             raise UserError(f"callbacks: {name} and {type(others[0]).__name__} both adapt the model; take one")
-        if self.needs_classes and not pl_module.classes:
+        if self.needs_classes and not pl_module.is_classification:
             raise UserError(f"callbacks: {name} works on class probabilities, which {type(pl_module).__name__} lacks")
         self.check(pl_module)
 
@@ -138,8 +139,9 @@ class AdaBN(TestTimeAdaptation):
             cast(Any, layer).p = 0.0  # StochNorm would mix in the statistics that are being taken
         for loader, batches in loaders:
             for batch in _mixed(loader, batches):
-                ((domain, (x, _)),) = batch.items()
-                module.see(trainer.precision_plugin.convert_input(x.to(module.device)), domain)
+                ((domain, part),) = module.on_before_batch_transfer(batch, 0).items()
+                x = samples.move(part.x, module.device)
+                module.forward_extra(trainer.precision_plugin.convert_input(x), domain)
         for layer in layers:
             layer.eval()
             for statistic in (layer.running_mean, layer.running_var):
@@ -197,11 +199,12 @@ class TENT(TestTimeAdaptation):
         self.learned = [p.requires_grad_() for layer in layers if layer.affine for p in (layer.weight, layer.bias)]
         self.optimizer = torch.optim.Adam(self.learned, self.lr)
 
-    def update(self, module: TransferModule, batch: Batch) -> None:
+    def update(self, module: TransferModule, batch: Domains) -> None:
         """One step on a batch's inputs."""
-        ((domain, (x, _)),) = batch.items()
+        ((domain, part),) = batch.items()
         with torch.inference_mode(False), torch.enable_grad():
-            output = module.see(cast(Tensor, x).clone(), domain).output  # the batch was made in inference mode
+            x = samples.copied(part.x)  # the batch was made in inference mode
+            output = module.forward_extra(x, domain).output
             loss = soft_cross_entropy(output, output.softmax(1)).mean()
             # not backward(), which would leave gradients in the head
             gradients = torch.autograd.grad(loss, self.learned, allow_unused=True)

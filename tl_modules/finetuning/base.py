@@ -115,7 +115,7 @@ class FineTuning:
         Raises:
             UserError: The strategy trains parameters of a kind that the backbone lacks.
         """
-        stages = module.backbone.stages()
+        stages = module.stages()
         trains = [each for *_, each in self.parameters(stages)]
         if trains and not any(trains):
             raise UserError(
@@ -153,10 +153,12 @@ class FineTuning:
 
     def apply(self, module: AbstractTransferModule, position: float) -> None:
         """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
-        stages = module.backbone.stages()
+        stages = module.stages()
         trainable = self.trainable_stages(position, len(stages))
         # what belongs to no stage (containers, a BatchNorm without parameters) is frozen until all stages train
         module.backbone.train(module.training and len(trainable) == len(stages))
+        if len(stages) > len(module.backbone.stages()):  # a pretrained head, whose parts in no stage are new
+            module.head.train(module.training)
         for number, stage in enumerate(stages):
             stage.train(number in trainable and module.training)
         for number, parameter, trains in self.parameters(stages):
@@ -172,7 +174,7 @@ class FineTuning:
         A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
         not train with its stage is left out.
         """
-        stages = module.backbone.stages()
+        stages = module.stages()
         of_stage: list[list[nn.Parameter]] = [[] for _ in stages]
         seen: set[int] = set()
         for number, parameter, trains in self.parameters(stages):
@@ -196,7 +198,7 @@ class FineTuning:
 
         While a stage is frozen, what belongs to no stage is too; the head is if none of it trains.
         """
-        stages = module.backbone.stages()
+        stages = module.stages()
         stage_of: dict[int, int] = {}
         for number, stage in enumerate(stages):
             for tensor in (*stage.parameters(), *stage.buffers()):
@@ -218,7 +220,7 @@ class FineTuning:
 
     def never_trains(self, module: AbstractTransferModule) -> dict[str, Tensor]:
         """Returns the backbone's parameters that are frozen for the whole run, by name."""
-        stages = module.backbone.stages()
+        stages = module.stages()
         trainable = self.trainable_stages(self.end, len(stages))
         frozen = {id(p) for number, p, trains in self.parameters(stages) if number not in trainable or not trains}
         return {name: p.detach() for name, p in module.named_parameters() if id(p) in frozen}

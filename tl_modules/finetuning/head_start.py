@@ -9,14 +9,14 @@ training data, not augmented -> backbone in eval mode -> features -> the task's 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.full_pass import full_pass
+from tl_modules.batch.protocol import AbstractTransferModule, Task
 from tl_modules.heads import LinearHead
 
 log = logging.getLogger(__name__)
@@ -31,25 +31,27 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
         loaders: Of the training data, by domain.
     """
     trainer, head = module.trainer, module.head
-    opens = module.finetuning.trainable_stages(module.finetuning.end, module.num_stages)
     if not isinstance(head, LinearHead) or not head.closed_form:
         return
-    if opens or module.backbone.random or trainer.ckpt_path is not None:
+    if type(module).closed_form is Task.closed_form or not module.uses_pooled_features:
+        return
+    if module.trainable_stages() or module.backbone.random or trainer.ckpt_path is not None:
         return
     normalise, last = head[0], cast(nn.Linear, head[1])
-    training = module.training
     found: list[tuple[Tensor, Tensor]] = []
-    module.eval()
-    with torch.no_grad(), torch.random.fork_rng(), trainer.precision_plugin.forward_context():
-        for domain, loader in loaders.items():
-            for batch in _batches(loader, trainer.global_rank, trainer.world_size):
-                ((x, y),) = module.on_before_batch_transfer(batch, 0).values()
-                if y is None:
-                    break
-                moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input({domain: (x, None)}))
-                (view,) = module.look(moved).values()
-                found.append((normalise(view.features.float()).cpu(), y.cpu()))
-    module.train(training)
+    for domain, loader in loaders.items():
+        if getattr(loader.dataset, "label", "y") == "none":
+            continue
+        rows: Sequence[int]
+        if hasattr(loader, "plain"):
+            order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))[:MANY].sort().values
+            rows = order[trainer.global_rank :: trainer.world_size].tolist()
+        else:
+            rows = range(-(-MANY // trainer.world_size))
+        for output in full_pass(module, domain, loader, rows):
+            if output.y is None:
+                break
+            found.append((normalise(output.pooled.float()).cpu(), output.y.cpu()))
     ranks: list[Any] = [found]
     if trainer.world_size > 1:
         ranks = [None] * trainer.world_size
@@ -65,12 +67,3 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
     head.closed_form = False
     if trainer.is_global_zero:
         log.info("head: starts in closed form, from the features of %s samples", f"{sum(map(len, features)):,}")
-
-
-def _batches(loader: Any, rank: int, world: int) -> Iterator[Any]:
-    """This process's share of at most MANY samples; without augmentation, where the loader is one of ours."""
-    if not hasattr(loader, "plain"):
-        yield from islice(loader, -(-MANY // world // (getattr(loader, "batch_size", None) or 1)))
-        return
-    rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(0))[:MANY].sort().values
-    yield from ({"target": pair} for pair in loader.plain(rows[rank::world].tolist()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_modules.batch.output import DomainView, statistics_kept, weighted_mean
+from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
@@ -51,17 +51,19 @@ class DANN(Method):
 
     def width(self, module: AbstractTransferModule) -> int:
         """Of what the critic sees."""
-        return module.backbone.out_features
+        return module.backbone.width
 
-    def seen(self, module: AbstractTransferModule, view: DomainView) -> Tensor:
+    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
-        return view.features
+        return view.pooled
 
-    def importance(self, view: DomainView) -> Tensor:
+    def importance(self, view: DomainOutput) -> Tensor:
         """The weight of each sample, (B,) with mean 1."""
-        return view.output.new_ones(len(view.output))
+        return torch.ones(len(view), device=view.pooled.device)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
@@ -93,23 +95,23 @@ class CDAN(DANN):
 
     def width(self, module: AbstractTransferModule) -> int:
         """Of the product, or of the random projections."""
-        features, classes = module.backbone.out_features, module.num_outputs
+        features, classes = module.backbone.width, module.num_outputs
         self.projected = features * classes > 4096
         if self.projected:
             self.register_buffer("features_to", torch.randn(features, 1024) / 32)
             self.register_buffer("classes_to", torch.randn(classes, 1024))
         return 1024 if self.projected else features * classes
 
-    def seen(self, module: AbstractTransferModule, view: DomainView) -> Tensor:
+    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
         """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
-        p = view.output.softmax(1).detach()
+        p = view.probabilities.detach()
         if self.projected:
-            return (view.features @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
-        return torch.einsum("bc,bd->bcd", p, view.features).flatten(1)
+            return (view.pooled @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
+        return torch.einsum("bc,bd->bcd", p, view.pooled).flatten(1)
 
-    def importance(self, view: DomainView) -> Tensor:
+    def importance(self, view: DomainOutput) -> Tensor:
         """Certain samples count more."""
-        return certainty_weights(view.output.softmax(1)) if self.entropy else super().importance(view)
+        return certainty_weights(view.probabilities) if self.entropy else super().importance(view)
 
 
 class PADA(DANN):
@@ -136,24 +138,29 @@ class PADA(DANN):
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
-    def importance(self, view: DomainView) -> Tensor:
+    def importance(self, view: DomainOutput) -> Tensor:
         """The weight of the label's class; 1 in the target."""
         if view.y is None:
             return super().importance(view)
         share = self.get_buffer("share")
-        return (share / share.max())[view.y]
+        share = share / share.max()
+        return view.y @ share if view.y.is_floating_point() else share[view.y]
 
-    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def reweight(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> None:
         """Weighs the source's samples by their classes."""
         assert source is not None
         assert target is not None
         if self.training:
             share = self.get_buffer("share")
-            share.lerp_(target.output.detach().softmax(1).mean(0), 1 - self.momentum)
+            share.lerp_(target.probabilities.detach().mean(0), 1 - self.momentum)
         weight = self.importance(source)
         source.weight = weight if source.weight is None else source.weight * weight
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The critic's term."""
         assert target is not None
         return super().forward(module, source, replace(target, y=None))
@@ -178,11 +185,13 @@ class OSBP(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The term on the target."""
         assert target is not None
         with statistics_kept(module.head):
-            logs: Tensor = module.head(reverse_gradient(target.features)).log_softmax(1)
+            logs: Tensor = module.head(reverse_gradient(target.pooled)).log_softmax(1)
         known = logs[:, :-1].logsumexp(1)
         return -(self.threshold * logs[:, -1] + (1 - self.threshold) * known).mean()
 
@@ -209,14 +218,16 @@ class MDD(Method):
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Builds the second head."""
-        self.adversary = MLPHead(module.backbone.out_features, module.num_outputs, self.hidden, normalize=False)
+        self.adversary = MLPHead(module.backbone.width, module.num_outputs, self.hidden, normalize=False)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
         assert source is not None
         assert target is not None
         scale = self.reversal * ramp(module.progress)
-        here, there = (cast(Tensor, self.adversary(reverse_gradient(v.features, scale))) for v in (source, target))
+        here, there = (cast(Tensor, self.adversary(reverse_gradient(v.pooled, scale))) for v in (source, target))
         agreed = F.cross_entropy(here, source.output.argmax(1))
         # log(1 - p) as a sum over the other classes does not lose its digits
         own = F.one_hot(target.output.argmax(1), there.shape[1]).bool()
@@ -249,15 +260,17 @@ class MCD(Method):
             reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
             reset()
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The second head's loss on the source, less the discrepancy on the target."""
         assert source is not None
         assert target is not None
-        features = reverse_gradient(target.features, self.reversal)
+        features = reverse_gradient(target.pooled, self.reversal)
         with statistics_kept(module.head):
             discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
         assert source.y is not None
-        loss = module.loss(self.second(source.features), source.y)
+        loss = replace(source, output=self.second(source.pooled)).loss
         return weighted_mean(loss, source.weight) - cast(Tensor, discrepancy)
 
 
@@ -283,7 +296,7 @@ class ADDA(WithStart):
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
-        self.critic = MLPHead(module.backbone.out_features, 1, self.hidden, normalize=False)
+        self.critic = MLPHead(module.backbone.width, 1, self.hidden, normalize=False)
 
     def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -294,14 +307,16 @@ class ADDA(WithStart):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""
         assert source is not None
         assert target is not None
         with torch.no_grad():
-            here = self.start(source.x)
-        critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.features.detach()), 0.0)]
-        return (critic[0] + critic[1]) / 2 + _bce(frozen(self.critic, target.features), 1.0)
+            here = self.start.pooled_features(self.start(source.x))
+        critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
+        return (critic[0] + critic[1]) / 2 + _bce(frozen(self.critic, target.pooled), 1.0)
 
 
 def _bce(logits: Tensor, label: float) -> Tensor:

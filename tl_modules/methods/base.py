@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 from tl_modules.methods.schedules import Weight
 
@@ -26,7 +27,9 @@ class Method(nn.Module):
         needs: The domains that must be present in training, of "source", "target", "domains" (any two) and "sources"
             (at least two of them).
         needs_classes: Whether it works on class probabilities, that is, only in classification.
-        reads_x: Whether it looks at a view's `x`; features are then not cached.
+        reads_x: Whether it looks at inputs, `x`; features are then not cached.
+        full_pass: The domains, of "source" and "target", over whose training samples it is given a pass before each
+            epoch, by `on_full_pass`.
         changes_backbone: Whether `attach` changes the backbone; it then comes before that of the others.
         settings: In which settings beside one labelled source and one target with the same classes it is sound:
             "several sources", "generalisation" (no target in training), "partial" (the target lacks classes), "open
@@ -39,6 +42,7 @@ class Method(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     needs_classes: ClassVar[bool] = False
     reads_x: ClassVar[bool] = False
+    full_pass: ClassVar[tuple[str, ...]] = ()
     changes_backbone: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
@@ -49,13 +53,28 @@ class Method(nn.Module):
     def attach(self, module: AbstractTransferModule) -> None:
         """Called once, when the module has its pretrained weights and its head."""
 
+    def transform_batch(self, module: AbstractTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+        """Returns the batch that takes the place of a training batch, by domain, e.g. one of mixed samples."""
+        return batch
+
+    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+        """Learns from all training samples of a domain of `full_pass`, in eval mode and without gradient.
+
+        Args:
+            module: The module.
+            domain: "target", "source" or "source/<name>".
+            outputs: Batch by batch; `index` says which samples they are of. Each process is given all of them.
+        """
+
     def forward(
-        self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
     ) -> Tensor | None:
         """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
-    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def reweight(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> None:
         """Changes how much each sample's loss counts: puts another `weight` (B,) into a view.
 
         Called before `forward`, when `loss` and `weight` of the views are there. The weights of several methods
@@ -68,11 +87,12 @@ class Method(nn.Module):
         Raises:
             UserError: A domain is missing.
         """
-        sources = [name for name in domains if name != "target"]
+        sources = [name for name in domains if name.startswith("source")]
         missing = {
             "source": not sources and "a source domain in training; give --data.source",
             "target": "target" not in domains and "a target domain in training; give --data.target",
-            "domains": len(domains) < 2 and "two domains in training, a source and a target or two sources",
+            "domains": len(sources) + ("target" in domains) < 2
+            and "two domains in training, a source and a target or two sources",
             "sources": len(sources) < 2 and "at least two source domains in training",
         }
         for need in self.needs:
@@ -98,6 +118,24 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
             return True
         nodes += [before for before, _ in node.next_functions]
     return False
+
+
+def check_reach(module: AbstractTransferModule, name: str, method: Method, term: Tensor) -> None:
+    """Refuses a term that moves nothing, once everything is open that ever will be.
+
+    Raises:
+        UserError: Its gradient comes to no parameter of backbone or head that trains.
+    """
+    if name in module.reached or module.trainable != module.trainable_stages():
+        return
+    module.reached.add(name)
+    if not reaches(term, (*module.backbone.parameters(), *module.head.parameters())):
+        who = type(method).__name__
+        raise UserError(
+            f"methods: {who} would do nothing, since its term depends on the features alone and "
+            f"{module.strategy_name()} keeps frozen what makes them; take a strategy that opens stages, e.g. "
+            f"LastStages, or leave {who} out"
+        )
 
 
 def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable[nn.Module], what: str) -> None:
@@ -126,7 +164,7 @@ def check_head(method: Method, module: AbstractTransferModule) -> None:
         )
 
 
-def pairs(source: DomainView | None, target: DomainView | None) -> list[tuple[DomainView, DomainView]]:
+def pairs(source: DomainOutput | None, target: DomainOutput | None) -> list[tuple[DomainOutput, DomainOutput]]:
     """The pairs of domains to bring together: source and target, or without a target each two of the sources."""
     assert source is not None
     return [(source, target)] if target is not None else list(combinations(source.split(), 2))

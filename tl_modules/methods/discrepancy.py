@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, pairs
@@ -33,11 +33,13 @@ class Discrepancy(Method):
     needs = ("domains",)
     settings = ("several sources", "generalisation")
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """Of two views, a scalar."""
         raise NotImplementedError
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The mean over the pairs."""
         return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
 
@@ -45,9 +47,9 @@ class Discrepancy(Method):
 class DAN(Discrepancy):
     """Deep adaptation network: the features' maximum mean discrepancy, several kernels (Long et al., ICML 2015)."""
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """`MMD^2(features, features)`."""
-        return mmd(one.features, other.features)
+        return mmd(one.pooled, other.pooled)
 
 
 class JAN(Discrepancy):
@@ -59,9 +61,9 @@ class JAN(Discrepancy):
 
     needs_classes = True
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """`MMD^2` with the product of the kernels of both layers."""
-        xs, ys = ([view.features, view.output.softmax(1)] for view in (one, other))
+        xs, ys = ([view.pooled, view.probabilities] for view in (one, other))
         return joint_mmd(xs, ys, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
 
@@ -82,9 +84,9 @@ class CORAL(Discrepancy):
         super().__init__(weight)
         self.mean = mean
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """Of the covariances, and, if asked, of the means."""
-        return relative_coral(one.features, other.features, self.mean)
+        return relative_coral(one.pooled, other.pooled, self.mean)
 
 
 class SWD(Discrepancy):
@@ -103,9 +105,9 @@ class SWD(Discrepancy):
         super().__init__(weight)
         self.directions = directions
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """The mean over the directions of the squared Wasserstein-2 distance."""
-        x, y = one.features, other.features
+        x, y = one.pooled, other.pooled
         directions = F.normalize(torch.randn(x.shape[1], self.directions, device=x.device, dtype=x.dtype), dim=0)
         return sliced_wasserstein(x, y, directions)
 
@@ -128,7 +130,7 @@ class OptimalTransport(Discrepancy):
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Finds out before the work whether the solver is there."""
-        self.classes = module.classes
+        self.classes = module.is_classification
         try:
             import ot  # noqa: F401
         except ImportError as error:
@@ -136,13 +138,14 @@ class OptimalTransport(Discrepancy):
                 "OptimalTransport needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
             ) from error
 
-    def distance(self, one: DomainView, other: DomainView) -> Tensor:
+    def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """The transport's cost."""
         import ot
 
-        cost = self.alpha * torch.cdist(one.features, other.features).square() / one.features.shape[1]
+        cost = self.alpha * torch.cdist(one.pooled, other.pooled).square() / one.pooled.shape[1]
         if self.classes and one.y is not None:
-            cost = cost - self.beta * other.output.log_softmax(1)[:, one.y].T
+            shares = one.y if one.y.is_floating_point() else F.one_hot(one.y, other.output.shape[1]).to(cost)
+            cost = cost - self.beta * shares @ other.output.log_softmax(1).T
         weights = [torch.full((size,), 1 / size, dtype=torch.float64) for size in cost.shape]
         plan = ot.emd(*(w.numpy() for w in weights), cost.detach().double().cpu().numpy())
         return (torch.from_numpy(plan).to(cost) * cost).sum()
@@ -164,7 +167,9 @@ class AFN(Method):
         super().__init__(weight)
         self.step = step
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The mean over all samples."""
-        norms = torch.cat([view.features.norm(dim=1) for view in (source, target) if view is not None])
+        norms = torch.cat([view.pooled.norm(dim=1) for view in (source, target) if view is not None])
         return (norms - (norms.detach() + self.step)).square().mean()

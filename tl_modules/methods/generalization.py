@@ -7,15 +7,20 @@ an average of the weights is Lightning's `EMAWeightAveraging` callback.
 from __future__ import annotations
 
 import random
-from itertools import pairwise
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from tl_modules.batch import samples
 from tl_modules.batch.current_domain import passing
-from tl_modules.batch.output import DomainView, statistics_kept, weighted_mean
+from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.samples import Batch
+from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
 from tl_modules.methods.schedules import Weight
 
@@ -24,16 +29,15 @@ __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
 GENERALISE = ("several sources", "generalisation")
 
 
-def risks(source: DomainView | None) -> Tensor:
+def risks(source: DomainOutput | None) -> Tensor:
     """The task's mean loss of each source domain, (number of domains,)."""
     assert source is not None
     return torch.stack([view.mean_loss for view in source.split()])
 
 
-def mean_loss(module: AbstractTransferModule, output: Tensor, y: Tensor | None) -> Tensor:
-    """The task's weighted mean loss of outputs other than a view's own, a scalar."""
-    assert y is not None
-    return weighted_mean(module.loss(output, y), module.loss_weight(y))
+def risk(view: DomainOutput, output: Any) -> Tensor:
+    """The task's mean loss of another head's or network's output for the same samples, weighted as they are."""
+    return weighted_mean(replace(view, output=output).loss, view.weight)
 
 
 class GroupDRO(Method):
@@ -60,7 +64,9 @@ class GroupDRO(Method):
         self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
         super()._load_from_state_dict(state, prefix, *args)
 
-    def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def reweight(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> None:
         """Gives the samples of each domain its q together."""
         assert source is not None
         each = risks(source)
@@ -76,7 +82,7 @@ class GroupDRO(Method):
         parts = zip(self.q, torch.split(weight, list(source.parts)), strict=True)
         source.weight = torch.cat([q * part / part.sum() for q, part in parts])
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
@@ -99,15 +105,16 @@ class IRM(Method):
         super().__init__()
         self.penalty, self.anneal = penalty, anneal
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The penalty, weighted."""
         assert source is not None
-        assert source.y is not None
         terms = []
         for view in source.split():
-            assert view.y is not None
             one = torch.ones((), device=view.output.device, requires_grad=True)
-            losses = [mean_loss(module, view.output[i::2] * one, view.y[i::2]) for i in range(2)]
+            halves = [view.take(slice(i, None, 2)) for i in range(2)]
+            losses = [risk(half, half.output * one) for half in halves]
             grads = [torch.autograd.grad(loss, one, create_graph=True)[0] for loss in losses]
             terms.append(grads[0] * grads[1])
         return torch.stack(terms).mean() * (1.0 if module.progress < self.anneal else self.penalty)
@@ -126,54 +133,67 @@ class VREx(Method):
     def __init__(self, weight: Weight = 10.0) -> None:
         super().__init__(weight)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """`mean_e (R_e - mean R)^2`."""
         each = risks(source)
         return (each - each.mean()).square().mean()
 
 
 class Mixup(Method):
-    """Mixes samples of different sources, and their losses (Zhang et al., ICLR 2018; between domains: DomainBed).
+    """Trains on mixed samples with mixed labels in place of the samples as they are (Zhang et al., ICLR 2018).
 
-    `l R(output(l x_i + (1 - l) x_j), y_i) + (1 - l) R(..., y_j)` with l from Beta(alpha, alpha), each domain with the
-    next one in a random order; a single domain with itself. In the papers this takes the place of the loss on samples
-    as they are, which `--model.source_weight 0` leaves out (`configs/method/mixup.yaml` does); otherwise both are
-    added.
+    `x = l x_i + (1 - l) x_j` and `y = l y_i + (1 - l) y_j` with l from Beta(alpha, alpha), the labels of classes as
+    shares. A domain is mixed with itself; several sources each with the next one in a random order (DomainBed). It has
+    no term: the task's loss is that of the mixed batch.
 
     Args:
-        weight: Of the term.
         alpha: Of the Beta distribution; DomainBed takes 0.2.
     """
 
-    needs = ("source",)
     reads_x = True
     settings = GENERALISE
 
-    def __init__(self, weight: Weight = 1.0, alpha: float = 0.2) -> None:
-        super().__init__(weight)
+    def __init__(self, alpha: float = 0.2) -> None:
+        super().__init__()
         self.alpha = alpha
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """The mean over the pairs."""
-        assert source is not None
-        views = source.split()
-        order = torch.randperm(len(views)).tolist()
-        terms = []
-        for first, second in pairwise([*order, order[0]]):
-            one, other = views[first], views[second]
-            rows = torch.randperm(len(other.x))
-            share = random.betavariate(self.alpha, self.alpha)
-            mixed = share * unit(one.x) + (1 - share) * unit(other.x)[rows]
-            output = module.see(mixed, "source").output
-            assert other.y is not None
-            losses = [mean_loss(module, output, y) for y in (one.y, other.y[rows])]
-            terms.append(share * losses[0] + (1 - share) * losses[1])
-        return torch.stack(terms).mean()
+    def transform_batch(self, module: AbstractTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+        """Mixes what is labelled."""
+        mixed = dict(batch)
+        for owner in ("source", "target"):
+            names = [name for name, part in batch.items() if name.partition("/")[0] == owner and part.y is not None]
+            order = [names[i] for i in torch.randperm(len(names)).tolist()]
+            for name, other in zip(order, [*order[1:], *order[:1]], strict=True):
+                mixed[name] = self.mix(module, batch[name], batch[other])
+        return mixed
+
+    def mix(self, module: AbstractTransferModule, one: Batch, other: Batch) -> Batch:
+        """Mixes each sample of a batch with one of another batch."""
+        share = random.betavariate(self.alpha, self.alpha)
+        order = torch.randperm(samples.count(other.x))
+
+        def mixed(a: Tensor, b: Tensor) -> Tensor:
+            return share * unit(a) + (1 - share) * unit(b)[order.to(b.device)]
+
+        def shares(y: Any) -> Any:
+            is_number = module.is_classification and not y.is_floating_point()
+            return F.one_hot(y, module.num_outputs).float() if is_number else y
+
+        ys = [shares(one.y), shares(other.y)]
+        xs = module.backbone.align([one.x, other.x])
+        return Batch(samples.map_leaves(mixed, *xs), samples.map_leaves(mixed, *ys), one.index)
+
+    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+        """No term."""
 
 
 def unit(x: Any) -> Tensor:
     """Images as floats in [0, 1]; other inputs as they are."""
-    return x / 255 if x.dtype == torch.uint8 else cast(Tensor, x)
+    if not isinstance(x, Tensor) or (not x.is_floating_point() and x.dtype != torch.uint8):
+        raise UserError("methods: Mixup mixes images and numbers; these inputs are neither, so leave it out")
+    return x / 255 if x.dtype == torch.uint8 else x
 
 
 class MixStyle(Method):
@@ -224,7 +244,7 @@ class MixStyle(Method):
         mixed_deviation = share * deviation + (1 - share) * deviation[rows]
         return plain * mixed_deviation.detach() + mixed_mean.detach()
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
@@ -262,7 +282,9 @@ class MLDG(Method):
         super().__init__(weight)
         self.lr = lr
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The risk of the source that was left out, after the inner step."""
         assert source is not None
         views = source.split()
@@ -279,4 +301,5 @@ class MLDG(Method):
             for key, part in parts.items():
                 own = {name.partition(".")[2]: p for name, p in moved.items() if name.startswith(f"{key}.")}
                 x = torch.func.functional_call(part, own, (x,))
-        return mean_loss(module, cast(Tensor, x), view.y)
+                x = module.backbone.pooled_features(x) if key == "backbone" and module.uses_pooled_features else x
+        return risk(view, x)

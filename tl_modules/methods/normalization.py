@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.batch.current_domain import domain_rows
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
@@ -62,7 +62,7 @@ class Normalization(Method):
                 f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
             )
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
+    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method
@@ -45,7 +45,9 @@ class L2SP(Method):
         for number, parameter in enumerate(module.backbone.parameters()):
             self.register_buffer(f"start_{number}", parameter.detach().clone())
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """Squared distance from the start, a scalar."""
         total = self.head_weight * sum(
             (parameter.square().sum() for parameter in module.head.parameters()), torch.zeros((), device=module.device)
@@ -70,9 +72,11 @@ class BSS(Method):
         super().__init__(weight)
         self.k = k
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """Of all rows of the step."""
-        features = torch.cat([view.features for view in (source, target) if view is not None])
+        features = torch.cat([view.pooled for view in (source, target) if view is not None])
         smallest: Tensor = torch.linalg.svdvals(features)[-self.k :]
         return smallest.square().sum()
 
@@ -85,6 +89,10 @@ class WithStart(Method):
     def attach(self, module: AbstractTransferModule) -> None:
         """Copies the backbone."""
         self.start = copy.deepcopy(module.backbone).requires_grad_(False)
+
+    def before(self, x: Any) -> Tensor:
+        """The vectors (B, D) that the network gave of inputs at its start."""
+        return self.start.pooled_features(self.start(x))
 
     def train(self, mode: bool = True) -> WithStart:
         """The start stays as it was."""
@@ -106,13 +114,15 @@ class DELTA(WithStart):
 
     settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The mean over the stages, on the domain that the model is for."""
         view = target or source
         assert view is not None
         with torch.no_grad():
             before = stage_outputs(self.start, self.start, view.x)
-        now = stage_outputs(module.backbone, lambda x: module.see(x), view.x)
+        now = stage_outputs(module.backbone, lambda x: module.forward_extra(x), view.x)
         return torch.stack([F.mse_loss(a, b) for a, b in zip(now, before, strict=True)]).sum() / 2
 
 
@@ -176,7 +186,7 @@ class WithSourceHead(WithStart):
     def attach(self, module: AbstractTransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
-        self.old = SourceHead(module.backbone.out_features, self.source_classes)
+        self.old = SourceHead(module.backbone.width, self.source_classes)
         pretrained = module.backbone.pretrained
         self.given = {} if pretrained is None else {k: tuple(v.shape) for k, v in pretrained.head.items()}
         self.found = pretrained is not None and self.old.take(pretrained.head)
@@ -218,13 +228,15 @@ class LwF(WithSourceHead):
         super().__init__(source_classes, weight)
         self.temperature = temperature
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """Of the domain that the model is for."""
         view = target or source
         assert view is not None
         with torch.no_grad():
-            taught = (self.old(self.start(view.x)) / self.temperature).softmax(1)
-        return soft_cross_entropy(self.head(view.features) / self.temperature, taught).mean()
+            taught = (self.old(self.before(view.x)) / self.temperature).softmax(1)
+        return soft_cross_entropy(self.head(view.pooled) / self.temperature, taught).mean()
 
 
 class CoTuning(WithSourceHead):
@@ -249,7 +261,9 @@ class CoTuning(WithSourceHead):
         shape = (module.num_outputs, self.source_classes)
         self.register_buffer("relation", torch.full(shape, 1e-3 / self.source_classes))
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """Of the labelled samples of the domain that the model is for, or else of the source's."""
         view = target if target is not None and target.y is not None else source
         if view is None or view.y is None:
@@ -257,6 +271,10 @@ class CoTuning(WithSourceHead):
         relation = self.get_buffer("relation")
         if self.training:
             with torch.no_grad():
-                relation.index_add_(0, view.y, self.old(self.start(view.x)).softmax(1))
+                relation += self.shares(view.y).T @ self.old(self.before(view.x)).softmax(1)
         share = relation / relation.sum(1, keepdim=True)
-        return soft_cross_entropy(self.head(view.features), share[view.y]).mean()
+        return soft_cross_entropy(self.head(view.pooled), self.shares(view.y) @ share).mean()
+
+    def shares(self, y: Tensor) -> Tensor:
+        """Class numbers (B,), or shares of the classes (B, C) -> shares."""
+        return y if y.is_floating_point() else F.one_hot(y, len(self.get_buffer("relation"))).float()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tl_modules.batch.output import DomainView
+from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_head
 from tl_modules.methods.functional import information, perturb, ramp
 from tl_modules.methods.schedules import Weight
@@ -38,11 +41,13 @@ class FixMatch(Method):
         super().__init__(weight)
         self.threshold, self.strength = threshold, strength
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
-        certainty, label = target.output.detach().softmax(1).max(1)
-        strong = module.see(perturb(target.x, self.strength)).output  # type: ignore[arg-type]
+        certainty, label = target.probabilities.detach().max(1)
+        strong = module.forward_extra(perturb(target.x, self.strength)).output
         each = F.cross_entropy(strong, label, reduction="none")
         return ((certainty >= self.threshold) * each).mean()
 
@@ -105,16 +110,20 @@ class MeanTeacher(Method):
             else:
                 mine.copy_(student[name])
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The consistency on the target."""
         assert target is not None
         if self.training:
             self.learn(module)
         with torch.no_grad():
-            taught: Tensor = self.teacher(target.x)
-        output = module.see(perturb(target.x, self.strength)).output  # type: ignore[arg-type]
+            features = self.teacher[0](target.x)
+            features = module.backbone.pooled_features(features) if module.uses_pooled_features else features
+            taught: Tensor = self.teacher[1](features)
+        output: Tensor = module.forward_extra(perturb(target.x, self.strength)).output
         scale = ramp(module.progress)
-        if not module.classes:
+        if not module.is_classification:
             return scale * F.mse_loss(output, taught)
         p, q = output.softmax(1), taught.softmax(1)
         certain = (q.max(1).values >= self.threshold).to(p)
@@ -141,10 +150,12 @@ class PseudoLabel(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
-        certainty, label = target.output.detach().softmax(1).max(1)
+        certainty, label = target.probabilities.detach().max(1)
         each = F.cross_entropy(target.output, label, reduction="none")
         return ((certainty >= self.threshold) * each).mean()
 
@@ -152,30 +163,36 @@ class PseudoLabel(Method):
 class SHOT(Method):
     """Source hypothesis transfer: adapts a source model without source data (Liang et al., ICML 2020).
 
-    The head, the source's hypothesis, stays; the backbone learns `mean H(p) - H(mean p) + beta CE(output, y)`, with y
-    the class whose centroid is nearest by the cosine. Start from a run of the source, `--model.backbone.weights RUN`
-    with the same classes. The centroids are running means of the features, weighted by the probabilities, in place of
-    a pass over all of the target before each epoch.
+    The head, the source's hypothesis, is frozen; the backbone learns `mean H(p) - H(mean p) + beta CE(output, y)`.
+    The pseudo-labels y come from a pass over all of the target before each epoch: each sample gets the class whose
+    centroid is nearest by the cosine, the centroids being means of the features, first weighted by the probabilities
+    and then over the samples of each class. Start from a run of the source, `--model.backbone.weights RUN` with the
+    same classes.
 
     Args:
         weight: Of the term.
         beta: Weight of the pseudo-labels; the paper takes 0.3 (0.1 for digits).
-        momentum: Of the centroids.
     """
 
     needs = ("target",)
     needs_classes = True
+    full_pass = ("target",)
     settings = ("source-free",)
+    labels: Tensor
 
-    def __init__(self, weight: Weight = 1.0, beta: float = 0.3, momentum: float = 0.9) -> None:
+    def __init__(self, weight: Weight = 1.0, beta: float = 0.3) -> None:
         super().__init__(weight)
-        self.beta, self.momentum = beta, momentum
+        self.beta = beta
+        self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        # the model is built before the data says how many samples there are
+        self.labels = torch.zeros_like(state.get(f"{prefix}labels", self.labels))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def attach(self, module: AbstractTransferModule) -> None:
-        """Closes the head; the centroids begin as nothing."""
+        """Freezes the head."""
         module.head.requires_grad_(False)
-        self.register_buffer("centroids", torch.zeros(module.num_outputs, module.backbone.out_features))
-        self.register_buffer("counts", torch.zeros(module.num_outputs, 1))
 
     def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -186,14 +203,27 @@ class SHOT(Method):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> Tensor:
-        """Information maximisation and the pseudo-labels."""
+    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+        """Labels all samples of the target anew."""
+        found = [(out.index, F.normalize(out.pooled), out.probabilities) for out in outputs]
+        index, features, p = (torch.cat(column) for column in zip(*found, strict=True))
+        there = torch.unique(p.argmax(1))  # a class that no sample is decided for gets none
+        share = p[:, there]
+        for _ in range(2):
+            centroids = share.T @ features / share.sum(0)[:, None].clamp(min=1e-8)
+            nearest = (features @ F.normalize(centroids).T).argmax(1)
+            share = F.one_hot(nearest, len(there)).to(p)
+        if len(self.labels) <= int(index.max()):
+            self.labels = self.labels.new_zeros(int(index.max()) + 1, device=index.device)
+        self.labels[index] = there[nearest]
+
+    def forward(
+        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+    ) -> Tensor:
+        """Computes information maximisation and the cross-entropy of the pseudo-labels."""
         assert target is not None
-        p, features = target.output.softmax(1), target.features
-        centroids, counts = self.get_buffer("centroids"), self.get_buffer("counts")
-        if self.training:
-            with torch.no_grad():
-                centroids.lerp_(p.T @ features, 1 - self.momentum)
-                counts.lerp_(p.sum(0)[:, None], 1 - self.momentum)
-        near = F.normalize(features) @ F.normalize(centroids / counts.clamp(min=1e-8)).T
-        return -information(p) + self.beta * F.cross_entropy(target.output, near.detach().argmax(1))
+        if target.index is None:
+            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
+        return -information(target.probabilities) + self.beta * F.cross_entropy(
+            target.output, self.labels[target.index]
+        )

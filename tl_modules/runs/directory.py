@@ -84,6 +84,13 @@ def _keep_earlier_defaults(config: dict[str, Any]) -> None:
     for method in arguments.get("methods") or []:
         if isinstance(method, dict) and str(method.get("class_path")).endswith("GroupDRO"):
             (method.get("init_args") or {}).pop("weight", None)  # of its term, which it has no more
+        if isinstance(method, dict) and str(method.get("class_path")).endswith("Mixup"):
+            (method.get("init_args") or {}).pop("weight", None)
+        if isinstance(method, dict) and str(method.get("class_path")).endswith("SHOT"):
+            (method.get("init_args") or {}).pop("momentum", None)
+    if "num_outputs" in arguments and "schema" not in arguments:
+        count, names = arguments.pop("num_outputs"), arguments.pop("class_names", None)
+        arguments["schema"] = count if names is None else {"x": {}, "y": {"classes": names}}
 
 
 def without_weights(model: Any) -> Any:

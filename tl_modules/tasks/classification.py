@@ -17,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from tl_modules.batch.output import DomainOutput
 from tl_modules.errors import UserError
 from tl_modules.methods.functional import discriminant
 from tl_modules.module import TransferModule
@@ -37,7 +38,7 @@ class Classification(TransferModule):
     """
 
     monitor = ("val/accuracy", "max")
-    classes: ClassVar[bool] = True
+    is_classification: ClassVar[bool] = True
     class_weights: Tensor | None
 
     def __init__(
@@ -45,7 +46,7 @@ class Classification(TransferModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.num_outputs < 2:
-            raise UserError(f"num_outputs: classification needs at least two classes, not {self.num_outputs}")
+            raise UserError(f"schema: classification needs at least two classes, not {self.num_outputs}")
         if class_weights is not None and len(class_weights) != self.num_outputs:
             raise UserError(f"class_weights: {len(class_weights)} weights for {self.num_outputs} classes")
         if not 0 <= label_smoothing < 1:
@@ -55,17 +56,19 @@ class Classification(TransferModule):
         self.label_smoothing = label_smoothing
         self.said: set[str] = set()
 
-    def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy (B,) of logits (B, C) and class numbers (B,)."""
-        return F.cross_entropy(output, y, label_smoothing=self.label_smoothing, reduction="none")
+    def loss(self, out: DomainOutput) -> Tensor:
+        """Cross-entropy (B,) of logits (B, C) and class numbers (B,), or shares of the classes (B, C)."""
+        return F.cross_entropy(out.output, out.y, label_smoothing=self.label_smoothing, reduction="none")
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Shrinkage discriminant analysis."""
         return discriminant(features, y, self.num_outputs)
 
-    def loss_weight(self, y: Tensor) -> Tensor | None:
+    def loss_weight(self, out: DomainOutput) -> Tensor | None:
         """The weights of the samples' classes."""
-        return None if self.class_weights is None else self.class_weights[y]
+        if self.class_weights is None:
+            return None
+        return out.y @ self.class_weights if out.y.is_floating_point() else self.class_weights[out.y]
 
     def metrics(self) -> MetricCollection:
         """Accuracy (micro), F1 and AUROC (macro, over the classes that are there), calibration error over 15 bins."""
@@ -100,11 +103,15 @@ class Classification(TransferModule):
             ", ".join(names[number] for number in absent[:5]) + (", ..." if len(absent) > 5 else ""),
         )
 
-    def predict(self, output: Tensor) -> Tensor:
+    def postprocess(self, out: DomainOutput) -> Tensor:
         """Logits (B, C) -> probabilities (B, C)."""
-        return output.float().softmax(1)
+        return cast(Tensor, out.output).float().softmax(1)
 
-    def table(self, prediction: Tensor) -> dict[str, list[Any]]:
+    def probabilities(self, out: DomainOutput) -> Tensor:
+        """The softmax of the logits, with its gradient."""
+        return cast(Tensor, out.output).softmax(1)
+
+    def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
         """Columns `label` and `p_<class>`."""
         names = self.class_names or [str(number) for number in range(self.num_outputs)]
         columns: dict[str, list[Any]] = {"label": [names[i] for i in prediction.argmax(1).tolist()]}

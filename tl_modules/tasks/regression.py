@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
+from tl_modules.batch.output import DomainOutput
 from tl_modules.methods.functional import ridge
 from tl_modules.module import TransferModule
 
@@ -19,9 +20,9 @@ class Regression(TransferModule):
 
     monitor = ("val/rmse", "min")
 
-    def loss(self, output: Tensor, y: Tensor) -> Tensor:
+    def loss(self, out: DomainOutput) -> Tensor:
         """Mean squared error (B,) of outputs (B, K) and values (B,) or (B, K)."""
-        return F.mse_loss(output, y.view_as(output).to(output.dtype), reduction="none").mean(1)
+        return F.mse_loss(out.output, out.y.view_as(out.output).to(out.output.dtype), reduction="none").mean(1)
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Ridge regression."""
@@ -38,11 +39,11 @@ class Regression(TransferModule):
             }
         )
 
-    def predict(self, output: Tensor) -> Tensor:
+    def postprocess(self, out: DomainOutput) -> Tensor:
         """Outputs (B, K) -> values (B,) where K is 1, otherwise (B, K)."""
-        return output.float().squeeze(1)
+        return cast(Tensor, out.output).float().squeeze(1)
 
-    def table(self, prediction: Tensor) -> dict[str, list[Any]]:
+    def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
         """Columns `value`, or `value_0`, `value_1`, ..."""
         if prediction.ndim == 1:
             return {"value": prediction.tolist()}

@@ -1,0 +1,41 @@
+"""A pass over a domain's training samples: in eval mode, without augmentation, from the cache if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from tl_modules.batch.output import DomainOutput
+from tl_modules.batch.protocol import AbstractTransferModule
+
+
+def full_pass(
+    module: AbstractTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
+) -> Iterator[DomainOutput]:
+    """Yields the outputs for a domain's samples, batch by batch; changes nothing and draws no random number.
+
+    Args:
+        module: On its device, in a fit.
+        domain: The name of the domain.
+        loader: Of its training data. One that is not ours is read as it is.
+        rows: Which samples; None passes over all of them.
+    """
+    trainer, training = module.trainer, module.training
+    ours = hasattr(loader, "plain")
+    number = -(-len(rows) // (getattr(loader, "batch_size", None) or 1)) if rows is not None else None
+    batches = loader.plain(range(len(loader.dataset)) if rows is None else rows) if ours else islice(loader, number)
+    module.eval()
+    try:
+        with torch.random.fork_rng():
+            for batch in batches:
+                named = module.on_before_batch_transfer({domain: batch} if ours else batch, 0)
+                named = {domain: next(iter(named.values()))}
+                moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(named))
+                with torch.no_grad(), trainer.precision_plugin.forward_context():
+                    (output,) = module.forward_domains(moved).values()
+                yield output
+    finally:
+        module.train(training)

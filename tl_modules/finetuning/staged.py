@@ -1,0 +1,137 @@
+"""The hooks of a module that freezes, unfreezes and optimises its stages as its strategy says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.errors import UserError, short
+from tl_modules.finetuning.averaging import keep_exact
+from tl_modules.finetuning.base import FineTuning
+from tl_modules.finetuning.optimizer import WarmupCosine, configure
+
+
+class StagedModule(AbstractTransferModule):
+    """Freezes and unfreezes the stages of its backbone, and of a head that has stages, when Lightning calls."""
+
+    finetuning: FineTuning
+    adapts = False  # whether training has more than one domain, or one without labels
+
+    def stages(self) -> list[nn.Module]:
+        """Returns the stages from the input on: the backbone's, then those of a pretrained head."""
+        return [*self.backbone.stages(), *getattr(self.head, "stages", list)()]
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside of a run.
+
+        Raises:
+            UserError: The run has no end.
+        """
+        if self._trainer is None:
+            return 0.0
+        if math.isinf(steps := self.total_steps):
+            raise UserError(
+                "trainer: a weight that moves with training and a strategy in fractions of the run need its end; "
+                "give --trainer.max_epochs or max_steps"
+            )
+        return min(1.0, self.global_step / steps)
+
+    @property
+    def total_steps(self) -> float:
+        """The optimizer steps of the whole run; infinite without an end, or outside of a run."""
+        return math.inf if self._trainer is None else float(self.trainer.estimated_stepping_batches)
+
+    def now(self) -> float:
+        """How far training is, in the strategy's unit."""
+        if self._trainer is None or self.finetuning.unit == "epochs":
+            return self.current_epoch
+        return self.progress if self.finetuning.unit == "fraction" else self.global_step
+
+    def strategy_name(self) -> str:
+        """The class of the strategy; a default one is a lazy instance, whose class has a prefix."""
+        return type(self.finetuning).__name__.removeprefix("LazyInstance_")
+
+    def trainable_stages(self, position: float | None = None) -> range:
+        """Returns the stages that train at a position; None is the largest one."""
+        return self.finetuning.trainable_stages(self.finetuning.end if position is None else position, self.num_stages)
+
+    def will_train(self, part: nn.Module) -> bool:
+        """Whether a part of the backbone is in a stage that is open now or opens later."""
+        stages = self.stages()
+        return any(part is module for number in self.trainable_stages() for module in stages[number].modules())
+
+    def keeps_statistics(self) -> bool:
+        """Whether BatchNorm keeps its running statistics, unless the strategy says: in plain fine-tuning."""
+        changed = any(method.changes_backbone for _, method in self.named_methods())
+        return not (self.backbone.random or self.adapts or changed)
+
+    def open_stages(self) -> None:
+        """Freezes and unfreezes stages as the position in training says."""
+        self.trainable = self.trainable_stages(self.now())
+        self.finetuning.apply(self, self.now())
+
+    def on_train_epoch_start(self) -> None:
+        """Opens what this epoch opens."""
+        self.open_stages()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Opens what this step opens."""
+        if self.finetuning.unit != "epochs" and self.trainable_stages(self.now()) != self.trainable:
+            self.open_stages()
+
+    def train(self, mode: bool = True) -> Any:
+        """Train or eval mode; what is closed stays in eval mode."""
+        super().train(mode)
+        if mode:
+            self.open_stages()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """Named groups with discriminative learning rates, and the scheduler at its interval."""
+        return configure(self)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Leaves out a plateau's, which Lightning would step after the epoch's checkpoint (its pull request 7877)."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        """Steps a plateau's scheduler, so that the epoch's checkpoint has it; not if `max_steps` cuts it short."""
+        if not self.trainer.is_last_batch:
+            return
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.monitor in self.trainer.callback_metrics:
+                cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
+
+    def on_fit_start(self) -> None:
+        """Keeps averages of the weights exact where nothing trains."""
+        keep_exact(self)
+
+    def on_train_start(self) -> None:
+        """Gives the scheduler the length of the run."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupCosine):
+                config.scheduler.bind(self.total_steps)
+
+    def setup(self, stage: str) -> None:
+        """Refuses data whose classes are not the model's, and strategies that cannot keep what this one promises.
+
+        Raises:
+            UserError: The class names differ; parameters would be split; BatchNorm synchronised on CPUs.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise UserError(
+                "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
+                "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
+            )
+        if getattr(self.trainer.strategy, "_layer_sync", None) and self.trainer.strategy.root_device.type == "cpu":
+            raise UserError("sync_batchnorm: it needs GPUs; leave --trainer.sync_batchnorm out")
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if names is not None and self.class_names is not None and list(names) != self.class_names:
+            raise UserError(f"class_names: the data's are {short(names)}, the model's are {short(self.class_names)}")

@@ -24,6 +24,7 @@ class CachedActivations(samples.Node):
         self.tree, self.tail, self.read, self.kind = tree, tail, read, id(tail)
 
     def replace(self, tree: Any) -> CachedActivations:
+        """Returns the same around another tree."""
         return CachedActivations(tree, self.tail, self.read)
 
     def features(self) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_modules.checkpoints.files import load, write_whole
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
+from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import fill
 
@@ -72,10 +73,10 @@ class TransferTrainer(Trainer):
             self.predict(_Features(module), dataloaders=list(loaders.values()), return_predictions=False)
         finally:
             self.callbacks.remove(collected)
+        parts = [collected.found.get(number, Gathering()).gathered(self) for number in range(len(loaders))]
         if not self.is_global_zero:
             return
-        parts = [collected.rows[number] for number in range(len(loaders))]
-        features = torch.stack([part[row] for part in parts for row in sorted(part)]).float()
+        features = torch.cat([part for _, part in parts if part is not None]).float()
         if format == "npy":
             np.save(folder / "features.npy", features.numpy())
         else:
@@ -86,9 +87,9 @@ class TransferTrainer(Trainer):
             writer = csv.writer(file)
             writer.writerow(["row", "domain", "split", "id", "label"])
             number = 0
-            for (domain, split), part in zip(loaders, parts, strict=True):
+            for (domain, split), (rows, _) in zip(loaders, parts, strict=True):
                 ids, labels = data.described(domain, split)  # type: ignore[attr-defined]
-                for row in sorted(part):
+                for row in rows:
                     writer.writerow([number, domain, split, ids[row], labels[row]])
                     number += 1
         print(f"{len(features):,} samples, {features.shape[1]} features each, in {folder}")
@@ -206,24 +207,16 @@ class _Features(LightningModule):
 
 
 class _Collect(Callback):
-    """Keeps features by loader and row, those of all processes at the end."""
+    """Keeps features by loader."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, dict[int, Tensor]] = {}
+        self.found: dict[int, Gathering] = {}
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, number: int = 0
     ) -> None:
         features, rows = outputs
-        self.rows.setdefault(number, {}).update(zip(rows.tolist(), features.cpu().clone(), strict=True))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.rows)
-            for part in parts:
-                for number, rows in part.items():
-                    self.rows.setdefault(number, {}).update(rows)
+        self.found.setdefault(number, Gathering()).add(features.cpu(), rows)
 
 
 def compile_backbone(module: LightningModule) -> None:

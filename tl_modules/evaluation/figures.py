@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tl_modules.batch.cached import Cached
 from tl_modules.batch.output import DomainView
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.batch.samples import take
+from tl_modules.evaluation.gather import Gathering, evaluated
 from tl_modules.evaluation.monitor import Best
 from tl_modules.module import TransferModule
 
@@ -42,7 +43,6 @@ class Pictures(Callback):
         self.best = Best()
         self.kept: _Kept | None = None
         self.now = _Kept()
-        self.loader: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
@@ -70,8 +70,8 @@ class Pictures(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
         # in adaptation some have no labels
-        self.loader = next((e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target")), None)
-        self.now = _Kept(self.loader)
+        loaders = (e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target"))
+        self.now = _Kept(next(loaders, None))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -92,12 +92,12 @@ class Pictures(Callback):
         """Draws the best validation, and the hyper-parameters with its metrics."""
         from torch.utils.tensorboard.summary import hparams  # costs a second of start-up
 
-        kept = _gathered(self.kept, trainer)
-        writer = _writer(trainer)
-        if writer is None or not isinstance(pl_module, TransferModule) or kept is None:
+        if self.kept is None or not isinstance(pl_module, TransferModule):
             return
-        if self.loader is not None:
-            kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
+        self.kept.draw(trainer, pl_module, "val")
+        writer = _writer(trainer)
+        if writer is None:
+            return
         metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name.startswith("val/")}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
@@ -116,11 +116,8 @@ class Pictures(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the test split."""
-        kept = _gathered(self.now, trainer)
-        writer = _writer(trainer)
-        if writer is not None and kept is not None and isinstance(pl_module, TransferModule):
-            kept.draw(writer, pl_module, self.loader.dataset, "test", trainer.global_step)
-            writer.flush()
+        if isinstance(pl_module, TransferModule):
+            self.now.draw(trainer, pl_module, "test")
 
 
 class _Kept:
@@ -131,41 +128,33 @@ class _Kept:
     """
 
     def __init__(self, loader: Any = None) -> None:
-        dataset = getattr(loader, "dataset", ())
-        self.rows: list[int] = list(getattr(getattr(loader, "sampler", None), "rows", range(len(dataset))))
-        self.outputs: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.features: list[Tensor] = []
+        self.dataset = getattr(loader, "dataset", ())
+        self.decisions, self.points = Gathering(loader), Gathering(loader)
 
     def add(self, view: DomainView) -> None:
-        assert view.y is not None
-        self.outputs.append(view.output)
-        self.labels.append(view.y)
-        if len(self.features) * len(view.y) < POINTS:
-            self.features.append(view.features.float())
+        self.decisions.add((view.output, view.y))
+        if len(self.points.rows) < POINTS:
+            self.points.add((view.features.float(), view.y))
 
-    def on_cpu(self) -> _Kept:
-        """The same, ready to be sent; its rows are those that a limited pass has seen."""
-        for part in (self.outputs, self.labels, self.features):
-            part[:] = [torch.cat(part).cpu()] if part else []
-        self.rows = self.rows[: len(self.labels[0])] if self.labels else []
-        return self
-
-    def draw(self, writer: Any, module: TransferModule, dataset: Any, split: str, step: int) -> None:
-        if not self.rows:
+    def draw(self, trainer: Trainer, module: TransferModule, split: str) -> None:
+        """Writes the pictures of what all processes kept, on the first of them."""
+        (rows, seen), (points, embedded) = (each.gathered(trainer) for each in (self.decisions, self.points))
+        writer, step, dataset = _writer(trainer), trainer.global_step, self.dataset
+        if writer is None or not rows:
             return
-        outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
+        outputs, labels = seen
+        points, (features, features_y) = points[:POINTS], take(embedded, slice(POINTS))
         with torch.inference_mode():
             losses = module.loss(outputs.to(module.device), labels.to(module.device)).tolist()
             prediction = module.predict(outputs)
         names = module.class_names
         classes = names is not None and prediction.ndim == 2
         guess = prediction.argmax(1) if classes else prediction
-        picture = _is_image(dataset[self.rows[0]][0][None])
+        picture = _is_image(dataset[rows[0]][0][None])
 
         def grid(title: str, places: list[int], titles: list[str]) -> None:
             if picture and places:
-                writer.add_figure(title, _grid([dataset[self.rows[i]][0] for i in places], titles), step)
+                writer.add_figure(title, _grid([dataset[rows[i]][0] for i in places], titles), step)
 
         worst = heapq.nlargest(SHOWN, range(len(losses)), key=losses.__getitem__)
         titles = [f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {losses[i]:.2f}" for i in worst]
@@ -174,8 +163,8 @@ class _Kept:
             pairs = Counter(zip(labels.tolist(), guess.tolist(), strict=True))
             writer.add_figure(f"{split}/confusion", _confusion(pairs, names), step)
             top = [(p, n) for p, n in pairs.most_common() if p[0] != p[1]][:SHOWN]
-            rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
-            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
+            lines = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
+            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{lines}", step)
             first = {
                 pair: i for i, pair in reversed(list(enumerate(zip(labels.tolist(), guess.tolist(), strict=True))))
             }
@@ -184,12 +173,13 @@ class _Kept:
         thumbnails = None
         if picture:
             with ThreadPoolExecutor() as pool:
-                images = pool.map(lambda row: _thumbnail(dataset[row][0]), self.rows[: len(features)])
+                images = pool.map(lambda row: _thumbnail(dataset[row][0]), points)
             thumbnails = torch.stack(list(images))
         folder = Path(writer.log_dir) / "00000" / f"{split}_features"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
-        shown = [_name(module, y) for y in labels[: len(features)]]
+        shown = [_name(module, y) for y in features_y]
         writer.add_embedding(features, shown, thumbnails, 0, folder.name)
+        writer.flush()
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -213,25 +203,6 @@ def _writer(trainer: Trainer) -> Any:
     """TensorBoard's writer on the first process, or None."""
     logger = _tensorboard(trainer)
     return logger.experiment if logger is not None and trainer.is_global_zero else None
-
-
-def _gathered(kept: _Kept | None, trainer: Trainer) -> _Kept | None:
-    """What all processes kept, on each."""
-    if kept is None or trainer.world_size == 1:
-        return kept and kept.on_cpu()
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, kept.on_cpu())
-    whole = _Kept()
-    # features are of the first samples of each process, so the samples that have one come first
-    for rest in (False, True):
-        for part in parts:
-            count = len(part.features[0]) if part.features else 0
-            chosen = slice(count, None) if rest else slice(count)
-            whole.rows += part.rows[chosen]
-            whole.outputs += [each[chosen] for each in part.outputs]
-            whole.labels += [each[chosen] for each in part.labels]
-            whole.features += [] if rest else part.features
-    return whole
 
 
 def _is_image(x: Any) -> bool:

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tl_modules.batch.samples import map_leaves
 from tl_modules.checkpoints.files import write_metrics
 from tl_modules.errors import UserError
 from tl_modules.evaluation.criteria import VALIDATORS, Evidence, a_distance
 from tl_modules.evaluation.figures import draw_domains
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.evaluation.gather import Gathering, evaluated
 from tl_modules.module import TransferModule
 
 __all__ = ["Selection"]
@@ -55,7 +56,7 @@ class Selection(Callback):
         self.rows: list[dict[str, Any]] = []
         self.before: Evidence | None = None
         self.after: Evidence | None = None
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, Gathering] = {}
 
     # Choosing
 
@@ -132,14 +133,15 @@ class Selection(Callback):
             return
         loader = self.loaders[dataloader_idx]
         for view in outputs.values():
-            self.seen.setdefault(loader.role, _Seen(loader)).add(view)
+            found = (view.output, view.features, view.y)
+            self.seen.setdefault(loader.role, Gathering(loader)).add(map_leaves(_float, found))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the epoch and puts down what the model decides on the target."""
         if not self._watches(trainer, pl_module) or "target val" not in {loader.role for loader in self.loaders}:
             return
         assert isinstance(pl_module, TransferModule)
-        seen = {role: each.gathered(trainer) for role, each in self.seen.items()}
+        seen = {role: each.gathered(trainer)[1] for role, each in self.seen.items()}
         source = seen.get("val", (None, None, None))
         evidence = Evidence(*seen["target val"][:2], *source)
         if trainer.sanity_checking:
@@ -275,29 +277,9 @@ def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None
     write_metrics(run, metrics)
 
 
-class _Seen:
-    """Outputs, features and labels of one loader's pass."""
-
-    def __init__(self, loader: Any) -> None:
-        self.order = list(getattr(loader.sampler, "rows", range(len(loader.dataset))))
-        self.parts: list[list[Tensor]] = [[], [], []]
-
-    def add(self, view: Any) -> None:
-        for part, value in zip(self.parts, (view.output, view.features, view.y), strict=True):
-            if value is not None:
-                part.append(value.detach().float() if value.is_floating_point() else value)
-
-    def gathered(self, trainer: Trainer) -> tuple[Any, Any, Any]:
-        """Of all processes, in the data's order, on the CPU; None for labels that are hidden."""
-        mine = [torch.cat(part).cpu() if part else None for part in self.parts]
-        ranks: list[Any] = [(self.order[: len(mine[0])], mine)]  # type: ignore[arg-type]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, (self.order[: len(mine[0])], mine))  # type: ignore[arg-type]
-        order = torch.tensor([row for rows, _ in ranks for row in rows]).argsort()
-        columns = [[part[i] for _, part in ranks] for i in range(3)]
-        found = [None if column[0] is None else torch.cat(column)[order] for column in columns]
-        return found[0], found[1], found[2]
+def _float(value: Tensor) -> Tensor:
+    """Single precision, free of the graph."""
+    return value.detach().float() if value.is_floating_point() else value
 
 
 def _unseen(trainer: Trainer) -> bool:

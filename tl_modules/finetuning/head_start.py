@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.ranks import every_rank
 from tl_modules.heads import LinearHead
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,7 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
                 (view,) = module.look(moved).values()
                 found.append((normalise(view.features.float()).cpu(), y.cpu()))
     module.train(training)
-    ranks: list[Any] = [found]
-    if trainer.world_size > 1:
-        ranks = [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, found)
-    features, labels = ([pair[i] for part in ranks for pair in part] for i in range(2))
+    features, labels = ([pair[i] for part in every_rank(trainer, found) for pair in part] for i in range(2))
     solved = module.closed_form(torch.cat(features), torch.cat(labels)) if features else None
     solved = trainer.strategy.broadcast(solved)  # its last digits can differ from machine to machine
     if solved is None:

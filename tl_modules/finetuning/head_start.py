@@ -51,7 +51,8 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
                 (view,) = module.look(moved).values()
                 found.append((normalise(view.features.float()).cpu(), y.cpu()))
     module.train(training)
-    features, labels = ([pair[i] for part in every_rank(trainer, found) for pair in part] for i in range(2))
+    everything = [pair for part in every_rank(trainer, found) for pair in part]
+    features, labels = ([pair[i] for pair in everything] for i in range(2))
     solved = module.closed_form(torch.cat(features), torch.cat(labels)) if features else None
     solved = trainer.strategy.broadcast(solved)  # its last digits can differ from machine to machine
     if solved is None:

@@ -31,6 +31,7 @@ from torchmetrics import MetricCollection
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch.cached import Cached
+from tl_modules.batch.compat import QuickNames, attached, synchronizes_batchnorm
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.output import DomainView, alike, by_domain, check_sources, join, joinable, statistics_kept
 from tl_modules.batch.protocol import AbstractTransferModule
@@ -53,7 +54,7 @@ HeadCallable = Callable[[int, int], Head]
 Batch = Mapping[str, tuple[Tensor | Cached, Tensor | None]]
 
 
-class TransferModule(AbstractTransferModule):
+class TransferModule(QuickNames, AbstractTransferModule):
     """A pretrained backbone and a task head, trained as the fine-tuning strategy and the methods say.
 
     A task subclasses this and writes `loss`, `metrics`, `predict` and `table`. Backbone, head, strategy and methods are
@@ -207,7 +208,7 @@ class TransferModule(AbstractTransferModule):
 
         In training it moves no running statistics: BatchNorm predicts with those of the data as it is.
         """
-        precision = self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
+        precision = self.trainer.precision_plugin.forward_context() if attached(self) else nullcontext()
         with precision, statistics_kept(self) if self.training else nullcontext():
             return self.look({domain: (x, None)})[domain]
 
@@ -280,7 +281,7 @@ class TransferModule(AbstractTransferModule):
         Raises:
             UserError: The run has no end.
         """
-        if self._trainer is None:
+        if not attached(self):
             return 0.0
         if math.isinf(steps := self.total_steps):
             raise UserError(
@@ -292,7 +293,7 @@ class TransferModule(AbstractTransferModule):
     @property
     def total_steps(self) -> float:
         """The optimizer steps of the whole run; infinite without an end, or outside of a run."""
-        return math.inf if self._trainer is None else float(self.trainer.estimated_stepping_batches)
+        return float(self.trainer.estimated_stepping_batches) if attached(self) else math.inf
 
     def _full_precision(self) -> AbstractContextManager[Any]:
         """Head, losses and methods are small and need their digits: mixed precision ends at the features."""
@@ -364,15 +365,6 @@ class TransferModule(AbstractTransferModule):
                 "pass --trainer.gradient_clip_val 1 or --trainer.precision 32-true"
             )
 
-    # At full speed
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Lightning notes the running hook's name fifty times a step, and a network's own way costs 2 us each time."""
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
     # Fine-tuning
 
     def named_methods(self) -> list[tuple[str, Method]]:
@@ -388,7 +380,7 @@ class TransferModule(AbstractTransferModule):
 
     def now(self) -> float:
         """How far training is, in the strategy's unit."""
-        if self._trainer is None or self.finetuning.unit == "epochs":
+        if not attached(self) or self.finetuning.unit == "epochs":
             return self.current_epoch
         return self.progress if self.finetuning.unit == "fraction" else self.global_step
 
@@ -486,7 +478,7 @@ class TransferModule(AbstractTransferModule):
                 "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
                 "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
             )
-        if getattr(self.trainer.strategy, "_layer_sync", None) and self.trainer.strategy.root_device.type == "cpu":
+        if synchronizes_batchnorm(self.trainer.strategy) and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm: it needs GPUs; leave --trainer.sync_batchnorm out")
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if names is not None and self.class_names is not None and list(names) != self.class_names:

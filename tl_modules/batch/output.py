@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.batch.cached import Cached
+from tl_modules.batch.compat import BatchNorm
 from tl_modules.errors import UserError
 
 
@@ -120,7 +120,7 @@ def join(parts: Sequence[Any]) -> Any:
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Inside, no BatchNorm of `module` moves its running statistics; in training it normalises by the batch as ever."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [m for m in module.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

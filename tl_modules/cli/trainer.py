@@ -5,19 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.trainer import call
 from torch import Tensor
 
+from tl_modules.batch.compat import QuickHooks
 from tl_modules.checkpoints.files import load, write_whole
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
@@ -26,15 +23,11 @@ from tl_modules.module import TransferModule
 from tl_modules.runs.directory import fill
 
 
-class TransferTrainer(Trainer):
+class TransferTrainer(QuickHooks, Trainer):
     """The Trainer of `tl`."""
 
     callbacks: list[Callback]
     profiler: Any
-
-    def _run_stage(self) -> Any:
-        with asked_only(self):
-            return super()._run_stage()
 
     def embed(
         self,
@@ -145,53 +138,6 @@ class TransferTrainer(Trainer):
         print(_report(found))
         if self.is_global_zero:
             write_whole(Path(self.default_root_dir) / "benchmark.json", json.dumps(found, indent=2) + "\n")
-
-
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-
-
-@contextmanager
-def asked_only(trainer: TransferTrainer) -> Iterator[None]:
-    """Inside, a step's hooks reach the callbacks that have them: Lightning asks all of them for all, 0.1 ms a step."""
-    everyone: Any = call._call_callback_hooks
-    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
-
-    def some(owner: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        if owner is not trainer or hook_name not in having or not isinstance(owner.profiler, NoProfiler):
-            everyone(owner, hook_name, *args, **kwargs)
-            return
-        module = trainer.lightning_module
-        before, module._current_fx_name = module._current_fx_name, hook_name
-        for callback in having[hook_name]:
-            getattr(callback, hook_name)(trainer, module, *args, **kwargs)
-        module._current_fx_name = before
-
-    cast(Any, call)._call_callback_hooks = some
-    try:
-        yield
-    finally:
-        cast(Any, call)._call_callback_hooks = everyone
-
-
-def _has(callback: Callback, hook: str) -> bool:
-    return getattr(type(callback), hook) is not getattr(Callback, hook) or hook in vars(callback)
-
-
-class NoProfiler(PassThroughProfiler):
-    """Measures nothing at no cost: Lightning's default makes some ninety generator contexts a step, 0.15 ms."""
-
-    nothing = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        """A context that does nothing."""
-        return self.nothing
 
 
 class _Features(LightningModule):

@@ -101,7 +101,7 @@ class Pictures(Callback):
         metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name.startswith("val/")}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
-            writer._get_file_writer().add_summary(summary)
+            writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
             writer.add_scalar(name, value, trainer.global_step)
         writer.flush()

@@ -7,12 +7,14 @@ an average of the weights is Lightning's `EMAWeightAveraging` callback.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch.compat import attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.output import DomainView, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
@@ -54,11 +56,8 @@ class GroupDRO(Method):
         super().__init__()
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         # the model is built before the data says how many domains there are
-        self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
-        super()._load_from_state_dict(state, prefix, *args)
+        self.register_load_state_dict_pre_hook(_as_many)  # type: ignore[no-untyped-call]
 
     def reweight(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
         """Gives the samples of each domain its q together."""
@@ -69,7 +68,7 @@ class GroupDRO(Method):
         if self.training:
             # the same q in every process
             now = each.detach().clone()  # which the reduction changes in place
-            now = module.trainer.strategy.reduce(now, reduce_op="mean") if module._trainer else now
+            now = module.trainer.strategy.reduce(now, reduce_op="mean") if attached(module) else now
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
         weight = torch.ones_like(source.output[:, 0]) if source.weight is None else source.weight
@@ -78,6 +77,10 @@ class GroupDRO(Method):
 
     def forward(self, module: AbstractTransferModule, source: DomainView | None, target: DomainView | None) -> None:
         """No term."""
+
+
+def _as_many(method: Any, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    method.q = torch.zeros_like(state.get(f"{prefix}q", method.q))
 
 
 class IRM(Method):

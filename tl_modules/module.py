@@ -32,6 +32,7 @@ from torchmetrics import MetricCollection
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations, align_cached
+from tl_modules.batch.compat import QuickNames, attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.full_pass import full_pass
 from tl_modules.batch.output import DomainOutput, by_domain, check_sources, joined, statistics_kept
@@ -55,7 +56,7 @@ HeadCallable = Callable[[Any, int], Head]
 Domains = Mapping[str, Batch]
 
 
-class TransferModule(StagedModule):
+class TransferModule(QuickNames, StagedModule):
     """A pretrained backbone and a task head, trained as the fine-tuning strategy and the methods say.
 
     A task subclasses this and fills in the form of `Task`. Backbone, head, strategy and methods are composed.
@@ -176,7 +177,7 @@ class TransferModule(StagedModule):
 
         In training it updates no running statistics: BatchNorm predicts with those of the data as it is.
         """
-        precision = self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
+        precision = self.trainer.precision_plugin.forward_context() if attached(self) else nullcontext()
         with precision, statistics_kept(self) if self.training else nullcontext():
             return self.forward_domains({domain: Batch(x)})[domain]
 

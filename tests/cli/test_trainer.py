@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from datamodules import Digits
 from tl_modules import Classification, ConvNet, load_run
+from tl_modules.batch.compat import STEP_HOOKS, NoProfiler
 from tl_modules.cli.precision import best_precision
-from tl_modules.cli.trainer import STEP_HOOKS, NoProfiler, TransferTrainer
+from tl_modules.cli.trainer import TransferTrainer
 
 FIT = (
     "fit --trainer.max_epochs 1 --model.backbone.width 4 --data.shots_per_class 2 --trainer.precision 32-true --name x "

@@ -58,9 +58,7 @@ class VectorBackbone(Backbone):
         """
         columns = len(x["numeric"]) if "numeric" in x else None
         if columns is None and not hasattr(self, "in_features"):
-            raise UserError(
-                "in_features: the data does not say how many columns it has; VectorBackbone takes Tables"
-            )
+            raise UserError("in_features: the data does not say how many columns it has; VectorBackbone takes Tables")
         if not hasattr(self, "in_features"):
             self._build(cast(int, columns))
         elif columns not in (None, self.in_features):

@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tl_modules.batch import samples
+from tl_modules.batch.compat import BatchNorm
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 
@@ -192,7 +192,7 @@ def check_sources(names: Sequence[str], xs: Sequence[Any]) -> None:
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Inside, no BatchNorm of `module` moves its running statistics; in training it normalises by the batch as ever."""
-    layers = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = [m for m in module.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

@@ -139,13 +139,8 @@ class Task(LightningModule):
             prediction: Of this sample, a batch of one.
         """
         draw_input(axes, x)
-        return (
-            f"{self.name_of(_tensor(y))} \u2192 {self.name_of(samples.take(self.to_labels(prediction), slice(1))[0])}"
-        )
-
-
-def _tensor(value: Any) -> Any:
-    return samples.collate([value])[0]
+        true = samples.first(samples.collate([y]))
+        return f"{self.name_of(true)} \u2192 {self.name_of(samples.first(self.to_labels(prediction)))}"
 
 
 def draw_input(axes: Any, x: Any) -> None:

@@ -191,6 +191,20 @@ def unbind(tree: Any) -> list[Any]:
     return [take(tree, slice(i, i + 1)) for i in range(count(tree))]
 
 
+def first(tree: Any) -> Any:
+    """Returns the first sample by itself, without the axis of the batch."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.values[0][tuple(map(slice, leaf.shapes[0].tolist()))] if isinstance(leaf, Padded) else leaf[0]
+
+    if isinstance(tree, dict):
+        return {key: first(value) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [first(value) for value in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return None if tree is None else one(tree)
+
+
 def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
     """Moves a batch to a device, with the arguments of `Tensor.to`; lists stay as they are."""
     return map_leaves(lambda leaf: leaf if isinstance(leaf, list) else leaf.to(*args, **kwargs), tree)

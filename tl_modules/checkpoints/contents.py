@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tl_modules.batch.compat import attached
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.optimizer import resume_rates
@@ -73,7 +74,7 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
             f"checkpoint: its {short(sorted(wrong))} and this model's are not the same; take the backbone, head "
             "and methods that it was trained with, or start a new run with --model.backbone.weights"
         )
-    resumes = bool(checkpoint.get("optimizer_states")) and module._trainer is not None and module.trainer.training
+    resumes = bool(checkpoint.get("optimizer_states")) and attached(module) and module.trainer.training
     # what the checkpoint fills looks random; runs of version 0.1 treated all alike
     module.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)

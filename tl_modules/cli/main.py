@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Number
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -29,13 +29,14 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import datamodules
 import tl_modules
+from tl_modules.batch.compat import NoProfiler, OneCommand, options
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
 from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.messages import explain, named, sentence
 from tl_modules.cli.precision import best_precision
-from tl_modules.cli.trainer import NoProfiler, TransferTrainer, compile_backbone
+from tl_modules.cli.trainer import TransferTrainer, compile_backbone
 from tl_modules.errors import UserError
 from tl_modules.evaluation import Pictures, PredictionTable, Selection
 from tl_modules.evaluation.monitor import monitor_of
@@ -94,10 +95,10 @@ class Parser(LightningArgumentParser):
         """Prints the cause, with the closest valid name, in place of the whole parser."""
         if not self.exit_on_error:  # a nested parser: the outer one adds its key
             super().error(message, ex)
-        stop(explain(message, list(self._option_string_actions), list(COMMANDS), KNOWN))
+        stop(explain(message, options(self), list(COMMANDS), KNOWN))
 
 
-class TransferCLI(LightningCLI):
+class TransferCLI(OneCommand, LightningCLI):
     """Wires model, data and Trainer, and gives every run a directory.
 
     Args:
@@ -105,6 +106,7 @@ class TransferCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        self.helps = COMMANDS
         self.run: Path | None = None
         self.configured = False
         self.trusted: list[str] = []
@@ -139,18 +141,6 @@ class TransferCLI(LightningCLI):
         known["predict"].add("return_predictions")
         known |= {name: {"model", "datamodule"} for name in OWN} | {"compare": set()}
         return {self.command: known[self.command]} if self.command else known
-
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        commands = parser.add_subcommands()
-        self._subcommand_parsers = {}
-        for name in self.subcommands():
-            if self.command is None:  # `tl --help` lists the commands only
-                self._subcommand_parsers[name] = self.init_parser(description=COMMANDS[name])
-            else:
-                self._subcommand_parsers[name] = self._prepare_subcommand_parser(
-                    TransferTrainer, name, description=COMMANDS[name]
-                )
-            commands.add_subcommand(name, self._subcommand_parsers[name], help=COMMANDS[name])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses `args`; Lightning's own would warn that the process has arguments too."""
@@ -227,9 +217,6 @@ class TransferCLI(LightningCLI):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
         return find_run(runs[-1]) if runs else None
 
-    def _parse_ckpt_path(self) -> None:
-        """Leaves the config alone: Lightning would let the checkpoint's hyper-parameters win over the command line."""
-
     # Objects
 
     def before_instantiate_classes(self) -> None:
@@ -237,7 +224,7 @@ class TransferCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         absolute_paths(config.get("data"))
         absolute_paths(config.get("model"))
-        self.saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True))
+        self.saved = yaml.safe_load(self.command_parser().dump(config, skip_none=False, skip_validation=True))
         for key, text, owner in leaves(self.saved):
             if isinstance(text, str) and text.startswith(UNSERIALIZABLE):
                 value = text.removeprefix(UNSERIALIZABLE).strip()
@@ -268,7 +255,7 @@ class TransferCLI(LightningCLI):
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
-        given_plugins = self._get(self.config_init, "trainer").plugins or []
+        given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
         kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
         kwargs.setdefault("default_root_dir", str(path))
         if trainer.profiler is None:
@@ -343,16 +330,18 @@ class TransferCLI(LightningCLI):
 
     # Commands
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Says what to do where memory is too small."""
         try:
-            super()._run_subcommand(subcommand)
+            yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             size = getattr(self.datamodule, "batch_size", 1)
             raise UserError(
                 f"out of memory with a batch size of {size}; try --data.batch_size {max(1, size // 2)}"
-                + (", or pass --auto_batch" if subcommand == "fit" else "")
+                + (", or pass --auto_batch" if self.subcommand == "fit" else "")
             ) from error
 
     def before_fit(self) -> None:

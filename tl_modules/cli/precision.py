@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tl_modules.batch.compat import cpu_has_bf16
+
 
 def best_precision(module: Any, accelerator: Any = "auto") -> str:
     """bf16-mixed where device and backbone gain by it, otherwise 32-true; the same in every run on a machine.
@@ -20,5 +22,5 @@ def best_precision(module: Any, accelerator: Any = "auto") -> str:
     if on_gpu:
         has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = accelerator in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+        has = accelerator in ("auto", "cpu") and cpu_has_bf16()
     return "bf16-mixed" if has and wanted else "32-true"

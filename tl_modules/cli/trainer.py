@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,26 +12,22 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.trainer import call
 from torch import Tensor
 
+from tl_modules.batch.compat import QuickHooks
 from tl_modules.checkpoints.files import load, write_whole
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
+from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import fill
 
 
-class TransferTrainer(Trainer):
+class TransferTrainer(QuickHooks, Trainer):
     """The Trainer of `tl`."""
 
     callbacks: list[Callback]
     profiler: Any
-
-    def _run_stage(self) -> Any:
-        with asked_only(self):
-            return super()._run_stage()
 
     def embed(
         self,
@@ -72,10 +66,10 @@ class TransferTrainer(Trainer):
             self.predict(_Features(module), dataloaders=list(loaders.values()), return_predictions=False)
         finally:
             self.callbacks.remove(collected)
+        parts = [collected.found.get(number, Gathering()).gathered(self) for number in range(len(loaders))]
         if not self.is_global_zero:
             return
-        parts = [collected.rows[number] for number in range(len(loaders))]
-        features = torch.stack([part[row] for part in parts for row in sorted(part)]).float()
+        features = torch.cat([part for _, part in parts if part is not None]).float()
         if format == "npy":
             np.save(folder / "features.npy", features.numpy())
         else:
@@ -86,9 +80,9 @@ class TransferTrainer(Trainer):
             writer = csv.writer(file)
             writer.writerow(["row", "domain", "split", "id", "label"])
             number = 0
-            for (domain, split), part in zip(loaders, parts, strict=True):
+            for (domain, split), (rows, _) in zip(loaders, parts, strict=True):
                 ids, labels = data.described(domain, split)  # type: ignore[attr-defined]
-                for row in sorted(part):
+                for row in rows:
                     writer.writerow([number, domain, split, ids[row], labels[row]])
                     number += 1
         print(f"{len(features):,} samples, {features.shape[1]} features each, in {folder}")
@@ -148,53 +142,6 @@ class TransferTrainer(Trainer):
             write_whole(Path(self.default_root_dir) / "benchmark.json", json.dumps(found, indent=2) + "\n")
 
 
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-
-
-@contextmanager
-def asked_only(trainer: TransferTrainer) -> Iterator[None]:
-    """Inside, a step's hooks reach the callbacks that have them: Lightning asks all of them for all, 0.1 ms a step."""
-    everyone: Any = call._call_callback_hooks
-    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
-
-    def some(owner: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        if owner is not trainer or hook_name not in having or not isinstance(owner.profiler, NoProfiler):
-            everyone(owner, hook_name, *args, **kwargs)
-            return
-        module = trainer.lightning_module
-        before, module._current_fx_name = module._current_fx_name, hook_name
-        for callback in having[hook_name]:
-            getattr(callback, hook_name)(trainer, module, *args, **kwargs)
-        module._current_fx_name = before
-
-    cast(Any, call)._call_callback_hooks = some
-    try:
-        yield
-    finally:
-        cast(Any, call)._call_callback_hooks = everyone
-
-
-def _has(callback: Callback, hook: str) -> bool:
-    return getattr(type(callback), hook) is not getattr(Callback, hook) or hook in vars(callback)
-
-
-class NoProfiler(PassThroughProfiler):
-    """Measures nothing at no cost: Lightning's default makes some ninety generator contexts a step, 0.15 ms."""
-
-    nothing = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        """A context that does nothing."""
-        return self.nothing
-
-
 class _Features(LightningModule):
     """Gives the backbone's features and the row numbers."""
 
@@ -208,24 +155,16 @@ class _Features(LightningModule):
 
 
 class _Collect(Callback):
-    """Keeps features by loader and row, those of all processes at the end."""
+    """Keeps features by loader."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, dict[int, Tensor]] = {}
+        self.found: dict[int, Gathering] = {}
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, number: int = 0
     ) -> None:
         features, rows = outputs
-        self.rows.setdefault(number, {}).update(zip(rows.tolist(), features.cpu().clone(), strict=True))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.rows)
-            for part in parts:
-                for number, rows in part.items():
-                    self.rows.setdefault(number, {}).update(rows)
+        self.found.setdefault(number, Gathering()).add(features.cpu(), rows)
 
 
 def compile_backbone(module: LightningModule) -> None:

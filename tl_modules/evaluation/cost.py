@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from tl_modules.batch.compat import TorchDispatchMode, storage_key, tree_leaves
 
 __all__ = ["machine", "macs", "peak_memory", "speed"]
 
@@ -96,12 +96,12 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
+                key = storage_key(tensor)
                 if key not in given and key not in self.known:
                     self.known[key] = storage.nbytes()
                     self.now += storage.nbytes()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import DomainOutput
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.batch.protocol import draw_input
+from tl_modules.batch.ranks import every_rank
+from tl_modules.evaluation.gather import Gathering, evaluated
 from tl_modules.evaluation.monitor import Best
 from tl_modules.module import TransferModule
 
@@ -42,7 +46,6 @@ class Pictures(Callback):
         self.best = Best()
         self.kept: _Kept | None = None
         self.now = _Kept()
-        self.loader: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
@@ -63,15 +66,21 @@ class Pictures(Callback):
             return
         for domain, (x, y, _) in batch.items():
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
-            if _is_image(x):
-                titles = ["hidden"] * len(x) if y is None else [_name(pl_module, value) for value in y[:SHOWN]]
-                writer.add_figure(f"inputs/{domain}", _grid(list(x[:SHOWN].cpu()), titles), 0)
+            if isinstance(x, Tensor) and _is_image(x[0]):
+                few = samples.move(samples.take(y, slice(SHOWN)), "cpu")
+                names = (
+                    ["hidden"] * SHOWN
+                    if y is None
+                    else [pl_module.name_of(samples.first(s)) for s in samples.unbind(few)]
+                )
+                drawn = [_raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
+                writer.add_figure(f"inputs/{domain}", _grid(drawn), 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
         # in adaptation some have no labels
-        self.loader = next((e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target")), None)
-        self.now = _Kept(self.loader)
+        loaders = (e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target"))
+        self.now = _Kept(next(loaders, None))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -92,16 +101,16 @@ class Pictures(Callback):
         """Draws the best validation, and the hyper-parameters with its metrics."""
         from torch.utils.tensorboard.summary import hparams  # costs a second of start-up
 
-        kept = _gathered(self.kept, trainer)
-        writer = _writer(trainer)
-        if writer is None or not isinstance(pl_module, TransferModule) or kept is None:
+        if self.kept is None or not isinstance(pl_module, TransferModule):
             return
-        if self.loader is not None:
-            kept.draw(writer, pl_module, self.loader.dataset, "val", trainer.global_step)
+        self.kept.draw(trainer, pl_module, "val")
+        writer = _writer(trainer)
+        if writer is None:
+            return
         metrics = {f"hp/{name}": value for name, value in self.best.metrics.items() if name.startswith("val/")}
         summaries = hparams(self.config, metrics)  # type: ignore[no-untyped-call]
         for summary in summaries:
-            writer._get_file_writer().add_summary(summary)
+            writer.file_writer.add_summary(summary)
         for name, value in metrics.items():
             writer.add_scalar(name, value, trainer.global_step)
         writer.flush()
@@ -116,81 +125,88 @@ class Pictures(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the test split."""
-        kept = _gathered(self.now, trainer)
-        writer = _writer(trainer)
-        if writer is not None and kept is not None and isinstance(pl_module, TransferModule):
-            kept.draw(writer, pl_module, self.loader.dataset, "test", trainer.global_step)
-            writer.flush()
+        if isinstance(pl_module, TransferModule):
+            self.now.draw(trainer, pl_module, "test")
 
 
 class _Kept:
     """What one pass over a split leaves for drawing.
 
     Args:
-        loader: What the pass reads; its images are read again when they are drawn.
+        loader: What the pass reads; its raw samples are read again when they are drawn.
     """
 
     def __init__(self, loader: Any = None) -> None:
-        dataset = getattr(loader, "dataset", ())
-        self.rows: list[int] = list(getattr(getattr(loader, "sampler", None), "rows", range(len(dataset))))
-        self.outputs: list[Tensor] = []
-        self.labels: list[Tensor] = []
-        self.features: list[Tensor] = []
+        self.dataset = getattr(loader, "dataset", ())
+        self.decisions, self.points = Gathering(loader), Gathering(loader)
+        self.worst: list[tuple[float, int, Any]] = []  # loss, number, prediction
 
-    def add(self, view: DomainOutput) -> None:
-        assert view.y is not None
-        self.outputs.append(view.output)
-        self.labels.append(view.y)
-        if len(self.features) * len(view.y) < POINTS:
-            self.features.append(view.pooled.float())
+    def add(self, output: DomainOutput) -> None:
+        module, losses = output.module, output.loss.detach()
+        decided = (module.to_labels(output.prediction), output.y) if module.is_classification else ()
+        self.decisions.add((losses, *decided))
+        if len(self.points.rows) < POINTS:
+            self.points.add((output.pooled.float(), output.y))
+        numbers = self.decisions.rows[-len(losses) :]
+        top = losses.topk(min(SHOWN, len(losses)))
+        for loss, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            one = samples.move(samples.take(output.prediction, slice(i, i + 1)), "cpu")
+            self.worst.append((loss, numbers[i], one))
+        self.worst = heapq.nlargest(SHOWN, self.worst, key=_loss)
 
-    def on_cpu(self) -> _Kept:
-        """The same, ready to be sent; its rows are those that a limited pass has seen."""
-        for part in (self.outputs, self.labels, self.features):
-            part[:] = [torch.cat(part).cpu()] if part else []
-        self.rows = self.rows[: len(self.labels[0])] if self.labels else []
-        return self
-
-    def draw(self, writer: Any, module: TransferModule, dataset: Any, split: str, step: int) -> None:
-        if not self.rows:
+    def draw(self, trainer: Trainer, module: TransferModule, split: str) -> None:
+        """Writes the pictures of what all processes kept, on the first of them."""
+        (rows, seen), (points, embedded) = (each.gathered(trainer) for each in (self.decisions, self.points))
+        worst = heapq.nlargest(SHOWN, (each for part in every_rank(trainer, self.worst) for each in part), key=_loss)
+        writer, step, dataset = _writer(trainer), trainer.global_step, self.dataset
+        if writer is None or not rows:
             return
-        outputs, labels, features = self.outputs[0], self.labels[0], self.features[0][:POINTS]
-        with torch.inference_mode():
-            whole = DomainOutput(module, None, labels, features, outputs)
-            losses = module.loss(whole).tolist()
-            prediction = whole.prediction
+
+        def of_prediction(each: tuple[float, int, Any]) -> Callable[[Any], str]:
+            loss, row, prediction = each
+            x, y = dataset[row][:2]
+            return lambda axes: f"{module.draw(axes, x, y, prediction)}  {loss:.2f}"
+
+        writer.add_figure(f"{split}/worst: true, predicted, loss", _grid([of_prediction(each) for each in worst]), step)
         names = module.class_names
-        classes = names is not None and prediction.ndim == 2
-        guess = prediction.argmax(1) if classes else prediction
-        picture = _is_image(dataset[self.rows[0]][0][None])
-
-        def grid(title: str, places: list[int], titles: list[str]) -> None:
-            if picture and places:
-                writer.add_figure(title, _grid([dataset[self.rows[i]][0] for i in places], titles), step)
-
-        worst = heapq.nlargest(SHOWN, range(len(losses)), key=losses.__getitem__)
-        titles = [f"{_name(module, labels[i])} \u2192 {_name(module, guess[i])}  {losses[i]:.2f}" for i in worst]
-        grid(f"{split}/worst: true, predicted, loss", worst, titles)
-        if classes and names is not None:
-            pairs = Counter(zip(labels.tolist(), guess.tolist(), strict=True))
+        if module.is_classification and names is not None:
+            decided = [(label, guess) for guess, label in zip(*(column.tolist() for column in seen[1:]), strict=True)]
+            pairs = Counter(decided)
             writer.add_figure(f"{split}/confusion", _confusion(pairs, names), step)
             top = [(p, n) for p, n in pairs.most_common() if p[0] != p[1]][:SHOWN]
-            rows = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
-            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{rows}", step)
-            first = {
-                pair: i for i, pair in reversed(list(enumerate(zip(labels.tolist(), guess.tolist(), strict=True))))
-            }
-            titles = [f"{names[a]} \u2192 {names[b]}  {n} x" for (a, b), n in top]
-            grid(f"{split}/most confused: true, predicted, times", [first[p] for p, _ in top], titles)
+            lines = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
+            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{lines}", step)
+            drawn = [
+                _raw(dataset[rows[decided.index((a, b))]][0], f"{names[a]} \u2192 {names[b]}  {n} x")
+                for (a, b), n in top
+            ]
+            if drawn:
+                writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(drawn), step)
+        points, (features, labels) = points[:POINTS], samples.take(embedded, slice(POINTS))
         thumbnails = None
-        if picture:
+        if _is_image(dataset[rows[0]][0]):
             with ThreadPoolExecutor() as pool:
-                images = pool.map(lambda row: _thumbnail(dataset[row][0]), self.rows[: len(features)])
+                images = pool.map(lambda row: _thumbnail(dataset[row][0]), points)
             thumbnails = torch.stack(list(images))
         folder = Path(writer.log_dir) / "00000" / f"{split}_features"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
-        shown = [_name(module, y) for y in labels[: len(features)]]
+        shown = [module.name_of(samples.first(y)) for y in samples.unbind(labels)]
         writer.add_embedding(features, shown, thumbnails, 0, folder.name)
+        writer.flush()
+
+
+def _loss(each: tuple[float, int, Any]) -> float:
+    return each[0] if math.isfinite(each[0]) else math.inf
+
+
+def _raw(x: Any, title: str) -> Callable[[Any], str]:
+    """What draws a raw input."""
+
+    def draw(axes: Any) -> str:
+        draw_input(axes, x)
+        return title
+
+    return draw
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -216,33 +232,8 @@ def _writer(trainer: Trainer) -> Any:
     return logger.experiment if logger is not None and trainer.is_global_zero else None
 
 
-def _gathered(kept: _Kept | None, trainer: Trainer) -> _Kept | None:
-    """What all processes kept, on each."""
-    if kept is None or trainer.world_size == 1:
-        return kept and kept.on_cpu()
-    parts: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(parts, kept.on_cpu())
-    whole = _Kept()
-    # features are of the first samples of each process, so the samples that have one come first
-    for rest in (False, True):
-        for part in parts:
-            count = len(part.features[0]) if part.features else 0
-            chosen = slice(count, None) if rest else slice(count)
-            whole.rows += part.rows[chosen]
-            whole.outputs += [each[chosen] for each in part.outputs]
-            whole.labels += [each[chosen] for each in part.labels]
-            whole.features += [] if rest else part.features
-    return whole
-
-
 def _is_image(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
-
-
-def _name(module: TransferModule, value: Tensor) -> str:
-    if module.class_names is not None:
-        return module.class_names[int(value)]
-    return ", ".join(f"{v:.3g}" for v in value.reshape(-1).tolist())
+    return isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] in (1, 3)
 
 
 def _thumbnail(image: Tensor) -> Tensor:
@@ -291,16 +282,15 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     writer.flush()
 
 
-def _grid(images: list[Tensor], titles: list[str]) -> Any:
-    """Up to 16 images in rows of 4 with a title each."""
+def _grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
+    """Up to 16 samples in rows of 4; each is drawn by a function of the axes that returns its title."""
     from matplotlib.figure import Figure
 
-    rows = -(-len(images) // 4)
+    rows = -(-len(drawn) // 4)
     figure = Figure(figsize=(9, 2.4 * rows), dpi=80)  # a constrained layout would take a second
-    for place, (image, title) in enumerate(zip(images, titles, strict=False)):
+    for place, draw in enumerate(drawn):
         axes = figure.add_subplot(rows, 4, place + 1)
-        axes.imshow(image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0), cmap="gray")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(draw(axes), fontsize=9)
         axes.axis("off")
     figure.subplots_adjust(0.02, 0.02, 0.98, 1 - 0.3 / (2.4 * rows), 0.1, 0.2)
     return figure

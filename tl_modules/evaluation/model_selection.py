@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tl_modules.batch.output import DomainOutput
+from tl_modules.batch import samples
 from tl_modules.checkpoints.files import write_metrics
 from tl_modules.errors import UserError
 from tl_modules.evaluation.criteria import VALIDATORS, Evidence, a_distance
 from tl_modules.evaluation.figures import draw_domains
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.evaluation.gather import Gathering, evaluated
 from tl_modules.module import TransferModule
 
 __all__ = ["Selection"]
@@ -56,7 +56,7 @@ class Selection(Callback):
         self.rows: list[dict[str, Any]] = []
         self.before: Evidence | None = None
         self.after: Evidence | None = None
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, Gathering] = {}
 
     # Choosing
 
@@ -131,54 +131,59 @@ class Selection(Callback):
         """Keeps outputs and features."""
         if not self._watches(trainer, pl_module) or not isinstance(outputs, dict):
             return
+        assert isinstance(pl_module, TransferModule)
         loader = self.loaders[dataloader_idx]
         for view in outputs.values():
-            self.seen.setdefault(loader.role, _Seen(loader)).add(view)
+            output = view.output if pl_module.is_classification else None
+            found = (output, view.pooled, view.y, pl_module.to_labels(view.prediction))
+            self.seen.setdefault(loader.role, Gathering(loader)).add(samples.map_leaves(_float, found))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the epoch and puts down what the model decides on the target."""
         if not self._watches(trainer, pl_module) or "target val" not in {loader.role for loader in self.loaders}:
             return
         assert isinstance(pl_module, TransferModule)
-        seen = {role: each.gathered(trainer) for role, each in self.seen.items()}
-        source = seen.get("val", (None, None, None))
-        evidence = Evidence(*seen["target val"][:2], *source)
+        seen = {role: each.gathered(trainer)[1] for role, each in self.seen.items()}
+        source = seen.get("val", (None, None, None, None))
+        evidence = Evidence(*seen["target val"][:2], *source[:3])
         if trainer.sanity_checking:
             if trainer.global_step == 0:
                 self.before = _few(evidence)
             return
-        scores = self._scores(trainer, pl_module, evidence)
+        decided = {split: seen[f"target {split}"][3] for split in ("val", "test") if f"target {split}" in seen}
+        scores = self._scores(trainer, pl_module, evidence, source[3], decided["val"])
         metric = type(pl_module).monitor[0].removeprefix("val/")
         shown = {f"val/source_{metric}" if name == "source" else f"val/target_{name}": s for name, s in scores.items()}
         if evidence.source_features is not None and not _unseen(trainer):
             shown["val/a_distance"] = a_distance(evidence.source_features, evidence.target_features)
         pl_module.log_dict(shown, batch_size=1)
-        decided = {split: _decided(pl_module, seen[f"target {split}"][0]) for split in ("val", "test")
-                   if f"target {split}" in seen}  # fmt: skip
-        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **decided})
+        kept = {split: _small(pl_module, labels) for split, labels in decided.items()}
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **kept})
         if _best(self.rows, str(self.by), pl_module) == len(self.rows) - 1:
             self.after = _few(evidence)
 
     def _watches(self, trainer: Trainer, module: LightningModule) -> bool:
         return trainer.state.fn == "fit" and isinstance(module, TransferModule) and self.by is not None
 
-    def _scores(self, trainer: Trainer, module: TransferModule, evidence: Evidence) -> dict[str, float]:
+    def _scores(
+        self, trainer: Trainer, module: TransferModule, evidence: Evidence, source: Any, target: Any
+    ) -> dict[str, float]:
         """Of every criterion that can be had; those of the task's metric in its own sense."""
         scores: dict[str, float] = {"last": float(len(self.rows))}
         if evidence.source_y is not None:
-            assert evidence.source_output is not None
-            scores["source"] = module.primary_metric(_decided(module, evidence.source_output), evidence.source_y)
+            scores["source"] = module.primary_metric(source, evidence.source_y)
         if module.is_classification and not _unseen(trainer):
             for name, validator in VALIDATORS.items():
                 if name != "dev" or evidence.source_y is not None:
                     scores[name] = validator(evidence)
         data: Any = getattr(trainer, "datamodule", None)
         rows, labels = data.opened() if data is not None else ([], np.zeros(0))
-        rows = [row for row in rows if row < len(evidence.target_output)]  # a limited validation sees fewer
+        rows = [row for row in rows if row < samples.count(target)]  # a limited validation sees fewer
         if rows:
             name = "oracle" if data.selection_labels == "all" else "few"
-            decisions = _decided(module, evidence.target_output[rows])
-            scores[name] = module.primary_metric(decisions, torch.as_tensor(labels[: len(rows)]))
+            scores[name] = module.primary_metric(
+                samples.take(target, torch.tensor(rows)), torch.as_tensor(labels[: len(rows)])
+            )
         return scores
 
     # Keeping
@@ -276,29 +281,9 @@ def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None
     write_metrics(run, metrics)
 
 
-class _Seen:
-    """Outputs, features and labels of one loader's pass."""
-
-    def __init__(self, loader: Any) -> None:
-        self.order = list(getattr(loader.sampler, "rows", range(len(loader.dataset))))
-        self.parts: list[list[Tensor]] = [[], [], []]
-
-    def add(self, view: Any) -> None:
-        for part, value in zip(self.parts, (view.output, view.pooled, view.y), strict=True):
-            if value is not None:
-                part.append(value.detach().float() if value.is_floating_point() else value)
-
-    def gathered(self, trainer: Trainer) -> tuple[Any, Any, Any]:
-        """Of all processes, in the data's order, on the CPU; None for labels that are hidden."""
-        mine = [torch.cat(part).cpu() if part else None for part in self.parts]
-        ranks: list[Any] = [(self.order[: len(mine[0])], mine)]  # type: ignore[arg-type]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, (self.order[: len(mine[0])], mine))  # type: ignore[arg-type]
-        order = torch.tensor([row for rows, _ in ranks for row in rows]).argsort()
-        columns = [[part[i] for _, part in ranks] for i in range(3)]
-        found = [None if column[0] is None else torch.cat(column)[order] for column in columns]
-        return found[0], found[1], found[2]
+def _float(value: Any) -> Any:
+    """Single precision, free of the graph."""
+    return value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _unseen(trainer: Trainer) -> bool:
@@ -306,10 +291,9 @@ def _unseen(trainer: Trainer) -> bool:
     return bool(getattr(getattr(trainer, "datamodule", None), "target_unseen", False))
 
 
-def _decided(module: TransferModule, output: Tensor) -> Tensor:
-    """The decisions of outputs, small enough to be kept for every epoch."""
-    decided: Tensor = module.to_labels(module.postprocess(DomainOutput(module, None, None, None, output)))
-    return decided.to(torch.int16) if decided.dtype == torch.int64 and module.num_outputs < 2**15 else decided
+def _small(module: TransferModule, labels: Any) -> Any:
+    """Predicted labels, small enough to be kept for every epoch."""
+    return labels.to(torch.int16) if module.is_classification and module.num_outputs < 2**15 else labels
 
 
 def _best(rows: list[dict[str, Any]], criterion: str, module: TransferModule) -> int:

@@ -6,11 +6,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.batch import samples
 from tl_modules.errors import UserError
+from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
 
 __all__ = ["PredictionTable"]
@@ -25,7 +25,7 @@ class PredictionTable(Callback):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.rows: dict[int, dict[str, Any]] = {}
+        self.found = Gathering()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out before the work whether the file can be written.
@@ -46,24 +46,17 @@ class PredictionTable(Callback):
         """Keeps the batch's rows."""
         assert isinstance(pl_module, TransferModule)
         prediction, rows = outputs
-        columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))
-        for i, row in enumerate(rows.tolist()):
-            self.rows[row] = {name: values[i] for name, values in columns.items()}
+        self.found.add(pl_module.prediction_columns(samples.move(prediction, "cpu")), rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows of all processes and writes them in the data's order."""
-        parts: list[Any] = [self.rows]
-        if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self.rows)
+        rows, columns = self.found.gathered(trainer)
         if not trainer.is_global_zero:
             return
-        rows = {row: columns for part in parts for row, columns in part.items()}
         ids = trainer.datamodule.ids()  # type: ignore[attr-defined]
         with self.file.open("w", newline="") as file:
             writer = csv.writer(file)
-            for number, row in enumerate(sorted(rows)):
-                if number == 0:
-                    writer.writerow(["id", *rows[row]])
-                writer.writerow([ids[row], *rows[row].values()])
+            if rows:
+                writer.writerow(["id", *columns])
+                writer.writerows(zip([ids[row] for row in rows], *columns.values(), strict=True))
         print(f"{len(rows)} predictions in {self.file}")

@@ -20,11 +20,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
+from tl_modules.batch.compat import BatchNorm
 from tl_modules.errors import UserError
 from tl_modules.evaluation.gather import evaluated
 from tl_modules.methods.functional import entropy, soft_cross_entropy
@@ -304,8 +304,8 @@ class _Prototypes(nn.Module):
         return rows[self.entropies[rows].argsort(stable=True)[: self.filter_k]]
 
 
-def _batch_norms(module: TransferModule, adaptation: TestTimeAdaptation) -> list[_BatchNorm]:
-    layers = [layer for layer in module.backbone.modules() if isinstance(layer, _BatchNorm)]
+def _batch_norms(module: TransferModule, adaptation: TestTimeAdaptation) -> list[BatchNorm]:
+    layers = [layer for layer in module.backbone.modules() if isinstance(layer, BatchNorm)]
     if not layers:
         name = type(adaptation).__name__
         raise UserError(f"callbacks: {name} adapts BatchNorm, and the backbone has none; take T3A")

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
+from tl_modules.batch.compat import average_of
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
@@ -31,8 +32,7 @@ def keep_exact(module: AbstractTransferModule) -> None:
                 "callbacks: StochasticWeightAveraging takes BatchNorm's statistics anew, those of closed stages too; "
                 "take EMAWeightAveraging, or Full"
             )
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            average: Any = callback._average_model
+        if isinstance(callback, WeightAveraging) and (average := average_of(callback)) is not None:
             average.update_parameters = _Update(average)
 
 

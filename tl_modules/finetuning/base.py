@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from tl_modules.batch.compat import BatchNorm, finds_unused_parameters
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
@@ -141,13 +141,13 @@ class FineTuning:
                 f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
             )
         strategy = module.trainer.strategy
-        plain_ddp = isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+        plain_ddp = isinstance(strategy, DDPStrategy) and not finds_unused_parameters(strategy)
         if plain_ddp and self.opens_later(module.num_stages):
             raise UserError(
                 f"finetuning: {name} opens stages during training, which plain ddp cannot follow; pass "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
-        if any(isinstance(m, _BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in module.modules()):
+        if any(isinstance(m, BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in module.modules()):
             for loader in loaders.values():
                 _check_last_batch(loader)
 
@@ -165,7 +165,7 @@ class FineTuning:
             parameter.requires_grad_(number in trainable and trains)
         if self.batch_norm == "eval" or (self.batch_norm is None and module.keeps_statistics()):
             for layer in module.backbone.modules():
-                if isinstance(layer, _BatchNorm) and layer.affine:
+                if isinstance(layer, BatchNorm) and layer.affine:
                     layer.eval()
 
     def param_groups(self, module: AbstractTransferModule) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tl_modules.batch.full_pass import full_pass
 from tl_modules.batch.protocol import AbstractTransferModule, Task
+from tl_modules.batch.ranks import every_rank
 from tl_modules.heads import LinearHead
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,8 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
             if output.y is None:
                 break
             found.append((normalise(output.pooled.float()).cpu(), output.y.cpu()))
-    ranks: list[Any] = [found]
-    if trainer.world_size > 1:
-        ranks = [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, found)
-    features, labels = ([pair[i] for part in ranks for pair in part] for i in range(2))
+    everything = [pair for part in every_rank(trainer, found) for pair in part]
+    features, labels = ([pair[i] for pair in everything] for i in range(2))
     solved = module.closed_form(torch.cat(features), torch.cat(labels)) if features else None
     solved = trainer.strategy.broadcast(solved)  # its last digits can differ from machine to machine
     if solved is None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, cast
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from tl_modules.batch.compat import SCHEDULER_STATE, set_rates, skip_graph_check
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
 
@@ -54,9 +55,7 @@ class WarmupCosine(LRScheduler):
         """
         if self.of_run:
             self.total_steps = steps
-            self._last_lr = [*self.get_lr()]
-            for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-                group["lr"] = lr
+            set_rates(self, self.get_lr())
 
     def factor(self, step: int) -> float:
         """The share of the full rate in a step, counted from 0."""
@@ -73,7 +72,7 @@ class WarmupCosine(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is; the shape of the schedule is what the run's config says now."""
-        return {key: getattr(self, key) for key in ("last_epoch", "base_lrs", "_step_count", "_last_lr")}
+        return {key: getattr(self, key) for key in SCHEDULER_STATE}
 
 
 def configure(module: AbstractTransferModule) -> Any:
@@ -105,8 +104,7 @@ def fused(optimizer: Optimizer) -> Optimizer:
         for group in optimizer.param_groups:
             group["fused"] = True
     if all(p.device.type == "cpu" for p in everything):
-        # torch asks the driver for a GPU in each step, to refuse one in a graph (its Adam and AdamW; 0.1 ms)
-        cast(Any, optimizer)._accelerator_graph_capture_health_check = lambda: None
+        skip_graph_check(optimizer)
     return optimizer
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from tl_modules.batch.compat import attached, synchronizes_batchnorm
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.averaging import keep_exact
@@ -33,7 +34,7 @@ class StagedModule(AbstractTransferModule):
         Raises:
             UserError: The run has no end.
         """
-        if self._trainer is None:
+        if not attached(self):
             return 0.0
         if math.isinf(steps := self.total_steps):
             raise UserError(
@@ -45,11 +46,11 @@ class StagedModule(AbstractTransferModule):
     @property
     def total_steps(self) -> float:
         """The optimizer steps of the whole run; infinite without an end, or outside of a run."""
-        return math.inf if self._trainer is None else float(self.trainer.estimated_stepping_batches)
+        return float(self.trainer.estimated_stepping_batches) if attached(self) else math.inf
 
     def now(self) -> float:
         """How far training is, in the strategy's unit."""
-        if self._trainer is None or self.finetuning.unit == "epochs":
+        if not attached(self) or self.finetuning.unit == "epochs":
             return self.current_epoch
         return self.progress if self.finetuning.unit == "fraction" else self.global_step
 
@@ -130,7 +131,7 @@ class StagedModule(AbstractTransferModule):
                 "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
                 "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
             )
-        if getattr(self.trainer.strategy, "_layer_sync", None) and self.trainer.strategy.root_device.type == "cpu":
+        if synchronizes_batchnorm(self.trainer.strategy) and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm: it needs GPUs; leave --trainer.sync_batchnorm out")
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if names is not None and self.class_names is not None and list(names) != self.class_names:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.output import DomainOutput
@@ -102,6 +103,16 @@ class Method(nn.Module):
                     f"methods: {type(self).__name__} needs {what}, but the data has only "
                     f"{' and '.join(domains)}{advice and f'; {advice}'}"
                 )
+
+
+def sized_by_checkpoint(method: Method, buffer: str) -> None:
+    """Lets a buffer take the size that it has in a checkpoint."""
+
+    def resize(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        own = module.get_buffer(buffer)
+        setattr(module, buffer, torch.zeros_like(state.get(f"{prefix}{buffer}", own), device=own.device))
+
+    method.register_load_state_dict_pre_hook(resize)  # type: ignore[no-untyped-call]
 
 
 def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch import samples
+from tl_modules.batch.compat import attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
-from tl_modules.methods.base import Method, check_trains
+from tl_modules.methods.base import Method, check_trains, sized_by_checkpoint
 from tl_modules.methods.schedules import Weight
 
 __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
@@ -58,11 +59,8 @@ class GroupDRO(Method):
         super().__init__()
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         # the model is built before the data says how many domains there are
-        self.q = torch.zeros_like(state.get(f"{prefix}q", self.q))
-        super()._load_from_state_dict(state, prefix, *args)
+        sized_by_checkpoint(self, "q")
 
     def reweight(
         self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
@@ -75,7 +73,7 @@ class GroupDRO(Method):
         if self.training:
             # the same q in every process
             now = each.detach().clone()  # which the reduction changes in place
-            now = module.trainer.strategy.reduce(now, reduce_op="mean") if module._trainer else now
+            now = module.trainer.strategy.reduce(now, reduce_op="mean") if attached(module) else now
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
         weight = torch.ones_like(source.output[:, 0]) if source.weight is None else source.weight

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from tl_modules.batch.compat import BatchNorm
 from tl_modules.batch.current_domain import domain_rows
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
@@ -34,7 +34,7 @@ class Normalization(Method):
         Raises:
             UserError: There are none, or another method has changed them.
         """
-        layers = [layer for layer in module.backbone.modules() if isinstance(layer, _BatchNorm)]
+        layers = [layer for layer in module.backbone.modules() if isinstance(layer, BatchNorm)]
         name = type(self).__name__
         if not layers:
             raise UserError(f"methods: {name} changes BatchNorm layers, and the backbone has none")
@@ -44,7 +44,7 @@ class Normalization(Method):
             self.change(layer)
             cast(Any, layer).changed_by = name
 
-    def change(self, layer: _BatchNorm) -> None:
+    def change(self, layer: BatchNorm) -> None:
         """Changes one layer in place."""
         raise NotImplementedError
 
@@ -76,13 +76,13 @@ class DomainBatchNorm(Normalization):
     reads_x = True  # a cached entry does not know which domain it was normalised for
     settings = ("several sources", "partial", "open set")
 
-    def change(self, layer: _BatchNorm) -> None:
+    def change(self, layer: BatchNorm) -> None:
         """Adds the source's twin."""
         layer.source = copy.deepcopy(layer)
         become(layer, _ByDomain)
 
 
-class _ByDomain(_BatchNorm):
+class _ByDomain(BatchNorm):
     source: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
@@ -110,13 +110,13 @@ class StochNorm(Normalization):
         super().__init__()
         self.p = p
 
-    def change(self, layer: _BatchNorm) -> None:
+    def change(self, layer: BatchNorm) -> None:
         """Sets its probability."""
         become(layer, _Stochastic)
         cast(Any, layer).p = self.p
 
 
-class _Stochastic(_BatchNorm):
+class _Stochastic(BatchNorm):
     p: float
 
     def forward(self, input: Tensor) -> Tensor:
@@ -132,6 +132,6 @@ class _Stochastic(_BatchNorm):
         return torch.where(chosen, fixed, super().forward(input))
 
 
-def become(layer: _BatchNorm, mixin: type[_BatchNorm]) -> None:
+def become(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
     """Gives a layer, whatever its number of dimensions, the forward of `mixin`."""
     layer.__class__ = type(mixin.__name__, (mixin, type(layer)), {"__module__": __name__})

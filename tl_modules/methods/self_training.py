@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.errors import UserError
-from tl_modules.methods.base import Method, check_head
+from tl_modules.methods.base import Method, check_head, sized_by_checkpoint
 from tl_modules.methods.functional import information, perturb, ramp
 from tl_modules.methods.schedules import Weight
 
@@ -184,11 +183,7 @@ class SHOT(Method):
         super().__init__(weight)
         self.beta = beta
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        # the model is built before the data says how many samples there are
-        self.labels = torch.zeros_like(state.get(f"{prefix}labels", self.labels))
-        super()._load_from_state_dict(state, prefix, *args)
+        sized_by_checkpoint(self, "labels")  # the model is built before the data says how many samples there are
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Freezes the head."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tl_modules.batch.ranks import every_rank
 from tl_modules.module import TransferModule
 
 __all__ = ["ExactResume"]
@@ -32,11 +33,7 @@ class ExactResume(Callback):
         mine: dict[str, Any] = {"epoch": trainer.current_epoch, "random": random_state()}
         if isinstance(pl_module, TransferModule):
             mine["terms"] = pl_module.terms.state_dict()
-        ranks: list[Any] = [mine]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-        checkpoint["ranks"] = ranks
+        checkpoint["ranks"] = every_rank(trainer, mine)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""

@@ -25,7 +25,6 @@ from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
-from jsonargparse._common import parsing_settings
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import Strategy
@@ -33,6 +32,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tl_modules.batch.compat import import_policy_kept
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.methods.schedules import Schedule
@@ -88,15 +88,12 @@ def imports_only(trusted: Sequence[str]) -> Iterator[None]:
     Raises:
         UserError: What is trusted is no name of a module or class.
     """
-    before = parsing_settings["import_path_verdicts"]  # there is no public way to take an entry back (4.53)
-    try:
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *trusted])
-    except ValueError as error:
-        raise UserError(f"trust: {','.join(trusted)} is not a list of modules or classes ({error})") from error
-    try:
+    with import_policy_kept():
+        try:
+            set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *trusted])
+        except ValueError as error:
+            raise UserError(f"trust: {','.join(trusted)} is not a list of modules or classes ({error})") from error
         yield
-    finally:
-        parsing_settings["import_path_verdicts"] = before
 
 
 def check_links(run: Path) -> None:

@@ -1,0 +1,205 @@
+"""Private names of Lightning, torch, jsonargparse and argparse: here and nowhere else.
+
+They can change with any release. `tests/batch/test_compat.py` says of each when it can go. Links are to GitHub:
+Lightning-AI/pytorch-lightning, pytorch/pytorch, mauvilsa/jsonargparse, python/cpython.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer import call
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# what only `tl benchmark` needs: modes that see each operation, and trees of arguments (pytorch issue 65761); of the
+# first no upstream issue is known: torch/utils/_python_dispatch.py
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+# BatchNorm of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py
+BatchNorm = _BatchNorm
+
+# what an LRScheduler's state must hold to go on; no upstream issue known: torch/optim/lr_scheduler.py
+SCHEDULER_STATE = ("last_epoch", "base_lrs", "_step_count", "_last_lr")
+
+
+def set_rates(scheduler: Any, rates: list[float]) -> None:
+    """Sets the present rates, which a scheduler notes only when it steps (torch/optim/lr_scheduler.py)."""
+    scheduler._last_lr = rates
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Names a storage, also an empty one, which has no address (no upstream issue known: torch/storage.py)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def cpu_has_bf16() -> bool:
+    """Tells whether this processor computes in bfloat16; the public torch.cpu.get_capabilities is not in torch 2.6."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def attached(module: Any) -> bool:
+    """Tells whether a LightningModule has a Trainer; `trainer` itself raises (pull request 13638 of Lightning)."""
+    return module._trainer is not None
+
+
+def finds_unused_parameters(ddp: Any) -> bool:
+    """Tells how a DDPStrategy was made (no upstream issue known: src/lightning/pytorch/strategies/ddp.py)."""
+    return bool(ddp._ddp_kwargs.get("find_unused_parameters"))
+
+
+def synchronizes_batchnorm(strategy: Any) -> bool:
+    """Tells whether --trainer.sync_batchnorm is set (no upstream issue known: .../strategies/parallel.py)."""
+    return getattr(strategy, "_layer_sync", None) is not None
+
+
+def average_of(callback: Any) -> Any:
+    """Gives a WeightAveraging's AveragedModel, or None (asked for in pull request 20545 of Lightning)."""
+    return callback._average_model
+
+
+@contextmanager
+def import_policy_kept() -> Iterator[None]:
+    """Takes back what set_parsing_settings denies and allows inside; there is no public way (jsonargparse pull 959)."""
+    from jsonargparse._common import parsing_settings
+
+    before = parsing_settings["import_path_verdicts"]
+    try:
+        yield
+    finally:
+        parsing_settings["import_path_verdicts"] = before
+
+
+# The command
+
+
+def options(parser: Any) -> list[str]:
+    """Lists the options that an argparse parser knows (no upstream issue known: Lib/argparse.py)."""
+    return list(parser._option_string_actions)
+
+
+class OneCommand:
+    """Mixed in before LightningCLI: only the command that is asked for gets arguments, which take a second to build.
+
+    A checkpoint's hyper-parameters do not win over the command line.
+    No upstream issue known: src/lightning/pytorch/cli.py
+
+    Attributes:
+        command: What is asked for; None lists the commands.
+        helps: A sentence on each.
+    """
+
+    command: str | None
+    helps: dict[str, str]
+
+    def running(self) -> AbstractContextManager[None]:
+        """Is open while the command runs."""
+        return nullcontext()
+
+    def command_parser(self) -> Any:
+        """Gives the command's own parser."""
+        return cast(Any, self)._parser(cast(Any, self).subcommand)
+
+    def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
+        cli: Any = self
+        commands, cli._subcommand_parsers = parser.add_subcommands(), {}
+        for name in cli.subcommands():
+            build = partial(cli._prepare_subcommand_parser, cli.trainer_class, name)
+            made = (build if self.command else cli.init_parser)(description=self.helps[name])
+            cli._subcommand_parsers[name] = made
+            commands.add_subcommand(name, made, help=self.helps[name])
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self.running():
+            cast(Any, super())._run_subcommand(subcommand)
+
+
+# At full speed: worth more than 5 % of a step on cached features (benchmarks/overhead.py)
+
+
+class QuickNames:
+    """Mixed in before LightningModule, which notes the running hook's name fifty times a step, 2 us each by nn.Module.
+
+    No upstream issue known: src/lightning/pytorch/trainer/call.py
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def skip_graph_check(optimizer: Any) -> None:
+    """Keeps Adam from asking the driver for a GPU in each step; only where all is on the CPU (pytorch pull 172759)."""
+    optimizer._accelerator_graph_capture_health_check = lambda: None
+
+
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing at no cost: Lightning's default makes some ninety generator contexts a step."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        """A context that does nothing."""
+        return self.nothing
+
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class QuickHooks:
+    """Mixed in before Trainer: a step's hooks reach the callbacks that have them, where Lightning asks all for all.
+
+    No upstream issue known: src/lightning/pytorch/trainer/call.py
+    """
+
+    def _run_stage(self) -> Any:
+        with asked_only(cast(Trainer, self)):
+            return cast(Any, super())._run_stage()
+
+
+@contextmanager
+def asked_only(trainer: Any) -> Iterator[None]:
+    """Inside, a step's hooks reach the callbacks that have them, unless a profiler counts them."""
+    everyone: Callable[..., Any] = call._call_callback_hooks
+    having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
+
+    def some(owner: Any, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        if owner is not trainer or hook_name not in having or not isinstance(owner.profiler, NoProfiler):
+            everyone(owner, hook_name, *args, **kwargs)
+            return
+        module: LightningModule = trainer.lightning_module
+        before, module._current_fx_name = module._current_fx_name, hook_name
+        for callback in having[hook_name]:
+            getattr(callback, hook_name)(trainer, module, *args, **kwargs)
+        module._current_fx_name = before
+
+    cast(Any, call)._call_callback_hooks = some
+    try:
+        yield
+    finally:
+        cast(Any, call)._call_callback_hooks = everyone
+
+
+def _has(callback: Callback, hook: str) -> bool:
+    return getattr(type(callback), hook) is not getattr(Callback, hook) or hook in vars(callback)

@@ -54,16 +54,16 @@ class MeanMatch(Method):
 class Brightness(TransferModule):
     monitor = ("val/mae", "min")
 
-    def loss(self, output, y):
-        return (output.squeeze(1) - y).abs()
+    def loss(self, out):
+        return (out.output.squeeze(1) - out.y).abs()
 
     def metrics(self):
         return MetricCollection({"mae": MeanAbsoluteError()})
 
-    def predict(self, output):
-        return output.squeeze(1)
+    def postprocess(self, out):
+        return out.output.squeeze(1)
 
-    def table(self, prediction):
+    def prediction_columns(self, prediction):
         return {"brightness": prediction.tolist()}
 
 

@@ -82,7 +82,7 @@ class TransferModule(QuickNames, StagedModule):
     def __init__(
         self,
         backbone: Backbone,
-        schema: Mapping[str, Any] | int,
+        schema: dict | int,  # type: ignore[type-arg]  # the parser would read the texts of a dict[str, Any] again
         head: HeadCallable = LinearHead,
         finetuning: FineTuning = lazy_instance(Full),  # noqa: B008 - plain data until it is built
         methods: list[Method] | None = None,

@@ -50,7 +50,7 @@ def test_what_is_closed_rests(strategy):
         module.train()
         module.finetuning.apply(module, epoch)
         before = {k: v.clone() for k, v in module.state_dict().items()}
-        module.loss(module(table()), torch.arange(64) % 2).mean().backward()
+        module.forward_domains({"target": (table(), torch.arange(64) % 2)})["target"].mean_loss.backward()
         torch.optim.SGD(module.parameters(), lr=0.1).step()
         after = module.state_dict()
         trainable = strategy().trainable_stages(epoch, len(stages))
@@ -85,7 +85,7 @@ def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"in_features": None}, "in_features: the data do not say"),
+        ({"widths": [0]}, "must be at least 1"),
         ({"in_features": 0}, "must be at least 1"),
         ({"widths": [4, 0]}, "must be at least 1"),
         ({"dropout": 1.0}, r"dropout: 1.0 must lie in \[0, 1\)"),

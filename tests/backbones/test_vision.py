@@ -226,7 +226,7 @@ def test_every_strategy_on_every_backbone(number, strategy, repo):
         seen = set(trainable)
         before = {k: v.clone() for k, v in module.state_dict().items()}
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        module.loss(module(images), torch.tensor([0, 1, 2, 0])).mean().backward()
+        module.forward_domains({"target": (images, torch.tensor([0, 1, 2, 0]))})["target"].mean_loss.backward()
         optimizer.step()
         names = {id(v): k for k, v in [*module.named_parameters(), *module.named_buffers()]}
         train = {id(p) for number, p, trains in parameters if number in trainable and trains}

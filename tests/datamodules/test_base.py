@@ -132,7 +132,7 @@ def drawn(epoch=0, world=1, batch_size=8, **kwargs):
         loader.sampler.rank, loader.sampler.num_replicas = rank, world
         loader.sampler.num_samples = 40 // world
         loader.sampler.set_epoch(epoch)
-        for x, y in loader:
+        for x, y, _ in loader:
             found |= {int(row): x[i].tolist() for i, row in enumerate(y)}
     return found
 
@@ -162,14 +162,14 @@ def test_a_loader_goes_on_where_it_was(done):
     whole, first = loader(), loader()
     for each in (whole, first):
         each.sampler.set_epoch(3)
-    expected = [x.tolist() + y.tolist() for x, y in whole]
+    expected = [x.tolist() + y.tolist() for x, y, _ in whole]
     batches = iter(first)
     for _ in range(done):
         next(batches)
     second = loader()
     second.load_state_dict(first.state_dict())
     second.sampler.set_epoch(3)
-    assert [x.tolist() + y.tolist() for x, y in second] == expected[done:]
+    assert [x.tolist() + y.tolist() for x, y, _ in second] == expected[done:]
     assert len(second) == len(whole)
     second.sampler.set_epoch(4)
     assert len(list(second)) == len(whole)
@@ -227,7 +227,7 @@ def test_a_last_batch_of_one_is_left_out():
     seen = []
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        assert [len(x) for x, _ in loader] == [8] * 5
+        assert [len(x) for x, *_ in loader] == [8] * 5
         assert len(loader) == 5
         seen.append({place for place, _ in loader.sampler})
     assert len(set.union(*seen)) == 41
@@ -246,7 +246,7 @@ def test_augmentation_is_for_training_only():
 
 def test_prediction_rows_stand_in_the_labels_place():
     data = Two(names=("target",))
-    rows = torch.cat([batch["target"][1] for batch in data.predict_dataloader()])
+    rows = torch.cat([batch["target"][2] for batch in data.predict_dataloader()])
     assert rows.tolist() == list(range(40))
     assert len(data.ids()) == 40
     assert len(View(data.domains("test")["target"], [3, 1])) == 2

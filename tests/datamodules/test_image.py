@@ -127,7 +127,7 @@ def test_kept_images_are_decoded_once(tree, workers):
         for each in loader.flattened:
             each.sampler.set_epoch(number)
         batches = [batch["target"] for batch, _, _ in iter(loader)]
-        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        x, y, _ = (torch.cat(part) for part in zip(*batches, strict=True))
         return sorted((int(label), int(image.long().sum())) for image, label in zip(x, y, strict=True))
 
     first = epoch(0)

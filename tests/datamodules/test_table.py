@@ -68,7 +68,7 @@ def test_header_semicolons_text_and_categories(write):
     data = Tables(write(PEOPLE), label="income")
     assert data.class_names == ["high", "low"]
     assert data.categories == {"work": ["?", "Private", "State"]}
-    assert data.in_features == 4
+    assert len(data.schema["x"]["numeric"]) == 4
     found = rows(data)
     assert found["2"][0].tolist() == [35, 1, 0, 0]
     assert found["0"][0].tolist() == [30, 0, 1, 0]
@@ -85,7 +85,7 @@ def test_categories_of_both_domains_and_of_training(write):
     assert rows(data, "source")["2"][0].tolist() == [35, 0, 0, 1, 0]
     assert data.hidden()
     later = Tables(target, label="income", categories=data.categories, classes=data.class_names)
-    assert later.in_features == data.in_features
+    assert len(later.schema["x"]["numeric"]) == len(data.schema["x"]["numeric"])
     with pytest.raises(DataError, match="line 4: column work is 'Self', no category that was there in training"):
         Tables(source, label="income", categories={"work": ["?", "Private", "State"]})
 
@@ -104,13 +104,13 @@ def test_arrays(tmp_path):
 def test_prediction_takes_all_rows_and_needs_no_labels(write, tmp_path):
     data = Tables(write(PEOPLE), label="income")
     assert data.ids() != ["0", "1", "2", "3", "4"]
-    rows_ = [row for batch in data.predict_dataloader() for row in batch["target"][1].tolist()]
+    rows_ = [row for batch in data.predict_dataloader() for row in batch["target"][2].tolist()]
     assert rows_ == [0, 1, 2, 3, 4]
     assert data.ids() == ["0", "1", "2", "3", "4"]
     unlabelled = "\n".join(line.rpartition(";")[0] for line in PEOPLE.splitlines())
     new = Tables(write(unlabelled, "new.csv"), label=None, classes=data.class_names, categories=data.categories)
     assert len(new.class_names) == 2
-    ((x, _),) = [batch["target"] for batch in new.predict_dataloader()]
+    ((x, *_),) = [batch["target"] for batch in new.predict_dataloader()]
     assert x[2].tolist() == [35, 1, 0, 0]
     np.savez(tmp_path / "a.npz", features=np.zeros((10, 2)))
     assert len(next(iter(Tables(tmp_path / "a.npz", label=None).predict_dataloader()))["target"][0]) == 10
@@ -134,7 +134,7 @@ def test_a_hidden_target_is_split_without_its_labels(write):
 def test_embeddings(ok, tmp_path, format):
     ok(f"embed --data.source true --model.backbone.width 4 --out e --format {format}")
     data = Tables(tmp_path / "e", tmp_path / "e")
-    assert data.in_features == 16
+    assert len(data.schema["x"]["numeric"]) == 16
     assert data.class_names == [str(digit) for digit in range(10)]
     from datamodules import Digits
 
@@ -193,12 +193,12 @@ def test_mistakes_of_files_and_domains(write, tmp_path):
 def test_the_real_tables(data_dir):
     red, white = (data_dir / "tabular" / f"winequality-{colour}.csv" for colour in ("red", "white"))
     wine = Tables(red, white)
-    assert wine.in_features == 11
+    assert len(wine.schema["x"]["numeric"]) == 11
     assert len(rows(wine, "source")) == 4898
     assert len(Tables(red, threshold=6).class_names) == 2
     adult = Tables(data_dir / "tabular" / "adult-test.csv")
     assert adult.class_names == ["<=50K.", ">50K."]
-    assert adult.in_features > 90
+    assert len(adult.schema["x"]["numeric"]) > 90
 
 
 def test_no_array_or_split_is_left_out_in_silence(tmp_path):

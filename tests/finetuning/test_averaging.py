@@ -55,7 +55,7 @@ def test_swa_is_refused_where_something_is_closed():
 
 
 def test_the_audit_notices_a_callback_that_moves_what_is_closed(monkeypatch, tmp_path):
-    monkeypatch.setattr("tl_modules.module.keep_exact", lambda module: None)
+    monkeypatch.setattr("tl_modules.finetuning.staged.keep_exact", lambda module: None)
     for folder, match in ((tmp_path, "another one in the checkpoint"), (None, "changed at the end of training")):
         with pytest.raises(UserError, match=f"stage_0 is closed, but one of its weights or buffers .*{match}"):
             fit(build([], "image", finetuning=LastStages(1)), Several("image", ("target",)), folder, epochs=4,

@@ -319,7 +319,7 @@ class TransferCLI(OneCommand, LightningCLI):
         resolved["name"] = self.directory.parent.name
         arguments = resolved["model"].setdefault("init_args", {})
         if "schema" not in arguments and hasattr(self.model, "schema"):
-            arguments["schema"] = self.model.schema
+            arguments["schema"] = dict(self.model.schema)
         strategy = (arguments.get("finetuning") or {}).get("init_args", {})
         if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
             strategy["backbone_lr"] = self.model.backbone_lr

@@ -59,6 +59,7 @@ class TransferTrainer(QuickHooks, Trainer):
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
+        cast(Any, data).collate = module.collate
         loaders: dict[tuple[str, str], Any] = data.every_split()  # type: ignore[attr-defined]
         collected = _Collect()
         self.callbacks.append(collected)

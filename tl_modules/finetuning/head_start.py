@@ -52,7 +52,7 @@ def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> No
         for output in full_pass(module, domain, loader, rows):
             if output.y is None:
                 break
-            found.append((normalise(output.pooled.float()).cpu(), output.y.cpu()))
+            found.append((normalise(output.pooled.float()).detach().cpu(), output.y.cpu()))
     everything = [pair for part in every_rank(trainer, found) for pair in part]
     features, labels = ([pair[i] for pair in everything] for i in range(2))
     solved = module.closed_form(torch.cat(features), torch.cat(labels)) if features else None

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from tl_modules.batch.compat import NoProfiler, OneCommand
+from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
 from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
@@ -206,8 +206,6 @@ class TransferCLI(OneCommand, LightningCLI):
         given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
         kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
         kwargs.setdefault("default_root_dir", str(path))
-        if trainer.profiler is None:
-            kwargs["profiler"] = NoProfiler()
         return super().instantiate_trainer(**kwargs)
 
     def _callbacks(self, path: Path) -> list[Callback]:

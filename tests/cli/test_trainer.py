@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from safetensors.torch import load_file
 
 from datamodules import Digits
 from tl_modules import Classification, ConvNet, load_run
-from tl_modules.batch.compat import STEP_HOOKS, NoProfiler
+from tl_modules.batch.compat import STEP_HOOKS
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.trainer import TransferTrainer
 
@@ -107,7 +107,7 @@ class Witness(Callback):
         self.note(pl_module)
 
 
-@pytest.mark.parametrize("profiler", [NoProfiler, SimpleProfiler])
+@pytest.mark.parametrize("profiler", [PassThroughProfiler, SimpleProfiler])
 def test_hooks_reach_the_callbacks_that_have_them(profiler):
     witness = Witness()
     trainer = TransferTrainer(

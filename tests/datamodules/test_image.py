@@ -9,7 +9,7 @@ from conftest import image, make_tree
 from PIL import Image
 
 from datamodules import DataError, ImageFolders
-from datamodules.image import read_image
+from datamodules.decoding import read_image
 
 
 def sizes(data):

@@ -144,6 +144,31 @@ def one_rank():
     return found
 
 
+def made(method, **kwargs):
+    """A module with one method, and views of a source batch of two domains and of a target batch."""
+    torch.manual_seed(0)
+    module = Classification(Vectors(), {"y": {"classes": ["a", "b", "c"]}}, methods=[method], **kwargs)
+    module.adapts = True  # as in training with a source
+    module.train()
+    x, y = torch.randn(12, 5), torch.arange(8) % 3
+    batch = {"source/a": (x[:4], y[:4]), "source/b": (x[4:8], y[4:]), "target": (x[8:], None, torch.arange(4))}
+    views = module.forward_domains(batch)
+    return module, views["source"], views["target"]
+
+
+def gradients(module, term):
+    """Which of the module's parts get a gradient from a term that is not 0."""
+    module.zero_grad()
+    term.backward()
+    parts = {"backbone": module.backbone, "head": module.head, "method": module.methods}
+    found = {}
+    for name, part in parts.items():
+        each = [p.grad is not None and bool(p.grad.any()) for p in part.parameters() if p.requires_grad]
+        found[name] = all(each) if each and any(each) else False
+        assert len(set(each)) < 2 or name == "backbone", f"only some of {name} get a gradient"
+    return {name for name, gets in found.items() if gets}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(one_rank()))

@@ -16,7 +16,6 @@ from torchmetrics import MetricCollection
 from tl_modules.batch import samples
 from tl_modules.batch.output import DomainOutput
 
-
 # what inputs and labels are, as plain data that travels once, from the data to the model: {"x": ..., "y": ...}
 #   x   {"image": {}} · {"text": {}} · {"audio": {"rate": 8000}} · {"numeric": ["age", "hours"]} ·
 #       {"ids": {"user": 610, "item": 9724}} · of several inputs, one of these by the name of each

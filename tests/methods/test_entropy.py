@@ -1,0 +1,24 @@
+"""Terms on the target's probabilities, by hand."""
+
+import torch
+from cases import made
+
+from tl_modules import (
+    BNM,
+    MCC,
+    InfoMax,
+    MinimumEntropy,
+)
+from tl_modules.methods import functional
+
+
+def test_terms_on_the_target_are_their_functions():
+    module, source, target = made(MCC())
+    p = target.output.softmax(1)
+    for method, expected in (
+        (MCC(temperature=2.0), functional.class_confusion(target.output, 2.0)),
+        (BNM(), -functional.nuclear_norm(p)),
+        (InfoMax(), -functional.information(p)),
+        (MinimumEntropy(), functional.entropy(p).mean()),
+    ):
+        assert torch.equal(method(module, source, target), expected)

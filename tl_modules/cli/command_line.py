@@ -1,0 +1,331 @@
+"""LightningCLI with run directories: a command line becomes data, model, Trainer and their callbacks.
+
+argv -> config (later wins) -> data, model (of the data's schema) -> run directory -> Trainer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from tl_modules.batch.compat import OneCommand
+from tl_modules.cache import FeatureCache
+from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
+from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
+from tl_modules.cli.batch_size import find_batch_size, out_of_memory
+from tl_modules.cli.parser import COMMANDS, OWN, Parser
+from tl_modules.cli.paths import absolute_paths
+from tl_modules.cli.precision import best_precision
+from tl_modules.cli.process import first_process, importable
+from tl_modules.cli.trainer import TransferTrainer, compile_backbone
+from tl_modules.errors import UserError
+from tl_modules.evaluation import Pictures, PredictionTable, Selection
+from tl_modules.evaluation.monitor import monitor_of
+from tl_modules.finetuning.audit import FreezeAudit
+from tl_modules.runs import Bar, ExactResume, Interruptions, PlainProgress, RunDirectory
+from tl_modules.runs.directory import SECTIONS, new_run, read_config, without_weights
+from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
+
+TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 50}
+UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of an object
+
+log = logging.getLogger(__name__)
+
+
+class TransferCLI(OneCommand, LightningCLI):
+    """Wires model, data and Trainer, and gives every run a directory.
+
+    Args:
+        args: The arguments after `tl`.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.helps = COMMANDS
+        self.run: Path | None = None
+        self.configured = False
+        self.trusted: list[str] = []
+        self.command = next((word for word in args if word in COMMANDS), None)
+        words = nested_nulls(help_last(args))
+        if self.command and not {"-h", "--help"} & set(words):
+            if words[0] != self.command:
+                raise UserError(f"write the command first: `tl {self.command} ...`")
+            words = with_defaults(self._expand_run(words))
+        importable(not self.configured or bool(self.trusted))
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            trainer_class=TransferTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            parser_kwargs={"prog": "tl", "description": "Transfer learning: one config, one command."},
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=words,
+        )
+
+    # Arguments
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that is asked for; building the arguments of the others would only cost time."""
+        known = LightningCLI.subcommands()
+        known["predict"].add("return_predictions")
+        known |= {name: {"model", "datamodule"} for name in OWN} | {"compare": set()}
+        return {self.command: known[self.command]} if self.command else known
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses `args`; Lightning's own would warn that the process has arguments too."""
+        with imports_only(self.trusted) if self.configured else contextlib.nullcontext():
+            self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
+        parser.add_argument("--name", type=str | None, default=None, help="The run goes to runs/NAME/version_N.")
+        parser.add_argument("--run", type=str | None, default=None, help="A run's directory: its config and best.ckpt.")
+        parser.add_argument(
+            "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
+        )
+        parser.add_class_arguments(FeatureCache, "cache")
+        parser.add_class_arguments(Selection, "select", skip={"run"})
+        if self.command == "fit":
+            parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
+            parser.add_argument(
+                "--save_every", type=int | None, default=None, help="Save last.ckpt also after so many steps."
+            )
+            parser.add_argument("--audit", type=bool, default=True, help="Check that what trains is what should.")
+            parser.add_argument("--compile", action="store_true", help="Run the backbone through torch.compile.")
+            parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
+        if self.command == "predict":
+            parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
+        if not self.configured:  # a run's config already has what the links give
+            parser.link_arguments("data.schema", "model.init_args.schema", apply_on="instantiate")
+
+    def _expand_run(self, args: list[str]) -> list[str]:
+        """A run's config goes below all that the command line says, and its checkpoint above."""
+        # what the command line names itself is the user's own
+        named = [name for text in values(args, "--trust") for name in text.split(",")]
+        self.trusted = named + to_trust(own_config(args))
+        resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
+        self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
+        if self.run is None:
+            return without(args, "--ckpt_path") if resume else args
+        check_links(self.run)
+        # a command line with --name says everything itself, as a job that is run again does
+        self.configured = bool(values(args, "--run")) or not resume
+        config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
+        if resume or not given(args, "--ckpt_path"):
+            file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
+            args = without(args, "--ckpt_path")
+            if file is None:
+                log.warning("%s has no checkpoint yet: it begins anew", self.run)
+            elif not file.is_file():
+                raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
+            else:
+                args = [*args, "--ckpt_path", str(file)]
+        return [args[0], *config, *args[1:]]
+
+    def _run_to_resume(self, args: list[str], resume: bool) -> Path | None:
+        """The run that `tl fit` goes on with; None starts one."""
+        runs, names = values(args, "--run"), values(args, "--name")
+        if not resume:
+            if runs:
+                raise UserError(f"run: `tl fit` starts a run of its own; to go on with {runs[-1]} pass --resume too")
+            return None
+        if runs:
+            return find_run(runs[-1])
+        if not names:
+            raise UserError("resume: pass --run DIR, or --name NAME for the newest run of that name (or its first one)")
+        folder = Path((values(args, "--trainer.default_root_dir") or ["."])[-1]) / "runs" / names[-1]
+        return find_run(folder) if any((p / "config.yaml").is_file() for p in versions(folder).values()) else None
+
+    def _trained_run(self, args: list[str]) -> Path | None:
+        """The run that a command measures or predicts with; None if only a checkpoint is given."""
+        runs, checkpoints = values(args, "--run"), values(args, "--ckpt_path")
+        if not runs and checkpoints and not given(args, "--config") and not given(args, "-c"):
+            folder = Path(checkpoints[-1]).parent.parent
+            return find_run(folder) if (folder / "config.yaml").is_file() else None
+        if not runs and not checkpoints and self.command != "embed" and not given(args, "--print_config"):
+            raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
+        return find_run(runs[-1]) if runs else None
+
+    # Objects
+
+    def before_instantiate_classes(self) -> None:
+        """Makes paths absolute, so that config.yaml works from anywhere; a checkpoint replaces pretrained weights."""
+        config = self.config[str(self.subcommand)]
+        absolute_paths(config.get("data"))
+        absolute_paths(config.get("model"))
+        self.saved = yaml.safe_load(self.command_parser().dump(config, skip_none=False, skip_validation=True))
+        for key, text, owner in leaves(self.saved):
+            if isinstance(text, str) and text.startswith(UNSERIALIZABLE):
+                value = text.removeprefix(UNSERIALIZABLE).strip()
+                raise UserError(
+                    f"{owner}: its {key}, {value}, cannot be written into config.yaml; pass it as plain data"
+                )
+        if self.configured and self.run is not None:  # also what texts and further files have brought in
+            said = {key: self.saved.get(key) for key in SECTIONS}
+            check_config(said, self.trusted, f"run: {self.run / 'config.yaml'}")
+        if config.get("ckpt_path") is not None:
+            if not Path(config.ckpt_path).is_file():
+                raise UserError(f"ckpt_path: there is no file {config.ckpt_path}")
+            without_weights(config.model)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives the Trainer its run directory, loggers and callbacks."""
+        config = self.config[str(self.subcommand)]
+        trainer = config.trainer
+        name = config.name or type(self.datamodule).__name__.lower()
+        if not first_process():  # the first process chooses; the others are told by the strategy
+            path = Path(trainer.default_root_dir or ".") / "runs" / name
+        else:
+            path = self.run or new_run(trainer.default_root_dir or ".", name)
+        self.directory = path
+        if trainer.precision is None:
+            precision = best_precision(self.model, trainer.accelerator)
+            kwargs["precision"] = trainer.precision = self.saved["trainer"]["precision"] = precision
+        self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
+        if trainer.logger in (None, True):
+            kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
+        given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
+        kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
+        kwargs.setdefault("default_root_dir", str(path))
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, path: Path) -> list[Callback]:
+        config = self.config[str(self.subcommand)]
+        own = to_trust(self.saved)
+        self.trust = f" --trust {','.join(own)}" if own else ""
+        selection = Selection(**config.select, run=path)
+        if self.subcommand == "fit":
+            selection.choose(self.model, self.datamodule)
+        self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
+        callbacks: list[Callback] = [self.files, selection]
+        if config.trainer.logger is not False:
+            callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(Bar() if sys.stdout.isatty() else PlainProgress())
+        if self.subcommand == "predict":
+            callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
+        if self.subcommand == "fit":
+            callbacks += [FreezeAudit(config.audit), ExactResume()]
+            if config.trainer.logger is not False:
+                callbacks.append(LearningRateMonitor("epoch"))
+            if config.trainer.enable_checkpointing is not False:
+                callbacks += self._checkpoints(path / "checkpoints")
+        # last, so that what it builds comes after the signal handlers
+        return [*callbacks, FeatureCache(**config.cache)]
+
+    def _checkpoints(self, folder: Path) -> list[Callback]:
+        """best.ckpt by the task's metric, last.ckpt after every epoch and whenever the run is interrupted."""
+        config = self.config[str(self.subcommand)]
+        monitor: str | None
+        monitor, mode = monitor_of(self.model)
+        if config.trainer.limit_val_batches == 0:  # without validation the last epoch is the best one
+            monitor, mode = None, "max"
+        each = {"best": (monitor, mode), "last": (None, "min")}
+        if first_process():
+            sweep(folder)
+        return [
+            Interruptions(
+                folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"
+            ),
+            *(
+                ModelCheckpoint(
+                    folder,
+                    file,
+                    monitor=by,
+                    mode=sense,
+                    save_on_train_epoch_end=by is None,
+                    enable_version_counter=False,
+                )
+                for file, (by, sense) in each.items()
+            ),
+        ]
+
+    def _resolved(self) -> dict[str, Any]:
+        """The config with what the data decided, so that the model can be built without the data."""
+        resolved: dict[str, Any] = {key: self.saved.get(key) for key in SECTIONS}
+        resolved["name"] = self.directory.parent.name
+        arguments = resolved["model"].setdefault("init_args", {})
+        if "schema" not in arguments and hasattr(self.model, "schema"):
+            arguments["schema"] = dict(self.model.schema)
+        strategy = (arguments.get("finetuning") or {}).get("init_args", {})
+        if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
+            strategy["backbone_lr"] = self.model.backbone_lr
+        for argument, attribute in (("classes", "class_names"), ("categories", "categories")):
+            if argument in resolved["data"].get("init_args", {}):
+                resolved["data"]["init_args"][argument] = getattr(self.datamodule, attribute, None)
+        return resolved
+
+    # Commands
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Says what to do where memory is too small."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            size = getattr(self.datamodule, "batch_size", 1)
+            raise UserError(
+                f"out of memory with a batch size of {size}; try --data.batch_size {max(1, size // 2)}"
+                + (", or pass --auto_batch" if self.subcommand == "fit" else "")
+            ) from error
+
+    def before_fit(self) -> None:
+        """Finds the batch size, if asked to, and writes it into the run's config; compiles."""
+        config = self.config[str(self.subcommand)]
+        if config.auto_batch:
+            size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
+            self.datamodule.batch_size = size
+            self.files.config["data"]["init_args"]["batch_size"] = size
+            self._say(f"batch size {size}")
+        if config.compile:
+            compile_backbone(self.model)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts without keeping what the table already has."""
+        self.trainer.predict(return_predictions=False, **kwargs)
+
+    def after_fit(self) -> None:
+        """Says where everything is."""
+        if not self.files.trained:
+            self._say(
+                f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
+            )
+        if best := str(self.files.best):
+            self._say(f"kept {best}")
+        self._say(f"tl test --run {self.directory}{self.trust}\ntensorboard --logdir {self.directory.parent}")
+
+    def after_test(self) -> None:
+        """Says where the numbers are."""
+        self._say(f"metrics: {self.directory / 'metrics.json'}")
+
+    after_validate = after_test
+
+    @rank_zero_only
+    def _say(self, text: str) -> None:
+        print(text)
+
+
+class _TensorBoard(TensorBoardLogger):
+    """Lightning's, without the hparams.yaml that would stand beside config.yaml and say less."""
+
+    def save(self) -> None:
+        """Flushes the events."""
+        Logger.save(self)

@@ -1,0 +1,64 @@
+"""What `tl` understands: its commands, types that the parser does not know, errors in one sentence."""
+
+from __future__ import annotations
+
+from numbers import Number
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from jsonargparse.typing import register_type
+from lightning.pytorch.cli import LightningArgumentParser
+
+import datamodules
+import tl_modules
+from tl_modules.batch.compat import options
+from tl_modules.cli.messages import explain
+from tl_modules.cli.process import stop
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool | str):
+        value = yaml.safe_load(str(value))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value} is no number")
+    return value
+
+
+# torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
+register_type(Number, serializer=_number, deserializer=_number)
+
+# averaging callbacks have one as their default
+register_type(torch.device)
+
+# a value may not name what runs commands, e.g. os.system
+set_parsing_settings(import_path_denylist=[])
+
+# what a config can name without its module
+KNOWN = [name for package in (tl_modules, datamodules) for name in package.__all__]
+COMMANDS = {
+    "fit": "Transfer a pretrained backbone to your data.",
+    "validate": "Measure a run on the validation split.",
+    "test": "Measure a run on the test split.",
+    "predict": "Label data with a run and write a CSV.",
+    "embed": "Write a backbone's features of your data.",
+    "benchmark": "Measure what predicting with a run costs here.",
+    "compare": "Run and compare a grid of ways, tasks and seeds.",
+}
+# commands that are methods of our Trainer, and what the CLI gives them itself
+OWN = {"embed", "benchmark"}
+
+
+class Parser(LightningArgumentParser):
+    """Says in one sentence what is wrong with the command line or a config, and stops with code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the cause, with the closest valid name, in place of the whole parser."""
+        if not self.exit_on_error:  # a nested parser: the outer one adds its key
+            super().error(message, ex)
+        stop(explain(message, options(self), list(COMMANDS), KNOWN))

@@ -1,0 +1,42 @@
+"""Paths of a config, so that config.yaml works from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from jsonargparse import Namespace
+
+from tl_modules.cli.messages import named
+
+
+def absolute_paths(config: Any) -> None:
+    """Makes every argument that is a path and exists absolute, in place and nested.
+
+    A path is what is annotated as one, and `weights`, which a backbone of the user's may take as a text.
+    """
+    if isinstance(config, list):
+        for item in config:
+            absolute_paths(item)
+    if not isinstance(config, Namespace) or not isinstance(config.get("init_args"), Namespace):
+        return
+    hints: dict[str, Any] = {}
+    for parent in reversed(named(config.class_path).__mro__):
+        if "__init__" in vars(parent):
+            with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
+                hints |= get_type_hints(parent.__init__)
+    for key, value in vars(config.init_args).items():
+        is_path = key == "weights" or Path in (hints.get(key), *get_args(hints.get(key)))
+        if isinstance(value, str | Path) and is_path:
+            config.init_args[key] = _absolute(value)
+        elif isinstance(value, dict) and "Path" in str(hints.get(key)):
+            config.init_args[key] = {name: _absolute(each) for name, each in value.items()}
+        else:
+            absolute_paths(value)
+
+
+def _absolute(path: str | Path) -> str:
+    full = Path(os.path.expandvars(path)).expanduser()
+    return os.path.abspath(full) if full.exists() else str(path)

@@ -1,0 +1,49 @@
+"""The process that `tl` runs in: what it imports, prints and ends with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import NoReturn
+
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def first_process() -> bool:
+    """Whether this is the only process or the first of several."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def stop(text: str) -> NoReturn:
+    """Prints a text on standard error and exits with code 2."""
+    if first_process():
+        print(f"tl: error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def importable(own: bool) -> None:
+    """Lets a config name files of the working directory, or not.
+
+    The directory comes last, so that none of its files stands in for a package; and where a run's config is all that
+    is read, not at all: whoever sent the run may have sent the files too.
+    """
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    if own:
+        sys.path.append("")
+
+
+def quiet() -> None:
+    """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("tl_modules", "datamodules"):
+        logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")
+    told = "(Be aware that when using `ckpt_path`|The dirpath has changed|You're using the WeightAveraging callback)"
+    warnings.filterwarnings("ignore", message=told)

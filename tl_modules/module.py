@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
@@ -35,8 +33,8 @@ from tl_modules.batch.cached import CachedActivations, align_cached
 from tl_modules.batch.compat import QuickNames, attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.full_pass import full_pass
-from tl_modules.batch.output import DomainOutput, by_domain, check_sources, joined, statistics_kept
-from tl_modules.batch.samples import Batch, Collate
+from tl_modules.batch.output import DomainOutput, by_domain, check_sources, full_precision, joined, statistics_kept
+from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints import contents
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
@@ -45,9 +43,9 @@ from tl_modules.finetuning.head_start import start_head
 from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
 from tl_modules.heads import Head, LinearHead
-from tl_modules.methods.base import Method, check_reach
+from tl_modules.methods.base import Method, check_methods, check_reach, named
 from tl_modules.methods.schedules import Weight, at
-from tl_modules.methods.terms import LossMean, Terms
+from tl_modules.methods.terms import Terms
 
 # ours leaves the batches of a datamodule of ours as they are
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
@@ -110,9 +108,7 @@ class TransferModule(QuickNames, StagedModule):
         self.save = save
         self.left_out: str | None = None  # a fingerprint of what checkpoints leave out, once one is written
         self.task_weight = {"source": source_weight, "target": target_weight}
-        self.val_metrics = self.metrics().clone(prefix="val/")
-        self.test_metrics = self.metrics().clone(prefix="test/")
-        self.val_loss, self.test_loss = LossMean(), LossMean()
+        self.measure()
         self.terms = Terms()
         self.head_transferred = contents.transfer_head(self)
         # what changes the backbone comes before what copies it
@@ -124,11 +120,6 @@ class TransferModule(QuickNames, StagedModule):
         finetuning.prepare(self)
 
     # The straight line
-
-    @property
-    def collate(self) -> Collate:
-        """What makes a `Batch` of raw samples in a loader's worker: the backbone's way for x, the task's for y."""
-        return Collate(self.backbone.prepare, self.label)
 
     def encode(self, x: Any) -> Any:
         """Prepared inputs, or cached activations in their place -> what the head takes, in single precision."""
@@ -142,7 +133,7 @@ class TransferModule(QuickNames, StagedModule):
     def forward(self, x: Any) -> Any:
         """Prepared inputs (B, ...) -> outputs (B, num_outputs)."""
         features = self.encode(x)
-        with self._full_precision():
+        with full_precision(self.device):
             return self.decode(features)
 
     def forward_domains(self, batch: Domains) -> dict[str, DomainOutput]:
@@ -164,7 +155,7 @@ class TransferModule(QuickNames, StagedModule):
                     features.append(self.encode(x))
         of = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
         whole = samples.concat([samples.concat([features[i] for i in places]) for places in of.values()])
-        with self._full_precision():
+        with full_precision(self.device):
             outputs = samples.split(self.decode(whole), [sum(rows[i][1] for i in places) for places in of.values()])
         found = {}
         for (owner, places), output in zip(of.items(), outputs, strict=True):
@@ -193,7 +184,7 @@ class TransferModule(QuickNames, StagedModule):
             batch = method.transform_batch(self, batch)
         outputs = self.forward_domains(batch)
         source, target = outputs.get("source"), outputs.get("target")
-        with self._full_precision():
+        with full_precision(self.device):
             for _, method in methods:
                 method.reweight(self, source, target)
             terms = {}
@@ -215,20 +206,9 @@ class TransferModule(QuickNames, StagedModule):
         self.terms.add({"loss": total, **terms}, max(map(len, outputs.values())))
         return total
 
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        """Head, losses and methods run in float32: autocast ends at the features."""
-        mixed = torch.is_autocast_enabled(self.device.type)
-        return torch.autocast(self.device.type, enabled=False) if mixed else nullcontext()
-
     def named_methods(self) -> list[tuple[str, Any]]:
-        """Returns the methods with the names under which they are logged, e.g. l2sp; a second one is l2sp_2."""
-        seen: Counter[str] = Counter()
-        named = []
-        for method in self.methods:
-            name = type(method).__name__.lower()
-            seen[name] += 1
-            named.append((name if seen[name] == 1 else f"{name}_{seen[name]}", method))
-        return named
+        """Returns the methods with the names under which they are logged."""
+        return named(self.methods)
 
     def on_train_start(self) -> None:
         """Checks before the first step everything that would otherwise fail later.
@@ -240,13 +220,7 @@ class TransferModule(QuickNames, StagedModule):
         labels = [getattr(getattr(loader, "dataset", None), "label", "y") for loader in domains.values()]
         self.adapts = len(domains) > 1 or "none" in labels
         self.open_stages()  # a run that goes on within an epoch does not start it
-        for _, method in self.named_methods():
-            method.check(self, list(domains))
-        if set(labels) == {"none"} and not self.methods:
-            raise UserError(
-                "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
-                "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
-            )
+        check_methods(self, domains, labels)
         self.finetuning.check(self, domains)
         super().on_train_start()
         start_head(self, domains)
@@ -265,73 +239,6 @@ class TransferModule(QuickNames, StagedModule):
         if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
             means = {f"train/{name}": mean for name, mean in self.terms.means().items()}
             self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
-
-    # Evaluation
-
-    def validation_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
-        """Updates loss and metrics where there are labels; returns the outputs, also of what has none."""
-        return self._evaluate(batch, "val", dataloader_idx)
-
-    def test_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
-        """Updates loss and metrics of the test split."""
-        return self._evaluate(batch, "test", dataloader_idx)
-
-    def predict_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> tuple[Any, Tensor | None]:
-        """Returns the predictions and the samples' numbers."""
-        (output,) = self.forward_domains(batch).values()
-        return output.prediction, output.index
-
-    def _evaluate(self, batch: Domains, split: str, number: int) -> dict[str, DomainOutput]:
-        """Loss and metrics of a batch of a split; those of a second labelled loader end in /dataloader_idx_1."""
-        ((domain, output),) = self.forward_domains(batch).items()
-        if output.y is None:
-            return {domain: output}
-        of_metrics, of_loss = (f"{split}_{what}{f'_{number}' if number else ''}" for what in ("metrics", "loss"))
-        if not hasattr(self, of_loss):
-            setattr(self, of_metrics, getattr(self, f"{split}_metrics").clone().to(self.device))
-            setattr(self, of_loss, LossMean().to(self.device))
-        metrics: MetricCollection = getattr(self, of_metrics)
-        self.update_metrics(metrics, output.prediction, output.y)
-        # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
-        getattr(self, of_loss).update(output.loss, output.weight)
-        measures = {of_loss: getattr(self, of_loss)}
-        measures |= {f"{of_metrics}.{key}": m for key, m in metrics.items(keep_base=True, copy_state=False)}
-        for attribute, measure in measures.items():
-            name = f"{split}/{attribute.rpartition('.')[2] if '.' in attribute else 'loss'}"
-            name += f"/dataloader_idx_{number}" if number else ""
-            # with its attribute, which Lightning would look for once only
-            self.log(name, measure, metric_attribute=attribute, batch_size=len(output), add_dataloader_idx=False)
-        return {domain: output}
-
-    def on_validation_epoch_end(self) -> None:
-        """Stops at a validation loss that is not finite.
-
-        Raises:
-            UserError: It is nan or infinite.
-        """
-        self._check_finite(self.val_loss, "val/loss")
-
-    def on_test_epoch_end(self) -> None:
-        """Stops at a test loss that is not finite.
-
-        Raises:
-            UserError: It is nan or infinite.
-        """
-        self._check_finite(self.test_loss, "test/loss")
-
-    def _check_finite(self, mean: LossMean, name: str) -> None:
-        if mean.update_called and not mean.compute().isfinite():
-            when = f"epoch {self.current_epoch}: " if self.trainer.state.fn == "fit" else ""
-            raise UserError(
-                f"{when}{name} is not finite: the outputs of some sample are nan or infinite; lower the learning rate, "
-                "pass --trainer.gradient_clip_val 1 or --trainer.precision 32-true"
-            )
-
-    # Checkpoints
-
-    def task_description(self) -> dict[str, Any]:
-        """Returns the task and its labels, as plain data."""
-        return {"task": type(self).__name__, "class_names": self.class_names, "num_outputs": self.num_outputs}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the task is, and leaves out what never trains if `save` says so."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tl_modules.batch import samples
@@ -187,6 +188,12 @@ def check_sources(names: Sequence[str], xs: Sequence[Any]) -> None:
         raise UserError(
             f"data: the sources' samples have unequal shapes ({kinds}); give all of them one, e.g. one size"
         )
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Ends mixed precision inside: heads, losses and methods run in float32."""
+    mixed = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if mixed else nullcontext()
 
 
 @contextmanager

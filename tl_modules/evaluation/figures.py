@@ -19,8 +19,8 @@ from torch import Tensor
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import draw_input
 from tl_modules.batch.ranks import every_rank
+from tl_modules.batch.task import draw_input
 from tl_modules.evaluation.gather import Gathering, evaluated
 from tl_modules.evaluation.monitor import Best
 from tl_modules.module import TransferModule

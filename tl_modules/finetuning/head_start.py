@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.full_pass import full_pass
-from tl_modules.batch.protocol import AbstractTransferModule, Task
+from tl_modules.batch.protocol import AbstractTransferModule
 from tl_modules.batch.ranks import every_rank
+from tl_modules.batch.task import Task
 from tl_modules.heads import LinearHead
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, ClassVar
 
@@ -105,6 +106,17 @@ class Method(nn.Module):
                 )
 
 
+def named(methods: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Names methods by their classes, e.g. l2sp; a second one of a class is l2sp_2."""
+    seen: Counter[str] = Counter()
+    found = []
+    for method in methods:
+        name = type(method).__name__.lower()
+        seen[name] += 1
+        found.append((name if seen[name] == 1 else f"{name}_{seen[name]}", method))
+    return found
+
+
 def sized_by_checkpoint(method: Method, buffer: str) -> None:
     """Lets a buffer take the size that it has in a checkpoint."""
 
@@ -129,6 +141,27 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
             return True
         nodes += [before for before, _ in node.next_functions]
     return False
+
+
+def check_methods(module: AbstractTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Refuses training data from which the methods, or without methods anything, cannot learn.
+
+    Args:
+        module: Its methods are asked.
+        domains: The training data, by domain.
+        labels: Of each domain "y", or "none" where they are hidden.
+
+    Raises:
+        UserError: A method lacks a domain, or there is nothing to learn from.
+    """
+    methods = module.named_methods()
+    for _, method in methods:
+        method.check(module, list(domains))
+    if set(labels) == {"none"} and not methods:
+        raise UserError(
+            "methods: the training data has no labels and there is no method, so there is nothing to learn from; "
+            "give one, e.g. --model.methods+=SHOT, or open the labels by --data.target_labels true"
+        )
 
 
 def check_reach(module: AbstractTransferModule, name: str, method: Method, term: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Means of losses: a training epoch's terms, summed on the device without a host sync, and an evaluation's loss."""
+"""The means of a training epoch's terms, summed on the device without a host sync."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 
 class Terms:
@@ -57,28 +56,3 @@ class Terms:
         self.sums = {tuple(names): sums.to(device) for names, sums, _ in state["groups"]}
         self.samples = {tuple(names): samples for names, _, samples in state["groups"]}
         self.finite = state["finite"].to(device)
-
-
-class LossMean(Metric):
-    """The weighted mean of an evaluation's loss over its samples, whatever its batches.
-
-    torchmetrics' `MeanMetric` leaves out what is nan, or (`nan_strategy="disable"`, 1.9) the weights.
-    """
-
-    full_state_update = False
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), "sum")
-        self.add_state("weight", torch.zeros(()), "sum")
-
-    def update(self, loss: Tensor, weight: Tensor | None = None) -> None:
-        """Takes in the samples' losses (B,) and weights (B,); None: all count the same."""
-        self.total += (loss if weight is None else weight * loss).sum()
-        self.weight += len(loss) if weight is None else weight.sum()
-
-    def compute(self) -> Tensor:
-        """The mean so far."""
-        return self.total / self.weight

@@ -1,0 +1,115 @@
+"""The steps of an evaluation: loss and metrics of a split, predictions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from tl_modules.batch.output import DomainOutput
+from tl_modules.batch.task import Task
+from tl_modules.errors import UserError
+
+
+class EvaluatedTask(Task):
+    """A task that measures itself when Lightning calls.
+
+    Loss and metrics of a split are logged as val/loss, val/accuracy, test/loss, ...
+    """
+
+    def measure(self) -> None:
+        """Builds the metrics of each split; once the task knows its schema."""
+        self.val_metrics = self.metrics().clone(prefix="val/")
+        self.test_metrics = self.metrics().clone(prefix="test/")
+        self.val_loss, self.test_loss = LossMean(), LossMean()
+
+    @abstractmethod
+    def forward_domains(self, batch: Any) -> dict[str, DomainOutput]:
+        """Runs all domains of a batch through backbone and head."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
+        """Updates loss and metrics where there are labels; returns the outputs, also of what has none."""
+        return self._evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
+        """Updates loss and metrics of the test split."""
+        return self._evaluate(batch, "test", dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Any, Tensor | None]:
+        """Returns the predictions and the samples' numbers."""
+        (output,) = self.forward_domains(batch).values()
+        return output.prediction, output.index
+
+    def _evaluate(self, batch: Any, split: str, number: int) -> dict[str, DomainOutput]:
+        """Loss and metrics of a batch of a split; those of a second labelled loader end in /dataloader_idx_1."""
+        ((domain, output),) = self.forward_domains(batch).items()
+        if output.y is None:
+            return {domain: output}
+        of_metrics, of_loss = (f"{split}_{what}{f'_{number}' if number else ''}" for what in ("metrics", "loss"))
+        if not hasattr(self, of_loss):
+            setattr(self, of_metrics, getattr(self, f"{split}_metrics").clone().to(self.device))
+            setattr(self, of_loss, LossMean().to(self.device))
+        metrics: MetricCollection = getattr(self, of_metrics)
+        self.update_metrics(metrics, output.prediction, output.y)
+        # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
+        getattr(self, of_loss).update(output.loss, output.weight)
+        measures = {of_loss: getattr(self, of_loss)}
+        measures |= {f"{of_metrics}.{key}": m for key, m in metrics.items(keep_base=True, copy_state=False)}
+        for attribute, measure in measures.items():
+            name = f"{split}/{attribute.rpartition('.')[2] if '.' in attribute else 'loss'}"
+            name += f"/dataloader_idx_{number}" if number else ""
+            # with its attribute, which Lightning would look for once only
+            self.log(name, measure, metric_attribute=attribute, batch_size=len(output), add_dataloader_idx=False)
+        return {domain: output}
+
+    def on_validation_epoch_end(self) -> None:
+        """Stops at a validation loss that is not finite.
+
+        Raises:
+            UserError: It is nan or infinite.
+        """
+        self._check_finite(self.val_loss, "val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        """Stops at a test loss that is not finite.
+
+        Raises:
+            UserError: It is nan or infinite.
+        """
+        self._check_finite(self.test_loss, "test/loss")
+
+    def _check_finite(self, mean: LossMean, name: str) -> None:
+        if mean.update_called and not mean.compute().isfinite():
+            when = f"epoch {self.current_epoch}: " if self.trainer.state.fn == "fit" else ""
+            raise UserError(
+                f"{when}{name} is not finite: the outputs of some sample are nan or infinite; lower the learning rate, "
+                "pass --trainer.gradient_clip_val 1 or --trainer.precision 32-true"
+            )
+
+
+class LossMean(Metric):
+    """The weighted mean of an evaluation's loss over its samples, whatever its batches.
+
+    torchmetrics' `MeanMetric` leaves out what is nan, or (`nan_strategy="disable"`, 1.9) the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), "sum")
+        self.add_state("weight", torch.zeros(()), "sum")
+
+    def update(self, loss: Tensor, weight: Tensor | None = None) -> None:
+        """Takes in the samples' losses (B,) and weights (B,); None: all count the same."""
+        self.total += (loss if weight is None else weight * loss).sum()
+        self.weight += len(loss) if weight is None else weight.sum()
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.weight

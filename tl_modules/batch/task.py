@@ -1,0 +1,134 @@
+"""The form that a task fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from tl_modules.batch import samples
+from tl_modules.batch.output import DomainOutput
+
+# what inputs and labels are, as plain data that travels once, from the data to the model: {"x": ..., "y": ...}
+#   x   {"image": {}} · {"text": {}} · {"audio": {"rate": 8000}} · {"numeric": ["age", "hours"]} ·
+#       {"ids": {"user": 610, "item": 9724}} · of several inputs, one of these by the name of each
+#   y   {"classes": ["cat", "dog"]} · {"values": 1} · {"boxes": [...]} · {"masks": [...]} · {"characters": "abc"} · ...
+Schema = Mapping[str, Any]
+
+
+class Task(LightningModule):
+    """The form that a task fills in: what labels become, and what loss, prediction, metrics and columns are.
+
+    Attributes:
+        monitor: The metric that chooses the best epoch, and "min" or "max".
+        is_classification: Whether there are probabilities of classes.
+        uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the features as the
+            backbone gives them, e.g. a pyramid of maps or the states of all tokens.
+        label: Raw labels -> a tree, in a loader's worker; small, so that it can be sent there.
+    """
+
+    monitor: tuple[str, str] = ("val/loss", "min")
+    is_classification: ClassVar[bool] = False
+    uses_pooled_features: ClassVar[bool] = True
+    schema: Schema
+    head: nn.Module
+    label: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the head: how many classes, values, ... the schema's labels have."""
+        labels = next(iter(self.schema["y"].values()))
+        return labels if isinstance(labels, int) else len(labels)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, in the order of their numbers; None where there are none."""
+        names = self.schema["y"].get("classes")
+        return list(names) if isinstance(names, list | tuple) else None
+
+    def decode(self, features: Any) -> Any:
+        """Features -> outputs, by the head. A head that needs y runs in `loss` and `postprocess` instead."""
+        return self.head(features)
+
+    def loss(self, out: DomainOutput) -> Tensor:
+        """The task's loss of each sample, (B,), of `out.output` and `out.y`."""
+        raise NotImplementedError
+
+    def loss_weight(self, out: DomainOutput) -> Tensor | None:
+        """How much each sample's loss counts in a mean, (B,), e.g. its class's weight; None: all the same."""
+        return None
+
+    def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Weight (num_outputs, D) and bias (num_outputs,) of a linear head for features (N, D) and labels (N, ...).
+
+        None: there is no closed form, and the head starts at random.
+        """
+        return None
+
+    def postprocess(self, out: DomainOutput) -> Any:
+        """What a user wants of each sample, a tree of B: probabilities, values, boxes, texts."""
+        raise NotImplementedError
+
+    def probabilities(self, out: DomainOutput) -> Tensor:
+        """The probabilities of the classes, (B, C); of a classification."""
+        raise NotImplementedError
+
+    def metrics(self) -> MetricCollection:
+        """The metrics of a split, each a scalar."""
+        return MetricCollection({})
+
+    def update_metrics(self, metrics: MetricCollection, prediction: Any, y: Any) -> None:
+        """Takes a batch's predictions and labels into the metrics."""
+        metrics.update(prediction, y)
+
+    def prediction_columns(self, prediction: Any) -> dict[str, list[Any]]:
+        """Predictions of B samples -> columns of `tl predict`'s CSV, B values each."""
+        raise NotImplementedError
+
+    def to_labels(self, prediction: Any) -> Any:
+        """Predictions -> what is compared with labels: class numbers (B,), or the values themselves."""
+        return prediction.argmax(1) if self.is_classification else prediction
+
+    def primary_metric(self, predicted: Any, y: Any) -> float:
+        """The task's first metric, that of `monitor`, of what `to_labels` gives and of labels."""
+        metric = self.metrics()[type(self).monitor[0].removeprefix("val/")]
+        return float(metric(predicted.long() if self.is_classification else predicted, y))
+
+    def task_description(self) -> dict[str, Any]:
+        """Returns the task and its labels, as plain data."""
+        return {"task": type(self).__name__, "class_names": self.class_names, "num_outputs": self.num_outputs}
+
+    def name_of(self, label: Any) -> str:
+        """Names a label, or a prediction as `to_labels` gives it, for titles."""
+        if isinstance(label, Tensor) and self.class_names is not None and label.ndim == 0:
+            return self.class_names[int(label)]
+        return ", ".join(f"{v:.3g}" for v in label.reshape(-1).tolist()) if isinstance(label, Tensor) else str(label)
+
+    def draw(self, axes: Any, x: Any, y: Any, prediction: Any) -> str:
+        """Draws a raw sample on matplotlib's axes and returns a title.
+
+        Args:
+            axes: The axes.
+            x: The raw input, as the data set gives it.
+            y: Its raw label.
+            prediction: Of this sample, a batch of one.
+        """
+        draw_input(axes, x)
+        true = samples.first(samples.collate([y]))
+        return f"{self.name_of(true)} \u2192 {self.name_of(samples.first(self.to_labels(prediction)))}"
+
+
+def draw_input(axes: Any, x: Any) -> None:
+    """Draws a raw sample as what it is: an image, a curve, a text; of several inputs the first image, or the first."""
+    if isinstance(x, Mapping):
+        parts = list(x.values())
+        x = next((part for part in parts if getattr(part, "ndim", 0) == 3), parts[0])
+    if getattr(x, "ndim", 0) == 3:
+        axes.imshow(x.squeeze(0) if x.shape[0] == 1 else x.permute(1, 2, 0), cmap="gray")
+    elif getattr(x, "ndim", 0) == 1:
+        axes.plot(x)
+    else:
+        axes.text(0.02, 0.5, str(x)[:200], wrap=True, va="center", fontsize=7)

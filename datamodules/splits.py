@@ -42,7 +42,13 @@ def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
-    return np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
+    if isinstance(targets, Tensor):
+        return targets.cpu().numpy()
+    if any(isinstance(target, Tensor | dict) and getattr(target, "ndim", 1) for target in targets[:1]):
+        whole = np.empty(len(targets), dtype=object)  # boxes, masks and the like, one by one
+        whole[:] = targets
+        return whole
+    return np.asarray(targets)
 
 
 def few_shots(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tl_modules import UserError
 from tl_modules.methods.functional import (
     certainty_weights,
     class_confusion,
@@ -178,5 +179,5 @@ def test_perturbed_samples_are_changed_but_of_their_kind(kind):
 
 
 def test_what_cannot_be_perturbed_is_said():
-    with pytest.raises(TypeError, match="neither images nor vectors"):
+    with pytest.raises(UserError, match="takes images or vectors, not tensors"):
         perturb(torch.rand(2, 3, 4))

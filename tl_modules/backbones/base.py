@@ -66,8 +66,8 @@ class Backbone(AbstractBackbone):
     def pooled_features(self, features: Any) -> Tensor:
         """Features -> one vector per sample, (B, D): means over positions or time, of the last part of several."""
         if isinstance(features, samples.Padded):
-            total = (features.values * features.mask[..., None]).sum(1)
-            return total / features.lengths[:, None].clamp(min=1).to(total)
+            inside = features.mask.flatten(1)[..., None].to(features.values.dtype)  # (B, positions, 1)
+            return (features.values.flatten(1, -2) * inside).sum(1) / inside.sum(1).clamp(min=1)
         if isinstance(features, Tensor):
             return features.flatten(2).mean(2) if features.ndim == 4 else features
         return self.pooled_features(list(features.values() if isinstance(features, dict) else features)[-1])

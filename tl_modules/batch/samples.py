@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,12 +64,23 @@ class Padded:
 
     @property
     def mask(self) -> Tensor:
-        """True where a sample is and False where it is filled up, (B, L), of axis 1."""
-        return torch.arange(self.values.shape[1], device=self.values.device) < self.lengths[:, None]
+        """True where a sample is and False where it is filled up: (B, L), or of maps (B, h, w); without a last axis D."""
+        axes = min(self.shapes.shape[1], max(1, self.values.ndim - 2))
+        inside = [
+            (torch.arange(size, device=self.values.device) < self.shapes[:, axis, None]).view(
+                -1, *(size if other == axis else 1 for other in range(axes))
+            )
+            for axis, size in enumerate(self.values.shape[1 : axes + 1])
+        ]
+        return reduce(torch.logical_and, inside)
 
     def replace(self, values: Tensor, lengths: Tensor | None = None) -> Padded:
         """Returns other values (B, L, ...) of the same lengths on axis 1, or of `lengths`."""
         return Padded(values, self.shapes[:, :1] if lengths is None else lengths[:, None])
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the samples, each of its own shape."""
+        return [row[tuple(map(slice, shape))] for row, shape in zip(self.values, self.shapes.tolist(), strict=True)]
 
     def to(self, *args: Any, **kwargs: Any) -> Padded:
         """Moves or casts the values, as `Tensor.to`; the shapes stay whole numbers."""
@@ -195,7 +207,7 @@ def first(tree: Any) -> Any:
     """Returns the first sample by itself, without the axis of the batch."""
 
     def one(leaf: Any) -> Any:
-        return leaf.values[0][tuple(map(slice, leaf.shapes[0].tolist()))] if isinstance(leaf, Padded) else leaf[0]
+        return leaf.tensors()[0] if isinstance(leaf, Padded) else leaf[0]
 
     if isinstance(tree, dict):
         return {key: first(value) for key, value in tree.items()}

@@ -51,6 +51,8 @@ class Task(LightningModule):
 
     def decode(self, features: Any) -> Any:
         """Features -> outputs, by the head. A head that needs y runs in `loss` and `postprocess` instead."""
+        if isinstance(features, samples.Padded):
+            return samples.Padded(self.head(features.values), features.shapes)
         return self.head(features)
 
     def loss(self, out: DomainOutput) -> Tensor:
@@ -85,8 +87,9 @@ class Task(LightningModule):
         metrics.update(prediction, y)
 
     def prediction_columns(self, prediction: Any) -> dict[str, list[Any]]:
-        """Predictions of B samples -> columns of `tl predict`'s CSV, B values each."""
-        raise NotImplementedError
+        """Predictions of B samples -> columns of `tl predict`'s CSV, B values each; as they are, unless a task says."""
+        each = [samples.first(one) for one in samples.unbind(prediction)]
+        return {"prediction": [one.tolist() if isinstance(one, Tensor) else one for one in each]}
 
     def to_labels(self, prediction: Any) -> Any:
         """Predictions -> what is compared with labels: class numbers (B,), or the values themselves."""
@@ -94,8 +97,10 @@ class Task(LightningModule):
 
     def primary_metric(self, predicted: Any, y: Any) -> float:
         """The task's first metric, that of `monitor`, of what `to_labels` gives and of labels."""
-        metric = self.metrics()[type(self).monitor[0].removeprefix("val/")]
-        return float(metric(predicted.long() if self.is_classification else predicted, y))
+        name = type(self).monitor[0].removeprefix("val/")
+        metric = MetricCollection({name: self.metrics()[name]})
+        self.update_metrics(metric, predicted.long() if self.is_classification else predicted, y)
+        return float(metric.compute()[name])
 
     def task_description(self) -> dict[str, Any]:
         """Returns the task and its labels, as plain data."""

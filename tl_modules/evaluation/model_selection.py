@@ -157,7 +157,8 @@ class Selection(Callback):
         if evidence.source_features is not None and not _unseen(trainer):
             shown["val/a_distance"] = a_distance(evidence.source_features, evidence.target_features)
         pl_module.log_dict(shown, batch_size=1)
-        kept = {split: _small(pl_module, labels) for split, labels in decided.items()}
+        # boxes and the like are not kept for the report
+        kept = {s: _small(pl_module, labels) for s, labels in decided.items() if isinstance(labels, Tensor | list)}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **kept})
         if _best(self.rows, str(self.by), pl_module) == len(self.rows) - 1:
             self.after = _few(evidence)
@@ -181,9 +182,8 @@ class Selection(Callback):
         rows = [row for row in rows if row < samples.count(target)]  # a limited validation sees fewer
         if rows:
             name = "oracle" if data.selection_labels == "all" else "few"
-            scores[name] = module.primary_metric(
-                samples.take(target, torch.tensor(rows)), torch.as_tensor(labels[: len(rows)])
-            )
+            predicted = samples.take(target, torch.tensor(rows))
+            scores[name] = module.primary_metric(predicted, module.label(list(labels[: len(rows)])))
         return scores
 
     # Keeping
@@ -219,15 +219,15 @@ class Selection(Callback):
             return
         kept = torch.load(file, weights_only=True)
         splits = [split for split in ("val", "test") if split in kept["rows"][0]]
-        labels = {split: torch.as_tensor(data.labels(split)) for split in splits} if data is not None else {}
-        if not labels or any(len(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
+        labels = {split: pl_module.label(list(data.labels(split))) for split in splits} if data is not None else {}
+        if not labels or any(samples.count(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
             return  # of other data, or of a limited validation
         found = report(pl_module, kept["rows"], labels)
         assert self.run is not None
         _write(self.run, found, kept["by"], type(pl_module).monitor[0].removeprefix("val/"))
 
 
-def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What each criterion chose, scored by the target's labels.
 
     Args:
@@ -306,5 +306,5 @@ def _best(rows: list[dict[str, Any]], criterion: str, module: TransferModule) ->
 
 
 def _few(evidence: Evidence) -> Evidence:
-    few: dict[str, Any] = {name: None if value is None else value[:FEW] for name, value in vars(evidence).items()}
+    few: dict[str, Any] = {name: samples.take(value, slice(FEW)) for name, value in vars(evidence).items()}
     return Evidence(**few)

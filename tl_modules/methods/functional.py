@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.errors import UserError
+
 
 def ramp(progress: float, gamma: float = 10.0) -> float:
     """`2 / (1 + exp(-gamma p)) - 1`: 0 at the start, near 1 at the end (Ganin et al., JMLR 2016)."""
@@ -234,7 +236,7 @@ def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
 # Augmentation of whole batches
 
 
-def perturb(x: Tensor, strength: float = 1.0) -> Tensor:
+def perturb(x: Any, strength: float = 1.0) -> Tensor:
     """Changes each sample of a batch strongly but keeps what it shows; draws from torch's generator.
 
     Args:
@@ -245,14 +247,18 @@ def perturb(x: Tensor, strength: float = 1.0) -> Tensor:
 
     Returns:
         The same shape, in floats.
+
+    Raises:
+        UserError: They are something else, e.g. texts.
     """
-    if not x.is_floating_point() and x.ndim == 2:
-        raise TypeError(f"perturb: vectors of {x.dtype} cannot be perturbed")
+    if not isinstance(x, Tensor) or not (x.ndim == 4 or (x.ndim == 2 and x.is_floating_point())):
+        what = f"tensors {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(
+            f"methods: what changes copies of the inputs (FixMatch, MeanTeacher) takes images or vectors, not {what}"
+        )
     if x.ndim == 2:
         noisy = x + 0.2 * strength * x.std(0, unbiased=False) * torch.randn_like(x)
         return torch.where(torch.rand_like(x) < 0.1 * strength, x.mean(0), noisy)
-    if x.ndim != 4:
-        raise TypeError(f"perturb: inputs of shape {tuple(x.shape)} are neither images nor vectors")
     y = x.float() / 255 if x.dtype == torch.uint8 else x
 
     def uniform(*shape: int) -> Tensor:

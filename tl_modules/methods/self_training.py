@@ -116,11 +116,12 @@ class MeanTeacher(Method):
         assert target is not None
         if self.training:
             self.learn(module)
+        changed = perturb(target.x, self.strength)
         with torch.no_grad():
             features = self.teacher[0](target.x)
             features = module.backbone.pooled_features(features) if module.uses_pooled_features else features
             taught: Tensor = self.teacher[1](features)
-        output: Tensor = module.forward_extra(perturb(target.x, self.strength)).output
+        output: Tensor = module.forward_extra(changed).output
         scale = ramp(module.progress)
         if not module.is_classification:
             return scale * F.mse_loss(output, taught)

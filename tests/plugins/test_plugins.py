@@ -1,0 +1,193 @@
+"""Plug-ins from outside: other inputs, labels and heads, each a file; the products run over them by existing."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import tl_modules
+from tl_modules import Classification, FeatureExtraction, FineTuning, LastStages, Method, Regression, UserError
+from tl_modules.cache import FeatureCache
+from tl_modules.finetuning.audit import FreezeAudit
+from tl_modules.runs import ExactResume
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+# file: its backbone, task and head; None is that of the package
+PLUGINS = {
+    "text_classes": ("text_classes.Bytes", None, None),
+    "wave_classes": ("wave_classes.Frames", None, None),
+    "image_and_text": ("image_and_text.Both", None, None),
+    "ratings": ("ratings.Embeddings", Regression, None),
+    "boxes": ("squares.Cells", "boxes.Boxes", None),
+    "masks": ("squares.Cells", "masks.Masks", None),
+    "seq2seq": ("text_classes.Bytes", "seq2seq.Reversing", "seq2seq.Decoder"),
+    "ctc": ("text_classes.Bytes", "ctc.Spelling", None),
+    "anomaly": ("squares.Cells", "anomaly.Anomaly", "gaussian.Gaussian"),
+}
+FITTED = "anomaly"  # without a gradient, so that only a frozen backbone makes sense
+every_plugin = pytest.mark.parametrize("name", PLUGINS)
+
+
+def exported(base):
+    return [c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+
+
+def found(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def data_of(name, **options):
+    return found(f"{name}.Data")(batch_size=8, **options)
+
+
+def build(name, data, **options):
+    seed_everything(0, verbose=False)
+    backbone, task, head = PLUGINS[name]
+    task = found(task) if isinstance(task, str) else task or Classification
+    options = (
+        ({"head": found(head)} if head else {})
+        | ({} if name != FITTED else {"finetuning": FeatureExtraction()})
+        | options
+    )
+    return task(found(backbone)(), data.schema, **options)
+
+
+def fit(module, data, *callbacks, ckpt_path=None, epochs=2, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    keep = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=[FreezeAudit(), ExactResume(), *callbacks],
+        enable_checkpointing=keep,
+        num_sanity_val_steps=0,
+        **(quiet | options),
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_a_plugin_is_one_short_file():
+    lines = {p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py") if not p.name.startswith("test_")}
+    assert set(PLUGINS) <= {Path(name).stem for name in lines}
+    assert {name: count for name, count in lines.items() if count > 40} == {}
+
+
+@every_plugin
+@pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
+def test_every_strategy(name, strategy):
+    data, normalised = data_of(name), name == "image_and_text"
+    if strategy is tl_modules.NormOnly and not normalised:
+        with pytest.raises(UserError, match="NormOnly finds no parameter to train"):
+            build(name, data, finetuning=strategy())
+        return
+    module = build(name, data, finetuning=strategy())
+    if name == FITTED and module.trainable_stages():
+        with pytest.raises(UserError, match="never got a gradient: the loss does not depend on it"):
+            fit(module, data)
+        return
+    trainer = fit(module, data)
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert {"train/loss", "val/loss", type(module).monitor[0]} <= trainer.callback_metrics.keys()
+
+
+ANYWHERE = {"AFN", "BSS", "DAN", "CORAL", "DANN", "L2SP", "SWD"}  # what these look at is always there
+REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would do nothing)|what changes copies)"
+
+
+@every_plugin
+@pytest.mark.parametrize("method", exported(Method), ids=lambda c: c.__name__)
+def test_every_method(name, method):
+    """It trains, or one sentence says why it cannot."""
+    options = {"source_classes": 3} if issubclass(method, tl_modules.LwF | tl_modules.CoTuning) else {}
+    refused = ""
+    try:
+        module = build(name, data_of(name), methods=[method(**options)])
+        trainer = fit(module, data_of(name), epochs=1, limit_train_batches=2, limit_val_batches=0)
+    except UserError as error:
+        refused = str(error)
+    if refused:
+        assert re.match(REFUSED, refused)
+        assert name == FITTED or method.__name__ not in ANYWHERE
+        return
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def terms(name, cached, strategy):
+    data = data_of(name)
+    module = build(name, data, finetuning=strategy(), optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
+    trainer = fit(module, data, FeatureCache(enabled=cached))
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}, module
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        (name, strategy)
+        for name in PLUGINS
+        for strategy in (FeatureExtraction, LastStages)
+        if name != FITTED or strategy is FeatureExtraction
+    ],
+)
+def test_cached_is_uncached(name, strategy):
+    plain, one = terms(name, False, strategy)
+    cached, other = terms(name, True, strategy)
+    assert cached == pytest.approx(plain, rel=1e-5, abs=1e-6)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
+
+
+@every_plugin
+def test_interrupted_runs_end_the_same(name, tmp_path):
+    whole = build(name, data_of(name))
+    fit(whole, data_of(name), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1))
+    resumed = build(name, data_of(name))
+    fit(resumed, data_of(name), ckpt_path=tmp_path / "step=5.ckpt")
+    one, other = whole.state_dict(), resumed.state_dict()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@every_plugin
+def test_predictions_are_those_of_raw_samples_alone(name):
+    """Neither the batch nor its padding decides what is said of a sample."""
+    data = data_of(name)
+    module = build(name, data)
+    trainer = fit(module, data, epochs=1)
+    together = [columns for prediction, _ in trainer.predict(module, data) for columns in rows(module, prediction)]
+    data.batch_size = 1
+    alone = [columns for prediction, _ in trainer.predict(module, data) for columns in rows(module, prediction)]
+    assert len(together) == len(alone) > 8
+    for one, other in zip(together, alone, strict=True):
+        texts, numbers = zip(one, other, strict=True)
+        assert texts[0] == texts[1]
+        torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
+
+
+def rows(module, prediction):
+    """Of each sample, its texts and its numbers."""
+    for values in zip(*module.prediction_columns(prediction).values(), strict=True):
+        texts = [value for value in values if isinstance(value, str)]
+        yield texts, torch.tensor([n for value in values if value not in texts for n in torch.tensor(value).flatten()])
+
+
+@every_plugin
+def test_through_the_front_door(name, ok, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(HERE)
+    backbone, task, head = PLUGINS[name]
+    task = task if isinstance(task, str) else (task or Classification).__name__
+    words = f"--model {task} --model.backbone {backbone} --data {name}.Data --data.batch_size 8"
+    words += f" --model.head {head}" if head else ""
+    strategy = "FeatureExtraction" if name == FITTED else "LastStages"
+    printed = ok(f"fit --name x {words} --model.finetuning {strategy} --trainer.max_epochs 2")
+    trust = printed.partition(" --trust ")[2].split()[0]
+    ok(f"test --run runs/x --trust {trust}")
+    ok(f"predict --run runs/x --out p.csv --trust {trust}")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) > 8
+    assert (tmp_path / "runs/x/version_0/checkpoints/best.ckpt").is_file()

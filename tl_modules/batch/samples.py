@@ -64,7 +64,7 @@ class Padded:
 
     @property
     def mask(self) -> Tensor:
-        """True where a sample is and False where it is filled up: (B, L), or of maps (B, h, w); without a last axis D."""
+        """True where a sample is, False where it is filled up: (B, L), or of maps (B, h, w); without a last axis D."""
         axes = min(self.shapes.shape[1], max(1, self.values.ndim - 2))
         inside = [
             (torch.arange(size, device=self.values.device) < self.shapes[:, axis, None]).view(

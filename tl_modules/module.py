@@ -30,10 +30,11 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 from tl_modules.backbones.base import Backbone
-from tl_modules.batch.cached import Cached
+from tl_modules.batch.cached import CachedActivations, align_cached
 from tl_modules.batch.current_domain import passing
-from tl_modules.batch.output import DomainView, alike, by_domain, check_sources, join, joinable, statistics_kept
+from tl_modules.batch.output import DomainView, by_domain, check_sources, joinable, statistics_kept
 from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.samples import alike, concat
 from tl_modules.checkpoints import contents
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.averaging import keep_exact
@@ -50,7 +51,7 @@ from tl_modules.methods.terms import LossMean, Terms
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
 log = logging.getLogger(__name__)
 HeadCallable = Callable[[int, int], Head]
-Batch = Mapping[str, tuple[Tensor | Cached, Tensor | None]]
+Batch = Mapping[str, tuple[Tensor | CachedActivations, Tensor | None]]
 
 
 class TransferModule(AbstractTransferModule):
@@ -174,33 +175,33 @@ class TransferModule(AbstractTransferModule):
 
     def look(self, batch: Batch) -> dict[str, DomainView]:
         """A view of the source, of several sources together, and one of the target; all pass in one batch."""
-        xs = joinable([x for x, _ in batch.values()])
+        xs = align_cached(joinable([x for x, _ in batch.values()]))
         owners = [name.partition("/")[0] for name in batch]
         rows = [(owner, len(x)) for owner, x in zip(owners, xs, strict=True)]
         if len(xs) == 1 or alike(xs):
-            features = list(torch.split(self._features(join(xs), rows), [count for _, count in rows]))
+            features = list(torch.split(self._features(concat(xs), rows), [count for _, count in rows]))
         else:  # BatchNorm sees those that cannot be joined one after the other
             check_sources(list(batch), xs)
             features = [self._features(x, [row]) for x, row in zip(xs, rows, strict=True)]
         own = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
-        joined = {owner: join([features[i] for i in places]) for owner, places in own.items()}
+        joined = {owner: concat([features[i] for i in places]) for owner, places in own.items()}
         with self._full_precision():
-            outputs = torch.split(self.head(join(list(joined.values()))), [len(f) for f in joined.values()])
+            outputs = torch.split(self.head(concat(list(joined.values()))), [len(f) for f in joined.values()])
         ys = [y for _, y in batch.values()]
         views = {}
         for (owner, places), output in zip(own.items(), outputs, strict=True):
-            y = None if any(ys[i] is None for i in places) else join([ys[i] for i in places])
+            y = None if any(ys[i] is None for i in places) else concat([ys[i] for i in places])
             parts = tuple(rows[i][1] for i in places)
-            view = DomainView(join([xs[i] for i in places]), y, joined[owner], output, parts)
+            view = DomainView(concat([xs[i] for i in places]), y, joined[owner], output, parts)
             if y is not None:
                 with self._full_precision():
                     view.loss, view.weight = self.losses(output, y)
             views[owner] = view
         return views
 
-    def _features(self, x: Tensor | Cached, rows: list[tuple[str, int]]) -> Tensor:
+    def _features(self, x: Tensor | CachedActivations, rows: list[tuple[str, int]]) -> Tensor:
         with passing(rows):
-            return single(x.features() if isinstance(x, Cached) else self.backbone(x))
+            return single(x.features() if isinstance(x, CachedActivations) else self.backbone(x))
 
     def see(self, x: Tensor, domain: str = "target") -> DomainView:
         """Another look at inputs (B, ...) of one domain, e.g. augmented or mixed ones, in the run's precision.

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tl_modules.batch.cached import Cached
+from tl_modules.batch import samples
+from tl_modules.batch.cached import CachedActivations
+from tl_modules.batch.samples import alike
 from tl_modules.errors import UserError
 
 
@@ -20,7 +22,7 @@ class DomainView:
     """What the network sees of one domain in one step.
 
     Attributes:
-        x: The raw input, (B, ...); where the frozen stages are cached, a `Cached`.
+        x: The raw input, (B, ...); where the frozen stages are cached, a `CachedActivations`.
         y: The labels, (B, ...), or None where they are hidden.
         features: (B, out_features).
         output: The head's output, (B, num_outputs).
@@ -29,7 +31,7 @@ class DomainView:
         weight: How much each sample's loss counts, (B,); None: all the same. Methods may put others in its place.
     """
 
-    x: Tensor | Cached
+    x: Tensor | CachedActivations
     y: Tensor | None
     features: Tensor
     output: Tensor
@@ -49,7 +51,7 @@ class DomainView:
             return [self]
         sizes = list(self.parts)
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parts"}
-        columns: Any = {name: [None] * len(sizes) if c is None else c.split(sizes) for name, c in given.items()}
+        columns: Any = {name: samples.split(c, sizes) if c is not None else [None] * len(sizes) for name, c in given.items()}
         return [DomainView(**{name: c[i] for name, c in columns.items()}) for i in range(len(sizes))]
 
 
@@ -84,7 +86,7 @@ def by_domain(given: Any, one: type) -> dict[str, Any]:
     return {name: (part, None) if isinstance(part, Tensor) else part for name, part in domains.items()}
 
 
-def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
+def joinable(xs: list[Tensor | CachedActivations]) -> list[Tensor | CachedActivations]:
     """The same inputs; beside others, grey images (B, 1, H, W) get three channels and bytes become floats in [0, 1]."""
     if any(isinstance(x, Tensor) and x.is_floating_point() for x in xs):
         xs = [x.float() / 255 if isinstance(x, Tensor) and x.dtype == torch.uint8 else x for x in xs]
@@ -95,7 +97,7 @@ def joinable(xs: list[Tensor | Cached]) -> list[Tensor | Cached]:
     return [x.expand(-1, channels, -1, -1) for x in images]
 
 
-def check_sources(names: Sequence[str], xs: Sequence[Tensor | Cached]) -> None:
+def check_sources(names: Sequence[str], xs: Sequence[Tensor | CachedActivations]) -> None:
     """Raises a UserError where the samples of several sources do not make one batch."""
     sources = {name: x for name, x in zip(names, xs, strict=True) if name.startswith("source")}
     if sources and not alike(list(sources.values())):
@@ -103,18 +105,6 @@ def check_sources(names: Sequence[str], xs: Sequence[Tensor | Cached]) -> None:
         raise UserError(
             f"data: the sources' samples have unequal shapes ({shapes}); give all of them one, e.g. one size"
         )
-
-
-def alike(xs: Sequence[Tensor | Cached]) -> bool:
-    """Whether inputs can pass through the backbone as one batch."""
-    return len({x.kind() if isinstance(x, Cached) else (x.shape[1:], x.dtype) for x in xs}) == 1
-
-
-def join(parts: Sequence[Any]) -> Any:
-    """Batches one after the other; a single one as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    return Cached.join(parts) if isinstance(parts[0], Cached) else torch.cat(list(parts))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from tl_modules.batch.cached import Cached
+from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import DomainView
 from tl_modules.evaluation.gather import evaluated
 from tl_modules.evaluation.monitor import Best
@@ -62,7 +62,7 @@ class Pictures(Callback):
         if writer is None:
             return
         for domain, (x, y) in batch.items():
-            x = x.read(SHOWN) if isinstance(x, Cached) else x
+            x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
             if _is_image(x):
                 titles = ["hidden"] * len(x) if y is None else [_name(pl_module, value) for value in y[:SHOWN]]
                 writer.add_figure(f"inputs/{domain}", _grid(list(x[:SHOWN].cpu()), titles), 0)

@@ -23,7 +23,7 @@ from tl_modules import (
     Method,
     UserError,
 )
-from tl_modules.batch.cached import Cached
+from tl_modules.batch.cached import CachedActivations
 from tl_modules.cache import FeatureCache, fingerprints
 from tl_modules.cache.store import Store
 from tl_modules.runs.directory import read_config
@@ -319,7 +319,7 @@ def test_what_the_key_cannot_know_is_noticed(tree, tmp_path, said, monkeypatch):
     assert reused(said, tree, there) == []
     from tl_modules.cache import feature_cache
 
-    monkeypatch.setattr(feature_cache, "named", lambda trunk, *others: fingerprints.named(*others))
+    monkeypatch.setattr(feature_cache, "named", lambda backbone, *others, without: fingerprints.named(*others))
     assert reused(said, tree, there) == []
 
     class Helper(ConvNet):
@@ -395,7 +395,7 @@ def test_training_never_sees_labels_that_are_hidden(tmp_path):
 
     module = Classification(ConvNet(4), 10, finetuning=tl_modules.FeatureExtraction(), methods=[Look()])
     fit(Digits(source=True), module, folder=str(tmp_path / "c"))
-    assert set(seen) == {(Cached, None)}
+    assert set(seen) == {(CachedActivations, None)}
 
 
 def test_a_method_that_reads_x_gets_it(tree, tmp_path, said):
@@ -479,10 +479,10 @@ def test_data_that_cannot_name_themselves_are_cached_for_one_run(tmp_path, said)
 
 
 def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said, monkeypatch):
-    from tl_modules.cache import feature_cache
+    from tl_modules.cache import entry
 
-    asked, check = [], feature_cache._check_deterministic
-    monkeypatch.setattr(feature_cache, "_check_deterministic", lambda *args: (asked.append(args), check(*args)))
+    asked, check = [], entry._check_deterministic
+    monkeypatch.setattr(entry, "_check_deterministic", lambda *args: (asked.append(args), check(*args)))
     fit(Own(Noisy()), small(), epochs=4, folder=str(tmp_path / "c"))
     assert all("the data set draws random numbers of its own" in text for text in said())
     assert len(asked) == 2  # of training and validation, not of each epoch
@@ -495,7 +495,7 @@ def test_without_a_disk_there_is_the_memory(tree, tmp_path, said):
 
 
 def test_without_room_the_stages_run(tree, tmp_path, said, monkeypatch):
-    monkeypatch.setattr("tl_modules.cache.feature_cache.free_memory", lambda: 0)
+    monkeypatch.setattr("tl_modules.cache.entry.free_memory", lambda: 0)
     trainer = fit(folders(tree), small(), folder=str(tmp_path / "c"), disk_gb=1e-9)
     assert any("more than --cache.disk_gb" in text for text in said())
     assert trainer.current_epoch == 2

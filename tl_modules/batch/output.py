@@ -51,7 +51,9 @@ class DomainView:
             return [self]
         sizes = list(self.parts)
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "parts"}
-        columns: Any = {name: samples.split(c, sizes) if c is not None else [None] * len(sizes) for name, c in given.items()}
+        columns: Any = {
+            name: samples.split(c, sizes) if c is not None else [None] * len(sizes) for name, c in given.items()
+        }
         return [DomainView(**{name: c[i] for name, c in columns.items()}) for i in range(len(sizes))]
 
 

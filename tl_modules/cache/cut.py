@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,6 @@ class Cut:
 
     Attributes:
         plan: What is kept of a sample, as plain data; equal plans of a backbone can be mixed in a batch.
-        without: The ids of all modules and parameters that may train, which nothing recorded depends on.
 
     Raises:
         CannotCut: What is frozen is no function of each single sample, or nothing of it can be recorded.
@@ -102,10 +101,8 @@ class Cut:
 
     def __init__(self, backbone: Backbone, closed: int, x: Any) -> None:
         self.backbone, self.closed = backbone, closed
-        stages = backbone.stages()
-        self.whole = closed == len(stages)
-        self.frozen, self.trainable, self.loose = _divide(backbone, stages[:closed], stages[closed:])
-        self.without = {id(m) for m in self.trainable} | {id(m._parameters[name]) for m, name in self.loose}
+        self.whole = closed == len(backbone.stages())
+        self.frozen, self.trainable, self.loose = divide(backbone, closed)
         self.ragged = any(isinstance(leaf, Padded) for leaf in samples.leaves(x))
         self.leaves: list[_Leaf] = []
         x = samples.take(x, slice(0, 4))
@@ -318,7 +315,10 @@ class Cut:
         elif (planned.needed or planned.shaped) and (
             (planned.per_sample and (leaf.ndim == 0 or len(leaf) != count))
             or leaf.ndim != example.ndim
-            or (not (planned.padded and planned.per_sample) and leaf.shape[planned.per_sample :] != example.shape[planned.per_sample :])
+            or (
+                not (planned.padded and planned.per_sample)
+                and leaf.shape[planned.per_sample :] != example.shape[planned.per_sample :]
+            )
         ):
             raise CannotCut(
                 f"what a frozen module returns, {tuple(leaf.shape)} for {count} samples, is not one entry per sample"
@@ -420,19 +420,35 @@ class Cut:
         return self.backbone._call_impl(x)  # not by way of torch.compile
 
 
-def _divide(
-    backbone: Backbone, closed: Sequence[nn.Module], opened: Sequence[nn.Module]
-) -> tuple[list[nn.Module], list[nn.Module], list[tuple[nn.Module, str]]]:
-    """Divides a backbone into the largest modules that hold nothing trainable, and those that hold nothing frozen.
+class Division(NamedTuple):
+    """What of a backbone is frozen, and what may train.
 
-    What belongs to no stage counts as trainable, and so do shared parameters. The third list has the trainable
-    parameters that lie in modules which hold both.
+    Attributes:
+        frozen: The largest modules that hold nothing trainable.
+        trainable: The largest ones that hold nothing frozen.
+        loose: The trainable parameters of modules that hold both: the module and the parameter's name in it.
     """
-    resting = {id(p) for stage in closed for p in stage.parameters()}
-    moving = {id(p) for stage in opened for p in stage.parameters()}
+
+    frozen: list[nn.Module]
+    trainable: list[nn.Module]
+    loose: list[tuple[nn.Module, str]]
+
+    def may_train(self) -> set[int]:
+        """Returns the ids of all modules and parameters that may train; nothing recorded depends on them."""
+        return {id(m) for m in self.trainable} | {id(m._parameters[name]) for m, name in self.loose}
+
+
+def divide(backbone: Backbone, closed: int) -> Division:
+    """Divides a backbone whose first `closed` stages are frozen.
+
+    What belongs to no stage counts as trainable, and so do parameters shared with what trains.
+    """
+    stages = backbone.stages()
+    resting = {id(p) for stage in stages[:closed] for p in stage.parameters()}
+    moving = {id(p) for stage in stages[closed:] for p in stage.parameters()}
     moving |= {id(p) for p in backbone.parameters() if id(p) not in resting}
-    awake = {id(m) for stage in opened for m in stage.modules()}
-    asleep = {id(m) for stage in closed for m in stage.modules()} - awake
+    awake = {id(m) for stage in stages[closed:] for m in stage.modules()}
+    asleep = {id(m) for stage in stages[:closed] for m in stage.modules()} - awake
     asleep |= {id(m) for m in backbone.modules() if getattr(m, "in_no_stage", False)}
     frozen: dict[nn.Module, None] = {}
     trainable: dict[nn.Module, None] = {}
@@ -458,7 +474,7 @@ def _divide(
                 trainable[child] = None
 
     walk(backbone)
-    return list(frozen), list(trainable), loose
+    return Division(list(frozen), list(trainable), loose)
 
 
 def _odd(leaf: _Leaf) -> bool:
@@ -513,7 +529,9 @@ def _difference(given: Any, whole: Any) -> float:
 
 def _tolerance(features: Any) -> float:
     """Rounding of sums in another order; GPUs round products to 10 bits."""
-    exact = all(leaf.dtype in (torch.float32, torch.float64) or not leaf.is_floating_point() for leaf in _tensors(features))
+    exact = all(
+        leaf.dtype in (torch.float32, torch.float64) or not leaf.is_floating_point() for leaf in _tensors(features)
+    )
     return 1e-2 if not exact else 2e-3 if _device(features).type == "cuda" else 1e-4
 
 

@@ -29,9 +29,10 @@ from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import by_domain
 from tl_modules.cache.columns import Table
-from tl_modules.cache.cut import CannotCut, Cut, divide
+from tl_modules.cache.cut import CannotCut, Cut
 from tl_modules.cache.entry import Builder, batch_size, converted, evaluating
 from tl_modules.cache.fingerprints import Unnamed, named
+from tl_modules.cache.frozen import divide
 from tl_modules.cache.schedule import MANY, epochs_ahead, frozen_stages, share
 from tl_modules.cache.store import Store, default_folder
 from tl_modules.cache.together import all_agree, together

@@ -21,7 +21,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Growing:
         start, flat = self.size, values.detach().reshape(-1).cpu()
         self.size += flat.numel()
         if self.stream:
-            self.stream.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            self.stream.write(cast(Any, flat.view(torch.uint8).numpy()))
         else:
             self.parts.append(flat.clone())
         return start

@@ -88,6 +88,8 @@ class Builder:
         token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
         name = key or "0" * 32  # never finished, so never found
         self.pace = Pace(overlaps=self.loader.num_workers > 0)
+        # samples of unequal shapes: the more at once, the more of them have one
+        self.size = batch_size(self.loader) * (8 if cut.ragged else 1)
         with evaluating(self.module):
             batches = self._batches(cut)
             first = together(trainer, lambda: self._first(batches, checked=key is not None))
@@ -121,9 +123,7 @@ class Builder:
     def _batches(self, cut: Cut) -> Iterator[list[tuple[list[int], Any]]]:
         """Yields rows of the entry and what goes there, those of a batch in groups of one shape."""
         mine, done = range(self.rank, len(self.places), self.world), 0
-        # samples of unequal shapes: the more at once, the more of them have one
-        size = batch_size(self.loader) * (8 if cut.ragged else 1)
-        batches = self._read([self.places[row] for row in mine], size)
+        batches, size = self._read([self.places[row] for row in mine], self.size), self.size
         while True:
             with self.pace.measure("read", min(size, max(1, len(mine) - done))):
                 x, y = next(batches, (None, None))
@@ -178,20 +178,15 @@ class Builder:
             for groups in batches:
                 write(groups)
 
-        largest = batch_size(self.loader) * (8 if isinstance(_first_growing(tensors), Growing) else 1)
-        if len(self.places) // self.world > (1 + MEASURED) * largest:
+        if len(self.places) // self.world > (1 + MEASURED) * self.size:
             together(self.trainer, start)
         else:
             together(self.trainer, lambda: write(first))
         together(self.trainer, rest)
 
     def _write(self, rows: Sequence[int], tree: Any, tensors: Sequence[Any]) -> None:
-        targets, index = iter(tensors), torch.tensor(rows)
-        straight = (
-            slice(rows[0], rows[-1] + 1, self.world)
-            if list(rows) == list(range(rows[0], rows[-1] + 1, self.world))
-            else index
-        )
+        targets, index = iter(tensors), slice(rows[0], rows[-1] + 1, self.world)
+        where = index if list(rows) == list(range(rows[0], rows[-1] + 1, self.world)) else torch.tensor(rows)
         for leaf in samples.leaves(tree):
             if isinstance(leaf, Padded):
                 growing, starts, shapes = next(targets), next(targets), next(targets)
@@ -201,7 +196,7 @@ class Builder:
                 except OSError as error:
                     raise CannotCut(f"the entry cannot be written ({error.strerror})") from error
             else:
-                next(targets)[straight] = leaf
+                next(targets)[where] = leaf
 
     def _close(self, tensors: list[Any]) -> list[Tensor]:
         """Puts what the processes have written into one."""
@@ -276,11 +271,7 @@ def _table(template: Any, tensors: Sequence[Tensor], rows: int) -> Table | None:
     for leaf in samples.leaves(template):
         ragged = isinstance(leaf, Padded)
         columns.append(Ragged(next(given), next(given), next(given)) if ragged else Uniform(next(given)))
-    return Table(columns, template)
-
-
-def _first_growing(tensors: Sequence[Any]) -> Growing | None:
-    return next((each for each in tensors if isinstance(each, Growing)), None)
+    return Table(columns, samples.take(template, slice(0, 1)))
 
 
 def _bytes(leaf: Padded) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 import PIL
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
@@ -168,7 +168,7 @@ class FeatureCache(Callback):
                 self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
         entry = self.entries[loader, frozen]
         dtype = module.dtype if self.dtype else None
-        return None if entry is None else _Memory(view, *entry, views, cast(Any, dtype))
+        return None if entry is None else _Memory(loader, *entry, views, cast(Any, dtype))
 
     def _cut(self, trainer: Trainer, module: TransferModule, frozen: int, x: Any) -> Cut | None:
         key = frozen, samples.kind(x)
@@ -254,27 +254,27 @@ class _Memory:
     """Gives a batch of an entry in place of a batch that is read.
 
     Args:
-        view: The data that the entry holds.
+        loader: Whose data the entry holds.
         table: The activations and labels.
         cut: What recorded them.
         views: How many views of each sample there are.
         dtype: What converted activations are computed with; None leaves them.
     """
 
-    def __init__(self, view: Any, table: Table, cut: Cut, views: int, dtype: torch.dtype | None) -> None:
-        self.view, self.table, self.cut, self.views, self.dtype = view, table, cut, views, dtype
+    def __init__(self, loader: Any, table: Table, cut: Cut, views: int, dtype: torch.dtype | None) -> None:
+        self.loader, self.table, self.cut, self.views, self.dtype = loader, table, cut, views, dtype
 
     def __call__(self, places: Sequence[Any]) -> tuple[CachedActivations, Any]:
         """The batch at these places: row numbers, or row numbers with the seeds that choose a view."""
         pairs = [place if isinstance(place, tuple) else (place, 0) for place in places]
-        index = torch.tensor([row + len(self.view) * (seed % self.views) for row, seed in pairs])
-        tree, y = self.table.take(index)
+        rows = len(self.loader.dataset)
+        tree, y = self.table.take(torch.tensor([row + rows * (seed % self.views) for row, seed in pairs]))
         if self.dtype is not None:
             tree = samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree)
         return CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count])), y
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> Any:
-        return default_collate([self.view[pair][0] for pair in pairs])
+        return next(iter(self.loader.read(pairs, len(pairs))))[0]
 
 
 def _view_seeds(view: int, domain: str, samples: int) -> list[int]:

@@ -55,7 +55,9 @@ class Leaf:
         """
         if not isinstance(example, Tensor):
             if not isinstance(example, PLAIN):
-                raise CannotCut(f"a frozen module returns what cannot be stored, a value of type {type(example).__name__}")
+                raise CannotCut(
+                    f"a frozen module returns what cannot be stored, a value of type {type(example).__name__}"
+                )
             return Leaf(example, needed=False)
         last = example.is_contiguous(memory_format=torch.channels_last) if example.ndim == 4 else False
         own = example.ndim > 0 and len(example) == count

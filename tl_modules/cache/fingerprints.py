@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import pickle
+import struct
 import sys
 import types
 from collections.abc import Collection, Iterator, Mapping
@@ -111,9 +112,7 @@ def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
                 held[slot] = getattr(value, slot)
     if not held and type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "_io", "_thread"):
         raise Unnamed(f"a {type(value).__qualname__} has no name")
-    if not held and not hasattr(
-        value, "__dict__"
-    ):  # compiled code, e.g. a tokenizer's, which holds what Python cannot see
+    if _hides(type(value), slots=len(held.keys() - getattr(value, "__dict__", {}).keys())):
         try:
             yield hashlib.sha256(pickle.dumps(value)).hexdigest()
         except Exception as error:  # whatever a foreign class raises
@@ -122,6 +121,12 @@ def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
         if not (isinstance(value, nn.Module) and key in PASSING):
             yield key
             yield from _parts(held[key], seen)
+
+
+def _hides(kind: type, slots: int) -> bool:
+    """Tells whether instances hold more than Python can see, as those of compiled code do, e.g. a tokenizer."""
+    words = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    return kind.__basicsize__ > object.__basicsize__ + words * struct.calcsize("P")
 
 
 def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:

@@ -98,11 +98,11 @@ def main():
             if sum(p.numel() for p in backbone.parameters()) > args.parameters:
                 raise RuntimeError("too large")
             x = images(backbone, side)
+            most, errors, reasons = cover(backbone, x, args.seconds)
         except Exception as reason:
             total["left"] += 1
             print(f"{line} left out: {type(reason).__name__} {str(reason)[:80]}", flush=True)
             continue
-        most, errors, reasons = cover(backbone, x, args.seconds)
         total["networks"] += 1
         total["cut"] += bool(errors) and not reasons
         total["ks"] += len(errors) + len(reasons)

@@ -89,13 +89,11 @@ class Cut:
     def _find_plan(self, x: Any, features: Any) -> None:
         calls, count = listen(self.backbone, self.division, x), samples.count(x)
         live = depends_on_trainable(self.backbone, self.division, x, calls)
-        self.order = [module for module, _ in calls]
+        self.order = [call.module for call in calls]
         lengths = {id(leaf.shapes) for leaf in samples.leaves(x) if isinstance(leaf, Padded)}
         while True:
             parts: list[tuple[list[Any], Any]] = [pytree.tree_flatten(x)]
-            parts += [
-                ([], None) if dead else pytree.tree_flatten(out) for dead, (_, out) in zip(live, calls, strict=True)
-            ]
+            parts += [([], None) if dead else (call.leaves, call.spec) for dead, call in zip(live, calls, strict=True)]
             # of x, then of each call: how it is put together, None if the call runs in each replay, and its leaves
             self.specs: list[Any] = [spec for _, spec in parts]
             self.spans = list(pairwise(accumulate((len(leaves) for leaves, _ in parts), initial=0)))

@@ -17,6 +17,14 @@ from tl_modules.cache.leaves import CannotCut, equal, filled
 Call = Callable[[], Any]
 
 
+class Heard(NamedTuple):
+    """A call of a frozen module: what it returned, and how that is put together."""
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+
+
 class Division(NamedTuple):
     """What of a backbone is frozen, and what may train.
 
@@ -104,22 +112,21 @@ def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.M
         return forward(backbone, x)
 
 
-def listen(backbone: nn.Module, division: Division, x: Any) -> list[tuple[nn.Module, Any]]:
+def listen(backbone: nn.Module, division: Division, x: Any) -> list[Heard]:
     """Lists the calls of the frozen modules and what they return."""
-    calls: list[tuple[nn.Module, Any]] = []
+    calls: list[Heard] = []
 
     def on_call(module: nn.Module, call: Call) -> Any:
         output = call()
-        calls.append((module, pytree.tree_map_only(Tensor, Tensor.clone, output)))
+        leaves, spec = pytree.tree_flatten(output)
+        calls.append(Heard(module, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
         return output
 
     run(backbone, division, x, on_call)
     return calls
 
 
-def depends_on_trainable(
-    backbone: nn.Module, division: Division, x: Any, calls: list[tuple[nn.Module, Any]]
-) -> list[bool]:
+def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls: list[Heard]) -> list[bool]:
     """Tells which calls depend on what trains, by letting all of that be NaN.
 
     Raises:
@@ -144,9 +151,9 @@ def depends_on_trainable(
     finally:
         for (module, name), parameter in zip(division.loose, kept, strict=True):
             module._parameters[name] = parameter
-    if [module for module, _ in calls] != [module for module, _ in again]:
+    if [call.module for call in calls] != [call.module for call in again]:
         raise CannotCut("which frozen modules run depends on the values of what trains")
-    return [not equal(one, other) for (_, one), (_, other) in zip(calls, again, strict=True)]
+    return [not equal(one.leaves, other.leaves) for one, other in zip(calls, again, strict=True)]
 
 
 @contextmanager

@@ -153,12 +153,11 @@ def copied(tree: Any) -> Any:
     return samples.map_leaves(lambda leaf: pytree.tree_map_only(Tensor, Tensor.clone, leaf), tree)
 
 
-def equal(one: Any, other: Any) -> bool:
-    """Tells whether what a module has returned twice is the same, but for rounding."""
-    left, right = pytree.tree_leaves(one), pytree.tree_leaves(other)
-    return len(left) == len(right) and all(
+def equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Tells whether the leaves that a module has returned twice are the same, but for rounding."""
+    return len(one) == len(other) and all(
         a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) if isinstance(a, Tensor) else a == b
-        for a, b in zip(left, right, strict=True)
+        for a, b in zip(one, other, strict=True)
     )
 
 

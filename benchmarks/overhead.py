@@ -82,29 +82,29 @@ def memory():
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=LastStages(1)).train()
     x, y = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 10
     batch = {"target": (x, y)}
-    from tl_modules.cache.cut import cut, run_trunk
+    from tl_modules.cache.cut import Cut
 
-    both = cut(module.backbone, 4)
+    cut = Cut(module.backbone, 4, x)
 
     def step():
         module.zero_grad(set_to_none=True)
         module.training_step(batch, 0).backward()
 
-    def trunk():
+    def frozen():
         with torch.no_grad():
-            both.trunk(x)
+            cut.record(x)
 
     with torch.no_grad():
-        boundary = run_trunk(both, x)
+        tree = cut.record(x)
 
-    def tail():
+    def trainable():
         module.zero_grad(set_to_none=True)
-        module.loss(module.head(both.tail(*boundary)), y).mean().backward()
+        module.loss(module.head(cut.replay(tree)), y).mean().backward()
 
     step()
     whole = peak_memory(step, x.device)
     module.zero_grad(set_to_none=True)
-    parts = peak_memory(trunk, x.device), peak_memory(tail, x.device)
+    parts = peak_memory(frozen, x.device), peak_memory(trainable, x.device)
     return whole, sum(parts)
 
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 from pathlib import Path
@@ -106,3 +107,16 @@ def data_dir():
 def _cache_folder(tmp_path_factory):
     """Cached features of tests are nobody else's."""
     os.environ["TL_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def said(caplog):
+    """What the cache has said since it was last asked."""
+    caplog.set_level(logging.INFO, "tl_modules")
+
+    def call():
+        texts = [r.getMessage() for r in caplog.records if r.getMessage().startswith("cache: ")]
+        caplog.clear()
+        return texts
+
+    return call

@@ -5,7 +5,7 @@ import torch
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, LastStages, UserError, VectorBackbone
-from tl_modules.cache.cut import check, cut, run_trunk
+from tl_modules.cache.cut import Cut
 
 
 def table(rows=64):
@@ -65,9 +65,9 @@ def test_cut(closed):
     backbone = VectorBackbone(3, [8, 6, 4])
     backbone.train()(table())
     backbone.eval()
-    both = cut(backbone, closed)
+    cut = Cut(backbone, closed, table())
     with torch.no_grad():
-        check(both, backbone, table(), run_trunk(both, table()))
+        torch.testing.assert_close(cut.replay(cut.record(table())), backbone(table()))
 
 
 def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):

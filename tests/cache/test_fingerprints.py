@@ -143,3 +143,24 @@ def test_code_is_that_of_all_files_it_imports(tmp_path, monkeypatch):
         assert (name() != first) == (file != "fp_beside.py"), file
         path.write_text(FILES[file])
     assert name() == first
+
+
+def test_what_trains_is_left_out():
+    net = ConvNet(4)
+    without = {id(net.model[2])}
+    before = named(net, without=without)
+    with torch.no_grad():
+        net.model[2][0].weight += 1
+    assert named(net, without=without) == before
+    assert named(net) != named(ConvNet(4))
+    with torch.no_grad():
+        net.model[1][0].weight += 1
+    assert named(net, without=without) != before
+
+
+def test_compiled_code_is_named_by_what_it_holds():
+    """A tokenizer of compiled code shows Python nothing of its vocabulary."""
+    from decimal import Decimal  # compiled, and not among the builtins
+
+    assert named(Holder(inner=Decimal(1))) == named(Holder(inner=Decimal(1)))
+    assert named(Holder(inner=Decimal(1))) != named(Holder(inner=Decimal(2)))

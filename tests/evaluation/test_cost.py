@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tl_modules import Classification, FeatureExtraction, LastStages, TorchvisionBackbone
-from tl_modules.cache.cut import cut, run_trunk
+from tl_modules.cache.cut import Cut
 from tl_modules.evaluation import macs, peak_memory, speed
 
 CPU = torch.device("cpu")
@@ -48,22 +48,22 @@ def test_closed_stages_keep_nothing_for_a_backward_pass(strategy):
     """At most 10 % more than the no-grad forward of the closed part and what the open part needs."""
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=strategy).train()
     x, y = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8), torch.arange(4)
-    both = cut(module.backbone, strategy.trainable_stages(0, 5).start)
+    cut = Cut(module.backbone, strategy.trainable_stages(0, 5).start, x)
     with torch.no_grad():
-        boundary = run_trunk(both, x)
+        tree = cut.record(x)
 
     def step():
         module.training_step({"target": (x, y)}, 0).backward()
 
-    def trunk():
+    def frozen():
         with torch.no_grad():
-            both.trunk(x)
+            cut.record(x)
 
-    def tail():
-        F.cross_entropy(module.head(both.tail(*boundary)), y).backward()
+    def trainable():
+        F.cross_entropy(module.head(cut.replay(tree)), y).backward()
 
     used = []
-    for work in (step, trunk, tail):
+    for work in (step, frozen, trainable):
         module.zero_grad(set_to_none=True)
         used.append(peak_memory(work, CPU))
     assert used[0] <= 1.1 * (used[1] + used[2])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tl_modules.backbones.base import Backbone, Weights
 from tl_modules.backbones.weights import Pretrained, State, linear_head
@@ -29,17 +29,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Statistics = Sequence[float] | None
 
 
-@fx.wrap  # whole in a recorded graph, since what it does depends on the type
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W) with statistics of 0 and 1, channels last."""
-    x = images.to(mean.dtype)
-    if images.dtype == torch.uint8:
-        x = x / 255
-    x = (x.expand(-1, len(mean), -1, -1) - mean) / std
-    return x.contiguous(memory_format=torch.channels_last)
+class Normalize(nn.Module):
+    """Brings images to statistics of 0 and 1; a module, so that cached images are not normalised again."""
+
+    in_no_stage = True  # and yet frozen: it holds nothing
+
+    def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W), channels last."""
+        x = images.to(mean.dtype)
+        if images.dtype == torch.uint8:
+            x = x / 255
+        x = (x.expand(-1, len(mean), -1, -1) - mean) / std
+        return x.contiguous(memory_format=torch.channels_last)
 
 
-@fx.wrap
 def pooled(features: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, C), averaged; (B, C) stays."""
     return features.mean((2, 3)) if features.ndim == 4 else features
@@ -60,6 +63,7 @@ class ImageBackbone(Backbone):
 
     def __init__(self, model: nn.Module, out_features: int, mean: Statistics = None, std: Statistics = None) -> None:
         super().__init__()
+        self.normalize = Normalize()
         self.model = model.to(memory_format=torch.channels_last)  # twice as fast for convolutions, also on CPU
         # on CPUs grouped convolutions train slower in bfloat16 (benchmarks/precision.py)
         grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
@@ -70,7 +74,8 @@ class ImageBackbone(Backbone):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated."""
-        return normalise(images, self.mean, self.std)
+        normalized: Tensor = self.normalize(images, self.mean, self.std)
+        return normalized
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1 or 3, H, W) uint8, or float in [0, 1] -> (B, out_features)."""

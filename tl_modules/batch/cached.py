@@ -2,44 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
-
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
 
 from tl_modules.batch import samples
 from tl_modules.errors import UserError
 
 
+class Replays(Protocol):
+    """What made the activations, `cache.cut.Cut`."""
+
+    backbone: Any
+    plan: Any
+
+    def replay(self, tree: Any) -> Any:
+        """Gives the features of recorded activations."""
+
+    def cache_now(self, x: Any) -> Any:
+        """Gives inputs as if they had been cached; what does not fit stays as it is."""
+
+
 class CachedActivations(samples.Node):
-    """The activations of a batch where the closed stages end.
+    """What the trainable part of the backbone reads of a batch.
 
     Args:
-        tree: The boundary.
-        tail: The boundary -> features (B, out_features).
-        read: n -> the first n of the batch's raw inputs, read again.
+        tree: Recorded activations of B samples.
+        cut: What recorded them and replays them.
+        again: How many -> so many of the batch's raw inputs, read anew.
     """
 
-    def __init__(self, tree: Any, tail: Callable[..., Any], read: Callable[[int], Any]) -> None:
-        self.tree, self.tail, self.read, self.kind = tree, tail, read, id(tail)
+    def __init__(self, tree: Any, cut: Replays, again: Callable[[int], Any] | None = None) -> None:
+        self.tree, self.cut, self.again = tree, cut, again
+        self.kind = (id(cut.backbone), cut.plan)
 
     def replace(self, tree: Any) -> CachedActivations:
-        """Returns the same around another tree."""
-        return CachedActivations(tree, self.tail, self.read)
+        """Returns other activations of the same cut."""
+        return CachedActivations(tree, self.cut, self.again)
 
     def features(self) -> Any:
-        """Returns the features."""
-        return self.tail(*self.tree)
+        """Runs what is trainable: the features of B samples."""
+        return self.cut.replay(self.tree)
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> CachedActivations:
-        """Moves to a device."""
+    def read(self, count: int) -> Any:
+        """Reads the first raw inputs of the batch again."""
+        assert self.again is not None
+        return self.again(count)
+
+    def to(self, device: Any, non_blocking: bool = True) -> CachedActivations:
+        """Moves them to a device."""
         return self.replace(samples.move(self.tree, device, non_blocking=non_blocking))
 
     def __len__(self) -> int:
         return samples.count(self.tree)
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Whoever takes it for a tensor is told what to do."""
+        """Tells whoever takes it for a tensor what to do."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise UserError(f"cache: x.{name} is asked for, but x was not read: its features are cached; let the method "
@@ -47,11 +64,25 @@ class CachedActivations(samples.Node):
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        """The same for torch's functions."""
+        """Tells the same to torch's functions."""
         raise UserError(f"cache: {function.__name__} is asked of x, but x was not read: its features are cached; let "
                         "the method say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip
 
 
-def align_cached(xs: list[Any]) -> list[Any]:
-    """Returns them."""
-    return xs
+def align_cached(xs: Sequence[Any]) -> list[Any]:
+    """Brings the inputs of several domains to one cut, where some are cached, so that all pass as one batch."""
+    cached = next((x for x in xs if isinstance(x, CachedActivations)), None)
+    if cached is None or all(isinstance(x, CachedActivations) for x in xs):
+        return list(xs)
+    return [x if isinstance(x, CachedActivations) else _as(cached, cached.cut.cache_now(x)) for x in xs]
+
+
+def _as(cached: CachedActivations, x: Any) -> Any:
+    """Casts to the types of what was stored in another precision."""
+    if not isinstance(x, CachedActivations):
+        return x
+
+    def cast(new: Any, old: Any) -> Any:
+        return new.to(old.values.dtype if isinstance(old, samples.Padded) else old.dtype)
+
+    return samples.map_leaves(cast, x, cached)

@@ -1,157 +1,287 @@
-"""Cuts a backbone in two where its closed stages end, so that what is frozen runs once and not in every epoch.
+"""Records what frozen modules return and replays it, so that what is frozen runs once and not in every epoch.
 
-    x -> [ closed: a function of x alone, nothing in it moves ] -> boundary -> [ open stages ] -> features
+    record   x -> [ frozen ] -> what the trainable part reads of it -> stop
+    replay   the ordinary forward, in which a frozen module returns what was recorded, or a placeholder where that is
+             not read
 
-The cut goes through the graph of `forward`, which torch.fx records: all that depends on no open stage is on the left,
-skip connections and the operations between modules included. Only the modules that hold both closed and open parts are
-looked into; every other one stays whole, with its train or eval mode. Those are in eval mode as long as anything is
-closed (`FineTuning.apply`), so that what their forward would draw in training, e.g. the layers that LayerDrop leaves
-out, cannot be in the graph.
+Nothing need be known of a layer's arguments. A call of a frozen module can be recorded if it depends on nothing that
+trains: it stays the same where all of that gives NaN. What of the calls and of x has to be kept is found by leaving
+out: what the features stay the same without, NaN in its place, is not needed.
+
+The containers of frozen modules are in eval mode (`FineTuning.apply`), so that what their forward would draw in
+training, e.g. which layers LayerDrop skips, is no part of this. What they compute between modules runs in each replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.batch import samples
+from tl_modules.batch.cached import CachedActivations
+from tl_modules.batch.samples import Padded
+from tl_modules.cache.frozen import (
+    Call,
+    depends_on_trainable,
+    divide,
+    forward,
+    generator_kept,
+    in_eval_mode,
+    listen,
+    run,
+)
+from tl_modules.cache.leaves import CannotCut, Leaf, copied, device_of, difference, filled, tensors, tolerance
+from tl_modules.errors import UserError
 
-Boundary = tuple[Tensor, ...]
+__all__ = ["CannotCut", "Cut"]
 
 
-class NotCut(Exception):
-    """A backbone cannot be cut here; its text says why."""
+class _Stop(BaseException):
+    """All is recorded; not an Exception, which a foreign forward might catch."""
 
 
-@dataclass
 class Cut:
-    """Both sides of a backbone; they share its modules.
-
-    Attributes:
-        closed: After how many stages.
-        trunk: x (B, ...) -> the boundary, one or several tensors of B rows each.
-        tail: These tensors -> features (B, out_features).
-    """
-
-    closed: int
-    trunk: nn.Module
-    tail: Callable[..., Tensor]
-
-
-def cut(backbone: Backbone, closed: int) -> Cut:
-    """Cuts after the first `closed` stages.
+    """The frozen and the trainable part of a backbone; they share its modules.
 
     Args:
         backbone: Not moved to another device afterwards.
-        closed: How many of its stages, from the input, are closed; at least one.
+        closed: How many of its stages, from the input, are frozen; at least one.
+        x: A few samples, on the backbone's device, of unequal shapes where they can be.
+        pooled: Whether `replay` gives one vector per sample, and not the features as they are.
+
+    Attributes:
+        plan: What is kept of a sample, as plain data; batches of equal plans of a backbone can be put together.
 
     Raises:
-        NotCut: Its `forward` cannot be recorded.
+        CannotCut: What is frozen is no function of each single sample, or nothing of it can be recorded.
     """
-    stages = backbone.stages()
-    if closed == len(stages):
-        return Cut(closed, backbone, lambda features: features)
-    graph = _graph(backbone, closed)
-    open_nodes = _open_nodes(backbone, graph, closed)
-    border = [
-        node
-        for node in graph.nodes
-        if node not in open_nodes and node.op != "get_attr" and any(user in open_nodes for user in node.users)
-    ]
-    if not open_nodes or any(node.op == "placeholder" for node in border):
-        raise NotCut("its open stages read the input itself")
-    trunk = _part(backbone, graph, [n for n in graph.nodes if n not in open_nodes], [], border)
-    tail = _part(backbone, graph, [n for n in graph.nodes if n in open_nodes or n.op == "get_attr"], border, None)
-    if backbone._compiled_call_impl is not None:  # by --compile, which reaches only a call of the whole
-        tail.compile()
-    return Cut(closed, trunk, tail)
 
+    def __init__(self, backbone: Backbone, closed: int, x: Any, pooled: bool = False) -> None:
+        self.backbone, self.division, self.pooled = backbone, divide(backbone, closed), pooled
+        self.whole = closed == len(backbone.stages())
+        self.ragged = any(isinstance(leaf, Padded) for leaf in samples.leaves(x))
+        self.leaves: list[Leaf] = []
+        x = samples.take(x, slice(0, 4))
+        # an inference tensor could not be part of a graph later
+        with torch.inference_mode(False), torch.no_grad(), in_eval_mode(backbone), generator_kept(device_of(x)):
+            x = copied(x if samples.count(x) > 1 else samples.concat([x, x]))
+            features = forward(backbone, x)
+            if not self.whole:
+                self._find_plan(x, features)
+            alone = samples.concat([self.record(one) for one in samples.unbind(x)])
+            features = self._finished(features)
+            off = difference(self.replay(alone), features)
+        if off > tolerance(features):
+            raise CannotCut(f"samples alone and in a batch differ, by {off:.0e} of the largest feature")
+        self.plan: Any = (closed, pooled, self.ragged, *(leaf.plan() for leaf in self.leaves))
+        if backbone._compiled_call_impl is not None:  # by --compile, whose graph of the whole a replay does not run
+            for module in () if self.whole else self.division.trainable:
+                module.compile()
 
-def run_trunk(cut: Cut, x: Tensor) -> Boundary:
-    """The boundary of a batch."""
-    boundary = cut.trunk(x)
-    return boundary if isinstance(boundary, tuple) else (boundary,)
+    # The plan
 
+    def _find_plan(self, x: Any, features: Any) -> None:
+        calls, count = listen(self.backbone, self.division, x), samples.count(x)
+        live = depends_on_trainable(self.backbone, self.division, x, calls)
+        self.order = [call.module for call in calls]
+        lengths = {id(leaf.shapes) for leaf in samples.leaves(x) if isinstance(leaf, Padded)}
+        while True:
+            parts: list[tuple[list[Any], Any]] = [pytree.tree_flatten(x)]
+            parts += [([], None) if dead else (call.leaves, call.spec) for dead, call in zip(live, calls, strict=True)]
+            # of x, then of each call: how it is put together, None if the call runs in each replay, and its leaves
+            self.specs: list[Any] = [spec for _, spec in parts]
+            self.spans = list(pairwise(accumulate((len(leaves) for leaves, _ in parts), initial=0)))
+            flat = [leaf for leaves, _ in parts for leaf in leaves]
+            self.leaves = [Leaf.of(leaf, count, self.ragged and id(leaf) not in lengths) for leaf in flat]
+            self._leave_out(features)
+            odd = [any(leaf.odd for leaf in self.leaves[slice(*span)]) for span in self.spans]
+            if odd[0]:
+                raise CannotCut("its trainable stages read what is not one entry per sample of the input")
+            if not any(odd):
+                break
+            live = [one or other for one, other in zip(live, odd[1:], strict=True)]
+        looked_at = [any(leaf.looked_at for leaf in self.leaves[slice(*span)]) for span in self.spans]
+        self.last = max((number for number, each in enumerate(looked_at) if each), default=0)
+        if not any(leaf.needed for leaf in self.leaves[self.spans[0][1] :]):
+            raise CannotCut("its trainable stages read the input itself, and nothing that is frozen")
+        self._note_writes()
+        for leaf in self.leaves:
+            if leaf.is_tensor:  # the shape without the memory
+                leaf.example = filled(leaf.example, ()).expand(leaf.example.shape if leaf.looked_at else ())
 
-def check(cut: Cut, backbone: Backbone, x: Tensor, boundary: Boundary) -> None:
-    """Compares with the whole on a batch in eval mode.
+    def _leave_out(self, features: Any) -> None:
+        """Finds which leaves are needed, or only their shapes: all of a group is left out at once, or its halves."""
 
-    Raises:
-        NotCut: The boundary is not a row per sample, or the parts do not give what the whole does.
-    """
-    if not all(isinstance(part, Tensor) and part.ndim > 0 and len(part) == len(x) for part in boundary):
-        raise NotCut("what passes between its stages is not a tensor with a row per sample")
-    # half of the batch, so that a cut which has remembered the batch's size shows
-    half = (len(x) + 1) // 2
-    tolerance = 1e-5 if all(part.dtype == torch.float32 for part in boundary) else 1e-2
-    given = cut.tail(*(part[:half] for part in boundary))
-    if not torch.allclose(given, backbone(x[:half]), tolerance, 10 * tolerance):
-        raise NotCut("its parts do not give what the whole does")
+        def same() -> bool:
+            for fill in (0, 1):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message=".*expanded tensor")  # a placeholder that is written to
+                    given = self._answer([leaf.shown(fill) for leaf in self.leaves])
+                if difference(given, features) > tolerance(features):
+                    return False
+            return True
 
+        def halves(group: Sequence[Leaf], **changes: bool) -> list[Leaf]:
+            """Returns those of the group that the changes do not suit."""
+            if not group:
+                return []
+            before = [vars(leaf).copy() for leaf in group]
+            for leaf in group:
+                vars(leaf).update(needed=False, **changes)
+            with suppress(Exception):  # whatever a foreign forward does with a placeholder
+                if same():
+                    return []
+            for leaf, old in zip(group, before, strict=True):
+                vars(leaf).update(old)
+            middle = len(group) // 2
+            return halves(group[middle:], **changes) + halves(group[:middle], **changes) if middle else list(group)
 
-class _Skeleton(fx.Tracer):
-    """Records only the modules named; all others are single nodes."""
+        halves([leaf for leaf in self.leaves if leaf.is_tensor], shaped=True, solid=True)
+        rest = halves([leaf for leaf in self.leaves if leaf.is_tensor and not leaf.needed], shaped=False, solid=False)
+        halves(rest, shaped=True, solid=False)
 
-    def __init__(self, mixed: set[nn.Module]) -> None:
-        super().__init__()
-        self.mixed = mixed
+    def _note_writes(self) -> None:
+        given = [leaf.shown() for leaf in self.leaves]
+        before = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in given]
+        self._answer(given)
+        for leaf, after, version in zip(self.leaves, given, before, strict=True):
+            leaf.written = isinstance(after, Tensor) and after._version != version
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m not in self.mixed
+    # Recording
 
+    def record(self, x: Any) -> Any:
+        """Gives what is kept of prepared samples, a tree.
 
-def _graph(backbone: Backbone, closed: int) -> fx.Graph:
-    stages = backbone.stages()
-    sides = [{id(p) for stage in part for p in stage.parameters()} for part in (stages[:closed], stages[closed:])]
-    mixed = {m for m in backbone.modules() if all(any(id(p) in side for p in m.parameters()) for side in sides)}
-    modes = {m: m.training for m in mixed}
-    try:
-        for module in mixed:
-            module.training = False
-        with torch.random.fork_rng():  # some forwards draw whether they are in training or not
-            return _Skeleton(mixed).trace(backbone)
-    except Exception as error:  # fx raises whatever a forward does with a stand-in for a tensor
-        raise NotCut(f"torch.fx cannot record its forward ({str(error).splitlines()[0][:80]})") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        Raises:
+            CannotCut: They do not go through the backbone as those did that the plan was made with.
+        """
+        groups = list(self.groups(x))
+        parts = [self.record_group(group) for _, group in groups]
+        if len(parts) == 1:
+            return parts[0]
+        if not samples.alike(parts):
+            raise CannotCut("its features have another shape for each sample; let the backbone give them as Padded")
+        order = torch.tensor([row for rows, _ in groups for row in rows])
+        return samples.take(samples.concat(parts), order.argsort())
 
+    def groups(self, x: Any, size: int = 32) -> Iterator[tuple[list[int], Any]]:
+        """Yields those samples together that have one shape, so that none is padded, and their places in x."""
+        if not self.ragged:
+            yield list(range(samples.count(x))), x
+            return
+        alone = samples.unbind(x)
+        by_shape: dict[Any, list[int]] = {}
+        for row, one in enumerate(alone):
+            by_shape.setdefault(tuple(leaf.shape for leaf in tensors(one)), []).append(row)
+        for rows in by_shape.values():
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                yield part, samples.concat([alone[row] for row in part])
 
-def _open_nodes(backbone: Backbone, graph: fx.Graph, closed: int) -> set[fx.Node]:
-    """The nodes that depend on an open stage; a module of no stage counts as one."""
-    stages = backbone.stages()
-    resting = {id(m) for stage in stages[:closed] for m in stage.modules()}
-    moving = {id(p) for stage in stages[closed:] for p in stage.parameters()}
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        target = str(node.target)
-        own = (node.op == "call_module" and id(backbone.get_submodule(target)) not in resting) or (
-            node.op == "get_attr" and id(_attribute(backbone, target)) in moving
-        )
-        if own or node.op == "output" or any(before in found for before in node.all_input_nodes):
-            found.add(node)
-    return found
+    def record_group(self, x: Any) -> Any:
+        """Gives what is kept of samples of one shape, a tree."""
+        if self.whole:
+            return self._finished(forward(self.backbone, x))
+        count, position = samples.count(x), 0
+        kept: list[Any] = []
+        sizes: list[int] = []
 
+        def keep(tree: Any) -> None:
+            leaves, spec = pytree.tree_flatten(tree)
+            if spec != self.specs[position]:
+                raise CannotCut("its samples, or what its modules return for them, are not all of one kind")
+            for leaf, planned in zip(leaves, self.leaves[slice(*self.spans[position])], strict=True):
+                planned.check(leaf, count)
+                if planned.needed:
+                    leaf = leaf.permute(0, 2, 3, 1) if planned.channels_last else leaf
+                    leaf = leaf.clone(memory_format=torch.contiguous_format)  # before the forward writes into it
+                    shape = torch.tensor([leaf.shape[1:]], device=leaf.device).expand(count, -1)
+                    kept.append(Padded(leaf, shape) if planned.padded else leaf)
+                elif planned.sized:
+                    sizes.extend(leaf.shape[1:])
 
-def _attribute(module: nn.Module, path: str) -> object:
-    parent, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(parent), name)
+        def on_call(module: nn.Module, call: Call) -> Any:
+            nonlocal position
+            position += 1
+            self._expect(module, position)
+            output = call()
+            if self.specs[position] is not None:
+                keep(output)
+            if position == self.last:
+                raise _Stop
+            return output
 
+        keep(x)
+        with suppress(_Stop):
+            run(self.backbone, self.division, x, on_call)
+        return (*kept, torch.tensor([sizes], device=device_of(x)).expand(count, -1)) if sizes else tuple(kept)
 
-def _part(
-    backbone: Backbone, graph: fx.Graph, nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node] | None
-) -> fx.GraphModule:
-    """The graph of some nodes; without `outputs` it ends where the whole does."""
-    part = fx.Graph()
-    copies = {node: part.placeholder(f"boundary_{number}") for number, node in enumerate(inputs)}
-    for node in nodes:
-        copies[node] = part.node_copy(node, lambda old: copies[old])
-    if outputs is not None:
-        part.output(tuple(copies[node] for node in outputs))
-    module = fx.GraphModule(backbone, part)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+    def cache_now(self, x: Any) -> Any:
+        """Gives samples as if they had been cached, for the present step; what does not fit stays as it is."""
+        with torch.no_grad(), in_eval_mode(self.backbone), suppress(CannotCut):
+            return CachedActivations(self.record(x), self)
+        return x
+
+    # Replaying
+
+    def replay(self, tree: Any) -> Any:
+        """Gives the features of what was recorded of a batch.
+
+        Raises:
+            UserError: The forward calls other frozen modules than it did.
+        """
+        if self.whole:
+            return tree
+        count, kept, sizes, leaves = samples.count(tree), iter(tree), None, []
+        for planned in self.leaves:
+            if planned.needed:
+                leaf = next(kept)
+                leaf = leaf.values if planned.padded else leaf
+                leaf = leaf.permute(0, 3, 1, 2) if planned.channels_last else leaf
+            elif planned.shaped:
+                if sizes is None and planned.sized:
+                    sizes = iter(tree[-1].amax(0).tolist())
+                shape = [next(sizes) for _ in planned.shape] if sizes is not None and planned.sized else planned.shape
+                leaf = planned.placeholder((count, *shape) if planned.per_sample else shape)
+            else:
+                leaf = planned.example
+            leaves.append(leaf.clone() if planned.written else leaf)
+        return self._finished(self._answer(leaves))
+
+    def _finished(self, features: Any) -> Any:
+        return self.backbone.pooled_features(features) if self.pooled else features
+
+    def _answer(self, leaves: list[Any]) -> Any:
+        """Runs the ordinary forward, in which planned calls return what is given."""
+        position = 0
+
+        def built(number: int) -> Any:
+            (start, end), spec = self.spans[number], self.specs[number]
+            return leaves[start] if spec.is_leaf() else pytree.tree_unflatten(leaves[start:end], spec)
+
+        def on_call(module: nn.Module, call: Call) -> Any:
+            nonlocal position
+            position += 1
+            self._expect(module, position)
+            return call() if self.specs[position] is None else built(position)
+
+        features = run(self.backbone, self.division, built(0), on_call)
+        if position != len(self.order):
+            self._expect(None, position + 1)
+        return features
+
+    def _expect(self, module: nn.Module | None, position: int) -> None:
+        if position > len(self.order) or self.order[position - 1] is not module:
+            name = type(self.order[position - 1] if module is None else module).__name__
+            raise UserError(
+                f"cache: {type(self.backbone).__name__} does not call its frozen {name} as it did when it was cached; "
+                "pass --cache.enabled false"
+            )

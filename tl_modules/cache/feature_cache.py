@@ -1,24 +1,21 @@
-"""Runs what is frozen once: while stages stay closed, training and evaluation go on from their cached output.
+"""Runs what is frozen once: while stages stay frozen, training and evaluation go on from their cached output.
 
-    FeatureExtraction   images -> [ closed ] -> features .......... cached -> head
-    LastStages(1)       images -> [ closed ] -> boundary .......... cached -> last stage -> head
-    GradualUnfreezing   the same, with a new boundary at each opening
+    FeatureExtraction   images -> [ frozen ] -> features ............. cached -> head
+    LastStages(1)       images -> [ frozen ] -> activations .......... cached -> last stage -> head
+    GradualUnfreezing   the same, with other activations at each opening
 
-An entry's key is made of all that its contents depend on: weights, buffers and attributes of what runs up to the
-boundary, its code, the data, the transforms, precision and versions (`fingerprints.py`). Where one of these cannot be
+An entry's key is made of all that its contents depend on: weights, buffers and attributes of what does not train, its
+code, the data and how they are prepared, precision and versions (`fingerprints.py`). Where one of these cannot be
 named, the entry serves this run only, so that none is ever stale.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
-import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,15 +23,18 @@ import numpy as np
 import PIL
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
+from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import by_domain
 from tl_modules.batch.samples import Batch
-from tl_modules.cache.cut import Cut, NotCut, check, cut, run_trunk
+from tl_modules.cache.columns import Table
+from tl_modules.cache.cut import CannotCut, Cut
+from tl_modules.cache.entry import Builder, batch_size, converted, evaluating
 from tl_modules.cache.fingerprints import Unnamed, named
-from tl_modules.cache.memory import free_memory
+from tl_modules.cache.frozen import divide
+from tl_modules.cache.schedule import MANY, epochs_ahead, frozen_stages, share
 from tl_modules.cache.store import Store, default_folder
 from tl_modules.cache.together import all_agree, together
 from tl_modules.errors import UserError
@@ -46,16 +46,14 @@ __all__ = ["FeatureCache"]
 
 log = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-BATCH = 32  # so many samples go through the closed stages at once, or fewer, where training takes fewer
-MANY = 1000
-SHARE = 0.5  # of the free memory that an entry may take where the disk is not to be had
 
 
 class FeatureCache(Callback):
-    """Caches the output of the closed stages, on disk and for later runs too.
+    """Caches the output of the frozen stages, on disk and for later runs too.
 
-    Caching begins where at least two passes read the entry, or an earlier run left it. Training data with random
-    augmentation are cached only as `views` fixed views; validation data always.
+    Caching begins where at least two passes read the entry and a few batches do not show that it would cost more than
+    it saves, or where an earlier run left it. Training data with random augmentation are cached only as `views` fixed
+    views; validation data always.
 
     Args:
         enabled: Whether to cache.
@@ -83,9 +81,10 @@ class FeatureCache(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self.cuts: dict[int, Cut | None] = {}
-        # by loader and closed stages; None where there is to be no entry, which is found out once
-        self.entries: dict[tuple[Any, int], list[Tensor] | None] = {}
+        # by frozen stages and what the inputs are; None where there is to be none, which is found out once
+        self.cuts: dict[Any, Cut | None] = {}
+        # by loader and frozen stages
+        self.entries: dict[tuple[Any, int], tuple[Table, Cut] | None] = {}
         self.said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -122,21 +121,21 @@ class FeatureCache(Callback):
         ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "memory")}
         for loader in ours.values():
             loader.memory = None
-        if not isinstance(module, TransferModule) or _closed(trainer, module) == 0:
+        if not isinstance(module, TransferModule) or frozen_stages(trainer, module) == 0:
             return
         reason = self._off(module, loaders)
         if reason:
             self._say(trainer, f"the frozen stages run in every epoch: {reason}")
             return
         for name, loader in loaders.items():
-            passes = _passes(trainer, module) * _share(limit, len(loader))
+            passes = epochs_ahead(trainer, module) * share(limit, len(loader))
             loader.memory = self._memory(trainer, module, loader, name, passes)
             if loader.memory is not None:
                 loader.stop()
 
     def _off(self, module: TransferModule, loaders: Mapping[str, Any]) -> str | None:
         """What switches the cache off for the whole run, or None."""
-        steps = ("forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
+        steps = ("encode", "forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
         own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
         readers = [type(method).__name__ for _, method in module.named_methods() if method.reads_x]
         if not self.enabled:
@@ -152,163 +151,77 @@ class FeatureCache(Callback):
     def _memory(
         self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
     ) -> _Memory | None:
-        view, closed = loader.dataset, _closed(trainer, module)
-        if closed == 0:
+        view, frozen = loader.dataset, frozen_stages(trainer, module)
+        if frozen == 0:
             return None
         views = self.views if view.transform is not None else 1
         if not views:
             self._say(trainer, f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; "
                                "--cache.views 4 would cache four augmented views of each sample")  # fmt: skip
             return None
-        both = self._cut(trainer, module, closed)
-        if both is None:
-            return None
-        if (loader, closed) not in self.entries:
-            # the boundary before is not needed any more
+        if (loader, frozen) not in self.entries:
+            # the activations before are not needed any more
             self.entries = {k: e for k, e in self.entries.items() if k[0] is not loader}
             try:
-                self.entries[loader, closed] = self._entry(trainer, module, loader, name, both, views, passes)
-            except NotCut as reason:
-                self.entries[loader, closed] = None
+                self.entries[loader, frozen] = self._entry(trainer, module, loader, name, frozen, views, passes)
+            except CannotCut as reason:
+                self.entries[loader, frozen] = None
                 self._say(trainer, f"{name}: the frozen stages run in every epoch: {reason}")
-        entry = self.entries[loader, closed]
+        entry = self.entries[loader, frozen]
         dtype = module.dtype if self.dtype else None
-        return None if entry is None else _Memory(view, entry, both, views, cast(Any, dtype))
+        return None if entry is None else _Memory(loader, *entry, views, cast(Any, dtype))
 
-    def _cut(self, trainer: Trainer, module: TransferModule, closed: int) -> Cut | None:
-        if closed not in self.cuts:
+    def _cut(self, trainer: Trainer, module: TransferModule, frozen: int, x: Any) -> Cut | None:
+        key = frozen, samples.kind(x)
+        if key not in self.cuts:
             try:
-                self.cuts[closed] = cut(module.backbone, closed)
-            except NotCut as reason:
-                self.cuts[closed] = None
+                self.cuts[key] = together(trainer, lambda: Cut(module.backbone, frozen, x, module.uses_pooled_features))
+            except CannotCut as reason:
+                self.cuts[key] = None
                 self._say(trainer, f"the frozen stages run in every epoch: {reason}")
-        return self.cuts[closed]
+        return self.cuts[key]
 
     def _entry(
-        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, both: Cut, views: int, passes: float
-    ) -> list[Tensor] | None:
+        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, frozen: int, views: int, passes: float
+    ) -> tuple[Table, Cut] | None:
         """What an earlier run left, or a new entry where enough passes will read it.
 
         Raises:
-            NotCut: There can be no entry.
+            CannotCut: There can be no entry.
         """
-        samples, what = len(loader.dataset), _what(both, module)
-        key = together(trainer, lambda: self._key(trainer, module, loader, both, views))
+        count, what = (
+            len(loader.dataset),
+            "features" if frozen == len(module.backbone.stages()) else f"what leaves stage_{frozen - 1}",
+        )
+        key = together(trainer, lambda: self._key(trainer, module, loader, frozen, views))
         # a sample's views are the same in every run
-        seeds = [_view_seeds(view, loader.domain, samples) for view in range(views)]
+        seeds = [_view_seeds(view, loader.domain, count) for view in range(views)]
         places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
-
-        def earlier() -> list[Tensor] | None:
-            found = self.store.open(key) if key else None
-            if found and not self._holds(trainer, module, loader, places, both, found):
-                found = None
-                self.store.remove(str(key))
-            return found
-
-        found = together(trainer, earlier)
+        if passes < 2 and not all_agree(trainer, key is not None and self.store.has(key)):
+            self._say(trainer, "the frozen stages run in every epoch: fewer than two epochs would read an entry")
+            return None
+        builder = Builder(trainer, module, loader, places, self.store, DTYPES.get(self.dtype or ""))
+        x, _ = together(trainer, builder.example)
+        cut = self._cut(trainer, module, frozen, x)
+        if cut is None:
+            return None
+        found = together(trainer, lambda: builder.earlier(cut, key) if key else None)
         if all_agree(trainer, found is not None):
             assert found is not None
-            self._say(trainer, f"{name}: {what} of an earlier run, {samples:,} samples, {_size(found)}")
-            return found
+            self._say(trainer, f"{name}: {what} of an earlier run, {count:,} samples, {_size(found)}")
+            return found, cut
         if passes < 2:
             self._say(trainer, "the frozen stages run in every epoch: fewer than two epochs would read an entry")
             return None
         start = time.perf_counter()
-        with _evaluating(module):
-            built = self._build(trainer, module, loader, places, both, key)
-        saved = f"; {passes:.0f} epochs go on from there" if passes < MANY else ""
-        self._say(trainer, f"{name}: {what} cached in {time.perf_counter() - start:.1f} s, {samples:,} samples, "
-                           f"{_size(built)}{saved}")  # fmt: skip
-        return built
+        built = builder.build(cut, key, passes)
+        less = f", about {max(0, builder.saved):.0f} s less in all" if builder.saved else ""
+        ahead = f"; {passes:.0f} epochs go on from there{less}" if passes < MANY else ""
+        self._say(trainer, f"{name}: {what} cached in {time.perf_counter() - start:.1f} s, {count:,} samples, "
+                           f"{_size(built)}{ahead}")  # fmt: skip
+        return built, cut
 
-    def _build(
-        self, trainer: Trainer, module: TransferModule, loader: Any, places: Sequence[Any], both: Cut, key: str | None
-    ) -> list[Tensor]:
-        """Sends all samples through the closed stages, each process of a machine its part; all go on, or none."""
-        rank, world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
-        token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
-        name = key or "0" * 32  # never finished, so never found
-        batches = iter(loader.read(places[rank::world], _batch(loader)))
-
-        def first() -> list[Tensor]:
-            if key is None:
-                _check_deterministic(loader, places)
-            x, y, _ = next(batches)
-            return self._rows(trainer, module, both, x, y, first=True)
-
-        def rest(rows: list[Tensor]) -> None:
-            done = 0
-            while True:
-                for whole, part in zip(tensors, rows, strict=True):
-                    whole[rank::world][done : done + len(part)].copy_(part)
-                done += len(rows[0])
-                if trainer.world_size == 1 and any(getattr(c, "signal", 0) for c in cast(Any, trainer).callbacks):
-                    raise NotCut("a signal asks to stop")  # there may be no time to finish the entry
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                rows = self._rows(trainer, module, both, *batch[:2])
-
-        rows = together(trainer, first)
-        specs = [((len(places), *part.shape[1:]), part.dtype) for part in rows]
-        on_disk, tensors = self._room(trainer, specs, name, token, rank)
-        try:
-            together(trainer, lambda: rest(rows))
-            if on_disk and key:
-                together(trainer, lambda: self.store.commit(key, token, tensors) if rank == 0 else None)
-        finally:
-            if on_disk and rank == 0:
-                self.store.drop(name, token)
-        return tensors
-
-    def _rows(
-        self, trainer: Trainer, module: TransferModule, both: Cut, x: Tensor, y: Any, first: bool = False
-    ) -> list[Tensor]:
-        """What an entry holds of a batch."""
-        x = trainer.precision_plugin.convert_input(x.to(module.device, non_blocking=True))
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            boundary = run_trunk(both, x)
-            if first:
-                check(both, module.backbone, x, boundary)
-        rows = [self._stored(part) for part in boundary]
-        if y is not None and not isinstance(y, Tensor):
-            raise NotCut("its labels are not tensors")
-        return rows if y is None else [*rows, y]
-
-    def _holds(
-        self,
-        trainer: Trainer,
-        module: TransferModule,
-        loader: Any,
-        places: Sequence[Any],
-        both: Cut,
-        found: list[Tensor],
-    ) -> bool:
-        """Whether a few samples still give what an earlier run stored, whatever the key cannot know."""
-        few = sorted({round(i * (len(places) - 1) / 3) for i in range(4)})
-        with _evaluating(module):
-            for x, y, _ in loader.read([places[i] for i in few], len(few)):
-                rows = self._rows(trainer, module, both, x, y)
-        return len(rows) == len(found) and all(
-            len(old) == len(places) and new.shape == old[few].shape and _close(new.cpu(), old[few])
-            for new, old in zip(rows, found, strict=True)
-        )
-
-    def _room(self, trainer: Trainer, specs: list[Any], name: str, token: str, rank: int) -> tuple[bool, list[Tensor]]:
-        """Tensors on disk, or in memory where the disk is not to be had."""
-        size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in specs)
-        reason = self.store.room(size)
-        if all_agree(trainer, reason is None):
-            together(trainer, lambda: self.store.begin(name, token, specs) if rank == 0 else None)
-            return True, together(trainer, lambda: self.store.begin(name, token, specs, create=False))
-        if trainer.world_size == 1 and size < SHARE * free_memory():
-            return False, [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
-        raise NotCut(f"{reason or 'another process has no room'}")
-
-    def _stored(self, part: Tensor) -> Tensor:
-        return part.to(DTYPES[self.dtype]) if self.dtype and part.is_floating_point() else part
-
-    def _key(self, trainer: Trainer, module: TransferModule, loader: Any, both: Cut, views: int) -> str | None:
+    def _key(self, trainer: Trainer, module: TransferModule, loader: Any, frozen: int, views: int) -> str | None:
         """The name of an entry; None where something cannot be named, so that it serves this run only."""
         view = loader.dataset
         data = view.fingerprint()
@@ -319,13 +232,18 @@ class FeatureCache(Callback):
         while inner is not None:  # what wraps a data set, and that one
             kinds.append(type(inner))
             inner = getattr(inner, "dataset", None)
+        collate = loader.collate_fn.collate
+        label = getattr(collate, "label", None)  # a task's method: by its code and the schema
+        prepare = [getattr(collate, "prepare", collate), getattr(label, "__func__", label), module.schema]
         versions = [sys.version, torch.__version__, np.__version__, PIL.__version__]
         # the rounding of a batch's rows can depend on how many there are
-        size, world = _batch(loader), trainer.num_devices if trainer.world_size > 1 else 1
+        size, world = batch_size(loader), trainer.num_devices if trainer.world_size > 1 else 1
+        what = module.backbone, frozen, module.uses_pooled_features, prepare
+        how = self.dtype, trainer.precision, module.device.type, versions, size, world
+        parts = (*what, kinds, view.transform, domain, views, data, *how)
         try:
-            with _evaluating(module):
-                return named(both.trunk, kinds, view.transform, domain, views, data, self.dtype, trainer.precision,
-                             module.device.type, versions, size, world)[:32]  # fmt: skip
+            with evaluating(module):
+                return named(*parts, without=divide(module.backbone, frozen).may_train())[:32]
         except Unnamed as reason:
             self._say(trainer, f"an entry serves this run only: {reason}")
             return None
@@ -340,96 +258,28 @@ class _Memory:
     """Gives a batch of an entry in place of a batch that is read.
 
     Args:
-        view: The data that the entry holds.
-        tensors: The boundary, and last, where they are not hidden, the labels.
-        both: The cut that the boundary belongs to.
+        loader: Whose data the entry holds.
+        table: The activations and labels.
+        cut: What recorded them.
         views: How many views of each sample there are.
         dtype: What converted activations are computed with; None leaves them.
     """
 
-    def __init__(self, view: Any, tensors: list[Tensor], both: Cut, views: int, dtype: torch.dtype | None) -> None:
-        self.view, self.tail, self.views, self.dtype = view, both.tail, views, dtype
-        self.parts = tensors if view.label == "none" else tensors[:-1]
-        self.y = None if view.label == "none" else tensors[-1]
+    def __init__(self, loader: Any, table: Table, cut: Cut, views: int, dtype: torch.dtype | None) -> None:
+        self.loader, self.table, self.cut, self.views, self.dtype = loader, table, cut, views, dtype
 
     def __call__(self, places: Sequence[Any]) -> Batch:
         """The batch at these places: row numbers, or row numbers with the seeds that choose a view."""
         pairs = [place if isinstance(place, tuple) else (place, 0) for place in places]
-        index = torch.tensor([row + len(self.view) * (seed % self.views) for row, seed in pairs])
-        boundary = tuple(part.index_select(0, index) for part in self.parts)
+        rows = len(self.loader.dataset)
+        tree, y = self.table.take(torch.tensor([row + rows * (seed % self.views) for row, seed in pairs]))
         if self.dtype is not None:
-            boundary = tuple(part.to(self.dtype) if part.is_floating_point() else part for part in boundary)
-        labels = None if self.y is None else self.y.index_select(0, index)
-        rows = torch.tensor([self.view.rows[row] for row, _ in pairs])
-        return Batch(CachedActivations(boundary, self.tail, lambda count: self._read(pairs[:count])), labels, rows)
+            tree = samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree)
+        index = torch.tensor([self.loader.dataset.rows[row] for row, _ in pairs])
+        return Batch(CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count])), y, index)
 
-    def _read(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        xs: Tensor = default_collate([self.view[pair][0] for pair in pairs])
-        return xs
-
-
-def _closed(trainer: Trainer, module: TransferModule, later: int = 0) -> int:
-    """How many stages are still closed in the last step of the present epoch, or of one `later`."""
-    strategy = module.finetuning
-    now: float = trainer.current_epoch + later
-    if trainer.state.fn != "fit":
-        now = strategy.end
-    elif strategy.unit != "epochs":
-        steps = trainer.estimated_stepping_batches  # also loads the training data
-        each = trainer.num_training_batches / trainer.accumulate_grad_batches
-        now = strategy.end if each == math.inf else (now + 1) * math.ceil(each) - 1  # what opens after it is later
-        now = now / steps if strategy.unit == "fraction" else now
-    trainable = strategy.trainable_stages(now, module.num_stages)
-    return trainable.start if trainable else module.num_stages
-
-
-def _passes(trainer: Trainer, module: TransferModule) -> int:
-    """How many epochs, from the present one on, have the same stages closed."""
-    if trainer.state.fn != "fit":
-        return MANY  # the pass that fills the entry is the evaluation itself
-    end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else MANY
-    closed, left = _closed(trainer, module), max(1, end - trainer.current_epoch)
-    return next((n for n in range(1, left) if _closed(trainer, module, n) != closed), left)
-
-
-def _batch(loader: Any) -> int:
-    return min(BATCH, int(loader.batch_size))
-
-
-@contextmanager
-def _evaluating(module: TransferModule) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-def _close(new: Tensor, old: Tensor) -> bool:
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(old.dtype, 2e-2)
-    if not old.is_floating_point():
-        return torch.equal(new, old)
-    return bool((new.float() - old.float()).abs().max() <= tolerance * (1 + old.float().abs().max()))
-
-
-def _share(limit: float | int | None, batches: int) -> float:
-    """How much of the data an epoch sees."""
-    if limit is None:
-        return 1.0
-    return limit if isinstance(limit, float) else min(1.0, limit / max(1, batches))
-
-
-def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
-    """Reads the first samples twice.
-
-    Raises:
-        NotCut: They differ.
-    """
-    for place in places[:8]:
-        first, second = (loader.dataset[place][0] for _ in range(2))
-        if not (isinstance(first, Tensor) and torch.equal(first, second)):
-            raise NotCut("the data set draws random numbers of its own")
+    def _read(self, pairs: Sequence[tuple[int, int]]) -> Any:
+        return next(iter(self.loader.read(pairs, len(pairs))))[0]
 
 
 def _view_seeds(view: int, domain: str, samples: int) -> list[int]:
@@ -438,9 +288,5 @@ def _view_seeds(view: int, domain: str, samples: int) -> list[int]:
     return seeds
 
 
-def _what(both: Cut, module: TransferModule) -> str:
-    return "features" if both.trunk is module.backbone else f"what leaves stage_{both.closed - 1}"
-
-
-def _size(tensors: Sequence[Tensor]) -> str:
-    return f"{sum(t.nbytes for t in tensors) / 1e6:.1f} MB"
+def _size(table: Table) -> str:
+    return f"{table.nbytes / 1e6:.1f} MB"

@@ -14,16 +14,18 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import pickle
+import struct
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tl_modules.checkpoints.contents import fingerprint
 
@@ -38,17 +40,18 @@ class Unnamed(Exception):
     """Something cannot be named; its text says what."""
 
 
-def named(*values: Any) -> str:
+def named(*values: Any, without: Collection[int] = ()) -> str:
     """SHA-256 of values and of the code behind them.
 
     Args:
         *values: Plain data, tensors, modules, functions, classes or objects that hold such.
+        without: The ids of objects in them that nothing depends on, e.g. of what trains.
 
     Raises:
         Unnamed: One holds what has no name, e.g. a class of a notebook, an open file or a random generator.
     """
     digest = hashlib.sha256()
-    for part in _parts(values, {}):
+    for part in _parts(values, dict.fromkeys(without, -1)):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()
@@ -94,12 +97,6 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield from _function(value, seen)
     elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
         yield f"{getattr(value, '__module__', None)}.{value.__qualname__}"
-    elif isinstance(value, fx.GraphModule):
-        yield value.code
-        yield from _parts([node.target for node in value.graph.nodes if node.op == "call_function"], seen)
-        yield from _parts(
-            [dict(value.named_children()), dict(value.named_parameters()), dict(value.named_buffers())], seen
-        )
     else:
         yield from _object(value, seen)
 
@@ -115,10 +112,21 @@ def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
                 held[slot] = getattr(value, slot)
     if not held and type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "_io", "_thread"):
         raise Unnamed(f"a {type(value).__qualname__} has no name")
+    if _hides(type(value), slots=len(held.keys() - getattr(value, "__dict__", {}).keys())):
+        try:
+            yield hashlib.sha256(pickle.dumps(value)).hexdigest()
+        except Exception as error:  # whatever a foreign class raises
+            raise Unnamed(f"a {type(value).__qualname__} has no name") from error
     for key in sorted(held):
         if not (isinstance(value, nn.Module) and key in PASSING):
             yield key
             yield from _parts(held[key], seen)
+
+
+def _hides(kind: type, slots: int) -> bool:
+    """Tells whether instances hold more than Python can see, as those of compiled code do, e.g. a tokenizer."""
+    words = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    return kind.__basicsize__ > object.__basicsize__ + words * struct.calcsize("P")
 
 
 def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:

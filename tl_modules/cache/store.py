@@ -1,7 +1,10 @@
 """Tensors on disk by key, memory-mapped: larger than memory if need be, shared by processes and by later runs.
 
-    FOLDER/<key>/0.bin 1.bin ...   raw rows
+    FOLDER/<key>/0.bin 1.bin ...   raw values
                  meta.json         shapes, types and checksums; what has none is not finished
+
+Where it is known beforehand how large a tensor is, all processes of a machine write their parts of one file. Where it
+is not, each appends to a file of its own, and these are put one after the other at the end.
 
 A key is 32 hexadecimal digits; nothing of another name in the folder is touched. An entry is written beside its place
 and renamed at the end. The least recently used entries make room for new ones.
@@ -18,13 +21,13 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 KEY = "[0-9a-f]" * 32
-Spec = tuple[torch.Size | tuple[int, ...], torch.dtype]
+Spec = tuple[tuple[int, ...] | None, torch.dtype]  # without a shape it grows
 
 
 def default_folder() -> Path:
@@ -49,7 +52,10 @@ class Store:
         place = self.folder / key
         try:
             meta = json.loads((place / "meta.json").read_text())
-            tensors = _map(place, [(tuple(p["shape"]), getattr(torch, p["dtype"])) for p in meta["parts"]], new=False)
+            tensors = [
+                _map(place, number, tuple(part["shape"]), getattr(torch, part["dtype"]), create=False)
+                for number, part in enumerate(meta["parts"])
+            ]
         except (OSError, ValueError, KeyError, RuntimeError):
             return None
         if [_checksum(t) for t in tensors] != [p["checksum"] for p in meta["parts"]]:
@@ -58,6 +64,10 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(place / "meta.json")
         return tensors
+
+    def has(self, key: str) -> bool:
+        """Tells whether there is a finished entry, damaged or not."""
+        return (self.folder / key / "meta.json").is_file()
 
     def remove(self, key: str) -> None:
         """Removes an entry; tensors mapped to it stay readable."""
@@ -79,7 +89,9 @@ class Store:
             return f"{size / 1e9:.1f} GB do not fit in {self.folder}"
         return None
 
-    def begin(self, key: str, token: str, specs: Sequence[Spec], create: bool = True) -> list[Tensor]:
+    def begin(
+        self, key: str, token: str, specs: Sequence[Spec], create: bool = True, rank: int = 0, size: int = 0
+    ) -> list[Any]:
         """Maps the tensors of an entry that is not finished yet; one process creates them, others join.
 
         Args:
@@ -87,12 +99,20 @@ class Store:
             token: Of this attempt, which no other has, whatever has become of it.
             specs: Shape and type of each tensor.
             create: Whether this is the process that creates them.
+            rank: Of the process on its machine.
+            size: Bytes that what grows may come to.
+
+        Returns:
+            Tensors, and a `Growing` where no shape is known.
         """
         part = self._part(key, token)
         if create:
-            self._evict(sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs))
+            self._evict(size + size_of(specs))
             part.mkdir(parents=True)
-        return _map(part, specs, new=create)
+        return [
+            Growing(dtype, part / f"{number}.bin", rank) if shape is None else _map(part, number, shape, dtype, create)
+            for number, (shape, dtype) in enumerate(specs)
+        ]
 
     def commit(self, key: str, token: str, tensors: Sequence[Tensor]) -> None:
         """Gives a finished entry its place; a second run that was as fast keeps its own."""
@@ -132,16 +152,77 @@ class Store:
             shutil.rmtree(entries.pop(0), ignore_errors=True)
 
 
-def _map(place: Path, specs: Sequence[Spec], new: bool) -> list[Tensor]:
-    tensors = []
-    for number, (shape, dtype) in enumerate(specs):
-        file = place / f"{number}.bin"
-        size = math.prod(shape)
-        if not new and file.stat().st_size != size * dtype.itemsize:
-            raise ValueError(f"{file} is cut short")
-        flat: Any = torch.from_file(str(file), shared=True, size=size, dtype=dtype)
-        tensors.append(flat.view(tuple(shape)))
-    return tensors
+class Growing:
+    """A flat tensor, to whose end each process adds values of its own.
+
+    Args:
+        dtype: Of the values.
+        file: Where they are in the end; None keeps those of a single process in memory.
+        rank: Of the process on its machine.
+    """
+
+    def __init__(self, dtype: torch.dtype, file: Path | None = None, rank: int = 0) -> None:
+        self.dtype, self.file, self.rank, self.size = dtype, file, rank, 0
+        self.parts: list[Tensor] = []
+        self.stream = self._own(rank).open("wb") if file else None
+
+    def append(self, values: Tensor) -> int:
+        """Adds values and returns where they start in this process's part."""
+        start, flat = self.size, values.detach().reshape(-1).cpu()
+        self.size += flat.numel()
+        if self.stream:
+            self.stream.write(cast(Any, flat.view(torch.uint8).numpy()))
+        else:
+            self.parts.append(flat.clone())
+        return start
+
+    def close(self) -> None:
+        """Ends this process's part; the next steps wait for all of them."""
+        if self.stream:
+            self.stream.close()
+
+    def offset(self) -> int:
+        """Returns where this process's part will start."""
+        return sum(self._own(rank).stat().st_size for rank in range(self.rank)) // self.dtype.itemsize
+
+    def join(self, processes: int) -> None:
+        """Puts the parts of all processes one after the other; one process does so."""
+        if self.file is None:
+            return
+        with self._own(0).open("ab") as whole:
+            for rank in range(1, processes):
+                with self._own(rank).open("rb") as part:
+                    shutil.copyfileobj(part, whole, 1 << 24)
+                self._own(rank).unlink()
+        self._own(0).rename(self.file)
+
+    def tensor(self) -> Tensor:
+        """Returns all values, (total,)."""
+        if self.file is None:
+            return torch.cat(self.parts) if self.parts else torch.empty(0, dtype=self.dtype)
+        size = self.file.stat().st_size // self.dtype.itemsize
+        return _map(self.file.parent, int(self.file.stem), (size,), self.dtype, create=False)
+
+    def _own(self, rank: int) -> Path:
+        assert self.file is not None
+        return self.file.with_suffix(f".{rank}")
+
+
+def size_of(specs: Sequence[Spec]) -> int:
+    """Returns the bytes of what has a shape."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs if shape is not None)
+
+
+def _map(place: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, create: bool) -> Tensor:
+    file, size = place / f"{number}.bin", math.prod(shape)
+    if create and size == 0:
+        file.touch()
+    if not create and file.stat().st_size != size * dtype.itemsize:
+        raise ValueError(f"{file} is cut short")
+    # an empty file cannot be mapped
+    flat: Any = torch.from_file(str(file), shared=True, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    mapped: Tensor = flat.view(shape)
+    return mapped
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Trainer
 
-from tl_modules.cache.cut import NotCut
+from tl_modules.cache.cut import CannotCut
 from tl_modules.errors import UserError
 
 Result = TypeVar("Result")
@@ -18,7 +18,7 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
     """Does what one process could fail at alone; all go on, or none.
 
     Raises:
-        NotCut: A process raised it, and none anything else.
+        CannotCut: A process raised it, and none anything else.
         UserError: Another process raised something else; this one raises what it has raised itself.
     """
     fault: Exception | None = None
@@ -26,7 +26,7 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:  # whatever it is, the others must know
         fault = error
-    mine = None if fault is None else (isinstance(fault, NotCut), str(fault))
+    mine = None if fault is None else (isinstance(fault, CannotCut), str(fault))
     faults: list[Any] = [mine]
     if trainer.world_size > 1:
         faults = [None] * trainer.world_size
@@ -35,11 +35,11 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
     if not told:
         return result
     stops = [text for harmless, text in told if not harmless]
-    if fault is not None and not (stops and isinstance(fault, NotCut)):
+    if fault is not None and not (stops and isinstance(fault, CannotCut)):
         raise fault
     if stops:
         raise UserError(f"another process has stopped: {stops[0]}")
-    raise NotCut(f"{told[0][1]}, in another process")
+    raise CannotCut(f"{told[0][1]}, in another process")
 
 
 def all_agree(trainer: Trainer, flag: bool) -> bool:

@@ -1,0 +1,34 @@
+"""Augmented data are cached as fixed views."""
+
+from cache_runs import fit, folders, small
+from conftest import make_tree
+
+from tl_modules import Method
+
+
+def test_augmentation_runs_in_every_epoch_unless_views_are_asked_for(tree, tmp_path, said):
+    from torchvision.transforms.v2 import RandomHorizontalFlip
+
+    def run(**options):
+        fit(folders(tree, augment=[RandomHorizontalFlip()]), small(), folder=str(tmp_path / "c"), **options)
+        return said()
+
+    assert any("augmentation changes what the frozen stages see" in text for text in run())
+    texts = run(views=3)
+    assert any("target train: features cached" in text for text in texts)
+
+
+def test_views_are_views_of_each_sample(tmp_path):
+    from torchvision.transforms.v2 import RandomAffine
+
+    seen = {}
+
+    class Look(Method):
+        def forward(self, module, source, target):
+            for row, y in zip(target.features.detach(), target.y, strict=True):
+                seen.setdefault(int(y), set()).add(tuple(row.tolist()))
+
+    tree = make_tree(tmp_path / "t", (("train", 2), ("val", 2)))
+    data = folders(tree, augment=[RandomAffine(180)])
+    fit(data, small(methods=[Look()]), epochs=30, views=3, folder=str(tmp_path / "c"))
+    assert all(len(rows) == 6 for rows in seen.values())  # two images of each class, three views of each

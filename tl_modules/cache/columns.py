@@ -1,0 +1,113 @@
+"""Keeps the leaves of all samples' trees by number.
+
+Uniform   values (N, ...)                                    a sample is an entry of the first axis
+Ragged    values (total,), starts (N,), shapes (N, k)        samples of unequal shapes, one after the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_modules.batch import samples
+from tl_modules.batch.samples import Padded
+
+
+class Uniform:
+    """Samples of one shape.
+
+    Args:
+        values: (N, ...), e.g. memory-mapped.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def take(self, index: Tensor, axes: int = 0) -> Tensor:
+        """Takes the samples of these numbers."""
+        return self.values.index_select(0, index)
+
+    @property
+    def nbytes(self) -> int:
+        """Returns what it takes in bytes."""
+        return self.values.nbytes
+
+
+class Ragged:
+    """Samples of unequal shapes with equally many axes.
+
+    Args:
+        values: (total,), e.g. memory-mapped.
+        starts: Where each sample starts in `values`, (N,).
+        shapes: Of each sample, (N, k).
+    """
+
+    def __init__(self, values: Tensor, starts: Tensor, shapes: Tensor) -> None:
+        self.values, self.starts, self.shapes = values, starts, shapes
+        # only the first axis differs, as over time or tokens: then a step is an entry
+        self.tail = shapes[0, 1:].tolist() if len(shapes) and bool((shapes[:, 1:] == shapes[0, 1:]).all()) else None
+        self.step = max(1, int(shapes[0, 1:].prod())) if self.tail is not None else 0
+
+    def take(self, index: Tensor, axes: int = 0) -> Padded:
+        """Takes the samples of these numbers; their shapes on the first `axes` axes, 0 stands for all."""
+        shapes = self.shapes[index]
+        size, given = shapes.amax(0).tolist(), shapes[:, :axes] if axes else shapes
+        if self.tail is not None and self.values.numel():
+            steps = torch.arange(size[0])
+            beyond = steps >= shapes[:, :1]
+            places = (self.starts[index, None] // self.step + steps).masked_fill_(beyond, 0)
+            values = self.values.view(-1, *self.tail).index_select(0, places.view(-1)).view(len(index), *size)
+            return Padded(values.masked_fill_(beyond.view(*beyond.shape, *[1] * len(self.tail)), 0), given)
+        values = self.values.new_zeros(len(index), *size)
+        for row, start, shape in zip(values, self.starts[index].tolist(), shapes, strict=True):
+            natural = self.values[start : start + int(shape.prod())].view(shape.tolist())
+            row[tuple(map(slice, natural.shape))] = natural
+        return Padded(values, given)
+
+    @property
+    def nbytes(self) -> int:
+        """Returns what it takes in bytes."""
+        return self.values.nbytes + self.starts.nbytes + self.shapes.nbytes
+
+
+Column = Uniform | Ragged
+
+
+def tensors_of(columns: Sequence[Column]) -> list[Tensor]:
+    """Lists the tensors that columns are made of."""
+    return [t for c in columns for t in ([c.values] if isinstance(c, Uniform) else [c.values, c.starts, c.shapes])]
+
+
+class Table:
+    """The columns of the trees of N samples.
+
+    Args:
+        columns: One for each leaf.
+        template: The tree of some of them.
+    """
+
+    def __init__(self, columns: Sequence[Column], template: Any) -> None:
+        self.columns, self.template = list(columns), template
+
+    def take(self, index: Tensor) -> Any:
+        """Takes the tree of the samples of these numbers."""
+        columns = iter(self.columns)
+
+        def leaf(like: Any) -> Any:
+            return next(columns).take(index, like.shapes.shape[1] if isinstance(like, Padded) else 0)
+
+        return samples.map_leaves(leaf, self.template)
+
+    @property
+    def nbytes(self) -> int:
+        """Returns what it takes in bytes."""
+        return sum(column.nbytes for column in self.columns)
+
+
+def natural(leaf: Padded) -> list[Tensor]:
+    """Lists the samples of a padded tensor, each in its own shape."""
+    ends = leaf.shapes.tolist()
+    return [row[tuple(map(slice, shape))] for row, shape in zip(leaf.values, ends, strict=True)]

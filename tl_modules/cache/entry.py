@@ -1,0 +1,310 @@
+"""Builds an entry: what the frozen part gives for all samples of a loader, and their labels."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from tl_modules.batch import samples
+from tl_modules.batch.samples import Padded
+from tl_modules.cache.columns import Column, Ragged, Table, Uniform, natural
+from tl_modules.cache.cut import CannotCut, Cut
+from tl_modules.cache.memory import free_memory
+from tl_modules.cache.schedule import DISK, Pace, pays
+from tl_modules.cache.store import Growing, Spec, Store, size_of
+from tl_modules.cache.together import all_agree, together
+from tl_modules.module import TransferModule
+
+BATCH = 32  # so many samples go through the frozen stages at once, or fewer, where training takes fewer
+SHARE = 0.5  # of the free memory that an entry may take where the disk is not to be had
+MEASURED = 3  # batches, after a first one
+
+
+class Builder:
+    """Reads, records and writes.
+
+    Args:
+        trainer: Of the run.
+        module: In eval mode while it is at work.
+        loader: Whose samples are recorded.
+        places: Where each row of the entry is read, with the seeds of its views.
+        store: Where the entry goes.
+        dtype: What floating-point activations are stored as; None as they are computed.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: TransferModule,
+        loader: Any,
+        places: Sequence[Any],
+        store: Store,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.trainer, self.module, self.loader, self.places = trainer, module, loader, places
+        self.store, self.dtype = store, dtype
+        self.few = sorted({round(i * (len(places) - 1) / 3) for i in range(4)})
+        self.saved: float | None = None
+
+    def example(self) -> tuple[Any, Any]:
+        """Reads x and y of a few samples from all over the data."""
+        return next(self._read([self.places[i] for i in self.few], len(self.few)))
+
+    def earlier(self, cut: Cut, key: str) -> Table | None:
+        """Opens what an earlier run left, if a few samples still give it, whatever the key cannot know."""
+        tensors = self.store.open(key)
+        if tensors is None:
+            return None
+        with evaluating(self.module):
+            x, y = self.example()
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                fresh = samples.move(self._stored(cut.record(x)), "cpu"), y
+        table = _table(fresh, tensors, len(self.places))
+        if table is None or not _same(table.take(torch.tensor(self.few)), fresh):
+            self.store.remove(key)
+            return None
+        return table
+
+    def build(self, cut: Cut, key: str | None, passes: float) -> Table:
+        """Sends all samples through the frozen stages, each process of a machine its part; all go on, or none.
+
+        Args:
+            cut: What records.
+            key: The entry's name; None if it serves this run only.
+            passes: How often each sample will be seen.
+
+        Raises:
+            CannotCut: There can be no entry, or it would cost more than it saves.
+        """
+        trainer = self.trainer
+        self.rank, self.world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
+        token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
+        name = key or "0" * 32  # never finished, so never found
+        self.pace = Pace(overlaps=self.loader.num_workers > 0)
+        # samples of unequal shapes: the more at once, the more of them have one
+        self.size = batch_size(self.loader) * (8 if cut.ragged else 1)
+        with evaluating(self.module):
+            batches = self._batches(cut)
+            first = together(trainer, lambda: self._first(batches, checked=key is not None))
+            specs = _specs(first[0][1], len(self.places))
+            ragged = sum(_bytes(leaf) for leaf in samples.leaves(first[0][1]) if isinstance(leaf, Padded))
+            size = size_of(specs) + ragged * len(self.places) // len(first[0][0])
+            on_disk, tensors = self._room(specs, name, token, size)
+            try:
+                self._write_all(first, batches, tensors, passes, size)
+                tensors = self._close(tensors)
+                if on_disk and key:
+                    together(trainer, lambda: self.store.commit(key, token, tensors) if self.rank == 0 else None)
+            finally:
+                if on_disk and self.rank == 0:
+                    self.store.drop(name, token)
+        table = _table(first[0][1], tensors, len(self.places))
+        assert table is not None
+        return table
+
+    def _first(self, batches: Iterator[Any], checked: bool) -> Any:
+        if not checked:
+            _check_deterministic(self.loader, self.places)
+        return next(batches)
+
+    def _read(self, places: Sequence[Any], size: int) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader.read(places, size):
+            x, y = batch[:2]
+            x = samples.move(x, self.module.device, non_blocking=True)
+            yield self.trainer.precision_plugin.convert_input(x), y
+
+    def _batches(self, cut: Cut) -> Iterator[list[tuple[list[int], Any]]]:
+        """Yields rows of the entry and what goes there, those of a batch in groups of one shape."""
+        mine, done = range(self.rank, len(self.places), self.world), 0
+        batches, size = self._read([self.places[row] for row in mine], self.size), self.size
+        while True:
+            with self.pace.measure("read", min(size, max(1, len(mine) - done))):
+                x, y = next(batches, (None, None))
+            if x is None:
+                return
+            found, count = [], samples.count(x)
+            with self.pace.measure("record", count):
+                for rows, part in cut.groups(x, batch_size(self.loader)):
+                    tree = self._record(cut, part), samples.take(y, torch.tensor(rows)) if y is not None else None
+                    found.append(([mine[done + row] for row in rows], tree))
+            if cut.ragged and len(self.pace.seconds["frozen"]) < MEASURED:
+                some = samples.take(x, slice(0, batch_size(self.loader)))
+                with self.pace.measure("frozen", samples.count(some)):
+                    self._record(cut, some)
+            elif not cut.ragged:
+                self.pace.seconds["frozen"].append(self.pace.seconds["record"][-1])
+            done += count
+            yield found
+
+    def _record(self, cut: Cut, x: Any) -> Any:
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return samples.move(self._stored(cut.record_group(x)), "cpu")
+
+    def _stored(self, tree: Any) -> Any:
+        return samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree)
+
+    def _write_all(self, first: Any, batches: Iterator[Any], tensors: list[Any], passes: float, size: int) -> None:
+        def write(groups: Sequence[tuple[list[int], Any]]) -> None:
+            with self.pace.measure("write", sum(len(rows) for rows, _ in groups)):
+                for rows, tree in groups:
+                    self._write(rows, tree, tensors)
+            callbacks = cast(Any, self.trainer).callbacks
+            if self.trainer.world_size == 1 and any(getattr(c, "signal", 0) for c in callbacks):
+                raise CannotCut("a signal asks to stop")  # there may be no time to finish the entry
+
+        def start() -> None:
+            write(first)
+            for _ in range(MEASURED):
+                groups = next(batches)
+                write(groups)
+                for rows, (tree, _) in groups[:1]:
+                    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+                    with self.pace.measure("take", len(rows)):
+                        samples.take(tree, order)
+            each = size / len(self.places)
+            beyond = each / DISK if size > SHARE * free_memory() else 0.0
+            self.saved = self.pace.saved(len(self.places) // self.world, passes, beyond)
+            if self.rank == 0 and not pays(self.saved):
+                raise CannotCut(f"an entry would cost about {-(self.saved or 0):.0f} s more than it saves")
+
+        def rest() -> None:
+            for groups in batches:
+                write(groups)
+
+        if len(self.places) // self.world > (1 + MEASURED) * self.size:
+            together(self.trainer, start)
+        else:
+            together(self.trainer, lambda: write(first))
+        together(self.trainer, rest)
+
+    def _write(self, rows: Sequence[int], tree: Any, tensors: Sequence[Any]) -> None:
+        targets, index = iter(tensors), slice(rows[0], rows[-1] + 1, self.world)
+        where = index if list(rows) == list(range(rows[0], rows[-1] + 1, self.world)) else torch.tensor(rows)
+        for leaf in samples.leaves(tree):
+            if isinstance(leaf, Padded):
+                growing, starts, shapes = next(targets), next(targets), next(targets)
+                try:
+                    for row, one in zip(rows, natural(leaf), strict=True):
+                        starts[row], shapes[row] = growing.append(one), torch.tensor(one.shape)
+                except OSError as error:
+                    raise CannotCut(f"the entry cannot be written ({error.strerror})") from error
+            else:
+                next(targets)[where] = leaf
+
+    def _close(self, tensors: list[Any]) -> list[Tensor]:
+        """Puts what the processes have written into one."""
+        mine = slice(self.rank, None, self.world)
+        growing = [number for number, each in enumerate(tensors) if isinstance(each, Growing)]
+        if growing:
+            together(self.trainer, lambda: [tensors[n].close() for n in growing])
+        for number in growing if self.rank else ():
+            tensors[number + 1][mine] += tensors[number].offset()
+        if growing:
+            together(self.trainer, lambda: None)  # each has read the sizes
+            together(self.trainer, lambda: [tensors[n].join(self.world) for n in growing if self.rank == 0])
+        return [each.tensor() if isinstance(each, Growing) else each for each in tensors]
+
+    def _room(self, specs: list[Spec], name: str, token: str, size: int) -> tuple[bool, list[Any]]:
+        """Makes tensors on disk, or in memory where the disk is not to be had."""
+        reason = self.store.room(size)
+        if all_agree(self.trainer, reason is None):
+            more, rank = size - size_of(specs), self.rank
+            mine = together(self.trainer, lambda: None if rank else self.store.begin(name, token, specs, size=more))
+            return True, together(self.trainer, lambda: mine or self.store.begin(name, token, specs, False, rank))
+        if self.trainer.world_size == 1 and size < SHARE * free_memory():
+            return False, [Growing(d) if shape is None else torch.empty(shape, dtype=d) for shape, d in specs]
+        raise CannotCut(f"{reason or 'another process has no room'}")
+
+
+def converted(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """Casts a leaf of floating-point numbers; None leaves it."""
+    values = leaf.values if isinstance(leaf, Padded) else leaf
+    return leaf.to(dtype) if dtype is not None and values.is_floating_point() else leaf
+
+
+def batch_size(loader: Any) -> int:
+    """Returns how many samples go through the frozen stages at once."""
+    return min(BATCH, int(loader.batch_size))
+
+
+@contextmanager
+def evaluating(module: TransferModule) -> Iterator[None]:
+    """Keeps the module in eval mode."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _specs(tree: Any, rows: int) -> list[Spec]:
+    """Lists shapes and types of the tensors that hold so many rows like those of a tree."""
+    specs: list[Spec] = []
+    for leaf in samples.leaves(tree):
+        if isinstance(leaf, list):
+            raise CannotCut("its labels are not tensors")
+        if isinstance(leaf, Padded):
+            axes = leaf.values.ndim - 1
+            specs += [(None, leaf.values.dtype), ((rows,), torch.int64), ((rows, axes), torch.int64)]
+        else:
+            specs.append(((rows, *leaf.shape[1:]), leaf.dtype))
+    return specs
+
+
+def _table(template: Any, tensors: Sequence[Tensor], rows: int) -> Table | None:
+    """Makes columns of an entry's tensors; None if they are not those of such trees."""
+    specs = _specs(template, rows)
+    if len(specs) != len(tensors):
+        return None
+    for (shape, dtype), tensor in zip(specs, tensors, strict=True):
+        if tensor.dtype != dtype or (tensor.ndim != 1 if shape is None else tuple(tensor.shape) != shape):
+            return None
+    given, columns = iter(tensors), list[Column]()
+    for leaf in samples.leaves(template):
+        ragged = isinstance(leaf, Padded)
+        columns.append(Ragged(next(given), next(given), next(given)) if ragged else Uniform(next(given)))
+    return Table(columns, samples.take(template, slice(0, 1)))
+
+
+def _bytes(leaf: Padded) -> int:
+    return sum(row.nbytes for row in natural(leaf))
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Tells whether trees hold the same, but for rounding."""
+    pairs = zip(samples.leaves(old), samples.leaves(new), strict=True)
+    return all(_close(a, b) for pair in pairs for a, b in zip(*map(_rows, pair), strict=True))
+
+
+def _rows(leaf: Any) -> list[Tensor]:
+    return natural(leaf) if isinstance(leaf, Padded) else [leaf]
+
+
+def _close(old: Tensor, new: Tensor) -> bool:
+    if old.shape != new.shape or not old.numel():
+        return old.shape == new.shape
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-4}.get(old.dtype, 2e-2)
+    if not old.is_floating_point():
+        return torch.equal(new, old)
+    return bool((new.float() - old.float()).abs().max() <= tolerance * (1 + old.float().abs().max()))
+
+
+def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
+    """Reads the first samples twice.
+
+    Raises:
+        CannotCut: They differ.
+    """
+    for place in places[:8]:
+        first, second = (loader.dataset[place][0] for _ in range(2))
+        same = torch.equal(first, second) if isinstance(first, Tensor) else pickle.dumps(first) == pickle.dumps(second)
+        if not same:
+            raise CannotCut("the data set draws random numbers of its own")

@@ -1,0 +1,191 @@
+"""Finds what of a backbone is frozen, and listens to or answers the calls of it in the ordinary forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tl_modules.backbones.base import Backbone
+from tl_modules.cache.leaves import CannotCut, equal, filled
+
+Call = Callable[[], Any]
+
+
+class Heard(NamedTuple):
+    """A call of a frozen module: what it returned, and how that is put together."""
+
+    module: nn.Module
+    leaves: list[Any]
+    spec: Any
+
+
+class Division(NamedTuple):
+    """What of a backbone is frozen, and what may train.
+
+    Attributes:
+        frozen: The largest modules that hold nothing trainable.
+        trainable: The largest ones that hold nothing frozen.
+        loose: The trainable parameters of modules that hold both: the module and the parameter's name in it.
+    """
+
+    frozen: list[nn.Module]
+    trainable: list[nn.Module]
+    loose: list[tuple[nn.Module, str]]
+
+    def may_train(self) -> set[int]:
+        """Returns the ids of all modules and parameters that may train; nothing recorded depends on them."""
+        return {id(m) for m in self.trainable} | {id(m._parameters[name]) for m, name in self.loose}
+
+
+def divide(backbone: Backbone, closed: int) -> Division:
+    """Divides a backbone whose first `closed` stages are frozen.
+
+    What belongs to no stage counts as trainable, unless it says `in_no_stage = True`, and so do parameters shared with
+    what trains.
+    """
+    stages = backbone.stages()
+    resting = {id(p) for stage in stages[:closed] for p in stage.parameters()}
+    moving = {id(p) for stage in stages[closed:] for p in stage.parameters()}
+    moving |= {id(p) for p in backbone.parameters()} - resting
+    awake = {id(m) for stage in stages[closed:] for m in stage.modules()}
+    asleep = {id(m) for stage in stages[:closed] for m in stage.modules()} - awake
+    asleep |= {id(m) for m in backbone.modules() if getattr(m, "in_no_stage", False)}
+    frozen: dict[nn.Module, None] = {}
+    trainable: dict[nn.Module, None] = {}
+    loose: list[tuple[nn.Module, str]] = []
+
+    def is_frozen(module: nn.Module) -> bool:
+        if id(module) in awake or any(id(p) in moving for p in module.parameters()):
+            return False
+        children = list(module.children())
+        return id(module) in asleep or (bool(children) and all(map(is_frozen, children)))
+
+    def holds_frozen(module: nn.Module) -> bool:
+        return is_frozen(module) or any(map(holds_frozen, module.children()))
+
+    def walk(module: nn.Module) -> None:
+        loose.extend((module, name) for name, p in module._parameters.items() if p is not None and id(p) in moving)
+        for child in module.children():
+            has_no_forward = isinstance(child, nn.ModuleList | nn.ModuleDict)
+            if is_frozen(child) and not has_no_forward:
+                frozen[child] = None
+            elif has_no_forward or holds_frozen(child):
+                walk(child)
+            else:
+                trainable[child] = None
+
+    walk(backbone)
+    return Division(list(frozen), list(trainable), loose)
+
+
+def forward(backbone: nn.Module, x: Any) -> Any:
+    """Runs the backbone itself and not what torch.compile has made of it, which would not see who answers."""
+    call: Any = backbone._call_impl
+    return call(x)
+
+
+def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.Module, Call], Any]) -> Any:
+    """Runs the ordinary forward, in which `on_call` stands for the calls of the frozen modules."""
+    inside = False
+
+    def patch(module: nn.Module) -> Callable[..., Any]:
+        real = module.forward
+
+        def answering(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:  # a frozen module calls another
+                return real(*args, **kwargs)
+            inside = True
+            output = on_call(module, partial(real, *args, **kwargs))
+            inside = False
+            return output
+
+        return answering
+
+    with patched({module: patch(module) for module in division.frozen}):
+        return forward(backbone, x)
+
+
+def listen(backbone: nn.Module, division: Division, x: Any) -> list[Heard]:
+    """Lists the calls of the frozen modules and what they return."""
+    calls: list[Heard] = []
+
+    def on_call(module: nn.Module, call: Call) -> Any:
+        output = call()
+        leaves, spec = pytree.tree_flatten(output)
+        calls.append(Heard(module, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
+        return output
+
+    run(backbone, division, x, on_call)
+    return calls
+
+
+def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls: list[Heard]) -> list[bool]:
+    """Tells which calls depend on what trains, by letting all of that be NaN.
+
+    Raises:
+        CannotCut: The forward does not run so, or calls other modules.
+    """
+
+    def ruin(tensor: Any) -> Tensor:
+        return filled(tensor, tensor.shape)
+
+    def ruined(module: nn.Module) -> Callable[..., Any]:
+        real = module.forward
+        return lambda *args, **kwargs: pytree.tree_map_only(Tensor, ruin, real(*args, **kwargs))
+
+    kept = [module._parameters[name] for module, name in division.loose]
+    try:
+        for module, name in division.loose:
+            module._parameters[name] = nn.Parameter(ruin(module._parameters[name]), requires_grad=False)
+        with patched({module: ruined(module) for module in division.trainable}):
+            again = listen(backbone, division, x)
+    except Exception as error:  # whatever a foreign forward does with NaN
+        raise CannotCut(f"its forward does not run on placeholders ({str(error).splitlines()[0][:80]})") from error
+    finally:
+        for (module, name), parameter in zip(division.loose, kept, strict=True):
+            module._parameters[name] = parameter
+    if [call.module for call in calls] != [call.module for call in again]:
+        raise CannotCut("which frozen modules run depends on the values of what trains")
+    return [not equal(one.leaves, other.leaves) for one, other in zip(calls, again, strict=True)]
+
+
+@contextmanager
+def patched(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Puts other forwards in the place of modules' own."""
+    before = [vars(module).get("forward") for module in forwards]
+    for module, other in forwards.items():
+        vars(module)["forward"] = other
+    try:
+        yield
+    finally:
+        for module, own in zip(forwards, before, strict=True):
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Keeps a module in eval mode, and gives each of its modules its own mode back."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes.items():
+            each.training = mode
+
+
+@contextmanager
+def generator_kept(device: torch.device) -> Iterator[None]:
+    """Leaves the random generators of CPU and device as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

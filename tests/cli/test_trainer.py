@@ -152,9 +152,9 @@ def test_head_and_losses_keep_their_digits():
     seen = []
 
     class Look(Classification):
-        def loss(self, output, y):
-            seen.append((output.dtype, torch.is_autocast_enabled("cpu")))
-            return super().loss(output, y)
+        def loss(self, out):
+            seen.append((out.output.dtype, torch.is_autocast_enabled("cpu")))
+            return super().loss(out)
 
     trainer = TransferTrainer(max_steps=1, precision="bf16-mixed", logger=False, enable_checkpointing=False,
                               enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip

@@ -180,6 +180,8 @@ class TransferDataModule(LightningDataModule):
         hidden = self.hidden()
         if not domains:
             raise DataError("target_unseen: there is no source to train on; give --data.source")
+        if self.labelled is not None and "target" not in domains:
+            raise DataError("labelled: it shows labels of a target, and there is none; give --data.target")
         if hidden and self.shots_per_class:
             raise DataError(
                 "shots_per_class: it picks target samples by their labels, which are hidden beside a source; "

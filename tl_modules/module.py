@@ -189,7 +189,7 @@ class TransferModule(QuickNames, StagedModule):
                 method.reweight(self, source, target)
             terms = {}
             for domain, output in outputs.items():
-                labelled = output if output.y is not None else output.labelled
+                labelled = output.with_labels
                 if labelled is not None and self.task_weight[domain] != 0:
                     terms[f"task/{domain}"] = at(self.task_weight[domain], self) * labelled.mean_loss
             for name, method in methods:

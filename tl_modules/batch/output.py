@@ -42,6 +42,11 @@ class DomainOutput:
     parts: tuple[int, ...] = ()
     labelled: DomainOutput | None = None
 
+    @property
+    def with_labels(self) -> DomainOutput | None:
+        """The part of it that has labels, itself or `labelled`; None: there is none."""
+        return self if self.y is not None else self.labelled
+
     @cached_property
     def pooled(self) -> Tensor:
         """One feature vector per sample, (B, D)."""

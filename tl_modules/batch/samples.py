@@ -109,13 +109,15 @@ class Node(ABC):
 def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Builds the tree of what `function` makes of the leaves of `tree`, and of those at the same place of the others.
 
+    Where one of them is None, so is what comes out.
+
     Raises:
         TypeError: Something that a batch cannot hold.
     """
+    if tree is None or any(other is None for other in others):
+        return None
     if isinstance(tree, Tensor | Padded | list):
         return function(tree, *others)
-    if tree is None:
-        return None
     if isinstance(tree, dict):
         return {key: map_leaves(function, value, *(other[key] for other in others)) for key, value in tree.items()}
     if isinstance(tree, tuple):
@@ -148,12 +150,8 @@ def count(tree: Any) -> int:
 
 
 def concat(trees: Sequence[Any]) -> Any:
-    """Puts batches one after the other; gives None if one of them is None."""
-    if len(trees) == 1:
-        return trees[0]
-    if isinstance(trees[0], Tensor):
-        return torch.cat(list(trees))
-    return None if any(tree is None for tree in trees) else map_leaves(_concat, *trees)
+    """Puts batches one after the other; gives None where one of them is None."""
+    return trees[0] if len(trees) == 1 else map_leaves(_concat, *trees)
 
 
 def _concat(*parts: Any) -> Any:
@@ -181,13 +179,13 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def take(tree: Any, index: slice | Tensor) -> Any:
-    """Takes the samples of a slice or of indices (n,); Padded drops what none of them needs."""
+    """Takes the samples of a slice, of indices (n,) or of a mask (B,); Padded drops what none of them needs."""
     return map_leaves(lambda leaf: _take(leaf, index), tree)
 
 
 def _take(leaf: Any, index: slice | Tensor) -> Any:
     if isinstance(leaf, list):
-        return leaf[index] if isinstance(index, slice) else [leaf[i] for i in index.tolist()]
+        return [leaf[i] for i in torch.arange(len(leaf))[index if isinstance(index, slice) else index.cpu()].tolist()]
     if isinstance(index, Tensor):
         index = index.to(leaf.device if isinstance(leaf, Tensor) else leaf.values.device)
     if isinstance(leaf, Tensor):
@@ -209,12 +207,7 @@ def first(tree: Any) -> Any:
     def one(leaf: Any) -> Any:
         return leaf.tensors()[0] if isinstance(leaf, Padded) else leaf[0]
 
-    if isinstance(tree, dict):
-        return {key: first(value) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        parts = [first(value) for value in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return None if tree is None else one(tree)
+    return map_leaves(one, tree)
 
 
 def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +249,7 @@ def kind(tree: Any) -> Any:
     if isinstance(tree, Padded):
         return "padded", tree.values.ndim, tree.values.dtype, tree.shapes.shape[1]
     if isinstance(tree, dict):
-        return tuple((key, kind(value)) for key, value in tree.items())
+        return frozenset((key, kind(value)) for key, value in tree.items())
     if isinstance(tree, tuple):
         return tuple(map(kind, tree))
     return (type(tree), tree.kind, kind(tree.tree)) if isinstance(tree, Node) else type(tree)
@@ -279,6 +272,8 @@ def collate(samples: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         parts = [collate(column) for column in zip(*samples, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, str):
+        return list(samples)  # also numpy's
     if isinstance(first, np.ndarray):
         return collate([torch.as_tensor(sample) for sample in samples])
     if isinstance(first, bool | int | float | np.generic):

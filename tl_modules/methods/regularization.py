@@ -265,8 +265,9 @@ class CoTuning(WithSourceHead):
         self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
     ) -> Tensor:
         """Of the labelled samples of the domain that the model is for, or else of the source's."""
-        view = target if target is not None and target.y is not None else source
-        if view is None or view.y is None:
+        known = (view.with_labels for view in (target, source) if view is not None)
+        view = next((view for view in known if view is not None), None)
+        if view is None:
             raise UserError("methods: CoTuning needs labelled samples, which the training data does not have")
         relation = self.get_buffer("relation")
         if self.training:

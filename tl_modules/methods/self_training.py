@@ -209,8 +209,8 @@ class SHOT(Method):
             centroids = share.T @ features / share.sum(0)[:, None].clamp(min=1e-8)
             nearest = (features @ F.normalize(centroids).T).argmax(1)
             share = F.one_hot(nearest, len(there)).to(p)
-        if len(self.labels) <= int(index.max()):
-            self.labels = self.labels.new_zeros(int(index.max()) + 1, device=index.device)
+        more = int(index.max()) + 1 - len(self.labels)
+        self.labels = F.pad(self.labels.to(index.device), (0, max(0, more)))
         self.labels[index] = there[nearest]
 
     def forward(

@@ -26,6 +26,7 @@ __all__ = ["load_run"]
 
 MAPPINGS = ("trainer", "model", "data", "cache", "select")
 SECTIONS = ("seed_everything", "name", *MAPPINGS)
+TAKEN = {"GroupDRO": "weight", "Mixup": "weight", "SHOT": "momentum"}  # by methods of version 0.1, and no more
 
 
 def new_run(root: str | os.PathLike[str], name: str) -> Path:
@@ -82,12 +83,12 @@ def _keep_earlier_defaults(config: dict[str, Any]) -> None:
     if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
         head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
     for method in arguments.get("methods") or []:
-        if isinstance(method, dict) and str(method.get("class_path")).endswith("GroupDRO"):
-            (method.get("init_args") or {}).pop("weight", None)  # of its term, which it has no more
-        if isinstance(method, dict) and str(method.get("class_path")).endswith("Mixup"):
-            (method.get("init_args") or {}).pop("weight", None)
-        if isinstance(method, dict) and str(method.get("class_path")).endswith("SHOT"):
-            (method.get("init_args") or {}).pop("momentum", None)
+        path = str(method.get("class_path")) if isinstance(method, dict) else ""
+        module, _, name = path.rpartition(".")
+        if module.partition(".")[0] in ("", "tl_modules") and name in TAKEN:
+            given = (method.get("init_args") or {}).pop(TAKEN[name], None)
+            if name == "Mixup" and given is not None and arguments.get("source_weight") == 0:
+                arguments["source_weight"] = given  # what it mixes takes the place of the source's samples
     if "num_outputs" in arguments and "schema" not in arguments:
         count, names = arguments.pop("num_outputs"), arguments.pop("class_names", None)
         arguments["schema"] = count if names is None else {"x": {}, "y": {"classes": names}}

@@ -48,7 +48,7 @@ EPOCHS = 20
 source, target = Digits(source=True, target=False), Digits(shots_per_class=10)
 figure, rows = plt.subplots(2, 8, figsize=(9, 2.6), layout="constrained")
 for row, data in zip(rows, (source, target), strict=True):
-    ((name, (images, labels)),) = next(iter(data.train_dataloader()))[0].items()
+    ((name, (images, labels, _)),) = next(iter(data.train_dataloader()))[0].items()
     for axes, image, label in zip(row, images, labels, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(), cmap="gray")
         axes.set_title(f"{name}: {label}", fontsize=8)

@@ -48,7 +48,7 @@ EPOCHS = 8
 # %%
 data = Digits(source=True)
 batch, *_ = next(iter(data.train_dataloader()))
-{domain: (tuple(x.shape), None if y is None else tuple(y.shape)) for domain, (x, y) in batch.items()}
+{domain: (tuple(x.shape), None if y is None else tuple(y.shape)) for domain, (x, y, _) in batch.items()}
 
 # %% [markdown]
 # ## Some ways to adapt

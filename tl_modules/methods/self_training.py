@@ -199,8 +199,14 @@ class SHOT(Method):
         check_head(self, module)
 
     def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
-        """Labels all samples of the target anew."""
+        """Labels all samples of the target anew.
+
+        Raises:
+            UserError: The loaders don't number them.
+        """
         found = [(out.index, F.normalize(out.pooled), out.probabilities) for out in outputs]
+        if found[0][0] is None:
+            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
         index, features, p = (torch.cat(column) for column in zip(*found, strict=True))
         there = torch.unique(p.argmax(1))  # a class that no sample is decided for gets none
         share = p[:, there]
@@ -217,8 +223,7 @@ class SHOT(Method):
     ) -> Tensor:
         """Computes information maximisation and the cross-entropy of the pseudo-labels."""
         assert target is not None
-        if target.index is None:
-            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
+        assert target.index is not None
         return -information(target.probabilities) + self.beta * F.cross_entropy(
             target.output, self.labels[target.index]
         )

@@ -84,7 +84,8 @@ class MeanTeacher(Method):
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Copies the network."""
-        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
+        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head))
+        self.teacher.requires_grad_(False).eval()  # Lightning leaves the modes of a fit as they are
         self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
 
     def train(self, mode: bool = True) -> MeanTeacher:

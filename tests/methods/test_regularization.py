@@ -1,10 +1,13 @@
 """What holds to the start, by hand."""
 
+import copy
+
 import pytest
 import torch
-from cases import build, made
+from cases import Several, build, fit, made, same
 
 from tl_modules import (
+    ADDA,
     DELTA,
     L2SP,
     Classification,
@@ -66,3 +69,14 @@ def test_l2sp_start_is_in_the_checkpoint():
     module = Classification(ConvNet(4), 3, methods=[L2SP()])
     assert any(key.startswith("methods.0.start_") for key in module.state_dict())
     assert not any(p.requires_grad for p in module.methods.parameters())
+
+
+@pytest.mark.parametrize("method", [ADDA, CoTuning, DELTA, LwF])
+def test_the_start_stays_as_it_was_in_a_fit(method):
+    """Also its BatchNorm's statistics: Lightning puts nothing into train or eval mode when a fit starts."""
+    module = build([method], "image")
+    before = copy.deepcopy(module.methods[0].start.state_dict())
+    fit(module, Several("image"))
+    assert any("running_mean" in key for key in before)
+    assert same(before, module.methods[0].start.state_dict()) == []
+    assert same(before, module.backbone.state_dict()) != []

@@ -15,7 +15,7 @@ from tl_modules.batch.protocol import AbstractTransferModule
 def full_pass(
     module: AbstractTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
 ) -> Iterator[DomainOutput]:
-    """Yields the outputs for a domain's samples, batch by batch; changes nothing and draws no random number.
+    """Yields the outputs for a domain's samples, batch by batch; changes nothing, torch's random numbers included.
 
     Args:
         module: On its device, in a fit.
@@ -26,11 +26,11 @@ def full_pass(
     trainer, training = module.trainer, module.training
     ours = hasattr(loader, "plain")
     number = -(-len(rows) // (getattr(loader, "batch_size", None) or 1)) if rows is not None else None
-    batches = loader.plain(range(len(loader.dataset)) if rows is None else rows) if ours else islice(loader, number)
     module.eval()
     try:
-        with torch.random.fork_rng():
-            for batch in batches:
+        with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
+            whole = range(len(loader.dataset)) if ours and rows is None else rows
+            for batch in loader.plain(whole) if ours else islice(loader, number):  # which may draw numbers already here
                 named = module.on_before_batch_transfer({domain: batch} if ours else batch, 0)
                 named = {domain: next(iter(named.values()))}
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(named))

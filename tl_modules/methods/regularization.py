@@ -88,7 +88,7 @@ class WithStart(Method):
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Copies the backbone."""
-        self.start = copy.deepcopy(module.backbone).requires_grad_(False)
+        self.start = copy.deepcopy(module.backbone).requires_grad_(False).eval()
 
     def before(self, x: Any) -> Tensor:
         """The vectors (B, D) that the network gave of inputs at its start."""

@@ -84,7 +84,8 @@ class MeanTeacher(Method):
 
     def attach(self, module: AbstractTransferModule) -> None:
         """Copies the network."""
-        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
+        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head))
+        self.teacher.requires_grad_(False).eval()  # Lightning leaves the modes of a fit as they are
         self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
 
     def train(self, mode: bool = True) -> MeanTeacher:
@@ -200,8 +201,14 @@ class SHOT(Method):
         check_head(self, module)
 
     def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
-        """Labels all samples of the target anew."""
+        """Labels all samples of the target anew.
+
+        Raises:
+            UserError: The loaders don't number them.
+        """
         found = [(out.index, F.normalize(out.pooled), out.probabilities) for out in outputs]
+        if found[0][0] is None:
+            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
         index, features, p = (torch.cat(column) for column in zip(*found, strict=True))
         there = torch.unique(p.argmax(1))  # a class that no sample is decided for gets none
         share = p[:, there]
@@ -218,8 +225,7 @@ class SHOT(Method):
     ) -> Tensor:
         """Computes information maximisation and the cross-entropy of the pseudo-labels."""
         assert target is not None
-        if target.index is None:
-            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
+        assert target.index is not None
         return -information(target.probabilities) + self.beta * F.cross_entropy(
             target.output, self.labels[target.index]
         )

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules import Digits, ImageFolders
-from datamodules.loading import collate
+from datamodules.loaders import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
 from tl_modules.checkpoints.files import WholeFiles
 from tl_modules.finetuning.audit import FreezeAudit

@@ -1,13 +1,13 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
 from datamodules.base import TransferDataModule
-from datamodules.classes import Classes
+from datamodules.class_subsets import Classes
 from datamodules.digits import Digits
-from datamodules.domains import DomainFolders
+from datamodules.domain_folders import DomainFolders
 from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
-from datamodules.shifts import Colour, Corruption, Identity, Rotation, Shift, Shifted
-from datamodules.table import Tables
+from datamodules.shifted import Colour, Corruption, Identity, Rotation, Shift, Shifted
+from datamodules.tabular import Tables
 
 __all__ = [
     "Classes",

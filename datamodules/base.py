@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError
-from datamodules.loading import Loader, Named, Shard, Shuffled, View, collate, cores, deaf, even_batch_size
+from datamodules.loaders import Loader, Named, Shard, Shuffled, View, collate, cores, deaf, even_batch_size
 from datamodules.splits import SPLITS, Joined, few_shots, ids_of, some_of_each, targets_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, ImageArrays, TransferDataModule
-from datamodules.loading import Shuffled, View, even_batch_size
+from datamodules.loaders import Shuffled, View, even_batch_size
 from datamodules.splits import few_shots, split_rows
 
 

@@ -19,7 +19,7 @@ from datamodules import (
     Shift,
     Shifted,
 )
-from datamodules.shifts import SEVERITIES
+from datamodules.shifted import SEVERITIES
 
 
 def generator():

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.splits import Rows, digest, targets_of
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule, expand
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import check_fractions
 from datamodules.splits import SPLIT_NAMES, Rows, digest, three_way

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import ArrayImages
-from datamodules.loading import generator_of
+from datamodules.loaders import generator_of
 from datamodules.splits import SPLITS, ids_of
 
 Array = np.ndarray[Any, Any]

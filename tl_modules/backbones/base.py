@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
 from tl_modules.batch import samples
-from tl_modules.batch.protocol import AbstractBackbone
+from tl_modules.batch.protocol import BaseBackbone
 from tl_modules.errors import UserError
 
 __all__ = ["Backbone"]
@@ -20,7 +20,7 @@ __all__ = ["Backbone"]
 Weights = str | Path | None
 
 
-class Backbone(AbstractBackbone):
+class Backbone(BaseBackbone):
     """Maps raw samples to features and owns all that lies between: tokenising, padding, normalising, spectrograms.
 
     A subclass sets `out_features` and writes `forward` and `stages`; `prepare` too if its inputs are more than tensors

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
 from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
@@ -45,15 +45,15 @@ class DANN(Method):
         super().__init__(weight)
         self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
         self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
 
-    def width(self, module: AbstractTransferModule) -> int:
+    def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
         return module.backbone.width
 
-    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
+    def seen(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
         return view.pooled
 
@@ -61,9 +61,7 @@ class DANN(Method):
         """The weight of each sample, (B,) with mean 1."""
         return torch.ones(len(view), device=view.pooled.device)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
@@ -93,7 +91,7 @@ class CDAN(DANN):
         super().__init__(*args, **kwargs)
         self.entropy = entropy
 
-    def width(self, module: AbstractTransferModule) -> int:
+    def width(self, module: BaseTransferModule) -> int:
         """Of the product, or of the random projections."""
         features, classes = module.backbone.width, module.num_outputs
         self.projected = features * classes > 4096
@@ -102,7 +100,7 @@ class CDAN(DANN):
             self.register_buffer("classes_to", torch.randn(classes, 1024))
         return 1024 if self.projected else features * classes
 
-    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
+    def seen(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
         p = view.probabilities.detach()
         if self.projected:
@@ -133,7 +131,7 @@ class PADA(DANN):
         super().__init__(*args, **kwargs)
         self.momentum = momentum
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Starts with equal classes."""
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
@@ -146,9 +144,7 @@ class PADA(DANN):
         share = share / share.max()
         return view.y @ share if view.y.is_floating_point() else share[view.y]
 
-    def reweight(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> None:
+    def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Weighs the source's samples by their classes."""
         assert source is not None
         assert target is not None
@@ -158,9 +154,7 @@ class PADA(DANN):
         weight = self.importance(source)
         source.weight = weight if source.weight is None else source.weight * weight
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's term."""
         assert target is not None
         return super().forward(module, source, replace(target, y=None))
@@ -185,9 +179,7 @@ class OSBP(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         with statistics_kept(module.head):
@@ -216,13 +208,11 @@ class MDD(Method):
         super().__init__(weight)
         self.margin, self.reversal, self.hidden = margin, reversal, hidden
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Builds the second head."""
         self.adversary = MLPHead(module.backbone.width, module.num_outputs, self.hidden, normalize=False)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
         assert source is not None
         assert target is not None
@@ -253,16 +243,14 @@ class MCD(Method):
         super().__init__(weight)
         self.reversal = reversal
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Makes a second head like the first, with other start weights."""
         self.second = copy.deepcopy(module.head)
         for layer in self.second.modules():
             reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
             reset()
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The second head's loss on the source, less the discrepancy on the target."""
         assert source is not None
         assert target is not None
@@ -292,13 +280,13 @@ class ADDA(WithStart):
         super().__init__(weight)
         self.hidden = hidden
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.critic = MLPHead(module.backbone.width, 1, self.hidden, normalize=False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -307,9 +295,7 @@ class ADDA(WithStart):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""
         assert source is not None
         assert target is not None

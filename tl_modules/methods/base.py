@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 from tl_modules.methods.schedules import Weight
@@ -52,14 +52,14 @@ class Method(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Called once, when the module has its pretrained weights and its head."""
 
-    def transform_batch(self, module: AbstractTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+    def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
         """Returns the batch that takes the place of a training batch, by domain, e.g. one of mixed samples."""
         return batch
 
-    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+    def on_full_pass(self, module: BaseTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
         """Learns from all training samples of a domain of `full_pass`, in eval mode and without gradient.
 
         Args:
@@ -69,21 +69,19 @@ class Method(nn.Module):
         """
 
     def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+        self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None
     ) -> Tensor | None:
         """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
-    def reweight(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> None:
+    def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Changes how much each sample's loss counts: puts another `weight` (B,) into a view.
 
         Called before `forward`, when `loss` and `weight` of the views are there. The weights of several methods
         multiply, if each multiplies what it finds.
         """
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Refuses training data that lack what it needs; called when training starts.
 
         Raises:
@@ -143,7 +141,7 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return False
 
 
-def check_methods(module: AbstractTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
+def check_methods(module: BaseTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
     """Refuses training data from which the methods, or without methods anything, cannot learn.
 
     Args:
@@ -164,7 +162,7 @@ def check_methods(module: AbstractTransferModule, domains: Mapping[str, Any], la
         )
 
 
-def check_reach(module: AbstractTransferModule, name: str, method: Method, term: Tensor) -> None:
+def check_reach(module: BaseTransferModule, name: str, method: Method, term: Tensor) -> None:
     """Refuses a term that moves nothing, once everything is open that ever will be.
 
     Raises:
@@ -182,7 +180,7 @@ def check_reach(module: AbstractTransferModule, name: str, method: Method, term:
         )
 
 
-def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable[nn.Module], what: str) -> None:
+def check_trains(method: Method, module: BaseTransferModule, parts: Iterable[nn.Module], what: str) -> None:
     """Refuses a method without a term that works in parts of the backbone of which none will ever train.
 
     Raises:
@@ -195,7 +193,7 @@ def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable
         )
 
 
-def check_head(method: Method, module: AbstractTransferModule) -> None:
+def check_head(method: Method, module: BaseTransferModule) -> None:
     """Refuses a method that keeps the source's head where the head is another one.
 
     Raises:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, pairs
 from tl_modules.methods.functional import (
@@ -37,9 +37,7 @@ class Discrepancy(Method):
         """Of two views, a scalar."""
         raise NotImplementedError
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over the pairs."""
         return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
 
@@ -128,7 +126,7 @@ class OptimalTransport(Discrepancy):
         super().__init__(weight)
         self.alpha, self.beta = alpha, beta
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Finds out before the work whether the solver is there."""
         self.classes = module.is_classification
         try:
@@ -167,9 +165,7 @@ class AFN(Method):
         super().__init__(weight)
         self.step = step
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples."""
         norms = torch.cat([view.pooled.norm(dim=1) for view in (source, target) if view is not None])
         return (norms - (norms.detach() + self.step)).square().mean()

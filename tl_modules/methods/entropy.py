@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import class_confusion, entropy, information, nuclear_norm
 from tl_modules.methods.schedules import Weight
@@ -26,9 +26,7 @@ class OnTarget(Method):
         """Of logits (B, C), a scalar."""
         raise NotImplementedError
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         return self.term(target.output)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tl_modules.batch.compat import BatchNorm
 from tl_modules.batch.current_domain import domain_rows
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
 
@@ -28,7 +28,7 @@ class Normalization(Method):
 
     changes_backbone = True
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Changes the layers.
 
         Raises:
@@ -48,7 +48,7 @@ class Normalization(Method):
         """Changes one layer in place."""
         raise NotImplementedError
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses a run in which none of the layers ever trains.
 
         Raises:
@@ -62,7 +62,7 @@ class Normalization(Method):
                 f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
             )
 
-    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import soft_cross_entropy
@@ -40,14 +40,12 @@ class L2SP(Method):
         super().__init__(weight)
         self.head_weight = head_weight
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the start weights into buffers, so that a checkpoint carries them."""
         for number, parameter in enumerate(module.backbone.parameters()):
             self.register_buffer(f"start_{number}", parameter.detach().clone())
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Squared distance from the start, a scalar."""
         total = self.head_weight * sum(
             (parameter.square().sum() for parameter in module.head.parameters()), torch.zeros((), device=module.device)
@@ -72,9 +70,7 @@ class BSS(Method):
         super().__init__(weight)
         self.k = k
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of all rows of the step."""
         features = torch.cat([view.pooled for view in (source, target) if view is not None])
         smallest: Tensor = torch.linalg.svdvals(features)[-self.k :]
@@ -86,7 +82,7 @@ class WithStart(Method):
 
     reads_x = True
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the backbone."""
         self.start = copy.deepcopy(module.backbone).requires_grad_(False)
 
@@ -114,9 +110,7 @@ class DELTA(WithStart):
 
     settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over the stages, on the domain that the model is for."""
         view = target or source
         assert view is not None
@@ -183,7 +177,7 @@ class WithSourceHead(WithStart):
         super().__init__(weight)
         self.source_classes = source_classes
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
         self.old = SourceHead(module.backbone.width, self.source_classes)
@@ -193,7 +187,7 @@ class WithSourceHead(WithStart):
         self.head = copy.deepcopy(self.old)
         self.old.requires_grad_(False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start without the head.
 
         Raises:
@@ -228,9 +222,7 @@ class LwF(WithSourceHead):
         super().__init__(source_classes, weight)
         self.temperature = temperature
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of the domain that the model is for."""
         view = target or source
         assert view is not None
@@ -255,15 +247,13 @@ class CoTuning(WithSourceHead):
     def __init__(self, source_classes: int, weight: Weight = 2.3) -> None:
         super().__init__(source_classes, weight)
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """The relation begins as equal shares."""
         super().attach(module)
         shape = (module.num_outputs, self.source_classes)
         self.register_buffer("relation", torch.full(shape, 1e-3 / self.source_classes))
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of the labelled samples of the domain that the model is for, or else of the source's."""
         known = (view.with_labels for view in (target, source) if view is not None)
         view = next((view for view in known if view is not None), None)

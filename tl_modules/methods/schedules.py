@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.functional import ramp
 
 __all__ = ["Linear", "Ramp", "Schedule"]
@@ -52,6 +52,6 @@ class Linear(Schedule):
 Weight = float | Schedule
 
 
-def at(weight: Weight, module: AbstractTransferModule) -> float:
+def at(weight: Weight, module: BaseTransferModule) -> float:
     """A weight as far as the module's training is, whether it moves or not."""
     return weight(module.progress) if isinstance(weight, Schedule) else weight

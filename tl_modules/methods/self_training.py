@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_head, sized_by_checkpoint
 from tl_modules.methods.functional import information, perturb, ramp
@@ -40,9 +40,7 @@ class FixMatch(Method):
         super().__init__(weight)
         self.threshold, self.strength = threshold, strength
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
@@ -82,7 +80,7 @@ class MeanTeacher(Method):
         super().__init__(weight)
         self.momentum, self.threshold, self.strength, self.balance = momentum, threshold, strength, balance
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the network."""
         self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head)).requires_grad_(False)
         self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
@@ -95,7 +93,7 @@ class MeanTeacher(Method):
         return self
 
     @torch.no_grad()
-    def learn(self, module: AbstractTransferModule) -> None:
+    def learn(self, module: BaseTransferModule) -> None:
         """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
@@ -109,9 +107,7 @@ class MeanTeacher(Method):
             else:
                 mine.copy_(student[name])
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The consistency on the target."""
         assert target is not None
         if self.training:
@@ -150,9 +146,7 @@ class PseudoLabel(Method):
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
@@ -186,11 +180,11 @@ class SHOT(Method):
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
         sized_by_checkpoint(self, "labels")  # the model is built before the data says how many samples there are
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Freezes the head."""
         module.head.requires_grad_(False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -199,7 +193,7 @@ class SHOT(Method):
         super().check(module, domains)
         check_head(self, module)
 
-    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+    def on_full_pass(self, module: BaseTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
         """Labels all samples of the target anew."""
         found = [(out.index, F.normalize(out.pooled), out.probabilities) for out in outputs]
         index, features, p = (torch.cat(column) for column in zip(*found, strict=True))
@@ -213,9 +207,7 @@ class SHOT(Method):
         self.labels = F.pad(self.labels.to(index.device), (0, max(0, more)))
         self.labels[index] = there[nearest]
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Computes information maximisation and the cross-entropy of the pseudo-labels."""
         assert target is not None
         if target.index is None:

@@ -147,7 +147,7 @@ class TransferModule(QuickNames, StagedModule):
             with passing(rows):
                 features = samples.split(self.encode(samples.concat(xs)), [count for _, count in rows])
         else:  # inputs that cannot be concatenated pass one after the other
-            if any(method.reads_x for _, method in self.named_methods()):
+            if any(method.needs_raw_input for _, method in self.named_methods()):
                 check_sources(names, xs)
             features = []
             for x, row in zip(xs, rows, strict=True):

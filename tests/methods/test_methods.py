@@ -125,8 +125,8 @@ def test_every_argument_has_its_words(method):
     for name in inspect.signature(method.__init__).parameters:
         if name not in ("self", "args", "kwargs", "weight"):
             assert f"{name}:" in documented, name
-    assert method.settings
-    assert set(method.settings) <= {"several sources", "generalisation", "partial", "open set", "source-free"}
+    assert method.supported_settings
+    assert set(method.supported_settings) <= {"several sources", "generalisation", "partial", "open set", "source-free"}
 
 
 def test_methods_stack():
@@ -215,7 +215,9 @@ def test_unlabelled_data_without_a_method_teach_nothing():
         fit(build([], "vector"), Several("vector", ("target",), target_labels=False))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "source-free" in m.settings], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "source-free" in m.supported_settings], ids=lambda c: c.__name__
+)
 def test_source_free(method):
     module = build([InfoMax, method], "vector")
     trainer = fit(module, Several("vector", ("target",), target_labels=False), epochs=1)
@@ -275,9 +277,9 @@ def test_the_support_table_says_what_the_classes_say():
     for method in METHODS:
         row = table[method.__name__]
         assert row["tasks"] == ("classes" if method.needs_classes else "all")
-        assert row["needs"] == ", ".join(method.needs)
-        assert row["x"] == ("yes" if method.reads_x else "")
-        assert {s for s in header[4:] if row[s]} == set(method.settings), method
+        assert row["needs"] == ", ".join(method.required_domains)
+        assert row["x"] == ("yes" if method.needs_raw_input else "")
+        assert {s for s in header[4:] if row[s]} == set(method.supported_settings), method
 
 
 @pytest.mark.parametrize("method", [LwF, CoTuning])

@@ -137,7 +137,7 @@ class FeatureCache(Callback):
         """What switches the cache off for the whole run, or None."""
         steps = ("encode", "forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
         own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
-        readers = [type(method).__name__ for _, method in module.named_methods() if method.reads_x]
+        readers = [type(method).__name__ for _, method in module.named_methods() if method.needs_raw_input]
         if not self.enabled:
             return "--cache.enabled is false"
         if own:

@@ -38,8 +38,8 @@ class DANN(Method):
         batch_norm: Normalises the critic's hidden units, each domain by itself, which keeps the critic from winning.
     """
 
-    needs = ("source", "target")
-    settings: ClassVar[tuple[str, ...]] = ("several sources",)
+    required_domains = ("source", "target")
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
     def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False) -> None:
         super().__init__(weight)
@@ -125,7 +125,7 @@ class PADA(DANN):
     """
 
     needs_classes = True
-    settings = ("several sources", "partial")
+    supported_settings = ("several sources", "partial")
 
     def __init__(self, *args: Any, momentum: float = 0.99, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -171,9 +171,9 @@ class OSBP(Method):
         threshold: t.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
-    settings = ("several sources", "open set")
+    supported_settings = ("several sources", "open set")
 
     def __init__(self, weight: Weight = 1.0, threshold: float = 0.5) -> None:
         super().__init__(weight)
@@ -201,7 +201,7 @@ class MDD(Method):
         hidden: Width of the second head's hidden layer.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
 
     def __init__(self, weight: Weight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
@@ -236,7 +236,7 @@ class MCD(Method):
         reversal: The reversal's scale.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
 
     def __init__(self, weight: Weight = 1.0, reversal: float = 1.0) -> None:
@@ -274,7 +274,7 @@ class ADDA(WithStart):
         hidden: Width of the critic's hidden layer (the paper: 500).
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
 
     def __init__(self, weight: Weight = 1.0, hidden: int = 256) -> None:
         super().__init__(weight)

@@ -26,27 +26,27 @@ class Method(nn.Module):
     moves lives in buffers or parameters, so that checkpoints carry it.
 
     Attributes:
-        needs: The domains that must be present in training, of "source", "target", "domains" (any two) and "sources"
-            (at least two of them).
+        required_domains: The domains that must be present in training, of "source", "target", "domains" (any two) and
+            "sources" (at least two of them).
         needs_classes: Whether it works on class probabilities, that is, only in classification.
-        reads_x: Whether it looks at inputs, `x`; features are then not cached.
+        needs_raw_input: Whether it looks at inputs, `x`; features are then not cached.
         full_pass: The domains, of "source" and "target", over whose training samples it is given a pass before each
             epoch, by `on_full_pass`.
         changes_backbone: Whether `attach` changes the backbone; it then comes before that of the others.
-        settings: In which settings beside one labelled source and one target with the same classes it is sound:
-            "several sources", "generalisation" (no target in training), "partial" (the target lacks classes), "open
-            set" (the target has classes of its own), "source-free".
+        supported_settings: In which settings beside one labelled source and one target with the same classes it is
+            sound: "several sources", "generalisation" (no target in training), "partial" (the target lacks classes),
+            "open set" (the target has classes of its own), "source-free".
 
     Args:
         weight: What the term is multiplied by, a number or a `Schedule`.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    required_domains: ClassVar[tuple[str, ...]] = ()
     needs_classes: ClassVar[bool] = False
-    reads_x: ClassVar[bool] = False
+    needs_raw_input: ClassVar[bool] = False
     full_pass: ClassVar[tuple[str, ...]] = ()
     changes_backbone: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ("several sources",)
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
     def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Method(nn.Module):
             and "two domains in training, a source and a target or two sources",
             "sources": len(sources) < 2 and "at least two source domains in training",
         }
-        for need in self.needs:
+        for need in self.required_domains:
             if missing[need]:
                 what, _, advice = str(missing[need]).partition("; ")
                 raise UserError(

@@ -30,8 +30,8 @@ class Discrepancy(Method):
     A subclass writes `distance`.
     """
 
-    needs = ("domains",)
-    settings = ("several sources", "generalisation")
+    required_domains = ("domains",)
+    supported_settings = ("several sources", "generalisation")
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """Of two views, a scalar."""
@@ -159,7 +159,7 @@ class AFN(Method):
         step: By how much a norm is to grow; the paper takes 1.
     """
 
-    settings = ("several sources", "generalisation", "partial", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "source-free")
 
     def __init__(self, weight: Weight = 0.05, step: float = 1.0) -> None:
         super().__init__(weight)

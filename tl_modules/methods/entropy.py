@@ -18,9 +18,9 @@ __all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 class OnTarget(Method):
     """A term on the target's logits alone; a subclass writes `term`."""
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
 
     def term(self, logits: Tensor) -> Tensor:
         """Of logits (B, C), a scalar."""
@@ -39,7 +39,7 @@ class MinimumEntropy(OnTarget):
         weight: Of the term; more than about 0.1 lets classes die out.
     """
 
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
     def __init__(self, weight: Weight = 0.1) -> None:
         super().__init__(weight)
@@ -65,7 +65,7 @@ class MCC(OnTarget):
         temperature: Of the softmax; the paper takes 2.5 (2 to 3).
     """
 
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
     def __init__(self, weight: Weight = 1.0, temperature: float = 2.5) -> None:
         super().__init__(weight)

@@ -51,8 +51,8 @@ class GroupDRO(Method):
         eta: The step size of q; DomainBed takes 0.01.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
     q: Tensor
 
     def __init__(self, eta: float = 0.01) -> None:
@@ -94,8 +94,8 @@ class IRM(Method):
         anneal: Share of the run with weight 1; DomainBed takes 500 of 5,000 steps.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
 
     def __init__(self, penalty: float = 100.0, anneal: float = 0.1) -> None:
         super().__init__()
@@ -121,8 +121,8 @@ class VREx(Method):
         weight: beta; DomainBed takes 10 after 500 steps of 1.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
 
     def __init__(self, weight: Weight = 10.0) -> None:
         super().__init__(weight)
@@ -144,8 +144,8 @@ class Mixup(Method):
         alpha: Of the Beta distribution; DomainBed takes 0.2.
     """
 
-    reads_x = True
-    settings = GENERALISE
+    needs_raw_input = True
+    supported_settings = GENERALISE
 
     def __init__(self, alpha: float = 0.2) -> None:
         super().__init__()
@@ -200,8 +200,8 @@ class MixStyle(Method):
         stages: After how many of the backbone's stages.
     """
 
-    needs = ("source",)
-    settings = GENERALISE
+    required_domains = ("source",)
+    supported_settings = GENERALISE
 
     def __init__(self, p: float = 0.5, alpha: float = 0.1, stages: int = 2) -> None:
         super().__init__()
@@ -266,9 +266,9 @@ class MLDG(Method):
         lr: alpha, of the inner step; the paper takes 5e-4 of the outer one's kind.
     """
 
-    needs = ("sources",)
-    reads_x = True
-    settings = GENERALISE
+    required_domains = ("sources",)
+    needs_raw_input = True
+    supported_settings = GENERALISE
 
     def __init__(self, weight: Weight = 1.0, lr: float = 1e-3) -> None:
         super().__init__(weight)

@@ -72,9 +72,9 @@ class DomainBatchNorm(Normalization):
     The source's are added; the layer's own become the target's, with which the model predicts.
     """
 
-    needs = ("source", "target")
-    reads_x = True  # a cached entry does not know which domain it was normalised for
-    settings = ("several sources", "partial", "open set")
+    required_domains = ("source", "target")
+    needs_raw_input = True  # a cached entry does not know which domain it was normalised for
+    supported_settings = ("several sources", "partial", "open set")
 
     def change(self, layer: BatchNorm) -> None:
         """Adds the source's twin."""
@@ -104,7 +104,7 @@ class StochNorm(Normalization):
         p: The probability; the paper takes 0.5.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ class L2SP(Method):
         head_weight: beta / alpha.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def __init__(self, weight: Weight = 0.1, head_weight: float = 0.1) -> None:
         super().__init__(weight)
@@ -64,7 +64,7 @@ class BSS(Method):
         k: How many singular values; the paper takes 1.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def __init__(self, weight: Weight = 1e-3, k: int = 1) -> None:
         super().__init__(weight)
@@ -80,7 +80,7 @@ class BSS(Method):
 class WithStart(Method):
     """A method that keeps the network as it was, its pretrained start, in eval mode."""
 
-    reads_x = True
+    needs_raw_input = True
 
     def attach(self, module: BaseTransferModule) -> None:
         """Copies the backbone."""
@@ -108,7 +108,7 @@ class DELTA(WithStart):
         weight: Of the term.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over the stages, on the domain that the model is for."""
@@ -216,7 +216,7 @@ class LwF(WithSourceHead):
         temperature: T; the paper takes 2.
     """
 
-    settings = ("several sources", "generalisation", "source-free")
+    supported_settings = ("several sources", "generalisation", "source-free")
 
     def __init__(self, source_classes: int, weight: Weight = 1.0, temperature: float = 2.0) -> None:
         super().__init__(source_classes, weight)
@@ -242,7 +242,7 @@ class CoTuning(WithSourceHead):
         weight: lambda; the paper takes 2.3.
     """
 
-    settings = ("several sources", "generalisation")
+    supported_settings = ("several sources", "generalisation")
 
     def __init__(self, source_classes: int, weight: Weight = 2.3) -> None:
         super().__init__(source_classes, weight)

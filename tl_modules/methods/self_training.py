@@ -31,10 +31,10 @@ class FixMatch(Method):
         strength: Of the change, see `functional.perturb`.
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    reads_x = True
-    settings = ("several sources", "partial", "source-free")
+    needs_raw_input = True
+    supported_settings = ("several sources", "partial", "source-free")
 
     def __init__(self, weight: Weight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
         super().__init__(weight)
@@ -65,9 +65,9 @@ class MeanTeacher(Method):
         balance: Weight of the second part, which is large where classes die out; French takes 0.005.
     """
 
-    needs = ("target",)
-    reads_x = True
-    settings = ("several sources", "source-free")
+    required_domains = ("target",)
+    needs_raw_input = True
+    supported_settings = ("several sources", "source-free")
 
     def __init__(
         self,
@@ -138,9 +138,9 @@ class PseudoLabel(Method):
         threshold: How certain.
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
     def __init__(self, weight: Weight = 1.0, threshold: float = 0.95) -> None:
         super().__init__(weight)
@@ -168,10 +168,10 @@ class SHOT(Method):
         beta: Weight of the pseudo-labels; the paper takes 0.3 (0.1 for digits).
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
     full_pass = ("target",)
-    settings = ("source-free",)
+    supported_settings = ("source-free",)
     labels: Tensor
 
     def __init__(self, weight: Weight = 1.0, beta: float = 0.3) -> None:

@@ -33,13 +33,13 @@ from tl_modules import (
     GroupDRO,
     InfoMax,
     LastStages,
-    Linear,
+    LinearWeight,
     LwF,
     MeanTeacher,
     Method,
     MixStyle,
     Mixup,
-    Ramp,
+    RampWeight,
     TorchvisionBackbone,
     TransferModule,
     UserError,
@@ -225,16 +225,18 @@ def test_source_free(method):
 
 
 def test_weights_move_with_progress():
-    assert Ramp(2.0, 10.0)(0.0) == 0
-    assert Ramp(2.0, 10.0)(1.0) == pytest.approx(2 * (2 / (1 + 2.718281828**-10) - 1))
-    assert [Linear(1.0, 0.0, 0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.5, 0.0, 0.0]
-    module = build([], "vector", target_weight=Linear(0.0, 1.0))
+    assert RampWeight(2.0, 10.0)(0.0) == 0
+    assert RampWeight(2.0, 10.0)(1.0) == pytest.approx(2 * (2 / (1 + 2.718281828**-10) - 1))
+    assert [LinearWeight(1.0, 0.0, 0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.5, 0.0, 0.0]
+    module = build([], "vector", target_weight=LinearWeight(0.0, 1.0))
     trainer = fit(module, Several("vector", target_labels=True))
     assert float(trainer.callback_metrics["train/task/target"]) > 0
     assert module.progress == 1.0
 
 
-@pytest.mark.parametrize("words", ["--model.methods+=DANN", "--model.target_weight Ramp --data.target_labels true"])
+@pytest.mark.parametrize(
+    "words", ["--model.methods+=DANN", "--model.target_weight RampWeight --data.target_labels true"]
+)
 def test_what_moves_with_progress_needs_an_end(words, tl):
     result = tl(
         "fit --data Digits --data.source true --model Classification --model.backbone ConvNet --model.backbone.width 4 "

@@ -17,7 +17,7 @@ from tl_modules.errors import UserError
 
 __all__ = ["Backbone"]
 
-Weights = str | Path | None
+PretrainedWeights = str | Path | None
 
 
 class Backbone(BaseBackbone):
@@ -80,7 +80,9 @@ class Backbone(BaseBackbone):
     def stages(self) -> list[nn.Module]:
         """The parts from input to output; together they hold every parameter exactly once."""
 
-    def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State] | None = None) -> None:
+    def load_pretrained(
+        self, weights: PretrainedWeights, strict: bool, hub: Callable[[str], State] | None = None
+    ) -> None:
         """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone, Weights
+from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.errors import UserError
 
 __all__ = ["VectorBackbone"]
@@ -40,7 +40,7 @@ class VectorBackbone(Backbone):
         in_features: int | None = None,
         widths: list[int] = [64, 64],  # noqa: B006 - what the help shows
         dropout: float = 0.0,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
     ) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone, Weights
+from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.backbones.weights import Pretrained, State, linear_head
 from tl_modules.errors import UserError, closest
 
@@ -125,7 +125,7 @@ class TorchvisionBackbone(ImageBackbone):
     def __init__(
         self,
         name: str,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,
@@ -172,7 +172,7 @@ class TimmBackbone(ImageBackbone):
         UserError: timm is missing, the name is unknown, or the weights cannot be fetched or do not fit.
     """
 
-    def __init__(self, name: str, weights: Weights = None, strict: bool = True) -> None:
+    def __init__(self, name: str, weights: PretrainedWeights = None, strict: bool = True) -> None:
         try:
             import timm
         except ImportError as error:
@@ -230,7 +230,7 @@ class HubBackbone(ImageBackbone):
         repo: Path | str,
         name: str,
         arguments: dict[str, Any] | None = None,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         image_size: int = 224,
         mean: Statistics = None,

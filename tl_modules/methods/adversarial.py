@@ -20,7 +20,7 @@ from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
 from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
 from tl_modules.methods.regularization import WithStart
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
 
@@ -41,7 +41,9 @@ class DANN(Method):
     required_domains = ("source", "target")
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False) -> None:
+    def __init__(
+        self, weight: LossWeight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False
+    ) -> None:
         super().__init__(weight)
         self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
 
@@ -175,7 +177,7 @@ class OSBP(Method):
     needs_classes = True
     supported_settings = ("several sources", "open set")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.5) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.5) -> None:
         super().__init__(weight)
         self.threshold = threshold
 
@@ -204,7 +206,7 @@ class MDD(Method):
     required_domains = ("source", "target")
     needs_classes = True
 
-    def __init__(self, weight: Weight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
+    def __init__(self, weight: LossWeight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
         super().__init__(weight)
         self.margin, self.reversal, self.hidden = margin, reversal, hidden
 
@@ -239,7 +241,7 @@ class MCD(Method):
     required_domains = ("source", "target")
     needs_classes = True
 
-    def __init__(self, weight: Weight = 1.0, reversal: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, reversal: float = 1.0) -> None:
         super().__init__(weight)
         self.reversal = reversal
 
@@ -276,7 +278,7 @@ class ADDA(WithStart):
 
     required_domains = ("source", "target")
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256) -> None:
+    def __init__(self, weight: LossWeight = 1.0, hidden: int = 256) -> None:
         super().__init__(weight)
         self.hidden = hidden
 

@@ -14,7 +14,7 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["Method"]
 
@@ -38,7 +38,7 @@ class Method(nn.Module):
             "open set" (the target has classes of its own), "source-free".
 
     Args:
-        weight: What the term is multiplied by, a number or a `Schedule`.
+        weight: What the term is multiplied by, a number or a `WeightSchedule`.
     """
 
     required_domains: ClassVar[tuple[str, ...]] = ()
@@ -48,7 +48,7 @@ class Method(nn.Module):
     changes_backbone: ClassVar[bool] = False
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
-    def __init__(self, weight: Weight = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0) -> None:
         super().__init__()
         self.weight = weight
 

@@ -19,7 +19,7 @@ from tl_modules.methods.functional import (
     sliced_wasserstein,
     squared_distances,
 )
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "OptimalTransport"]
 
@@ -78,7 +78,7 @@ class CORAL(Discrepancy):
             C_T)`; DomainBed compares the means too.
     """
 
-    def __init__(self, weight: Weight = 0.03, mean: bool = False) -> None:
+    def __init__(self, weight: LossWeight = 0.03, mean: bool = False) -> None:
         super().__init__(weight)
         self.mean = mean
 
@@ -99,7 +99,7 @@ class SWD(Discrepancy):
         directions: How many.
     """
 
-    def __init__(self, weight: Weight = 1.0, directions: int = 128) -> None:
+    def __init__(self, weight: LossWeight = 1.0, directions: int = 128) -> None:
         super().__init__(weight)
         self.directions = directions
 
@@ -122,7 +122,7 @@ class OptimalTransport(Discrepancy):
         beta: Weight of the label's cross-entropy.
     """
 
-    def __init__(self, weight: Weight = 1.0, alpha: float = 1.0, beta: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, alpha: float = 1.0, beta: float = 1.0) -> None:
         super().__init__(weight)
         self.alpha, self.beta = alpha, beta
 
@@ -161,7 +161,7 @@ class AFN(Method):
 
     supported_settings = ("several sources", "generalisation", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 0.05, step: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 0.05, step: float = 1.0) -> None:
         super().__init__(weight)
         self.step = step
 

@@ -10,7 +10,7 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import class_confusion, entropy, information, nuclear_norm
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 
@@ -41,7 +41,7 @@ class MinimumEntropy(OnTarget):
 
     supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 0.1) -> None:
+    def __init__(self, weight: LossWeight = 0.1) -> None:
         super().__init__(weight)
 
     def term(self, logits: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class MCC(OnTarget):
 
     supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, temperature: float = 2.5) -> None:
+    def __init__(self, weight: LossWeight = 1.0, temperature: float = 2.5) -> None:
         super().__init__(weight)
         self.temperature = temperature
 

@@ -23,7 +23,7 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains, sized_by_checkpoint
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
 
@@ -124,7 +124,7 @@ class VREx(Method):
     required_domains = ("sources",)
     supported_settings = GENERALISE
 
-    def __init__(self, weight: Weight = 10.0) -> None:
+    def __init__(self, weight: LossWeight = 10.0) -> None:
         super().__init__(weight)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
@@ -270,7 +270,7 @@ class MLDG(Method):
     needs_raw_input = True
     supported_settings = GENERALISE
 
-    def __init__(self, weight: Weight = 1.0, lr: float = 1e-3) -> None:
+    def __init__(self, weight: LossWeight = 1.0, lr: float = 1e-3) -> None:
         super().__init__(weight)
         self.lr = lr
 

@@ -18,7 +18,7 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import soft_cross_entropy
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["BSS", "DELTA", "L2SP", "CoTuning", "LwF"]
 
@@ -36,7 +36,7 @@ class L2SP(Method):
 
     supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def __init__(self, weight: Weight = 0.1, head_weight: float = 0.1) -> None:
+    def __init__(self, weight: LossWeight = 0.1, head_weight: float = 0.1) -> None:
         super().__init__(weight)
         self.head_weight = head_weight
 
@@ -66,7 +66,7 @@ class BSS(Method):
 
     supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def __init__(self, weight: Weight = 1e-3, k: int = 1) -> None:
+    def __init__(self, weight: LossWeight = 1e-3, k: int = 1) -> None:
         super().__init__(weight)
         self.k = k
 
@@ -173,7 +173,7 @@ class WithSourceHead(WithStart):
 
     needs_classes = True
 
-    def __init__(self, source_classes: int, weight: Weight = 1.0) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 1.0) -> None:
         super().__init__(weight)
         self.source_classes = source_classes
 
@@ -218,7 +218,7 @@ class LwF(WithSourceHead):
 
     supported_settings = ("several sources", "generalisation", "source-free")
 
-    def __init__(self, source_classes: int, weight: Weight = 1.0, temperature: float = 2.0) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 1.0, temperature: float = 2.0) -> None:
         super().__init__(source_classes, weight)
         self.temperature = temperature
 
@@ -244,7 +244,7 @@ class CoTuning(WithSourceHead):
 
     supported_settings = ("several sources", "generalisation")
 
-    def __init__(self, source_classes: int, weight: Weight = 2.3) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 2.3) -> None:
         super().__init__(source_classes, weight)
 
     def attach(self, module: BaseTransferModule) -> None:

@@ -14,7 +14,7 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_head, sized_by_checkpoint
 from tl_modules.methods.functional import information, perturb, ramp
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 
@@ -36,7 +36,7 @@ class FixMatch(Method):
     needs_raw_input = True
     supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
         super().__init__(weight)
         self.threshold, self.strength = threshold, strength
 
@@ -71,7 +71,7 @@ class MeanTeacher(Method):
 
     def __init__(
         self,
-        weight: Weight = 3.0,
+        weight: LossWeight = 3.0,
         momentum: float = 0.99,
         threshold: float = 0.968,
         strength: float = 1.0,
@@ -142,7 +142,7 @@ class PseudoLabel(Method):
     needs_classes = True
     supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.95) -> None:
         super().__init__(weight)
         self.threshold = threshold
 
@@ -174,7 +174,7 @@ class SHOT(Method):
     supported_settings = ("source-free",)
     labels: Tensor
 
-    def __init__(self, weight: Weight = 1.0, beta: float = 0.3) -> None:
+    def __init__(self, weight: LossWeight = 1.0, beta: float = 0.3) -> None:
         super().__init__(weight)
         self.beta = beta
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))

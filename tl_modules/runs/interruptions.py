@@ -168,7 +168,7 @@ def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
 
 def not_finite(module: LightningModule) -> str | None:
     """Waits for the device and looks at the epoch's loss terms: which one is not finite, since which step."""
-    found = module.terms.bad() if isinstance(module, TransferModule) else None
+    found = module.terms.first_nonfinite() if isinstance(module, TransferModule) else None
     if found is None:
         return None
     steps, names = found

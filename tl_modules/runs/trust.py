@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tl_modules.batch.compat import import_policy_kept
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
-from tl_modules.methods.schedules import Schedule
+from tl_modules.methods.schedules import WeightSchedule
 
 # what a run may import from: packages whose classes neither write files nor run what their arguments name
 ALLOWED = (
@@ -43,7 +43,7 @@ ALLOWED = (
     "timm.optim", "lightning.pytorch.callbacks", "lightning.pytorch.strategies", "lightning.pytorch.plugins",
     "lightning.pytorch.cli.ReduceLROnPlateau",
 )  # fmt: skip
-KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Precision)
+KINDS = (nn.Module, FineTuning, WeightSchedule, Optimizer, LRScheduler, LightningDataModule, Precision)
 # of these kinds, only some are harmless
 HARMLESS = {
     "AdaBN", "DDPStrategy", "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping",

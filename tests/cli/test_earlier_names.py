@@ -24,3 +24,11 @@ def test_a_weight(name, ok, tmp_path):
     weight = written(tmp_path)["model"]["init_args"]["target_weight"]
     assert weight["class_path"] == "tl_modules.RampWeight"
     ok("test --run runs/x")
+
+
+@pytest.mark.parametrize("name", ["OptimalTransport", "tl_modules.OptimalTransport"])
+def test_a_method(name, ok, tmp_path):
+    ok(f"fit {SMALL} --data.source true --model.methods+={name} --model.methods.alpha 0.5")
+    (method,) = written(tmp_path)["model"]["init_args"]["methods"]
+    assert (method["class_path"], method["init_args"]["alpha"]) == ("tl_modules.DeepJDOT", 0.5)
+    assert "train/deepjdot" in (tmp_path / "runs/x/version_0/metrics.csv").read_text()

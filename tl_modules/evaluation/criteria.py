@@ -71,7 +71,7 @@ def entropy(evidence: Evidence) -> float:
 @_finite
 def infomax(evidence: Evidence) -> float:
     """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each sample, and of many classes."""
-    return functional.information(_probabilities(evidence)).item()
+    return functional.mutual_information(_probabilities(evidence)).item()
 
 
 @_finite

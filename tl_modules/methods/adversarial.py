@@ -18,8 +18,8 @@ from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
-from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
-from tl_modules.methods.regularization import WithStart
+from tl_modules.methods.functional import certainty_weights, detached_call, ramp, reverse_gradient
+from tl_modules.methods.regularization import WithPretrainedCopy
 from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
@@ -55,11 +55,11 @@ class DANN(Method):
         """Of what the critic sees."""
         return module.backbone.width
 
-    def seen(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
+    def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
         return view.pooled
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """The weight of each sample, (B,) with mean 1."""
         return torch.ones(len(view), device=view.pooled.device)
 
@@ -70,9 +70,9 @@ class DANN(Method):
         scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
         losses = []
         for view, label in ((source, 1.0), (target, 0.0)):
-            logits = self.critic(reverse_gradient(self.seen(module, view), scale)).squeeze(1)
+            logits = self.critic(reverse_gradient(self.critic_input(module, view), scale)).squeeze(1)
             each = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
-            losses.append((self.importance(view) * each).mean())
+            losses.append((self.sample_weights(view) * each).mean())
         return (losses[0] + losses[1]) / 2
 
 
@@ -102,16 +102,16 @@ class CDAN(DANN):
             self.register_buffer("classes_to", torch.randn(classes, 1024))
         return 1024 if self.projected else features * classes
 
-    def seen(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
+    def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
         p = view.probabilities.detach()
         if self.projected:
             return (view.pooled @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
         return torch.einsum("bc,bd->bcd", p, view.pooled).flatten(1)
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """Certain samples count more."""
-        return certainty_weights(view.probabilities) if self.entropy else super().importance(view)
+        return certainty_weights(view.probabilities) if self.entropy else super().sample_weights(view)
 
 
 class PADA(DANN):
@@ -138,10 +138,10 @@ class PADA(DANN):
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """The weight of the label's class; 1 in the target."""
         if view.y is None:
-            return super().importance(view)
+            return super().sample_weights(view)
         share = self.get_buffer("share")
         share = share / share.max()
         return view.y @ share if view.y.is_floating_point() else share[view.y]
@@ -153,7 +153,7 @@ class PADA(DANN):
         if self.training:
             share = self.get_buffer("share")
             share.lerp_(target.probabilities.detach().mean(0), 1 - self.momentum)
-        weight = self.importance(source)
+        weight = self.sample_weights(source)
         source.weight = weight if source.weight is None else source.weight * weight
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
@@ -264,7 +264,7 @@ class MCD(Method):
         return weighted_mean(loss, source.weight) - cast(Tensor, discrepancy)
 
 
-class ADDA(WithStart):
+class ADDA(WithPretrainedCopy):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
     Start from a run that was trained on the source (`--model.backbone.weights RUN`) and leave the source's labels out
@@ -304,7 +304,7 @@ class ADDA(WithStart):
         with torch.no_grad():
             here = self.start.pooled_features(self.start(source.x))
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
-        return (critic[0] + critic[1]) / 2 + _bce(frozen(self.critic, target.pooled), 1.0)
+        return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 
 
 def _bce(logits: Tensor, label: float) -> Tensor:

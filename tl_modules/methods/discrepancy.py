@@ -11,9 +11,9 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, pairs
 from tl_modules.methods.functional import (
+    gaussian_kernel,
     gaussians,
     joint_mmd,
-    kernel,
     mmd,
     relative_coral,
     sliced_wasserstein,
@@ -21,7 +21,7 @@ from tl_modules.methods.functional import (
 )
 from tl_modules.methods.schedules import LossWeight
 
-__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "OptimalTransport"]
+__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "DeepJDOT", "OptimalTransport"]
 
 
 class Discrepancy(Method):
@@ -62,7 +62,7 @@ class JAN(Discrepancy):
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """`MMD^2` with the product of the kernels of both layers."""
         xs, ys = ([view.pooled, view.probabilities] for view in (one, other))
-        return joint_mmd(xs, ys, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
+        return joint_mmd(xs, ys, kernels=[gaussian_kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
 
 class CORAL(Discrepancy):
@@ -110,8 +110,8 @@ class SWD(Discrepancy):
         return sliced_wasserstein(x, y, directions)
 
 
-class OptimalTransport(Discrepancy):
-    """DeepJDOT: what it costs to carry one domain onto the other (Damodaran et al., ECCV 2018).
+class DeepJDOT(Discrepancy):
+    """Joint distribution optimal transport: the cost of carrying one domain onto the other (Damodaran et al., ECCV 2018).
 
     `sum_ij G_ij (alpha ||f_i - f_j||^2 / D + beta CE(output_j, y_i))` with G the optimal plan of the batch
     (`pip install 'lightning-transfer[ot]'`), through which no gradient goes. Without classes, beta is 0.
@@ -127,13 +127,13 @@ class OptimalTransport(Discrepancy):
         self.alpha, self.beta = alpha, beta
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Finds out before the work whether the solver is there."""
+        """Fails early if POT, the solver, is not installed."""
         self.classes = module.is_classification
         try:
             import ot  # noqa: F401
         except ImportError as error:
             raise UserError(
-                "OptimalTransport needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
+                "DeepJDOT needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
             ) from error
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
@@ -147,6 +147,9 @@ class OptimalTransport(Discrepancy):
         weights = [torch.full((size,), 1 / size, dtype=torch.float64) for size in cost.shape]
         plan = ot.emd(*(w.numpy() for w in weights), cost.detach().double().cpu().numpy())
         return (torch.from_numpy(plan).to(cost) * cost).sum()
+
+
+OptimalTransport = DeepJDOT  # earlier name, which a config may hold
 
 
 class AFN(Method):

@@ -9,13 +9,13 @@ from torch import Tensor
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.base import Method
-from tl_modules.methods.functional import class_confusion, entropy, information, nuclear_norm
+from tl_modules.methods.functional import class_confusion, entropy, mutual_information, nuclear_norm
 from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 
 
-class OnTarget(Method):
+class TargetOnly(Method):
     """A term on the target's logits alone; a subclass writes `term`."""
 
     required_domains = ("target",)
@@ -32,7 +32,7 @@ class OnTarget(Method):
         return self.term(target.output)
 
 
-class MinimumEntropy(OnTarget):
+class MinimumEntropy(TargetOnly):
     """`mean H(p)` (Grandvalet and Bengio, NeurIPS 2004).
 
     Args:
@@ -49,15 +49,15 @@ class MinimumEntropy(OnTarget):
         return entropy(logits.softmax(1)).mean()
 
 
-class InfoMax(OnTarget):
+class InfoMax(TargetOnly):
     """`mean H(p) - H(mean p)`: information maximisation (Krause et al., NeurIPS 2010; SHOT's first term)."""
 
     def term(self, logits: Tensor) -> Tensor:
         """The mutual information's negative."""
-        return -information(logits.softmax(1))
+        return -mutual_information(logits.softmax(1))
 
 
-class MCC(OnTarget):
+class MCC(TargetOnly):
     """Minimum class confusion (Jin et al., ECCV 2020).
 
     Args:
@@ -76,7 +76,7 @@ class MCC(OnTarget):
         return class_confusion(logits, self.temperature)
 
 
-class BNM(OnTarget):
+class BNM(TargetOnly):
     """Batch nuclear-norm maximisation: `-||P||_* / B` (Cui et al., CVPR 2020)."""
 
     def term(self, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tl_modules.methods.base import Method, check_trains
 __all__ = ["DomainBatchNorm", "StochNorm"]
 
 
-class Normalization(Method):
+class BatchNormPatch(Method):
     """Gives every BatchNorm layer of the backbone another class, so that its weights keep their names.
 
     A subclass writes `change`.
@@ -66,7 +66,7 @@ class Normalization(Method):
         """No term."""
 
 
-class DomainBatchNorm(Normalization):
+class DomainBatchNorm(BatchNormPatch):
     """DSBN: statistics and affine parameters for each of source and target (Chang et al., CVPR 2019).
 
     The source's are added; the layer's own become the target's, with which the model predicts.
@@ -79,7 +79,7 @@ class DomainBatchNorm(Normalization):
     def change(self, layer: BatchNorm) -> None:
         """Adds the source's twin."""
         layer.source = copy.deepcopy(layer)
-        become(layer, _ByDomain)
+        patch_class(layer, _ByDomain)
 
 
 class _ByDomain(BatchNorm):
@@ -95,7 +95,7 @@ class _ByDomain(BatchNorm):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class StochNorm(Normalization):
+class StochNorm(BatchNormPatch):
     """Stochastic normalisation (Kou et al., NeurIPS 2020).
 
     In training each channel takes, with probability p, the running statistics in place of the batch's.
@@ -112,7 +112,7 @@ class StochNorm(Normalization):
 
     def change(self, layer: BatchNorm) -> None:
         """Sets its probability."""
-        become(layer, _Stochastic)
+        patch_class(layer, _Stochastic)
         cast(Any, layer).p = self.p
 
 
@@ -132,6 +132,6 @@ class _Stochastic(BatchNorm):
         return torch.where(chosen, fixed, super().forward(input))
 
 
-def become(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
+def patch_class(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
     """Gives a layer, whatever its number of dimensions, the forward of `mixin`."""
     layer.__class__ = type(mixin.__name__, (mixin, type(layer)), {"__module__": __name__})

@@ -77,7 +77,7 @@ class BSS(Method):
         return smallest.square().sum()
 
 
-class WithStart(Method):
+class WithPretrainedCopy(Method):
     """A method that keeps the network as it was, its pretrained start, in eval mode."""
 
     needs_raw_input = True
@@ -90,7 +90,7 @@ class WithStart(Method):
         """The vectors (B, D) that the network gave of inputs at its start."""
         return self.start.pooled_features(self.start(x))
 
-    def train(self, mode: bool = True) -> WithStart:
+    def train(self, mode: bool = True) -> WithPretrainedCopy:
         """The start stays as it was."""
         super().train(mode)
         if hasattr(self, "start"):
@@ -98,7 +98,7 @@ class WithStart(Method):
         return self
 
 
-class DELTA(WithStart):
+class DELTA(WithPretrainedCopy):
     """Behaviour as it was: `1/2 sum_l mean ||F_l(x) - F_l^0(x)||^2` of the stages' outputs (Li et al., ICLR 2019).
 
     A stage's distance is a mean over its values, and all channels count the same: the paper's attention, which weighs
@@ -163,7 +163,7 @@ class SourceHead(nn.Module):
         return cast(Tensor, self.linear(torch.where(self.normalized, self.norm(features), features)))
 
 
-class WithSourceHead(WithStart):
+class WithPretrainedHead(WithPretrainedCopy):
     """A method that needs the pretrained head too: of a run of ours, or of a classifier whose last layer is linear.
 
     Args:
@@ -205,7 +205,7 @@ class WithSourceHead(WithStart):
             )
 
 
-class LwF(WithSourceHead):
+class LwF(WithPretrainedHead):
     """Learning without forgetting: the old head keeps its answers on the new data (Li and Hoiem, ECCV 2016).
 
     `mean CE(softmax(old output of the start / T), softmax(old output now / T))`.
@@ -231,7 +231,7 @@ class LwF(WithSourceHead):
         return soft_cross_entropy(self.head(view.pooled) / self.temperature, taught).mean()
 
 
-class CoTuning(WithSourceHead):
+class CoTuning(WithPretrainedHead):
     """Fine-tunes the pretrained head too, on source labels that go with the target's (You et al., NeurIPS 2020).
 
     `mean CE(head_S(f(x)), p(y_S | y))` with the relation p(y_S | y) the mean of the start's source probabilities over

@@ -13,7 +13,7 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_head, sized_by_checkpoint
-from tl_modules.methods.functional import information, perturb, ramp
+from tl_modules.methods.functional import mutual_information, ramp, strong_augment
 from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
@@ -22,13 +22,13 @@ __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 class FixMatch(Method):
     """What is certain of a sample is to hold for a strongly changed copy of it (Sohn et al., NeurIPS 2020).
 
-    `mean 1[max p >= threshold] CE(output(perturb(x)), argmax p)` on the target; the weak view is the batch itself, with
+    `mean 1[max p >= threshold] CE(output(strong(x)), argmax p)` on the target; the weak view is the batch itself, with
     the data's `augment`.
 
     Args:
         weight: Of the term.
         threshold: How certain; the paper takes 0.95.
-        strength: Of the change, see `functional.perturb`.
+        strength: Of the change, see `functional.strong_augment`.
     """
 
     required_domains = ("target",)
@@ -44,7 +44,7 @@ class FixMatch(Method):
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
-        strong = module.forward_extra(perturb(target.x, self.strength)).output
+        strong = module.forward_extra(strong_augment(target.x, self.strength)).output
         each = F.cross_entropy(strong, label, reduction="none")
         return ((certainty >= self.threshold) * each).mean()
 
@@ -61,7 +61,7 @@ class MeanTeacher(Method):
         weight: Of the term; French takes 3.
         momentum: Of the average, taken after each step.
         threshold: How certain the teacher must be of a sample; French takes 0.968.
-        strength: Of the change, see `functional.perturb`.
+        strength: Of the change, see `functional.strong_augment`.
         balance: Weight of the second part, which is large where classes die out; French takes 0.005.
     """
 
@@ -93,7 +93,7 @@ class MeanTeacher(Method):
         return self
 
     @torch.no_grad()
-    def learn(self, module: BaseTransferModule) -> None:
+    def update_teacher(self, module: BaseTransferModule) -> None:
         """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
@@ -111,8 +111,8 @@ class MeanTeacher(Method):
         """The consistency on the target."""
         assert target is not None
         if self.training:
-            self.learn(module)
-        changed = perturb(target.x, self.strength)
+            self.update_teacher(module)
+        changed = strong_augment(target.x, self.strength)
         with torch.no_grad():
             features = self.teacher[0](target.x)
             features = module.backbone.pooled_features(features) if module.uses_pooled_features else features
@@ -212,6 +212,6 @@ class SHOT(Method):
         assert target is not None
         if target.index is None:
             raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
-        return -information(target.probabilities) + self.beta * F.cross_entropy(
+        return -mutual_information(target.probabilities) + self.beta * F.cross_entropy(
             target.output, self.labels[target.index]
         )

@@ -111,7 +111,7 @@ class SWD(Discrepancy):
 
 
 class DeepJDOT(Discrepancy):
-    """Joint distribution optimal transport: the cost of carrying one domain onto the other (Damodaran et al., ECCV 2018).
+    """Joint distribution optimal transport, the cost of carrying one domain to the other (Damodaran et al., ECCV 2018).
 
     `sum_ij G_ij (alpha ||f_i - f_j||^2 / D + beta CE(output_j, y_i))` with G the optimal plan of the batch
     (`pip install 'lightning-transfer[ot]'`), through which no gradient goes. Without classes, beta is 0.

@@ -21,8 +21,8 @@ from tl_modules.runs.directory import read_config
 
 def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
     (tmp_path / "preempted.py").write_text(
-        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.splits import Rows\n"
-        "class Signals(Rows):\n"
+        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.splits import Subset\n"
+        "class Signals(Subset):\n"
         "    def __getitem__(self, index):\n"
         "        if not os.path.exists('sent') and index == 100:\n"
         "            open('sent', 'w').close()\n"

@@ -223,8 +223,9 @@ MINE = "import pathlib\npathlib.Path('pwned').touch()\nimport tl_modules\nclass 
 
 @pytest.mark.parametrize(("place", "name"), [
     ("methods", "mine.Mine"), ("methods", "os.system"), ("head", "os.system"), ("optimizer", "subprocess.Popen"),
-    ("optimizer", "torch.hub.load"), ("head", "torch.os.system"), ("backbone", "tl_modules.HubBackbone"),
-    ("backbone", "tl_modules.backbones.vision.HubBackbone"), ("optimizer", "pickle.Unpickler"),
+    ("optimizer", "torch.hub.load"), ("head", "torch.os.system"), ("backbone", "tl_modules.TorchHubBackbone"),
+    ("backbone", "tl_modules.HubBackbone"), ("backbone", "HubBackbone"),
+    ("backbone", "tl_modules.backbones.vision.TorchHubBackbone"), ("optimizer", "pickle.Unpickler"),
 ])  # fmt: skip
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_runs_config_names_only_what_runs_are_made_of(run, tl, tmp_path, place, name, as_text):

@@ -243,10 +243,13 @@ def test_files_named_as_packages_that_are_imported_late(where, received, try_all
 
 
 @pytest.mark.parametrize("spec", [
+    {"class_path": "TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "tl_modules.HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "tl_modules.backbones.vision.HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
-    '{"class_path": "HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}}',
+    {"class_path": "tl_modules.TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
+    {"class_path": "tl_modules.backbones.vision.TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
+    '{"class_path": "TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}}',
 ])  # fmt: skip
 def test_torch_hub(spec, received, try_all):
     (received.run / "hubconf.py").write_text(EVIL.format(mark=str(received.mark)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
+from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load, read
 from tl_modules.batch import samples
 from tl_modules.batch.protocol import BaseBackbone
 from tl_modules.errors import UserError
@@ -35,7 +35,7 @@ class Backbone(BaseBackbone):
         out_features: Width of the features; of a pyramid, of each level.
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
-        bf16: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
+        bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
     name: str = ""
@@ -45,7 +45,7 @@ class Backbone(BaseBackbone):
     prepare: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
     pretrained: Pretrained | None = None
     random: bool = False
-    bf16: tuple[str, ...] = ()
+    bf16_devices: tuple[str, ...] = ()
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Learns from the schema what inputs are: builds what depends on it, refuses what it cannot read.
@@ -81,7 +81,7 @@ class Backbone(BaseBackbone):
         """The parts from input to output; together they hold every parameter exactly once."""
 
     def load_pretrained(
-        self, weights: PretrainedWeights, strict: bool, hub: Callable[[str], State] | None = None
+        self, weights: PretrainedWeights, strict: bool, hub: Callable[[str], StateDict] | None = None
     ) -> None:
         """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from datamodules import Digits, ImageFolders
 from datamodules.loaders import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
-from tl_modules.checkpoints.files import WholeFiles
+from tl_modules.checkpoints.files import AtomicCheckpointIO
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.runs import ExactResume, Interruptions
 
@@ -71,7 +71,7 @@ for hook in HOOKS:
     setattr(Turns, hook, _hook(hook))
 
 
-class Files(WholeFiles):
+class Files(AtomicCheckpointIO):
     """Our checkpoint files in one epoch, Lightning's in the next."""
 
     def __init__(self, turns):

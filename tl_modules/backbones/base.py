@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load, read
+from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load_weights, read_weights
 from tl_modules.batch import samples
 from tl_modules.batch.protocol import BaseBackbone
 from tl_modules.errors import UserError
@@ -93,11 +93,11 @@ class Backbone(BaseBackbone):
             return
         kind = type(self).__name__
         if is_local(weights):
-            self.pretrained = read(weights)
+            self.pretrained = read_weights(weights)
         elif hub is not None:
             self.pretrained = Pretrained(str(weights), hub(str(weights)))
         else:
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
-        load(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
+        load_weights(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
         head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_modules.checkpoints.files import damage, find_run
+from tl_modules.checkpoints.files import find_corruption, find_run
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def is_local(weights: str | os.PathLike[str]) -> bool:
     return Path(text).exists() or text.endswith(_SUFFIXES) or text.startswith((".", "/", "~", "$")) or os.sep in text
 
 
-def read(weights: str | os.PathLike[str]) -> Pretrained:
+def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run, `runs/NAME` being its newest version.
 
     Raises:
@@ -83,7 +83,7 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
         path = find_run(path) / "checkpoints" / "best.ckpt"
         if not path.is_file():
             raise UserError(f"weights: there is no {path}")
-    if zipfile.is_zipfile(path) and (fault := damage(path)):
+    if zipfile.is_zipfile(path) and (fault := find_corruption(path)):
         raise UserError(f"weights: {path} {fault}")
     try:
         if path.suffix == ".safetensors":
@@ -126,7 +126,7 @@ def linear_head(state: StateDict, name: str) -> StateDict:
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}
 
 
-def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> LoadReport:
+def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> LoadReport:
     """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
 
     Args:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
-from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
+from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
 from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.parser import COMMANDS, OWN, Parser
@@ -128,7 +128,7 @@ class TransferCLI(OneCommand, LightningCLI):
         self.configured = bool(values(args, "--run")) or not resume
         config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
         if resume or not given(args, "--ckpt_path"):
-            file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
+            file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
             if file is None:
                 log.warning("%s has no checkpoint yet: it begins anew", self.run)
@@ -201,7 +201,10 @@ class TransferCLI(OneCommand, LightningCLI):
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
         given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
-        kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
+        kwargs["plugins"] = [
+            *(given_plugins if isinstance(given_plugins, list) else [given_plugins]),
+            AtomicCheckpointIO(),
+        ]
         kwargs.setdefault("default_root_dir", str(path))
         return super().instantiate_trainer(**kwargs)
 
@@ -238,7 +241,7 @@ class TransferCLI(OneCommand, LightningCLI):
             monitor, mode = None, "max"
         each = {"best": (monitor, mode), "last": (None, "min")}
         if first_process():
-            sweep(folder)
+            remove_partial_files(folder)
         return [
             Interruptions(
                 folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"

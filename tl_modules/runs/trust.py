@@ -51,10 +51,7 @@ HARMLESS = {
     "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT", "TQDMProgressBar",
     "Timer", "WeightAveraging",
 }  # fmt: skip
-RUN_CODE = (
-    "TorchHubBackbone",
-    "HubBackbone",
-)  # of a repository that its arguments name; earlier name
+RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of a repository that its arguments name; the same class twice
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory
 TEXTS = ("name", "class_names", "classes", "categories", "schema")  # arguments whose texts are names of the user's
 SCHEMA = "schema"  # all that it holds is named so, but no class in it

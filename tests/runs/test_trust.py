@@ -281,8 +281,8 @@ def test_a_logger_that_writes_elsewhere(kind, received, try_all):
     {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "OUT"}},
     {"class_path": "ModelCheckpoint", "init_args": {"filename": "../../../../outside/x"}},
     {"class_path": "lightning.pytorch.callbacks.OnExceptionCheckpoint", "init_args": {"dirpath": "OUT"}},
-    {"class_path": "tl_modules.runs.RunDirectory", "init_args": {"path": "OUT", "config": {"a": 1}}},
-    {"class_path": "RunDirectory", "init_args": {"path": "OUT", "config": {"a": 1}}},
+    {"class_path": "tl_modules.runs.RunFiles", "init_args": {"path": "OUT", "config": {"a": 1}}},
+    {"class_path": "RunFiles", "init_args": {"path": "OUT", "config": {"a": 1}}},
     {"class_path": "tl_modules.cache.FeatureCache", "init_args": {"folder": "OUT", "disk_gb": 1e-9}},
     {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": "os.system"}},
 ])  # fmt: skip

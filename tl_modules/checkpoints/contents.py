@@ -6,7 +6,7 @@ current_model_state                        Lightning's WeightAveraging        th
 transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
 random_backbone                            this file                          this file, when a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
-callbacks                                  each callback, by its class's name
+callbacks                                  each callback, by its `state_key`
                                            (runs/resume.py: generators and running means of each process)
 """
 

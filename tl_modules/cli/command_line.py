@@ -30,10 +30,10 @@ from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import first_process, importable
 from tl_modules.cli.trainer import TransferTrainer, compile_backbone
 from tl_modules.errors import UserError
-from tl_modules.evaluation import Pictures, PredictionTable, Selection
+from tl_modules.evaluation import ModelSelection, PredictionWriter, TensorBoardFigures
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
-from tl_modules.runs import Bar, ExactResume, Interruptions, PlainProgress, RunDirectory
+from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
 from tl_modules.runs.directory import SECTIONS, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
@@ -100,7 +100,7 @@ class TransferCLI(OneCommand, LightningCLI):
             "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
         )
         parser.add_class_arguments(FeatureCache, "cache")
-        parser.add_class_arguments(Selection, "select", skip={"run"})
+        parser.add_class_arguments(ModelSelection, "select", skip={"run"})
         if self.command == "fit":
             parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
             parser.add_argument(
@@ -212,17 +212,17 @@ class TransferCLI(OneCommand, LightningCLI):
         config = self.config[str(self.subcommand)]
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
-        selection = Selection(**config.select, run=path)
+        selection = ModelSelection(**config.select, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)
-        self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
+        self.files = RunFiles(path, self._resolved() if self.subcommand == "fit" else {})
         callbacks: list[Callback] = [self.files, selection]
         if config.trainer.logger is not False:
-            callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
+            callbacks.append(TensorBoardFigures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(Bar() if sys.stdout.isatty() else PlainProgress())
+            callbacks.append(EpochProgressBar() if sys.stdout.isatty() else LineProgress())
         if self.subcommand == "predict":
-            callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
+            callbacks.append(PredictionWriter(Path(config.out) if config.out else path / "predictions.csv"))
         if self.subcommand == "fit":
             callbacks += [FreezeAudit(config.audit), ExactResume()]
             if config.trainer.logger is not False:
@@ -243,7 +243,7 @@ class TransferCLI(OneCommand, LightningCLI):
         if first_process():
             remove_partial_files(folder)
         return [
-            Interruptions(
+            GracefulShutdown(
                 folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"
             ),
             *(

@@ -24,14 +24,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tl_modules.errors import UserError
 from tl_modules.module import TransferModule
 
-__all__ = ["Interruptions"]
+__all__ = ["GracefulShutdown"]
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "the loss is not finite in another process"
 LOOK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 
 
-class Interruptions(Callback):
+class GracefulShutdown(Callback):
     """Saves last.ckpt where it can be resumed exactly, whatever ends the run.
 
     Args:

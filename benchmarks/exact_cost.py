@@ -27,11 +27,11 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from datamodules import Digits, ImageFolders
-from datamodules.loading import collate
+from datamodules.loaders import collate
 from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
-from tl_modules.checkpoints.files import WholeFiles
+from tl_modules.checkpoints.files import AtomicCheckpointIO
 from tl_modules.finetuning.audit import FreezeAudit
-from tl_modules.runs import ExactResume, Interruptions
+from tl_modules.runs import ExactResume, GracefulShutdown
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -71,7 +71,7 @@ for hook in HOOKS:
     setattr(Turns, hook, _hook(hook))
 
 
-class Files(WholeFiles):
+class Files(AtomicCheckpointIO):
     """Our checkpoint files in one epoch, Lightning's in the next."""
 
     def __init__(self, turns):
@@ -101,7 +101,7 @@ class Batches:
 def pairs(model, data, count, batches):
     """(with, without) seconds of epochs side by side; the first four warm up."""
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(io.StringIO()):
-        turns = Turns([FreezeAudit(), ExactResume(), Interruptions(Path(folder) / "last.ckpt")])
+        turns = Turns([FreezeAudit(), ExactResume(), GracefulShutdown(Path(folder) / "last.ckpt")])
         exact = data.train_dataloader
         data.train_dataloader = lambda: CombinedLoader(
             {name: Batches(turns, loader) for name, loader in exact().iterables.items()}, "min_size"

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py
 
-It is why `ImageBackbone.bf16` leaves out grouped convolutions on CPUs.
+It is why `ImageBackbone.bf16_devices` leaves out grouped convolutions on CPUs.
 """
 
 import statistics
@@ -50,7 +50,8 @@ def main():
             pairs = [(timed(lambda w=work: w(False)), timed(lambda w=work: w(True))) for _ in range(7)][2:]
             ratios.append(statistics.median(a / b for a, b in pairs))
         print(
-            f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {'no' if 'cpu' in backbone.bf16 else 'yes'} |", flush=True
+            f"| {name} | {ratios[0]:.2f} | {ratios[1]:.2f} | {'no' if 'cpu' in backbone.bf16_devices else 'yes'} |",
+            flush=True,
         )
 
 

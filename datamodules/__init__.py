@@ -1,15 +1,19 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
 from datamodules.base import TransferDataModule
-from datamodules.classes import Classes
+from datamodules.class_subsets import ClassSubset
 from datamodules.digits import Digits
-from datamodules.domains import DomainFolders
+from datamodules.domain_folders import DomainFolders
 from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
-from datamodules.shifts import Colour, Corruption, Identity, Rotation, Shift, Shifted
-from datamodules.table import Tables
+from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
+from datamodules.tabular import TabularData
+
+# earlier names, which a config may hold
+Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [
+    "ClassSubset",
     "Classes",
     "Colour",
     "Corruption",
@@ -19,9 +23,12 @@ __all__ = [
     "Identity",
     "ImageArrays",
     "ImageFolders",
+    "NoShift",
     "Rotation",
     "Shift",
     "Shifted",
+    "SpuriousColour",
     "Tables",
+    "TabularData",
     "TransferDataModule",
 ]

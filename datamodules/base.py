@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError
-from datamodules.loading import Loader, Named, Shard, Shuffled, View, collate, cores, deaf, even_batch_size
+from datamodules.loaders import IndexedSubset, Loader, Named, Shard, Shuffled, collate, cores, deaf, even_batch_size
 from datamodules.splits import SPLITS, Joined, few_shots, ids_of, some_of_each, targets_of
 
 
@@ -194,14 +194,14 @@ class TransferDataModule(LightningDataModule):
                 rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
             if name == "target" and self.labelled is not None:
                 shown = some_of_each(dataset, self.labelled, self.seed)
-                views["target/labelled"] = View(dataset, shown, self.augment)
+                views["target/labelled"] = IndexedSubset(dataset, shown, self.augment)
                 rows = sorted(set(rows) - set(shown))
                 if not rows:
                     raise DataError(
                         f"labelled: the target has {len(shown)} training samples, so none is left unlabelled"
                     )
             without = name == "target" and (hidden or self.labelled is not None)
-            views[name] = View(dataset, rows, self.augment, label="none" if without else "y")
+            views[name] = IndexedSubset(dataset, rows, self.augment, label="none" if without else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
             sampler = Shuffled(view, longest, self.batch_size, self.seed, name)
@@ -283,7 +283,7 @@ class TransferDataModule(LightningDataModule):
         return self._rows(dataset, name, label, split)
 
     def _rows(self, dataset: Dataset[Any], domain: str, label: str, role: str) -> DataLoader[Any]:
-        view = View(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
+        view = IndexedSubset(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
         sampler = Shard(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
         loader = self._loader(view, size, sampler, domain)
@@ -291,7 +291,7 @@ class TransferDataModule(LightningDataModule):
         return loader
 
     def _loader(
-        self, view: View, size: int, sampler: Any, domain: str, named: bool = True, drop_last: bool = False
+        self, view: IndexedSubset, size: int, sampler: Any, domain: str, named: bool = True, drop_last: bool = False
     ) -> Loader:
         model = getattr(self.trainer, "lightning_module", None)
         own = self.collate or getattr(model, "collate", None) or collate

@@ -103,7 +103,7 @@ class Joined(ConcatDataset[Any]):
         return digest(*parts) if all(parts) else None
 
 
-class Rows(Dataset[Any]):
+class Subset(Dataset[Any]):
     """Some rows of a data set, with its `targets` and `ids`."""
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
@@ -164,11 +164,11 @@ def three_way(
     if "all" in splits:
         pool = splits.pop("all")
         val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed, stratified)
-        return {"train": Rows(pool, train), "val": Rows(pool, val), "test": Rows(pool, test)}
+        return {"train": Subset(pool, train), "val": Subset(pool, val), "test": Subset(pool, test)}
     if "val" not in splits and "train" in splits:
         pool = splits["train"]
         val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified)
-        splits |= {"train": Rows(pool, train), "val": Rows(pool, val)}
+        splits |= {"train": Subset(pool, train), "val": Subset(pool, val)}
     if "test" not in splits and "val" in splits:
         log.warning("%s has no test split: `tl test` uses its validation split, which also chooses the epoch", where)
         splits["test"] = splits["val"]

@@ -32,7 +32,7 @@ from torchvision.transforms.v2 import RandomInvert
 
 from datamodules import Digits
 from tl_modules import CORAL, DANN, MCC, Classification, DomainBatchNorm, FixMatch, LeNet, MLPHead
-from tl_modules.evaluation import Selection
+from tl_modules.evaluation import ModelSelection
 from tl_modules.evaluation.model_selection import report
 
 warnings.filterwarnings("ignore")
@@ -70,7 +70,7 @@ def adapt(way, seed):
     data = Digits(source=True, seed=seed, batch_size=32, augment=[RandomInvert(0.5)])
     backbone = LeNet(batch_norm=True, instance_norm=True)
     model = Classification(backbone, data.schema, head=MLPHead, methods=WAYS[way]())
-    selection = Selection("source")
+    selection = ModelSelection("source")
     trainer = Trainer(
         max_epochs=EPOCHS,
         callbacks=[selection],

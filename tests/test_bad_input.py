@@ -16,7 +16,7 @@ FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 -
 PLUGIN = """
 from tl_modules import Method
 class NeedsSource(Method):
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     def forward(self, module, source, target):
         return source.features.mean() - target.features.mean()
 """

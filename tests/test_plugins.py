@@ -45,7 +45,7 @@ class OnlyLate(FineTuning):
 class MeanMatch(Method):
     """The distance between the domains' mean features."""
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
 
     def forward(self, module, source, target):
         return (source.features.mean(0) - target.features.mean(0)).square().sum()

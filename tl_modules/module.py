@@ -44,8 +44,8 @@ from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
 from tl_modules.heads import Head, LinearHead
 from tl_modules.methods.base import Method, check_methods, check_reach, named
-from tl_modules.methods.schedules import Weight, at
-from tl_modules.methods.terms import Terms
+from tl_modules.methods.schedules import LossWeight, current_weight
+from tl_modules.methods.terms import LossMeans
 
 # ours leaves the batches of a datamodule of ours as they are
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
@@ -69,7 +69,7 @@ class TransferModule(QuickNames, StagedModule):
         optimizer: Class or function of the parameter groups; its learning rate is the head's.
         lr_scheduler: Class or function of the optimizer; stepped each epoch (WarmupCosine, OneCycleLR and CyclicLR:
             each step). None: the learning rates stay as they are.
-        target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `Schedule`.
+        target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `WeightSchedule`.
         source_weight: The weight of L_S; with 0 the source's labels train nothing.
         save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
             backbone's pretrained weights again (a fingerprint makes sure that they are the same).
@@ -86,8 +86,8 @@ class TransferModule(QuickNames, StagedModule):
         methods: list[Method] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
-        target_weight: Weight = 1.0,
-        source_weight: Weight = 1.0,
+        target_weight: LossWeight = 1.0,
+        source_weight: LossWeight = 1.0,
         save: Literal["all", "trainable"] = "all",
     ) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class TransferModule(QuickNames, StagedModule):
         self.left_out: str | None = None  # a fingerprint of what checkpoints leave out, once one is written
         self.task_weight = {"source": source_weight, "target": target_weight}
         self.measure()
-        self.terms = Terms()
+        self.terms = LossMeans()
         self.head_transferred = contents.transfer_head(self)
         # what changes the backbone comes before what copies it
         for _, method in sorted(self.named_methods(), key=lambda named: not named[1].changes_backbone):
@@ -147,7 +147,7 @@ class TransferModule(QuickNames, StagedModule):
             with passing(rows):
                 features = samples.split(self.encode(samples.concat(xs)), [count for _, count in rows])
         else:  # inputs that cannot be concatenated pass one after the other
-            if any(method.reads_x for _, method in self.named_methods()):
+            if any(method.needs_raw_input for _, method in self.named_methods()):
                 check_sources(names, xs)
             features = []
             for x, row in zip(xs, rows, strict=True):
@@ -191,12 +191,12 @@ class TransferModule(QuickNames, StagedModule):
             for domain, output in outputs.items():
                 labelled = output.with_labels
                 if labelled is not None and self.task_weight[domain] != 0:
-                    terms[f"task/{domain}"] = at(self.task_weight[domain], self) * labelled.mean_loss
+                    terms[f"task/{domain}"] = current_weight(self.task_weight[domain], self) * labelled.mean_loss
             for name, method in methods:
                 term = method(self, source, target)
                 if term is not None:
                     check_reach(self, name, method, term)
-                    terms[name] = at(method.weight, self) * term
+                    terms[name] = current_weight(method.weight, self) * term
         if not terms:
             raise UserError(
                 "source_weight, target_weight: nothing is left of the loss, since the labelled domains have weight 0 "
@@ -227,7 +227,7 @@ class TransferModule(QuickNames, StagedModule):
 
     def on_train_epoch_start(self) -> None:
         """Opens what this epoch opens, and gives the methods that ask for it a pass over a domain."""
-        self.terms = Terms()
+        self.terms = LossMeans()
         super().on_train_epoch_start()
         for _, method in self.named_methods():
             for name, loader in by_domain(self.trainer.train_dataloader, DataLoader).items():

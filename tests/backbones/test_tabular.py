@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tl_modules
-from tl_modules import Classification, FeatureExtraction, LastStages, UserError, VectorBackbone
+from tl_modules import Classification, FeatureExtraction, LastStages, TabularMLP, UserError
 from tl_modules.cache.cut import Cut
 
 
@@ -16,7 +16,7 @@ def table(rows=64):
 
 
 def test_columns_of_any_unit_are_standardised():
-    backbone = VectorBackbone(3, [])
+    backbone = TabularMLP(3, [])
     x = table()
     backbone.train()(x)  # one step is enough
     out = backbone.eval()(x)
@@ -27,7 +27,7 @@ def test_columns_of_any_unit_are_standardised():
 
 @pytest.mark.parametrize("widths", [[8], [8, 6], [8, 6, 4]])
 def test_a_stage_for_each_width(widths):
-    backbone = VectorBackbone(3, widths, dropout=0.5)
+    backbone = TabularMLP(3, widths, dropout=0.5)
     assert backbone.out_features == widths[-1]
     assert backbone.eval()(table()).shape == (64, widths[-1])
     held = [id(p) for stage in backbone.stages() for p in stage.parameters()]
@@ -44,7 +44,7 @@ def strategies():
 
 @pytest.mark.parametrize("strategy", strategies(), ids=lambda s: s.__name__)
 def test_what_is_closed_rests(strategy):
-    module = Classification(VectorBackbone(3, [8, 6]), 2, finetuning=strategy())
+    module = Classification(TabularMLP(3, [8, 6]), 2, finetuning=strategy())
     stages = module.backbone.stages()
     for epoch in range(3):
         module.train()
@@ -62,7 +62,7 @@ def test_what_is_closed_rests(strategy):
 
 @pytest.mark.parametrize("closed", [1, 2, 3])
 def test_cut(closed):
-    backbone = VectorBackbone(3, [8, 6, 4])
+    backbone = TabularMLP(3, [8, 6, 4])
     backbone.train()(table())
     backbone.eval()
     cut = Cut(backbone, closed, table())
@@ -71,11 +71,11 @@ def test_cut(closed):
 
 
 def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
-    trained = VectorBackbone(3, [8])
+    trained = TabularMLP(3, [8])
     for _ in range(20):
         trained.train()(table())
     torch.save(trained.state_dict(), tmp_path / "w.pth")
-    loaded = VectorBackbone(3, [8], weights=tmp_path / "w.pth")
+    loaded = TabularMLP(3, [8], weights=tmp_path / "w.pth")
     assert loaded.pretrained is not None
     assert torch.equal(loaded.eval()(table()), trained.eval()(table()))
     loaded.train()(table() + 100)
@@ -89,20 +89,20 @@ def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
         ({"in_features": 0}, "must be at least 1"),
         ({"widths": [4, 0]}, "must be at least 1"),
         ({"dropout": 1.0}, r"dropout: 1.0 must lie in \[0, 1\)"),
-        ({"weights": "DEFAULT"}, "VectorBackbone has no hub entry DEFAULT"),
+        ({"weights": "DEFAULT"}, "TabularMLP has no hub entry DEFAULT"),
         ({"weights": "nowhere.pth"}, "there is no file or run directory nowhere.pth"),
     ],
 )
 def test_mistakes(arguments, match):
     with pytest.raises(UserError, match=match):
-        VectorBackbone(**{"in_features": 3, **arguments})
+        TabularMLP(**{"in_features": 3, **arguments})
 
 
 def test_runs_from_the_command_line(ok, tmp_path):
     lines = [f"{i % 5},{1000 * (i % 2)},{'ab'[i % 2]}" for i in range(60)]
     (tmp_path / "a.csv").write_text("\n".join(lines))
-    backbone = "--model.backbone VectorBackbone --model.backbone.in_features 2 --model.backbone.widths [8]"
-    data = "--data Tables --data.target a.csv"
+    backbone = "--model.backbone TabularMLP --model.backbone.in_features 2 --model.backbone.widths [8]"
+    data = "--data TabularData --data.target a.csv"
     ok(f"fit {backbone} {data} --trainer.max_epochs 20 --model.optimizer.lr 0.02 --name a")
     assert "test/accuracy" in ok("test --run runs/a")
     ok(f"fit {backbone} {data} --trainer.max_epochs 2 --model.backbone.weights runs/a/version_0 "

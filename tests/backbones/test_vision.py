@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 import tl_modules
-from tl_modules import Classification, ConvNet, HubBackbone, ImageBackbone, LeNet, TimmBackbone, TorchvisionBackbone
+from tl_modules import (
+    Classification,
+    ConvNet,
+    ImageBackbone,
+    LeNet,
+    TimmBackbone,
+    TorchHubBackbone,
+    TorchvisionBackbone,
+)
 from tl_modules.backbones.vision import strip_classifier
 
 HUBCONF = """
@@ -148,26 +156,26 @@ def test_timm_missing_names_the_extra(monkeypatch):
     [(None, False), ({"width": 9}, False), ({"pretrained": True}, False), ({"pretrained": False}, True)],
 )
 def test_hub_weights_count_as_pretrained_unless_told(arguments, random, repo):
-    assert HubBackbone(repo, "tiny", arguments).random == random
+    assert TorchHubBackbone(repo, "tiny", arguments).random == random
 
 
 def test_hub_from_a_local_folder(repo):
-    check(HubBackbone(repo, "tiny"), 6, 32, 2)
-    check(HubBackbone(repo, "tiny", arguments={"width": 9}), 9, 32)
-    check(HubBackbone(repo, "headless", image_size=16), 7, 16)
+    check(TorchHubBackbone(repo, "tiny"), 6, 32, 2)
+    check(TorchHubBackbone(repo, "tiny", arguments={"width": 9}), 9, 32)
+    check(TorchHubBackbone(repo, "headless", image_size=16), 7, 16)
 
 
 @pytest.mark.parametrize(("entry", "match"), [("tinny", "has no entry tinny"), ("number", "gives a int")])
 def test_hub_mistakes(repo, entry, match):
     with pytest.raises(tl_modules.UserError, match=match):
-        HubBackbone(repo, entry)
+        TorchHubBackbone(repo, entry)
 
 
 def test_hub_repository_mistakes(tmp_path):
     with pytest.raises(tl_modules.UserError, match="has no hubconf"):
-        HubBackbone(str(tmp_path), "x")
+        TorchHubBackbone(str(tmp_path), "x")
     with pytest.raises(tl_modules.UserError, match="neither a folder nor owner/name"):
-        HubBackbone("nothing", "x")
+        TorchHubBackbone("nothing", "x")
 
 
 def test_normalisation_by_hand():
@@ -192,7 +200,7 @@ def cases(repo):
     yield LeNet, {"batch_norm": True}, 28
     yield TorchvisionBackbone, {"name": "squeezenet1_1"}, 64
     yield TimmBackbone, {"name": "resnet10t"}, 64
-    yield HubBackbone, {"repo": repo, "name": "tiny", "arguments": {"pretrained": False}}, 32
+    yield TorchHubBackbone, {"repo": repo, "name": "tiny", "arguments": {"pretrained": False}}, 32
 
 
 def strategies(cls=tl_modules.FineTuning):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tl_modules import Classification, ConvNet, Regression, UserError
-from tl_modules.backbones.weights import Pretrained, load, read
+from tl_modules.backbones.weights import Pretrained, load_weights, read_weights
 
 
 def same(a, b):
@@ -38,7 +38,7 @@ def test_report():
         "extra": torch.ones(1),
         "1.bias": torch.ones(4),
     }
-    match = load(model, Pretrained("file", given), strict=False)
+    match = load_weights(model, Pretrained("file", given), strict=False)
     assert match.matched == ["0.weight", "1.bias"]
     assert match.missing == ["1.weight"]
     assert match.unexpected == ["extra"]
@@ -69,7 +69,7 @@ def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
     for name, dump in (("a.pth", torch.save), ("b.pth", lambda x, f: pickle.dump(x, f.open("wb")))):
         dump({"state_dict": Evil()}, tmp_path / name)
         with pytest.raises(UserError):
-            read(tmp_path / name)
+            read_weights(tmp_path / name)
     assert not (tmp_path / "evil").exists()
 
 

@@ -92,6 +92,21 @@ def test_the_import_policy_cannot_be_read():
     assert not {name for name in public(jsonargparse) if "get_parsing_setting" in name}
 
 
+def test_jsonargparse_knows_a_class_by_one_name():
+    from jsonargparse import _typehints
+
+    resolve = _typehints.resolve_class_path_by_name
+    try:
+        assert resolve(nn.Module, "Earlier") == "Earlier"
+        compat.name_classes_too({"Earlier": "Bilinear", "CELU": "Bilinear", "Other": "None"})
+        resolve_too = _typehints.resolve_class_path_by_name
+        assert resolve_too(nn.Module, "Earlier") == resolve_too((int, nn.Module), "Earlier") == "torch.nn.Bilinear"
+        assert resolve_too(nn.Module, "CELU") == "torch.nn.CELU"
+        assert resolve_too(nn.Module, "Other") == "Other"
+    finally:
+        _typehints.resolve_class_path_by_name = resolve
+
+
 def test_argparse_does_not_list_its_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--here")

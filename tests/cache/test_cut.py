@@ -9,10 +9,10 @@ from tl_modules import (
     ConvNet,
     LastStages,
     LeNet,
+    TabularMLP,
     TimmBackbone,
     TorchvisionBackbone,
     UserError,
-    VectorBackbone,
 )
 from tl_modules.batch import samples
 from tl_modules.cache.cut import CannotCut, Cut
@@ -22,7 +22,7 @@ from tl_modules.cache.leaves import difference
 BACKBONES = {
     "ConvNet": lambda: ConvNet(4),
     "LeNet": lambda: LeNet(dropout=0.5),
-    "VectorBackbone": lambda: VectorBackbone(3, [8, 6, 4], dropout=0.5),
+    "TabularMLP": lambda: TabularMLP(3, [8, 6, 4], dropout=0.5),
     "resnet18": lambda: TorchvisionBackbone("resnet18"),
     "squeezenet1_1": lambda: TorchvisionBackbone("squeezenet1_1"),
     "mobilenet_v3_small": lambda: TorchvisionBackbone("mobilenet_v3_small"),
@@ -42,7 +42,7 @@ def freeze(backbone, closed):
 
 def inputs(name, count=3):
     side = SIDES.get(name, 32)
-    return torch.randn(count, 3) if name == "VectorBackbone" else torch.randint(0, 256, (count, 3, side, side)).byte()
+    return torch.randn(count, 3) if name == "TabularMLP" else torch.randint(0, 256, (count, 3, side, side)).byte()
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -21,8 +21,8 @@ from tl_modules.runs.directory import read_config
 
 def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
     (tmp_path / "preempted.py").write_text(
-        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.splits import Rows\n"
-        "class Signals(Rows):\n"
+        "import os, signal\nfrom datamodules import Digits\nfrom datamodules.splits import Subset\n"
+        "class Signals(Subset):\n"
         "    def __getitem__(self, index):\n"
         "        if not os.path.exists('sent') and index == 100:\n"
         "            open('sent', 'w').close()\n"
@@ -67,7 +67,7 @@ def test_a_killed_build_blocks_nobody(tree, tmp_path, said, monkeypatch):
 
 def test_a_line_says_once_why_the_cache_is_off(tree, tmp_path, said):
     class Reader(Method):
-        reads_x = True
+        needs_raw_input = True
 
         def forward(self, module, source, target):
             return None
@@ -106,14 +106,14 @@ def test_training_never_sees_labels_that_are_hidden(tmp_path):
     assert set(seen) == {(CachedActivations, None)}
 
 
-def test_a_method_that_reads_x_gets_it(tree, tmp_path, said):
+def test_a_method_that_needs_raw_input_gets_it(tree, tmp_path, said):
     class Reads(Method):
         def forward(self, module, source, target):
             return target.x.float().mean() * 0 + target.output.sum()
 
-    with pytest.raises(UserError, match="let the method say `reads_x = True`"):
+    with pytest.raises(UserError, match="let the method say `needs_raw_input = True`"):
         fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
-    Reads.reads_x = True
+    Reads.needs_raw_input = True
     said()
     fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
     assert said() == [f"cache: {RUNS}: Reads looks at the input"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tl_modules.cli.compare import Scores, report
-from tl_modules.cli.compare.scores import CRITERIA, p_value
-from tl_modules.evaluation.criteria import VALIDATORS
+from tl_modules.cli.compare.scores import CRITERION_METRICS, p_value
+from tl_modules.evaluation.criteria import CRITERIA
 
 
 def results(folder, file="results.csv"):
@@ -262,7 +262,7 @@ def test_a_score_that_is_not_finite_never_wins(score):
 
 
 def test_only_what_hid_the_labels_is_a_candidate():
-    assert [f"val/target_{name}" for name in VALIDATORS] == list(CRITERIA)
+    assert [f"val/target_{name}" for name in CRITERIA] == list(CRITERION_METRICS)
     labels = {"target_oracle": 0.9, "target_few": 0.9, "target_last": 3.0, "accuracy": 0.9, "a_distance": 1.0}
     assert chosen_from({way: {"": [(0.5, labels)]} for way in "ab"})[1].choice_table() == []
     rows, scores = chosen_from({way: {"": [(0.5, {"target_bnm": 0.5})]} for way in "abc"})

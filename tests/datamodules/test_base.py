@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, ImageArrays, TransferDataModule
-from datamodules.loading import Shuffled, View, even_batch_size
+from datamodules.loaders import IndexedSubset, Shuffled, even_batch_size
 from datamodules.splits import few_shots, split_rows
 
 
@@ -177,7 +177,7 @@ def test_a_loader_goes_on_where_it_was(done):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_the_batches_of_two_processes_together_are_those_of_one(batch_size):
-    view = View(TensorDataset(torch.zeros(48, 1)), range(48))
+    view = IndexedSubset(TensorDataset(torch.zeros(48, 1)), range(48))
     one = list(Shuffled(view, 48, 2 * batch_size, 0, "target"))
     ranks = [Shuffled(view, 48, batch_size, 0, "target") for _ in range(2)]
     for rank, sampler in enumerate(ranks):
@@ -249,7 +249,7 @@ def test_prediction_rows_stand_in_the_labels_place():
     rows = torch.cat([batch["target"][2] for batch in data.predict_dataloader()])
     assert rows.tolist() == list(range(40))
     assert len(data.ids()) == 40
-    assert len(View(data.domains("test")["target"], [3, 1])) == 2
+    assert len(IndexedSubset(data.domains("test")["target"], [3, 1])) == 2
 
 
 def test_digits_share_nothing():

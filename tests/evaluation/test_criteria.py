@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tl_modules.evaluation.criteria import MANY, VALIDATORS, Evidence, a_distance
+from tl_modules.evaluation.criteria import CRITERIA, MANY, CriterionInputs, a_distance
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 FEATURES = torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
@@ -15,7 +15,7 @@ Y = torch.arange(60) % 5
 
 
 def score(name, output=X, features=FEATURES, *source):
-    return VALIDATORS[name](Evidence(output, features, *source))
+    return CRITERIA[name](CriterionInputs(output, features, *source))
 
 
 def normal(samples, seed, shift=0.0, width=8):
@@ -102,7 +102,7 @@ def test_a_distance():
     assert math.isnan(a_distance(torch.ones(1, 3), torch.ones(9, 3)))
 
 
-@pytest.mark.parametrize("name", VALIDATORS)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_the_better_adapted_model_scores_higher(name):
     """Features of the better model lie in the source's clusters; those of the worse one between them."""
     centres = 4 * torch.eye(5, 8)
@@ -112,28 +112,28 @@ def test_the_better_adapted_model_scores_higher(name):
     def evidence(towards):
         target = (1 - towards) * centres[(y + 1) % 5] + towards * centres[y] + 0.5 * normal(400, 1)
         # what is far from the source is a mistake on the source's like
-        return Evidence(target @ centres.T, target, source @ centres.T * (0.2 + towards), source, y)
+        return CriterionInputs(target @ centres.T, target, source @ centres.T * (0.2 + towards), source, y)
 
-    assert VALIDATORS[name](evidence(0.95)) > VALIDATORS[name](evidence(0.55))
+    assert CRITERIA[name](evidence(0.95)) > CRITERIA[name](evidence(0.55))
 
 
-@pytest.mark.parametrize("name", VALIDATORS)
+@pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("part", ["target_output", "target_features"])
 def test_a_diverged_model_loses(name, value, part):
     given = {"target_output": X.clone(), "target_features": FEATURES.clone(), "source_output": X,
              "source_features": FEATURES, "source_y": Y}  # fmt: skip
     given[part][3, 1] = value
-    assert VALIDATORS[name](Evidence(**given)) == -math.inf
+    assert CRITERIA[name](CriterionInputs(**given)) == -math.inf
 
 
-@pytest.mark.parametrize("name", VALIDATORS)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_few_samples(name):
     assert score(name, X[:1], FEATURES[:1], X, FEATURES, Y) == -math.inf
     assert math.isfinite(score(name, X[:2], FEATURES[:2], X, FEATURES, Y))
 
 
-@pytest.mark.parametrize("name", VALIDATORS)
+@pytest.mark.parametrize("name", CRITERIA)
 def test_many_samples_score_the_same_each_time(name):
     many = MANY + 500
     output, features, y = normal(many, 0, width=5), normal(many, 1), torch.arange(many) % 5

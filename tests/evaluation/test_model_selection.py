@@ -11,15 +11,15 @@ from methods.cases import Several, build, fit, same
 
 from datamodules import ImageFolders
 from tl_modules import MCC, Classification, ConvNet, UserError
-from tl_modules.evaluation import Selection
-from tl_modules.evaluation.criteria import VALIDATORS
+from tl_modules.evaluation import ModelSelection
+from tl_modules.evaluation.criteria import CRITERIA
 from tl_modules.evaluation.model_selection import report
 
 RUN = (
     "fit --data Digits --data.source true --model Classification --model.backbone ConvNet --model.backbone.width 4 "
     "--model.methods+=MCC --trainer.max_epochs 3 --name x "
 )
-CRITERIA = {"last", "source", "oracle", "best epoch", *VALIDATORS}
+REPORTED = {"last", "source", "oracle", "best epoch", *CRITERIA}
 
 
 def numbers(tmp_path):
@@ -41,7 +41,7 @@ def test_the_named_criterion_chooses(by, ok, tmp_path):
     printed = ok("test --run runs/x")
     assert "chosen by" in printed
     found = {row["chosen by"]: row for row in csv.DictReader((run / "selection.csv").open())}
-    assert set(found) >= CRITERIA
+    assert set(found) >= REPORTED
     metrics = numbers(tmp_path)[2]
     # the model that was kept is the one that the report speaks of
     assert metrics["test/accuracy"] == pytest.approx(float(found[by]["test"]), abs=1e-6)
@@ -95,8 +95,8 @@ def test_source_and_dev_need_a_source():
     module = build([MCC], "vector")
     for by in ("source", "dev"):
         with pytest.raises(UserError, match=f"{by} looks at a source, and there is none"):
-            Selection(by).choose(module, data)
-    Selection().choose(module, data)
+            ModelSelection(by).choose(module, data)
+    ModelSelection().choose(module, data)
     assert module.monitor == ("val/target_infomax", "max")
 
 
@@ -105,8 +105,8 @@ def test_a_regression_has_no_label_free_criteria():
 
     module, data = build([], "vector", Regression), Several("vector", values=True)
     with pytest.raises(UserError, match="works on class probabilities"):
-        Selection("snd").choose(module, data)
-    selection = Selection()
+        ModelSelection("snd").choose(module, data)
+    selection = ModelSelection()
     fit(module, data, callbacks=[selection])
     assert selection.by == "source"
     assert set(selection.rows[0]["scores"]) == {"last", "source"}
@@ -132,7 +132,7 @@ def test_hidden_labels_change_nothing_that_is_kept(tmp_path):
     """Whatever the target's labels are, weights, scores and the choice are the same; only the report differs."""
 
     def kept(labels):
-        module, selection = build([MCC], "image"), Selection("infomax")
+        module, selection = build([MCC], "image"), ModelSelection("infomax")
         fit(module, Several("image", labels=labels), callbacks=[selection])
         return module.state_dict(), selection.rows
 
@@ -159,15 +159,15 @@ def test_splits_that_are_cut_do_not_look_at_hidden_labels(tmp_path):
     assert rows(labels, target_labels=True) != rows(shuffled, target_labels=True)
 
 
-@pytest.mark.parametrize("by", sorted(VALIDATORS))
+@pytest.mark.parametrize("by", sorted(CRITERIA))
 def test_a_target_that_training_does_not_see_chooses_nothing(by):
     data, module = Several("vector", target_unseen=True), build([], "vector")
     with pytest.raises(UserError, match=f"{by} looks at the target, which target_unseen keeps from"):
-        Selection(by).choose(module, data)
+        ModelSelection(by).choose(module, data)
 
 
 def test_nothing_of_an_unseen_target_is_scored():
-    module, selection = build([], "image"), Selection()
+    module, selection = build([], "image"), ModelSelection()
     trainer = fit(module, Several("image", target_unseen=True), callbacks=[selection])
     assert set(selection.rows[0]["scores"]) == {"last", "source"}
     assert {key for key in trainer.callback_metrics if key.startswith("val/target")} <= {"val/target_last"}
@@ -179,13 +179,13 @@ def test_labels_that_test_do_not_choose(tree, caplog):
     assert data.tests_on_validation()
     for by in ("few", "oracle"):
         with pytest.raises(UserError, match=f"by which {by} would choose; give the target a test split"):
-            Selection(by).choose(Classification(ConvNet(4), 3), data)
-    Selection("infomax").choose(Classification(ConvNet(4), 3), data)
+            ModelSelection(by).choose(Classification(ConvNet(4), 3), data)
+    ModelSelection("infomax").choose(Classification(ConvNet(4), 3), data)
     assert "what selection_labels opens are labels of the test" in caplog.text
 
 
 def test_nothing_to_do_without_a_hidden_target():
-    selection = Selection()
+    selection = ModelSelection()
     module = build([], "vector")
     selection.choose(module, SimpleNamespace())
     fit(module, Several("vector", ("target",)), callbacks=[selection])
@@ -195,7 +195,7 @@ def test_nothing_to_do_without_a_hidden_target():
 
 def test_generalisation_never_sees_the_target(ok, tmp_path):
     """Training has the sources alone; the target is only looked at, without labels, for the report."""
-    module, selection = build([], "image"), Selection()
+    module, selection = build([], "image"), ModelSelection()
     data = Several("image", target_unseen=True)
     assert set(data.train_dataloader().iterables) == {"source/a", "source/b"}
     fit(module, data, callbacks=[selection])

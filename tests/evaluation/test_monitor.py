@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tl_modules.evaluation.monitor import Best
+from tl_modules.evaluation.monitor import BestMetrics
 
 
 def after(values, mode):
-    best, module, taken = Best(), SimpleNamespace(monitor=("val/x", mode)), []
+    best, module, taken = BestMetrics(), SimpleNamespace(monitor=("val/x", mode)), []
     for epoch, value in enumerate(values):
         metrics = {} if value is None else {"val/x": torch.tensor(value)}
         trainer = SimpleNamespace(sanity_checking=False, current_epoch=epoch, callback_metrics=metrics)
-        taken.append(best.improved(trainer, module))
+        taken.append(best.update(trainer, module))
     return best, taken
 
 

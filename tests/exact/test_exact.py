@@ -61,10 +61,10 @@ def test_two_processes(strategy, workers, folder):
 
 
 @pytest.mark.parametrize("without", [
-    pytest.param(("datamodules.loading.Loader.load_state_dict", lambda self, state: None), id="the sampler's place"),
+    pytest.param(("datamodules.loaders.Loader.load_state_dict", lambda self, state: None), id="the sampler's place"),
     pytest.param(("tl_modules.runs.resume.restore_random_state", lambda state: None), id="random numbers"),
-    pytest.param(("tl_modules.methods.terms.Terms.load_state_dict", lambda self, state, device: None), id="running means"),
-    pytest.param(("datamodules.loading.seeded", None), id="seeded augmentation"),
+    pytest.param(("tl_modules.methods.terms.LossMeans.load_state_dict", lambda self, state, device: None), id="running means"),
+    pytest.param(("datamodules.loaders.seeded", None), id="seeded augmentation"),
 ])  # fmt: skip
 def test_the_comparison_notices_what_is_left_out(without, folder, monkeypatch):
     import contextlib
@@ -73,5 +73,5 @@ def test_the_comparison_notices_what_is_left_out(without, folder, monkeypatch):
     monkeypatch.setattr(name, instead or (lambda seed: contextlib.nullcontext()))
     found = check("GradualUnfreezing", folder, points=[POINTS[0]])
     assert found, name
-    if "Terms" not in name:  # which move no weight
+    if "LossMeans" not in name:  # which move no weight
         assert any("state_dict" in path for path in found[POINTS[0]])

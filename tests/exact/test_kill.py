@@ -8,7 +8,7 @@ import time
 import pytest
 from harness import call, compare, forked, line
 
-from tl_modules.checkpoints.files import damage
+from tl_modules.checkpoints.files import find_corruption
 
 KILLS = 20
 
@@ -39,7 +39,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
         os.waitpid(child, 0)
         killed += 1
         half_written += part.exists()
-        faults = {path.name: damage(path) for path in folder.glob("*.ckpt")}
+        faults = {path.name: find_corruption(path) for path in folder.glob("*.ckpt")}
         assert not any(faults.values()), faults
         if killed == KILLS:
             assert call(words) == 0

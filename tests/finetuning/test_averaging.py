@@ -7,7 +7,7 @@ from methods.cases import Several, build, fit, same
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
 from tl_modules import L2SP, FeatureExtraction, FreezeThenUnfreeze, Full, GroupDRO, LastStages, MeanTeacher, UserError
-from tl_modules.checkpoints.files import load
+from tl_modules.checkpoints.files import load_checkpoint
 
 EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.9"
 AVERAGES = {
@@ -26,7 +26,7 @@ def test_what_is_closed_is_not_averaged(strategy, average, tmp_path):
     fit(module, Several("image", ("target",)), tmp_path, epochs=4, callbacks=[AVERAGES[average]()])
     assert same({k: module.state_dict()[k] for k in closed}, closed) == []
     for file in tmp_path.iterdir():
-        state = load(file)["state_dict"]
+        state = load_checkpoint(file)["state_dict"]
         assert same({k: state[k] for k in closed}, closed) == []
 
 
@@ -69,7 +69,7 @@ def test_only_what_trains_is_saved_of_an_average_too(ok, tmp_path):
         f"{small} --model.backbone.weights runs/pre --model.save trainable --model.finetuning FeatureExtraction {EMA}"
     )
     ok(f"fit {line} --name x")
-    checkpoint = load(tmp_path / "runs/x/version_0/checkpoints/last.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "runs/x/version_0/checkpoints/last.ckpt")
     for key in ("state_dict", "current_model_state"):
         assert "head.1.weight" in checkpoint[key]
         assert "backbone.model.0.0.weight" not in checkpoint[key]

@@ -31,7 +31,8 @@ KINDS = ("image", "vector")
 
 def exported(base):
     """Every public subclass, so that a new one is tested by existing."""
-    return [c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    named = dict.fromkeys(c for c in vars(tl_modules).values() if isinstance(c, type))  # once, whatever its names
+    return [c for c in named if issubclass(c, base) and c is not base]
 
 
 METHODS = exported(Method)

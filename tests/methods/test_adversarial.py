@@ -34,13 +34,13 @@ def test_dann_is_the_critics_loss_and_its_reversal():
 
 def test_cdan_sees_features_times_probabilities():
     module, source, _ = made(CDAN())
-    seen = module.methods[0].seen(module, source)
+    given = module.methods[0].critic_input(module, source)
     by_hand = [[p * f for p in source.output.softmax(1)[i] for f in source.pooled[i]] for i in range(8)]
-    assert torch.allclose(seen, torch.tensor(by_hand))
+    assert torch.allclose(given, torch.tensor(by_hand))
     wide = CDAN()
     module = Classification(ConvNet(64), 20, methods=[wide])  # 256 x 20 is more than 4,096
     view = DomainOutput(module, torch.zeros(2), None, torch.randn(2, 256), torch.randn(2, 20))
-    assert wide.seen(module, view).shape == (2, 1024)
+    assert wide.critic_input(module, view).shape == (2, 1024)
 
 
 def test_mdd_by_hand():

@@ -10,8 +10,8 @@ from tl_modules import (
     BSS,
     CORAL,
     DAN,
+    DeepJDOT,
     DomainOutput,
-    OptimalTransport,
 )
 from tl_modules.methods import functional
 
@@ -30,9 +30,9 @@ def test_discrepancies_are_their_functions():
     ) == pytest.approx(0, abs=1e-6)
 
 
-def test_optimal_transport_is_pots():
+def test_deepjdot_is_pots():
     ot = pytest.importorskip("ot")
-    module, source, target = made(OptimalTransport(alpha=0.5, beta=2.0))
+    module, source, target = made(DeepJDOT(alpha=0.5, beta=2.0))
     x, z = source.pooled.detach().numpy(), target.pooled.detach().numpy()
     logs = target.output.detach().log_softmax(1).numpy()
     cost = np.array(

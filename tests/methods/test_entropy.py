@@ -18,7 +18,7 @@ def test_terms_on_the_target_are_their_functions():
     for method, expected in (
         (MCC(temperature=2.0), functional.class_confusion(target.output, 2.0)),
         (BNM(), -functional.nuclear_norm(p)),
-        (InfoMax(), -functional.information(p)),
+        (InfoMax(), -functional.mutual_information(p)),
         (MinimumEntropy(), functional.entropy(p).mean()),
     ):
         assert torch.equal(method(module, source, target), expected)

@@ -12,18 +12,18 @@ from tl_modules import UserError
 from tl_modules.methods.functional import (
     certainty_weights,
     class_confusion,
+    detached_call,
     entropy,
-    frozen,
-    information,
     joint_mmd,
     mmd,
+    mutual_information,
     nuclear_norm,
-    perturb,
     ramp,
     relative_coral,
     reverse_gradient,
     sliced_wasserstein,
     soft_cross_entropy,
+    strong_augment,
 )
 
 
@@ -51,7 +51,7 @@ def test_ramp():
 
 def test_a_frozen_module_passes_gradients_on_and_keeps_none():
     layer, x = torch.nn.Linear(4, 1).double(), X.clone().requires_grad_()
-    frozen(layer, x).sum().backward()
+    detached_call(layer, x).sum().backward()
     assert layer.weight.grad is None
     assert torch.allclose(x.grad, layer.weight.expand(9, -1))
 
@@ -128,7 +128,7 @@ def test_class_probabilities_by_hand():
     p = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     assert entropy(p).tolist() == pytest.approx([math.log(2), 0.0])
     mean = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert float(information(p)) == pytest.approx(mean - math.log(2) / 2)
+    assert float(mutual_information(p)) == pytest.approx(mean - math.log(2) / 2)
     weights = np.array([1 + 0.5, 2.0])
     assert certainty_weights(p).tolist() == pytest.approx(weights / weights.mean())
     assert soft_cross_entropy(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.5, 0.5]])).tolist() == pytest.approx(
@@ -163,21 +163,21 @@ def test_perturbed_samples_are_changed_but_of_their_kind(kind):
         "grey": torch.rand(8, 1, 16, 16),
         "vector": torch.randn(8, 5),
     }[kind]
-    y = perturb(x)
+    y = strong_augment(x)
     assert y.shape == x.shape
     assert y.dtype == torch.float32
     unit = x / 255 if kind == "uint8" else x
     assert not torch.allclose(y, unit)
-    assert torch.allclose(perturb(x, 0.0), unit, atol=1e-5)
+    assert torch.allclose(strong_augment(x, 0.0), unit, atol=1e-5)
     if kind != "vector":
         assert y.min() >= 0
         assert y.max() <= 1
     torch.manual_seed(3)
-    one = perturb(x)
+    one = strong_augment(x)
     torch.manual_seed(3)
-    assert torch.equal(one, perturb(x))
+    assert torch.equal(one, strong_augment(x))
 
 
 def test_what_cannot_be_perturbed_is_said():
     with pytest.raises(UserError, match="takes images or vectors, not tensors"):
-        perturb(torch.rand(2, 3, 4))
+        strong_augment(torch.rand(2, 3, 4))

@@ -33,13 +33,13 @@ from tl_modules import (
     GroupDRO,
     InfoMax,
     LastStages,
-    Linear,
+    LinearWeight,
     LwF,
     MeanTeacher,
     Method,
     MixStyle,
     Mixup,
-    Ramp,
+    RampWeight,
     TorchvisionBackbone,
     TransferModule,
     UserError,
@@ -125,8 +125,8 @@ def test_every_argument_has_its_words(method):
     for name in inspect.signature(method.__init__).parameters:
         if name not in ("self", "args", "kwargs", "weight"):
             assert f"{name}:" in documented, name
-    assert method.settings
-    assert set(method.settings) <= {"several sources", "generalisation", "partial", "open set", "source-free"}
+    assert method.supported_settings
+    assert set(method.supported_settings) <= {"several sources", "generalisation", "partial", "open set", "source-free"}
 
 
 def test_methods_stack():
@@ -215,7 +215,9 @@ def test_unlabelled_data_without_a_method_teach_nothing():
         fit(build([], "vector"), Several("vector", ("target",), target_labels=False))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "source-free" in m.settings], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "source-free" in m.supported_settings], ids=lambda c: c.__name__
+)
 def test_source_free(method):
     module = build([InfoMax, method], "vector")
     trainer = fit(module, Several("vector", ("target",), target_labels=False), epochs=1)
@@ -223,16 +225,18 @@ def test_source_free(method):
 
 
 def test_weights_move_with_progress():
-    assert Ramp(2.0, 10.0)(0.0) == 0
-    assert Ramp(2.0, 10.0)(1.0) == pytest.approx(2 * (2 / (1 + 2.718281828**-10) - 1))
-    assert [Linear(1.0, 0.0, 0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.5, 0.0, 0.0]
-    module = build([], "vector", target_weight=Linear(0.0, 1.0))
+    assert RampWeight(2.0, 10.0)(0.0) == 0
+    assert RampWeight(2.0, 10.0)(1.0) == pytest.approx(2 * (2 / (1 + 2.718281828**-10) - 1))
+    assert [LinearWeight(1.0, 0.0, 0.5)(p) for p in (0.0, 0.25, 0.5, 1.0)] == [1.0, 0.5, 0.0, 0.0]
+    module = build([], "vector", target_weight=LinearWeight(0.0, 1.0))
     trainer = fit(module, Several("vector", target_labels=True))
     assert float(trainer.callback_metrics["train/task/target"]) > 0
     assert module.progress == 1.0
 
 
-@pytest.mark.parametrize("words", ["--model.methods+=DANN", "--model.target_weight Ramp --data.target_labels true"])
+@pytest.mark.parametrize(
+    "words", ["--model.methods+=DANN", "--model.target_weight RampWeight --data.target_labels true"]
+)
 def test_what_moves_with_progress_needs_an_end(words, tl):
     result = tl(
         "fit --data Digits --data.source true --model Classification --model.backbone ConvNet --model.backbone.width 4 "
@@ -275,9 +279,9 @@ def test_the_support_table_says_what_the_classes_say():
     for method in METHODS:
         row = table[method.__name__]
         assert row["tasks"] == ("classes" if method.needs_classes else "all")
-        assert row["needs"] == ", ".join(method.needs)
-        assert row["x"] == ("yes" if method.reads_x else "")
-        assert {s for s in header[4:] if row[s]} == set(method.settings), method
+        assert row["needs"] == ", ".join(method.required_domains)
+        assert row["x"] == ("yes" if method.needs_raw_input else "")
+        assert {s for s in header[4:] if row[s]} == set(method.supported_settings), method
 
 
 @pytest.mark.parametrize("method", [LwF, CoTuning])

@@ -23,7 +23,7 @@ def test_only_certain_samples_count():
     target.output = torch.tensor([[9.0, 0, 0], [0.1, 0, 0], [0, 9.0, 0], [0, 0, 0.1]], requires_grad=True)
     pseudo = PseudoLabel(threshold=0.9)(module, source, target)
     assert float(pseudo) == pytest.approx(2 * math.log(1 + 2 * math.exp(-9)) / 4, rel=1e-3)
-    again = module.forward_extra(functional.perturb(target.x, 0.0)).output
+    again = module.forward_extra(functional.strong_augment(target.x, 0.0)).output
     expected = (F.cross_entropy(again[:1], torch.tensor([0])) + F.cross_entropy(again[2:3], torch.tensor([1]))) / 4
     assert float(module.methods[0](module, source, target)) == pytest.approx(float(expected), rel=1e-4)
 
@@ -50,7 +50,7 @@ def test_mean_teacher_is_the_authors():
     module, source, target = made(MeanTeacher(threshold=0.4, strength=0.0))
     method = module.methods[0]
     q = torch.tensor([[0.5, 0.3, 0.2], [0.34, 0.33, 0.33], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]])
-    method.learn(module)
+    method.update_teacher(module)
     method.teacher = nn.Sequential(nn.Identity(), nn.Identity())
     target.x = q.log()
     p = torch.tensor([[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
@@ -88,6 +88,6 @@ def test_shot_by_hand():
     target.index = torch.tensor([2, 0, 3, 1])
     module.methods[0].on_full_pass(module, "target", iter([target.take(slice(0, 3)), target.take(slice(3, 4))]))
     assert torch.equal(module.methods[0].labels[target.index], near)
-    expected = -functional.information(p) + 0.3 * F.cross_entropy(target.output, near)
+    expected = -functional.mutual_information(p) + 0.3 * F.cross_entropy(target.output, near)
     assert float(module.methods[0](module, source, target)) == pytest.approx(float(expected), rel=1e-4)
     assert not any(q.requires_grad for q in module.head.parameters())

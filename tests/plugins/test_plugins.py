@@ -35,7 +35,8 @@ every_plugin = pytest.mark.parametrize("name", PLUGINS)
 
 
 def exported(base):
-    return [c for c in vars(tl_modules).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    named = dict.fromkeys(c for c in vars(tl_modules).values() if isinstance(c, type))  # once, whatever its names
+    return [c for c in named if issubclass(c, base) and c is not base]
 
 
 def found(path):

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tl_modules.checkpoints.files import load
+from tl_modules.checkpoints.files import load_checkpoint
 
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 6 --data.batch_size 16 --name x"
 PLUGINS = """
@@ -89,22 +89,22 @@ def test_a_signal_saves_and_ends_with_its_code(number, code, tl, ok, last):
     handler = signal.getsignal(number)
     result = tl(f"{RUN} --trainer.callbacks+=plugins.Kill --trainer.callbacks.number {int(number)}")
     assert result.code == code
-    assert load(last)["global_step"] == 6
+    assert load_checkpoint(last)["global_step"] == 6
     assert signal.getsignal(number) == handler
     ok("fit --run runs/x --resume --trust plugins")
-    assert load(last)["epoch"] == 2
+    assert load_checkpoint(last)["epoch"] == 2
 
 
 def test_a_second_signal_stops_at_once(tl, last):
     result = tl(f"{RUN} --trainer.callbacks+=plugins.Kill --trainer.callbacks.number 2 --trainer.callbacks.times 2")
     assert result.code == 130
-    assert load(last)["global_step"] == 4  # of the epoch before
+    assert load_checkpoint(last)["global_step"] == 4  # of the epoch before
 
 
 def test_a_signal_in_validation_ends_the_epoch_first(tl, last):
     result = tl(f"{RUN} --trainer.callbacks+=plugins.InValidation")
     assert result.code == 143
-    assert (load(last)["epoch"], load(last)["global_step"]) == (1, 8)
+    assert (load_checkpoint(last)["epoch"], load_checkpoint(last)["global_step"]) == (1, 8)
 
 
 def test_slurm_puts_the_job_back_into_its_queue(tl, ok, last, tmp_path, monkeypatch):
@@ -120,7 +120,7 @@ def test_slurm_puts_the_job_back_into_its_queue(tl, ok, last, tmp_path, monkeypa
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     ok(line)  # the same command line, run again by SLURM
-    assert load(last)["epoch"] == 2
+    assert load_checkpoint(last)["epoch"] == 2
     assert [p.name for p in last.parents[2].iterdir()] == ["version_0"]
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_file(value, at,
     assert "lower the learning rate" in result.err
     if epoch:
         assert f"{last.relative_to(last.parents[4])} is the last good checkpoint" in result.err
-        assert load(last)["epoch"] == 0
+        assert load_checkpoint(last)["epoch"] == 0
     else:
         assert not last.exists()
 
@@ -157,12 +157,12 @@ def test_an_exception_between_steps_saves_and_is_shown(tl, ok, last, tmp_path):
     line = RUN.replace("fit", "fit --data plugins.FragileDigits")
     with pytest.raises(RuntimeError, match="the disk is on fire"):
         ok(line)
-    assert load(last)["global_step"] == 5
+    assert load_checkpoint(last)["global_step"] == 5
     (tmp_path / "broken").unlink()
     ok("fit --run runs/x --resume --trust plugins")
     ok(line.replace("--name x", "--name whole"))
     whole = tmp_path / "runs" / "whole" / "version_0"
-    states = [load(p)["state_dict"] for p in (last, whole / "checkpoints" / "last.ckpt")]
+    states = [load_checkpoint(p)["state_dict"] for p in (last, whole / "checkpoints" / "last.ckpt")]
     assert all((states[0][k] == states[1][k]).all() for k in states[0])
     assert (whole / "metrics.csv").read_text() == (last.parents[1] / "metrics.csv").read_text()
 
@@ -182,14 +182,14 @@ def test_resume_finds_its_run(tl, ok, last):
     assert "pass --run DIR, or --name NAME" in tl("fit --resume").err
     assert "pass --resume too" in tl("fit --run runs/x").err
     ok(f"{RUN} --resume")  # starts it
-    assert load(last)["epoch"] == 2
+    assert load_checkpoint(last)["epoch"] == 2
     assert "nothing left to train" in ok(f"{RUN} --resume")
     assert "nothing left to train" in ok("fit --run runs/x --ckpt_path last")
     ok("fit --run runs/x --resume --trainer.max_epochs 4")
-    assert load(last)["epoch"] == 3
+    assert load_checkpoint(last)["epoch"] == 3
     shutil.rmtree(last.parent)
     ok("fit --run runs/x --resume --trainer.max_epochs 1")  # killed before its first save
-    assert load(last)["epoch"] == 0
+    assert load_checkpoint(last)["epoch"] == 0
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
     (os.killpg if who == "group" else os.kill)(run.pid, signal.SIGTERM)
     assert run.wait(60) == 143, (tmp_path / "said").read_text()
     assert "Traceback" not in (tmp_path / "said").read_text()
-    assert load(last)["epoch"] >= 1
+    assert load_checkpoint(last)["epoch"] >= 1
     for _ in range(100):  # nobody is left, but for what waits to be collected
         left = subprocess.run(
             ["ps", "-o", "stat=", "-s", str(run.pid)], capture_output=True, text=True, check=False

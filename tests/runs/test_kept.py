@@ -24,6 +24,8 @@ import pytest
 import torch
 
 from tl_modules import load_run
+from tl_modules.evaluation import ModelSelection, TensorBoardFigures
+from tl_modules.runs import RunFiles
 
 KEPT = Path(__file__).parent / "kept"
 RUNS = sorted(path.parent.name for path in KEPT.glob("*/version_0"))
@@ -108,6 +110,27 @@ def test_they_go_on(name, epochs, ok):
     if name == "people":  # as the old version itself goes on
         then = json.loads((KEPT / name / "version_0/resumed.json").read_text())
         assert {key: float(last[key]) for key in then} == pytest.approx(then, rel=1e-4)
+
+
+@pytest.mark.parametrize(("callback", "key"), [
+    (ModelSelection(), "Selection"), (RunFiles(Path(), {}), "RunDirectory"), (TensorBoardFigures({}), "Pictures"),
+], ids=["selection", "files", "figures"])  # fmt: skip
+def test_callbacks_keep_their_earlier_keys(callback, key):
+    assert callback.state_key == key
+
+
+@pytest.mark.parametrize(("name", "epochs", "selects"), [("people", 20, False), ("shot", 2, True)])
+def test_callbacks_take_their_state_back(name, epochs, selects, ok):
+    file = Path(f"runs/{name}/version_0/checkpoints/last.ckpt")
+    before = torch.load(file, weights_only=True)["callbacks"]
+    ok(f"fit --run runs/{name} --resume --trainer.max_epochs {epochs + 1} {QUIET}")
+    after = torch.load(file, weights_only=True)["callbacks"]
+    assert before.keys() <= after.keys()
+    for key in ("RunDirectory", "Selection")[: 1 + selects]:
+        then, now = before[key]["rows"], after[key]["rows"]
+        assert [row["epoch"] for row in now] == list(range(epochs + 1))
+        assert [row["step"] for row in now[:epochs]] == [row["step"] for row in then]
+    assert [int(row["epoch"]) for row in rows(f"runs/{name}/version_0/metrics.csv")] == list(range(epochs + 1))
 
 
 def test_mixed_samples_are_learnt_from_as_before(ok):

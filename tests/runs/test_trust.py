@@ -243,10 +243,13 @@ def test_files_named_as_packages_that_are_imported_late(where, received, try_all
 
 
 @pytest.mark.parametrize("spec", [
+    {"class_path": "TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "tl_modules.HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
     {"class_path": "tl_modules.backbones.vision.HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
-    '{"class_path": "HubBackbone", "init_args": {"repo": "REPO", "name": "evil"}}',
+    {"class_path": "tl_modules.TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
+    {"class_path": "tl_modules.backbones.vision.TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}},
+    '{"class_path": "TorchHubBackbone", "init_args": {"repo": "REPO", "name": "evil"}}',
 ])  # fmt: skip
 def test_torch_hub(spec, received, try_all):
     (received.run / "hubconf.py").write_text(EVIL.format(mark=str(received.mark)))
@@ -278,8 +281,8 @@ def test_a_logger_that_writes_elsewhere(kind, received, try_all):
     {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "OUT"}},
     {"class_path": "ModelCheckpoint", "init_args": {"filename": "../../../../outside/x"}},
     {"class_path": "lightning.pytorch.callbacks.OnExceptionCheckpoint", "init_args": {"dirpath": "OUT"}},
-    {"class_path": "tl_modules.runs.RunDirectory", "init_args": {"path": "OUT", "config": {"a": 1}}},
-    {"class_path": "RunDirectory", "init_args": {"path": "OUT", "config": {"a": 1}}},
+    {"class_path": "tl_modules.runs.RunFiles", "init_args": {"path": "OUT", "config": {"a": 1}}},
+    {"class_path": "RunFiles", "init_args": {"path": "OUT", "config": {"a": 1}}},
     {"class_path": "tl_modules.cache.FeatureCache", "init_args": {"folder": "OUT", "disk_gb": 1e-9}},
     {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": "os.system"}},
 ])  # fmt: skip

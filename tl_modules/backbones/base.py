@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained, State, is_local, linear_head, load, read
+from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load_weights, read_weights
 from tl_modules.batch import samples
-from tl_modules.batch.protocol import AbstractBackbone
+from tl_modules.batch.protocol import BaseBackbone
 from tl_modules.errors import UserError
 
 __all__ = ["Backbone"]
 
-Weights = str | Path | None
+PretrainedWeights = str | Path | None
 
 
-class Backbone(AbstractBackbone):
+class Backbone(BaseBackbone):
     """Maps raw samples to features and owns all that lies between: tokenising, padding, normalising, spectrograms.
 
     A subclass sets `out_features` and writes `forward` and `stages`; `prepare` too if its inputs are more than tensors
@@ -35,7 +35,7 @@ class Backbone(AbstractBackbone):
         out_features: Width of the features; of a pyramid, of each level.
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
-        bf16: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
+        bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
     name: str = ""
@@ -45,7 +45,7 @@ class Backbone(AbstractBackbone):
     prepare: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
     pretrained: Pretrained | None = None
     random: bool = False
-    bf16: tuple[str, ...] = ()
+    bf16_devices: tuple[str, ...] = ()
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Learns from the schema what inputs are: builds what depends on it, refuses what it cannot read.
@@ -80,7 +80,9 @@ class Backbone(AbstractBackbone):
     def stages(self) -> list[nn.Module]:
         """The parts from input to output; together they hold every parameter exactly once."""
 
-    def load_pretrained(self, weights: Weights, strict: bool, hub: Callable[[str], State] | None = None) -> None:
+    def load_pretrained(
+        self, weights: PretrainedWeights, strict: bool, hub: Callable[[str], StateDict] | None = None
+    ) -> None:
         """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
 
         Raises:
@@ -91,11 +93,11 @@ class Backbone(AbstractBackbone):
             return
         kind = type(self).__name__
         if is_local(weights):
-            self.pretrained = read(weights)
+            self.pretrained = read_weights(weights)
         elif hub is not None:
             self.pretrained = Pretrained(str(weights), hub(str(weights)))
         else:
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
-        load(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
+        load_weights(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
         head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from tl_modules.backbones.base import Weights
+from tl_modules.backbones.base import PretrainedWeights
 from tl_modules.backbones.vision import IMAGENET_MEAN, ImageBackbone, Statistics
 
 __all__ = ["ConvNet", "LeNet"]
@@ -26,7 +26,7 @@ class ConvNet(ImageBackbone):
     def __init__(
         self,
         width: int = 32,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,
@@ -69,7 +69,7 @@ class LeNet(ImageBackbone):
         batch_norm: bool = False,
         instance_norm: bool = False,
         dropout: float = 0.0,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone, Weights
+from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.errors import UserError
 
-__all__ = ["VectorBackbone"]
+__all__ = ["TabularMLP", "VectorBackbone"]
 
 
-class VectorBackbone(Backbone):
+class TabularMLP(Backbone):
     """Dense layers on standardised rows; one stage for each width.
 
     Mean and deviation of each column are running statistics in the model, so that a checkpoint takes rows in their
@@ -40,7 +40,7 @@ class VectorBackbone(Backbone):
         in_features: int | None = None,
         widths: list[int] = [64, 64],  # noqa: B006 - what the help shows
         dropout: float = 0.0,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
     ) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class VectorBackbone(Backbone):
         """
         columns = len(x["numeric"]) if "numeric" in x else None
         if columns is None and not hasattr(self, "in_features"):
-            raise UserError("in_features: the data does not say how many columns it has; VectorBackbone takes Tables")
+            raise UserError("in_features: the data does not say how many columns it has; TabularMLP takes TabularData")
         if not hasattr(self, "in_features"):
             self._build(cast(int, columns))
         elif columns not in (None, self.in_features):
@@ -89,3 +89,6 @@ class VectorBackbone(Backbone):
     def stages(self) -> list[nn.Module]:
         """One for each width."""
         return list(self.model.children())
+
+
+VectorBackbone = TabularMLP  # earlier name, which a config may hold

@@ -17,11 +17,11 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone, Weights
-from tl_modules.backbones.weights import Pretrained, State, linear_head
+from tl_modules.backbones.base import Backbone, PretrainedWeights
+from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
 from tl_modules.errors import UserError, closest
 
-__all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchvisionBackbone"]
+__all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchHubBackbone", "TorchvisionBackbone"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,7 +67,7 @@ class ImageBackbone(Backbone):
         self.model = model.to(memory_format=torch.channels_last)  # twice as fast for convolutions, also on CPU
         # on CPUs grouped convolutions train slower in bfloat16 (benchmarks/precision.py)
         grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
-        self.bf16 = ("cuda",) if grouped else ("cuda", "cpu")
+        self.bf16_devices = ("cuda",) if grouped else ("cuda", "cpu")
         self.out_features = out_features
         self.register_buffer("mean", torch.tensor(mean or IMAGENET_MEAN).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(-1, 1, 1))
@@ -90,7 +90,7 @@ class ImageBackbone(Backbone):
         if x and "image" not in x:
             raise UserError(
                 f"backbone: {type(self).__name__} takes images, and the data's inputs are {', '.join(x)}; "
-                "take a backbone for these, e.g. VectorBackbone for numeric columns"
+                "take a backbone for these, e.g. TabularMLP for numeric columns"
             )
 
     def align(self, xs: list[Any]) -> list[Any]:
@@ -125,7 +125,7 @@ class TorchvisionBackbone(ImageBackbone):
     def __init__(
         self,
         name: str,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,
@@ -144,7 +144,7 @@ class TorchvisionBackbone(ImageBackbone):
         super().__init__(model, classifier.in_features, mean, std)
         self.name, self.classifier = name, classifier.name
 
-        def hub(entry: str) -> State:
+        def hub(entry: str) -> StateDict:
             known = models.get_model_weights(name).__members__
             if entry not in known:
                 raise UserError(
@@ -152,7 +152,7 @@ class TorchvisionBackbone(ImageBackbone):
                     f"known: {', '.join(known)}, or give a local file or the directory of a run"
                 )
             try:
-                state: State = known[entry].get_state_dict(progress=False, check_hash=True)
+                state: StateDict = known[entry].get_state_dict(progress=False, check_hash=True)
             except (URLError, OSError) as error:
                 raise UserError(_offline(f"{name} {entry}")) from error
             return state
@@ -172,7 +172,7 @@ class TimmBackbone(ImageBackbone):
         UserError: timm is missing, the name is unknown, or the weights cannot be fetched or do not fit.
     """
 
-    def __init__(self, name: str, weights: Weights = None, strict: bool = True) -> None:
+    def __init__(self, name: str, weights: PretrainedWeights = None, strict: bool = True) -> None:
         try:
             import timm
         except ImportError as error:
@@ -186,11 +186,11 @@ class TimmBackbone(ImageBackbone):
         super().__init__(model, width, config.get("mean"), config.get("std"))
         self.name, self.classifier = name, str(config.get("classifier", ""))
 
-        def hub(entry: str) -> State:
+        def hub(entry: str) -> StateDict:
             if entry != "DEFAULT":
                 raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for timm's own weights of {name}")
             try:
-                state: State = timm.create_model(name, pretrained=True).state_dict()
+                state: StateDict = timm.create_model(name, pretrained=True).state_dict()
             except (OSError, RuntimeError) as error:  # the hub client's offline error is an OSError
                 raise UserError(_offline(f"timm's {name}")) from error
             return state
@@ -207,7 +207,7 @@ class TimmBackbone(ImageBackbone):
         return stages_by_name(model, group_parameters(model, model.group_matcher(coarse=True), reverse=True))
 
 
-class HubBackbone(ImageBackbone):
+class TorchHubBackbone(ImageBackbone):
     """An entry of a torch.hub repository. **This runs that repository's code**, so name only one that you trust.
 
     Args:
@@ -230,7 +230,7 @@ class HubBackbone(ImageBackbone):
         repo: Path | str,
         name: str,
         arguments: dict[str, Any] | None = None,
-        weights: Weights = None,
+        weights: PretrainedWeights = None,
         strict: bool = True,
         image_size: int = 224,
         mean: Statistics = None,
@@ -263,7 +263,7 @@ class HubBackbone(ImageBackbone):
                 self.out_features = self(torch.zeros(1, len(self.mean), image_size, image_size)).shape[1]
                 self.train()
 
-        def hub(entry: str) -> State:
+        def hub(entry: str) -> StateDict:
             raise UserError(
                 f"weights: {entry} is no file or run; a hub entry takes its own weights through `arguments`"
             )
@@ -274,6 +274,9 @@ class HubBackbone(ImageBackbone):
         if weights is None and not self.random:
             layer = {} if classifier is None else classifier.layer.state_dict(prefix=f"{classifier.name}.")
             self.pretrained = Pretrained(f"{repo} {name}", {}, linear_head(layer, self.classifier))
+
+
+HubBackbone = TorchHubBackbone  # earlier name, which a config may hold
 
 
 def _offline(what: str) -> str:

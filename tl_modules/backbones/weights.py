@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_modules.checkpoints.files import damage, find_run
+from tl_modules.checkpoints.files import find_corruption, find_run
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # What wrappers put before a key: DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
 _PREFIX = re.compile(r"^(?:(?:module|model|backbone|_orig_mod)\.)+")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Pretrained:
     """
 
     origin: str
-    state: State
-    head: State = field(default_factory=dict)
+    state: StateDict
+    head: StateDict = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Match:
+class LoadReport:
     """What became of each key when weights were loaded."""
 
     matched: list[str]
@@ -70,7 +70,7 @@ def is_local(weights: str | os.PathLike[str]) -> bool:
     return Path(text).exists() or text.endswith(_SUFFIXES) or text.startswith((".", "/", "~", "$")) or os.sep in text
 
 
-def read(weights: str | os.PathLike[str]) -> Pretrained:
+def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run, `runs/NAME` being its newest version.
 
     Raises:
@@ -83,7 +83,7 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
         path = find_run(path) / "checkpoints" / "best.ckpt"
         if not path.is_file():
             raise UserError(f"weights: there is no {path}")
-    if zipfile.is_zipfile(path) and (fault := damage(path)):
+    if zipfile.is_zipfile(path) and (fault := find_corruption(path)):
         raise UserError(f"weights: {path} {fault}")
     try:
         if path.suffix == ".safetensors":
@@ -119,14 +119,14 @@ def read(weights: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(str(path), tensors)
 
 
-def linear_head(state: State, name: str) -> State:
+def linear_head(state: StateDict, name: str) -> StateDict:
     """Weight and bias of a classifier's last layer, whatever prefixes the keys have; empty if it is not linear."""
     given = {_PREFIX.sub("", key): value for key, value in state.items()}
     found = {part: given[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in given}
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}
 
 
-def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> Match:
+def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> LoadReport:
     """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
 
     Args:
@@ -148,7 +148,7 @@ def load(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: st
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]
-    match = Match(
+    match = LoadReport(
         matched,
         # old checkpoints lack BatchNorm's step counter, which nothing depends on
         missing=[k for k in own if k not in given and not k.endswith("num_batches_tracked")],

@@ -60,13 +60,13 @@ class CachedActivations(samples.Node):
         if name.startswith("__"):
             raise AttributeError(name)
         raise UserError(f"cache: x.{name} is asked for, but x was not read: its features are cached; let the method "
-                        "say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip
+                        "say `needs_raw_input = True`, or pass --cache.enabled false")  # fmt: skip
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
         """Tells the same to torch's functions."""
         raise UserError(f"cache: {function.__name__} is asked of x, but x was not read: its features are cached; let "
-                        "the method say `reads_x = True`, or pass --cache.enabled false")  # fmt: skip
+                        "the method say `needs_raw_input = True`, or pass --cache.enabled false")  # fmt: skip
 
 
 def align_cached(xs: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ Lightning-AI/pytorch-lightning, pytorch/pytorch, mauvilsa/jsonargparse, python/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -77,6 +77,24 @@ def import_policy_kept() -> Iterator[None]:
         yield
     finally:
         parsing_settings["import_path_verdicts"] = before
+
+
+def name_classes_too(names: Mapping[str, str]) -> None:
+    """Lets configs name classes by other names too (no upstream issue known: jsonargparse/_typehints.py).
+
+    Args:
+        names: By each of these names, bare or with a module, the one that it stands for; if a class has it, it wins.
+    """
+    from jsonargparse import _typehints
+
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolve_too(cls: Any, name: str) -> str:
+        path = resolve(cls, name)
+        own = resolve(cls, names[path]) if path in names else path
+        return own if "." in own else path
+
+    _typehints.resolve_class_path_by_name = resolve_too
 
 
 # The command

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 
 
 def full_pass(
-    module: AbstractTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
+    module: BaseTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
 ) -> Iterator[DomainOutput]:
     """Yields the outputs for a domain's samples, batch by batch; changes nothing, torch's random numbers included.
 

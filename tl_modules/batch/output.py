@@ -33,7 +33,7 @@ class DomainOutput:
         labelled: The same of the samples with labels, where a domain has both; None if `y` says it all.
     """
 
-    module: Any = field(repr=False)  # an AbstractTransferModule, whose file imports this one
+    module: Any = field(repr=False)  # an BaseTransferModule, whose file imports this one
     x: Any
     y: Any
     features: Any

@@ -16,7 +16,7 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.samples import Collate
 
 
-class AbstractBackbone(nn.Module, ABC):
+class BaseBackbone(nn.Module, ABC):
     """Maps raw samples to features, in stages."""
 
     out_features: Any
@@ -42,10 +42,10 @@ class AbstractBackbone(nn.Module, ABC):
         """Brings the inputs of several domains into one form."""
 
 
-class AbstractTransferModule(EvaluatedTask, ABC):
+class BaseTransferModule(EvaluatedTask, ABC):
     """A backbone, a head, a fine-tuning strategy and methods, for a task."""
 
-    backbone: AbstractBackbone
+    backbone: BaseBackbone
     finetuning: Any
     num_stages: int
     trainable: range

@@ -38,7 +38,7 @@ from tl_modules.cache.schedule import MANY, epochs_ahead, frozen_stages, share
 from tl_modules.cache.store import Store, default_folder
 from tl_modules.cache.together import all_agree, together
 from tl_modules.errors import UserError
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.evaluation.gather import eval_dataloaders
 from tl_modules.evaluation.test_time import TestTimeAdaptation
 from tl_modules.module import TransferModule
 
@@ -103,7 +103,7 @@ class FeatureCache(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the validation data."""
-        loaders = {getattr(e, "role", "val"): e for e in evaluated(trainer)}
+        loaders = {getattr(e, "role", "val"): e for e in eval_dataloaders(trainer)}
         self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +137,7 @@ class FeatureCache(Callback):
         """What switches the cache off for the whole run, or None."""
         steps = ("encode", "forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
         own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
-        readers = [type(method).__name__ for _, method in module.named_methods() if method.reads_x]
+        readers = [type(method).__name__ for _, method in module.named_methods() if method.needs_raw_input]
         if not self.enabled:
             return "--cache.enabled is false"
         if own:

@@ -6,7 +6,7 @@ current_model_state                        Lightning's WeightAveraging        th
 transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
 random_backbone                            this file                          this file, when a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
-callbacks                                  each callback, by its class's name
+callbacks                                  each callback, by its `state_key`
                                            (runs/resume.py: generators and running means of each process)
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tl_modules.batch.compat import attached
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.optimizer import resume_rates
 
@@ -30,7 +30,7 @@ EARLIER = (".centroids", ".counts")  # SHOT's of version 0.1, which the first fu
 STATES = {"state_dict", "current_model_state"}
 
 
-def save(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
+def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     """Adds to a checkpoint what the task is, so that the next transfer knows whether the labels are shared.
 
     With `save: trainable` it takes out what never trains, and adds a fingerprint of that.
@@ -45,7 +45,7 @@ def save(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
             checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k not in left_out}
 
 
-def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
+def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     """Fills in what was left out; lets a learning rate given now win, at the schedule's present fraction of it.
 
     Raises:
@@ -82,7 +82,7 @@ def restore(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
         resume_rates(module, checkpoint)
 
 
-def transfer_head(module: AbstractTransferModule) -> bool:
+def transfer_head(module: BaseTransferModule) -> bool:
     """Takes the source run's head along where task, labels and shape are the same, and says so."""
     pretrained = module.backbone.pretrained
     if pretrained is None or pretrained.task != module.task_description():

@@ -27,7 +27,7 @@ from tl_modules.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class WholeFiles(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Saves atomically, checks checksums before it loads, and loads nothing that could run code."""
 
     def save_checkpoint(
@@ -69,20 +69,20 @@ class WholeFiles(CheckpointIO):
         Raises:
             UserError: It is missing, damaged, or holds more than tensors and plain data.
         """
-        return load(path, map_location)
+        return load_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Removes a file that may not be there."""
         Path(path).unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
     """Reads a checkpoint after its checksums.
 
     Raises:
         UserError: It is missing, damaged, or holds more than tensors and plain data.
     """
-    if fault := damage(path):
+    if fault := find_corruption(path):
         raise UserError(f"checkpoint: {path} {fault}")
     try:
         content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
@@ -94,8 +94,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
     return content
 
 
-def damage(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with a checkpoint file as a file, or None."""
+def find_corruption(path: str | os.PathLike[str]) -> str | None:
+    """Says what is wrong with a checkpoint file as a file; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -106,13 +106,13 @@ def damage(path: str | os.PathLike[str]) -> str | None:
     return f"is damaged (wrong checksum of {broken})" if broken else None
 
 
-def newest(folder: Path) -> Path | None:
-    """last.ckpt, or, where it is damaged, the newest whole checkpoint, which is said; None if there is none."""
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns last.ckpt, or if it is damaged the newest intact one, with a warning; None if there is none."""
     last = folder / "last.ckpt"
     others = sorted((p for p in folder.glob("*.ckpt") if p != last), key=lambda p: -p.stat().st_mtime)
     faults: list[str] = []
     for path in [last, *others]:
-        fault = damage(path)
+        fault = find_corruption(path)
         if fault is None:
             if faults:
                 log.warning("%s; going on from %s", "; ".join(faults), path)
@@ -124,8 +124,8 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def sweep(folder: Path) -> None:
-    """Removes what a killed run left half written."""
+def remove_partial_files(folder: Path) -> None:
+    """Removes files that a killed run left half written."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 

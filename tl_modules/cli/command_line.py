@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
-from tl_modules.checkpoints.files import WholeFiles, find_run, newest, sweep, versions
+from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
 from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.parser import COMMANDS, OWN, Parser
@@ -30,10 +30,10 @@ from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import first_process, importable
 from tl_modules.cli.trainer import TransferTrainer, compile_backbone
 from tl_modules.errors import UserError
-from tl_modules.evaluation import Pictures, PredictionTable, Selection
+from tl_modules.evaluation import ModelSelection, PredictionWriter, TensorBoardFigures
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
-from tl_modules.runs import Bar, ExactResume, Interruptions, PlainProgress, RunDirectory
+from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
 from tl_modules.runs.directory import SECTIONS, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
@@ -100,7 +100,7 @@ class TransferCLI(OneCommand, LightningCLI):
             "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
         )
         parser.add_class_arguments(FeatureCache, "cache")
-        parser.add_class_arguments(Selection, "select", skip={"run"})
+        parser.add_class_arguments(ModelSelection, "select", skip={"run"})
         if self.command == "fit":
             parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
             parser.add_argument(
@@ -128,7 +128,7 @@ class TransferCLI(OneCommand, LightningCLI):
         self.configured = bool(values(args, "--run")) or not resume
         config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
         if resume or not given(args, "--ckpt_path"):
-            file = newest(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
+            file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
             if file is None:
                 log.warning("%s has no checkpoint yet: it begins anew", self.run)
@@ -201,7 +201,10 @@ class TransferCLI(OneCommand, LightningCLI):
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
         given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
-        kwargs["plugins"] = [*(given_plugins if isinstance(given_plugins, list) else [given_plugins]), WholeFiles()]
+        kwargs["plugins"] = [
+            *(given_plugins if isinstance(given_plugins, list) else [given_plugins]),
+            AtomicCheckpointIO(),
+        ]
         kwargs.setdefault("default_root_dir", str(path))
         return super().instantiate_trainer(**kwargs)
 
@@ -209,17 +212,17 @@ class TransferCLI(OneCommand, LightningCLI):
         config = self.config[str(self.subcommand)]
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
-        selection = Selection(**config.select, run=path)
+        selection = ModelSelection(**config.select, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)
-        self.files = RunDirectory(path, self._resolved() if self.subcommand == "fit" else {})
+        self.files = RunFiles(path, self._resolved() if self.subcommand == "fit" else {})
         callbacks: list[Callback] = [self.files, selection]
         if config.trainer.logger is not False:
-            callbacks.append(Pictures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
+            callbacks.append(TensorBoardFigures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
-            callbacks.append(Bar() if sys.stdout.isatty() else PlainProgress())
+            callbacks.append(EpochProgressBar() if sys.stdout.isatty() else LineProgress())
         if self.subcommand == "predict":
-            callbacks.append(PredictionTable(Path(config.out) if config.out else path / "predictions.csv"))
+            callbacks.append(PredictionWriter(Path(config.out) if config.out else path / "predictions.csv"))
         if self.subcommand == "fit":
             callbacks += [FreezeAudit(config.audit), ExactResume()]
             if config.trainer.logger is not False:
@@ -238,9 +241,9 @@ class TransferCLI(OneCommand, LightningCLI):
             monitor, mode = None, "max"
         each = {"best": (monitor, mode), "last": (None, "min")}
         if first_process():
-            sweep(folder)
+            remove_partial_files(folder)
         return [
-            Interruptions(
+            GracefulShutdown(
                 folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"
             ),
             *(

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import tl_modules
-from tl_modules.batch.compat import options
+from tl_modules.batch.compat import name_classes_too, options
 from tl_modules.cli.messages import explain
 from tl_modules.cli.process import stop
 
@@ -35,8 +35,13 @@ register_type(torch.device)
 # a value may not name what runs commands, e.g. os.system
 set_parsing_settings(import_path_denylist=[])
 
-# what a config can name without its module
-KNOWN = [name for package in (tl_modules, datamodules) for name in package.__all__]
+# what a config can name without its module; aliases are earlier names
+_NAMES = [
+    (package.__name__, name, vars(package)[name]) for package in (tl_modules, datamodules) for name in package.__all__
+]
+EARLIER = {name: value.__name__ for _, name, value in _NAMES if getattr(value, "__name__", name) != name}
+KNOWN = [name for _, name, _ in _NAMES if name not in EARLIER]
+name_classes_too(EARLIER | {f"{at}.{name}": f"{at}.{EARLIER[name]}" for at, name, _ in _NAMES if name in EARLIER})
 COMMANDS = {
     "fit": "Transfer a pretrained backbone to your data.",
     "validate": "Measure a run on the validation split.",

@@ -13,12 +13,12 @@ def best_precision(module: Any, accelerator: Any = "auto") -> str:
     """bf16-mixed where device and backbone gain by it, otherwise 32-true; the same in every run on a machine.
 
     Args:
-        module: Has a `backbone` that says in `bf16` whether it may; anything else stays in 32 bits.
+        module: Has a `backbone` that says in `bf16_devices` whether it may; anything else stays in 32 bits.
         accelerator: As for the Trainer.
     """
     backbone = getattr(module, "backbone", None)
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    wanted = ("cuda" if on_gpu else "cpu") in getattr(backbone, "bf16", ())
+    wanted = ("cuda" if on_gpu else "cpu") in getattr(backbone, "bf16_devices", ())
     if on_gpu:
         has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:

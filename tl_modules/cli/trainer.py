@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from tl_modules.batch.compat import QuickHooks
-from tl_modules.checkpoints.files import load, write_whole
+from tl_modules.checkpoints.files import load_checkpoint, write_whole
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
 from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
-from tl_modules.runs.directory import fill
+from tl_modules.runs.directory import load_state_into
 
 
 class TransferTrainer(QuickHooks, Trainer):
@@ -53,7 +53,7 @@ class TransferTrainer(QuickHooks, Trainer):
         """
         module, data = _ours(model), datamodule
         if ckpt_path is not None:
-            fill(module, load(ckpt_path))
+            load_state_into(module, load_checkpoint(ckpt_path))
         folder = Path(out) if out else Path(self.default_root_dir) / "embeddings"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class TransferTrainer(QuickHooks, Trainer):
             raise UserError(f"batch_sizes: {batch_sizes} must be at least 1 each")
         module = _ours(model)
         if ckpt_path is not None:
-            fill(module, load(ckpt_path))
+            load_state_into(module, load_checkpoint(ckpt_path))
         device = self.strategy.root_device
         module = module.to(device).eval()
         datamodule.setup("test")

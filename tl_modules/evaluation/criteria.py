@@ -27,7 +27,7 @@ FEW = 500  # of so many of each domain the classifier of domains sees
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CriterionInputs:
     """What a criterion sees of a model.
 
     Attributes:
@@ -45,54 +45,54 @@ class Evidence:
     source_y: Tensor | None = None
 
 
-Validator = Callable[[Evidence], float]
+CriterionFunction = Callable[[CriterionInputs], float]
 
 
-def _finite(validator: Validator) -> Validator:
+def _finite(criterion: CriterionFunction) -> CriterionFunction:
     """Lets what cannot be scored, a diverged model or fewer than two samples, lose: it scores -inf."""
 
-    @wraps(validator)
-    def scored(evidence: Evidence) -> float:
-        given = [value for value in vars(evidence).values() if value is not None]
-        if len(evidence.target_output) < 2 or not all(value.isfinite().all() for value in given):
+    @wraps(criterion)
+    def scored(inputs: CriterionInputs) -> float:
+        given = [value for value in vars(inputs).values() if value is not None]
+        if len(inputs.target_output) < 2 or not all(value.isfinite().all() for value in given):
             return -math.inf
-        score = validator(evidence)
+        score = criterion(inputs)
         return score if math.isfinite(score) else -math.inf
 
     return scored
 
 
 @_finite
-def entropy(evidence: Evidence) -> float:
+def entropy(inputs: CriterionInputs) -> float:
     """`-mean H(p)` (Morerio et al., ICLR 2018)."""
-    return -functional.entropy(_probabilities(evidence)).mean().item()
+    return -functional.entropy(_probabilities(inputs)).mean().item()
 
 
 @_finite
-def infomax(evidence: Evidence) -> float:
+def infomax(inputs: CriterionInputs) -> float:
     """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each sample, and of many classes."""
-    return functional.information(_probabilities(evidence)).item()
+    return functional.mutual_information(_probabilities(inputs)).item()
 
 
 @_finite
-def snd(evidence: Evidence) -> float:
+def snd(inputs: CriterionInputs) -> float:
     """Soft neighbourhood density: whether many samples are decided alike (Saito et al., ICCV 2021).
 
     `mean_i H(softmax_j(<q_i, q_j> / 0.05))` over j other than i, with q the probabilities scaled to length 1.
     """
-    q = F.normalize(_few(_probabilities(evidence)).float())
+    q = F.normalize(_few(_probabilities(inputs)).float())
     return functional.entropy((q @ q.T / 0.05).fill_diagonal_(-math.inf).softmax(1)).mean().item()
 
 
 @_finite
-def bnm(evidence: Evidence) -> float:
+def bnm(inputs: CriterionInputs) -> float:
     """`||P||_* / sqrt(N min(N, C))`, at most 1: large where P is certain and diverse (Cui et al., CVPR 2020)."""
-    p = _probabilities(evidence)
+    p = _probabilities(inputs)
     return functional.nuclear_norm(p).item() * math.sqrt(len(p) / min(p.shape))
 
 
 @_finite
-def class_cluster(evidence: Evidence) -> float:
+def class_cluster(inputs: CriterionInputs) -> float:
     """ClassAMI: whether the predicted classes are the clusters of the features (Musgrave et al., arXiv 2208.07360).
 
     Adjusted mutual information between predicted classes and k-means of the features scaled to length 1, with as many
@@ -101,11 +101,11 @@ def class_cluster(evidence: Evidence) -> float:
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_mutual_info_score
 
-    classes = _few(evidence.target_output).argmax(1)
+    classes = _few(inputs.target_output).argmax(1)
     if classes.min() == classes.max():  # one class in one cluster would count as perfect
         return 0.0
-    features = F.normalize(_few(evidence.target_features).float())
-    k_means = KMeans(min(evidence.target_output.shape), n_init=2, random_state=0)
+    features = F.normalize(_few(inputs.target_features).float())
+    k_means = KMeans(min(inputs.target_output.shape), n_init=2, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there may be fewer different features than classes
         clusters = k_means.fit_predict(features.numpy(force=True))
@@ -113,7 +113,7 @@ def class_cluster(evidence: Evidence) -> float:
 
 
 @_finite
-def dev(evidence: Evidence) -> float:
+def dev(inputs: CriterionInputs) -> float:
     """Deep embedded validation: minus the source's risk, weighted as if it were the target's (You et al., ICML 2019).
 
     `-(mean w l + eta (mean w - 1))` with l the cross-entropy, w the density ratio of target to source features, and
@@ -123,14 +123,14 @@ def dev(evidence: Evidence) -> float:
     half of the validation samples and weighs the other half, so that none weighs itself; its probabilities are kept
     within [0.01, 0.99], since one sample of a huge w would decide alone. Without a source the score is -inf.
     """
-    if evidence.source_output is None or evidence.source_features is None or evidence.source_y is None:
+    if inputs.source_output is None or inputs.source_features is None or inputs.source_y is None:
         return -math.inf
-    held_out = _domain_probabilities(evidence.source_features, evidence.target_features)
+    held_out = _domain_probabilities(inputs.source_features, inputs.target_features)
     if held_out is None:
         return -math.inf
     p = held_out[0].clip(0.01, 0.99)
     w = p / (1 - p)
-    output, y = (_few(each, FEW) for each in (evidence.source_output, evidence.source_y))
+    output, y = (_few(each, FEW) for each in (inputs.source_output, inputs.source_y))
     loss = F.cross_entropy(output.double(), y, reduction="none")
     weighted = w * loss.numpy(force=True)
     variance = w.var()
@@ -138,7 +138,7 @@ def dev(evidence: Evidence) -> float:
     return -float(weighted.mean() + eta * (w.mean() - 1))
 
 
-VALIDATORS: dict[str, Validator] = {
+CRITERIA: dict[str, CriterionFunction] = {
     "entropy": entropy,
     "infomax": infomax,
     "snd": snd,
@@ -190,8 +190,8 @@ def _domain_probabilities(source: Tensor, target: Tensor) -> tuple[Any, Any] | N
     return p[domain == 0], p[domain == 1]
 
 
-def _probabilities(evidence: Evidence) -> Tensor:
-    return evidence.target_output.double().softmax(1)
+def _probabilities(inputs: CriterionInputs) -> Tensor:
+    return inputs.target_output.double().softmax(1)
 
 
 def _few(x: Tensor, many: int = MANY) -> Tensor:

@@ -21,17 +21,17 @@ from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.ranks import every_rank
 from tl_modules.batch.task import draw_input
-from tl_modules.evaluation.gather import Gathering, evaluated
-from tl_modules.evaluation.monitor import Best
+from tl_modules.evaluation.gather import Gathering, eval_dataloaders
+from tl_modules.evaluation.monitor import BestMetrics
 from tl_modules.module import TransferModule
 
-__all__ = ["Pictures"]
+__all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
 POINTS = 500  # samples in the embedding projector
 
 
-class Pictures(Callback):
+class TensorBoardFigures(Callback):
     """Draws at the start of `fit` its inputs, and after it and after `test` what the model makes of them.
 
     The mistakes, the confusion matrix and the features are those of the best checkpoint's epoch (in `fit`, of the last
@@ -43,9 +43,14 @@ class Pictures(Callback):
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config = flat(dict(config or {}))
-        self.best = Best()
+        self.best = BestMetrics()
         self.kept: _Kept | None = None
         self.now = _Kept()
+
+    @property
+    def state_key(self) -> str:
+        """The earlier name of this class, under which checkpoints keep its state."""
+        return "Pictures"
 
     def state_dict(self) -> dict[str, Any]:
         """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
@@ -79,7 +84,7 @@ class Pictures(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
         # in adaptation some have no labels
-        loaders = (e for e in evaluated(trainer) if not getattr(e, "role", "val").startswith("target"))
+        loaders = (e for e in eval_dataloaders(trainer) if not getattr(e, "role", "val").startswith("target"))
         self.now = _Kept(next(loaders, None))
 
     def on_validation_batch_end(
@@ -94,7 +99,7 @@ class Pictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""
-        if self.best.improved(trainer, pl_module):
+        if self.best.update(trainer, pl_module):
             self.kept = self.now
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -249,7 +254,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     Args:
         trainer: Its TensorBoard gets them as `domains/features`.
         module: Says what an output stands for.
-        evidence: By title; the features of both domains (see `validators.Evidence`), or None.
+        evidence: By title; the features of both domains (see `criteria.CriterionInputs`), or None.
     """
     writer = _writer(trainer)
     found = {title: e for title, e in evidence.items() if e is not None and e.source_features is not None}

@@ -13,7 +13,7 @@ from tl_modules.batch import samples
 from tl_modules.batch.ranks import every_rank
 
 
-def evaluated(trainer: Trainer) -> list[Any]:
+def eval_dataloaders(trainer: Trainer) -> list[Any]:
     """The loaders of the validation, test or prediction that is under way, also where there is but one."""
     fn = trainer.state.fn
     given: Any = getattr(trainer, f"{fn.value}_dataloaders") if fn in ("test", "predict") else trainer.val_dataloaders

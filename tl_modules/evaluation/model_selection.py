@@ -24,19 +24,19 @@ from torch import Tensor
 from tl_modules.batch import samples
 from tl_modules.checkpoints.files import write_metrics
 from tl_modules.errors import UserError
-from tl_modules.evaluation.criteria import VALIDATORS, Evidence, a_distance
+from tl_modules.evaluation.criteria import CRITERIA, CriterionInputs, a_distance
 from tl_modules.evaluation.figures import draw_domains
-from tl_modules.evaluation.gather import Gathering, evaluated
+from tl_modules.evaluation.gather import Gathering, eval_dataloaders
 from tl_modules.module import TransferModule
 
-__all__ = ["Selection"]
+__all__ = ["ModelSelection"]
 
 Criterion = Literal["source", "entropy", "infomax", "snd", "bnm", "class_cluster", "dev", "few", "oracle", "last"]
 log = logging.getLogger(__name__)
 FEW = 500  # so many samples of each domain are kept for the map of the features
 
 
-class Selection(Callback):
+class ModelSelection(Callback):
     """Scores every validation by all criteria that need no label of the target, and keeps what the report needs.
 
     Where the target's labels are open, the task's metric on them chooses, and this does nothing.
@@ -54,8 +54,8 @@ class Selection(Callback):
         self.by: str | None = by
         self.run = run
         self.rows: list[dict[str, Any]] = []
-        self.before: Evidence | None = None
-        self.after: Evidence | None = None
+        self.before: CriterionInputs | None = None
+        self.after: CriterionInputs | None = None
         self.seen: dict[str, Gathering] = {}
 
     # Choosing
@@ -83,9 +83,9 @@ class Selection(Callback):
         by = self.by or ("source" if source else "infomax" if module.is_classification else "last")
         if by in ("source", "dev") and not source:
             raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")
-        if by in VALIDATORS and not module.is_classification:
+        if by in CRITERIA and not module.is_classification:
             raise UserError(f"select: {by} works on class probabilities; take source, few, oracle or last")
-        if by in VALIDATORS and data.target_unseen:
+        if by in CRITERIA and data.target_unseen:
             raise UserError(
                 f"select: {by} looks at the target, which target_unseen keeps from training and from the choice of the "
                 "model; take source or last"
@@ -116,7 +116,7 @@ class Selection(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
-        self.loaders = evaluated(trainer)
+        self.loaders = eval_dataloaders(trainer)
         self.seen = {}
 
     def on_validation_batch_end(
@@ -145,38 +145,38 @@ class Selection(Callback):
         assert isinstance(pl_module, TransferModule)
         seen = {role: each.gathered(trainer)[1] for role, each in self.seen.items()}
         source = seen.get("val", (None, None, None, None))
-        evidence = Evidence(*seen["target val"][:2], *source[:3])
+        inputs = CriterionInputs(*seen["target val"][:2], *source[:3])
         if trainer.sanity_checking:
             if trainer.global_step == 0:
-                self.before = _few(evidence)
+                self.before = _few(inputs)
             return
         decided = {split: seen[f"target {split}"][3] for split in ("val", "test") if f"target {split}" in seen}
-        scores = self._scores(trainer, pl_module, evidence, source[3], decided["val"])
+        scores = self._scores(trainer, pl_module, inputs, source[3], decided["val"])
         metric = type(pl_module).monitor[0].removeprefix("val/")
         shown = {f"val/source_{metric}" if name == "source" else f"val/target_{name}": s for name, s in scores.items()}
-        if evidence.source_features is not None and not _unseen(trainer):
-            shown["val/a_distance"] = a_distance(evidence.source_features, evidence.target_features)
+        if inputs.source_features is not None and not _unseen(trainer):
+            shown["val/a_distance"] = a_distance(inputs.source_features, inputs.target_features)
         pl_module.log_dict(shown, batch_size=1)
         # boxes and the like are not kept for the report
         kept = {s: _small(pl_module, labels) for s, labels in decided.items() if isinstance(labels, Tensor | list)}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **kept})
         if _best(self.rows, str(self.by), pl_module) == len(self.rows) - 1:
-            self.after = _few(evidence)
+            self.after = _few(inputs)
 
     def _watches(self, trainer: Trainer, module: LightningModule) -> bool:
         return trainer.state.fn == "fit" and isinstance(module, TransferModule) and self.by is not None
 
     def _scores(
-        self, trainer: Trainer, module: TransferModule, evidence: Evidence, source: Any, target: Any
+        self, trainer: Trainer, module: TransferModule, inputs: CriterionInputs, source: Any, target: Any
     ) -> dict[str, float]:
         """Of every criterion that can be had; those of the task's metric in its own sense."""
         scores: dict[str, float] = {"last": float(len(self.rows))}
-        if evidence.source_y is not None:
-            scores["source"] = module.primary_metric(source, evidence.source_y)
+        if inputs.source_y is not None:
+            scores["source"] = module.primary_metric(source, inputs.source_y)
         if module.is_classification and not _unseen(trainer):
-            for name, validator in VALIDATORS.items():
-                if name != "dev" or evidence.source_y is not None:
-                    scores[name] = validator(evidence)
+            for name, criterion in CRITERIA.items():
+                if name != "dev" or inputs.source_y is not None:
+                    scores[name] = criterion(inputs)
         data: Any = getattr(trainer, "datamodule", None)
         rows, labels = data.opened() if data is not None else ([], np.zeros(0))
         rows = [row for row in rows if row < samples.count(target)]  # a limited validation sees fewer
@@ -187,6 +187,11 @@ class Selection(Callback):
         return scores
 
     # Keeping
+
+    @property
+    def state_key(self) -> str:
+        """The earlier name of this class, under which checkpoints keep its state."""
+        return "Selection"
 
     def state_dict(self) -> dict[str, Any]:
         """What was put down so far, so that a resumed run has all of it."""
@@ -305,6 +310,6 @@ def _best(rows: list[dict[str, Any]], criterion: str, module: TransferModule) ->
     return int(scores.argmin() if lower else scores.argmax())
 
 
-def _few(evidence: Evidence) -> Evidence:
-    few: dict[str, Any] = {name: samples.take(value, slice(FEW)) for name, value in vars(evidence).items()}
-    return Evidence(**few)
+def _few(inputs: CriterionInputs) -> CriterionInputs:
+    few: dict[str, Any] = {name: samples.take(value, slice(FEW)) for name, value in vars(inputs).items()}
+    return CriterionInputs(**few)

@@ -19,13 +19,13 @@ def floats(trainer: Trainer, prefix: str = "") -> dict[str, float]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefix)}
 
 
-class Best:
+class BestMetrics:
     """The validation metrics of the epoch that best.ckpt holds."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, Any] = {}
 
-    def improved(self, trainer: Trainer, module: LightningModule) -> bool:
+    def update(self, trainer: Trainer, module: LightningModule) -> bool:
         """Takes the validation that has just ended, if it is better than all before; nan is never better."""
         name, mode = monitor_of(module)
         now = floats(trainer, "val/")

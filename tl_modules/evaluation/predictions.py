@@ -13,10 +13,10 @@ from tl_modules.errors import UserError
 from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
 
-__all__ = ["PredictionTable"]
+__all__ = ["PredictionWriter"]
 
 
-class PredictionTable(Callback):
+class PredictionWriter(Callback):
     """A row per sample: id (a path, where there is one), then the task's columns.
 
     Args:

@@ -26,7 +26,7 @@ from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.compat import BatchNorm
 from tl_modules.errors import UserError
-from tl_modules.evaluation.gather import evaluated
+from tl_modules.evaluation.gather import eval_dataloaders
 from tl_modules.methods.functional import entropy, soft_cross_entropy
 from tl_modules.module import Domains, TransferModule
 
@@ -92,7 +92,7 @@ class TestTimeAdaptation(Callback):
                 pl_module.backbone = copy.deepcopy(pl_module.backbone)
         testing = trainer.state.fn == "test"
         counts = trainer.num_test_batches if testing else trainer.num_predict_batches
-        loaders = evaluated(trainer)
+        loaders = eval_dataloaders(trainer)
         batches = [list(islice(e.batch_sampler, int(count))) for e, count in zip(loaders, counts, strict=True)]
         self.begin(trainer, pl_module, list(zip(loaders, batches, strict=True)))
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 
 OFF = "; pass --audit false to go on all the same"
@@ -46,7 +46,7 @@ class FreezeAudit(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """At an epoch's first step, waits for gradients; at a change of what is open, checks and shows it."""
-        if not isinstance(pl_module, AbstractTransferModule):
+        if not isinstance(pl_module, BaseTransferModule):
             return
         if self.epoch_starts:
             self.epoch_starts = False
@@ -72,7 +72,7 @@ class FreezeAudit(Callback):
         Raises:
             UserError: It has; it could not.
         """
-        if not self.check or not isinstance(pl_module, AbstractTransferModule):
+        if not self.check or not isinstance(pl_module, BaseTransferModule):
             return
         self.compare(checksums(pl_module), f"changed in epoch {trainer.current_epoch}")
         if self.waiting and trainer.is_last_batch:
@@ -87,7 +87,7 @@ class FreezeAudit(Callback):
         Raises:
             UserError: They have moved what was closed.
         """
-        if self.check and isinstance(pl_module, AbstractTransferModule) and self.sums:
+        if self.check and isinstance(pl_module, BaseTransferModule) and self.sums:
             self.compare(checksums(pl_module), "changed at the end of training, by a callback")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ class FreezeAudit(Callback):
         Raises:
             UserError: It is not what is closed.
         """
-        if not self.check or not isinstance(pl_module, AbstractTransferModule) or not self.sums:
+        if not self.check or not isinstance(pl_module, BaseTransferModule) or not self.sums:
             return
         state, closed = checkpoint["state_dict"], pl_module.finetuning.frozen_tensors(pl_module)
         held = {n: {k: state.get(k, t).detach() for k, t in named.items()} for n, named in closed.items()}
@@ -115,7 +115,7 @@ class FreezeAudit(Callback):
                 raise UserError(f"freeze audit: {name} is closed, but one of its weights or buffers {what}{OFF}")
 
 
-def check_optimizer(module: AbstractTransferModule, optimizers: list[torch.optim.Optimizer]) -> None:
+def check_optimizer(module: BaseTransferModule, optimizers: list[torch.optim.Optimizer]) -> None:
     """Every parameter that trains is in an optimizer, once; compared by identity.
 
     Raises:
@@ -131,7 +131,7 @@ def check_optimizer(module: AbstractTransferModule, optimizers: list[torch.optim
         )
 
 
-def checksums(module: AbstractTransferModule) -> dict[str, list[int]]:
+def checksums(module: BaseTransferModule) -> dict[str, list[int]]:
     """A sum over the bits of each tensor that must not move now, by stage."""
     return sums_of(module.finetuning.frozen_tensors(module))
 
@@ -149,7 +149,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat.view(kind).sum(dtype=torch.int64)
 
 
-def table(module: AbstractTransferModule, trainer: Trainer) -> Table:
+def table(module: BaseTransferModule, trainer: Trainer) -> Table:
     """A row per named parameter group: stage, parameters, trains, in the optimizer, learning rate, mode."""
     groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups
     parts = dict(module.named_methods()) | {f"stage_{i}": stage for i, stage in enumerate(module.stages())}

@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor
 
 from tl_modules.batch.compat import average_of
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 
 
-def keep_exact(module: AbstractTransferModule) -> None:
+def keep_exact(module: BaseTransferModule) -> None:
     """Lets the run's averaging callbacks average what trains alone; called when a fit starts.
 
     Raises:
@@ -49,7 +49,7 @@ class _Update:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def __call__(self, module: AbstractTransferModule) -> None:
+    def __call__(self, module: BaseTransferModule) -> None:
         if self.trainable != module.trainable:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
             self.trainable, self.pairs = module.trainable, [(mine[name], tensor) for name, tensor in _resting(module)]
@@ -61,7 +61,7 @@ class _Update:
             average.copy_(current)
 
 
-def _resting(module: AbstractTransferModule) -> list[tuple[str, Tensor]]:
+def _resting(module: BaseTransferModule) -> list[tuple[str, Tensor]]:
     """What no optimizer moves now: what is closed, and the methods' buffers and parameters without gradient."""
     methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
     buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]

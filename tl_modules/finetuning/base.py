@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tl_modules.batch.compat import BatchNorm, finds_unused_parameters
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 
 __all__ = ["FineTuning"]
@@ -109,7 +109,7 @@ class FineTuning:
                         seen.add(id(parameter))
                         yield number, parameter, self.trains(name, owner)
 
-    def prepare(self, module: AbstractTransferModule) -> None:
+    def prepare(self, module: BaseTransferModule) -> None:
         """Freezes for good what never trains; called once, when the module is built.
 
         Raises:
@@ -124,7 +124,7 @@ class FineTuning:
             )
         self.apply(module, self.end)
 
-    def check(self, module: AbstractTransferModule, loaders: Mapping[str, Any]) -> None:
+    def check(self, module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
         """Refuses a run in which it cannot train; called when training starts.
 
         Args:
@@ -151,7 +151,7 @@ class FineTuning:
             for loader in loaders.values():
                 _check_last_batch(loader)
 
-    def apply(self, module: AbstractTransferModule, position: float) -> None:
+    def apply(self, module: BaseTransferModule, position: float) -> None:
         """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
         stages = module.stages()
         trainable = self.trainable_stages(position, len(stages))
@@ -168,7 +168,7 @@ class FineTuning:
                 if isinstance(layer, BatchNorm) and layer.affine:
                     layer.eval()
 
-    def param_groups(self, module: AbstractTransferModule) -> Iterator[dict[str, Any]]:
+    def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
         """Yields groups `head`, the methods' names, `stage_N`, with every parameter once; `lr_scale` multiplies the lr.
 
         A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
@@ -193,7 +193,7 @@ class FineTuning:
             if of_stage[number]:
                 yield {"name": f"stage_{number}", "params": of_stage[number], "lr_scale": scale}
 
-    def frozen_tensors(self, module: AbstractTransferModule) -> dict[str, dict[str, Tensor]]:
+    def frozen_tensors(self, module: BaseTransferModule) -> dict[str, dict[str, Tensor]]:
         """Returns the parameters and buffers that must not change now, by part and by name.
 
         While a stage is frozen, what belongs to no stage is too; the head is if none of it trains.
@@ -218,7 +218,7 @@ class FineTuning:
                 found.setdefault(part, {})[name] = tensor.detach()
         return found
 
-    def never_trains(self, module: AbstractTransferModule) -> dict[str, Tensor]:
+    def never_trains(self, module: BaseTransferModule) -> dict[str, Tensor]:
         """Returns the backbone's parameters that are frozen for the whole run, by name."""
         stages = module.stages()
         trainable = self.trainable_stages(self.end, len(stages))

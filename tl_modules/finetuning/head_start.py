@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.full_pass import full_pass
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.ranks import every_rank
 from tl_modules.batch.task import Task
 from tl_modules.heads import LinearHead
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MANY = 10_000  # samples; more would not change the start much
 
 
-def start_head(module: AbstractTransferModule, loaders: Mapping[str, Any]) -> None:
+def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
     """Gives a head that has no weights yet those of its task's closed form; leaves any other as it is.
 
     Args:

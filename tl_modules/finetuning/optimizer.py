@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from tl_modules.batch.compat import SCHEDULER_STATE, set_rates, skip_graph_check
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 
 __all__ = ["WarmupCosine"]
@@ -75,7 +75,7 @@ class WarmupCosine(LRScheduler):
         return {key: getattr(self, key) for key in SCHEDULER_STATE}
 
 
-def configure(module: AbstractTransferModule) -> Any:
+def configure(module: BaseTransferModule) -> Any:
     """What Lightning's `configure_optimizers` gives: named groups, each with its share of the rate, and a scheduler."""
     optimizer = fused(module.optimizer(list(module.finetuning.param_groups(module))))
     for group in optimizer.param_groups:
@@ -118,7 +118,7 @@ def _scale_cycle(optimizer: Optimizer, scheduler: Any) -> None:
                 rates[number] *= group["lr_scale"]
 
 
-def resume_rates(module: AbstractTransferModule, checkpoint: dict[str, Any]) -> None:
+def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     """Lets the learning rates that are given now win over a checkpoint's, each at the schedule's present share of it.
 
     Args:

@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tl_modules.batch.compat import attached, synchronizes_batchnorm
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.averaging import keep_exact
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.optimizer import WarmupCosine, configure
 
 
-class StagedModule(AbstractTransferModule):
+class StagedModule(BaseTransferModule):
     """Freezes and unfreezes the stages of its backbone, and of a head that has stages, when Lightning calls."""
 
     finetuning: FineTuning

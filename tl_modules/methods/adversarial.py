@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
-from tl_modules.methods.functional import certainty_weights, frozen, ramp, reverse_gradient
-from tl_modules.methods.regularization import WithStart
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.functional import certainty_weights, detached_call, ramp, reverse_gradient
+from tl_modules.methods.regularization import WithPretrainedCopy
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
 
@@ -38,41 +38,41 @@ class DANN(Method):
         batch_norm: Normalises the critic's hidden units, each domain by itself, which keeps the critic from winning.
     """
 
-    needs = ("source", "target")
-    settings: ClassVar[tuple[str, ...]] = ("several sources",)
+    required_domains = ("source", "target")
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False) -> None:
+    def __init__(
+        self, weight: LossWeight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False
+    ) -> None:
         super().__init__(weight)
         self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
         self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
 
-    def width(self, module: AbstractTransferModule) -> int:
+    def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
         return module.backbone.width
 
-    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
+    def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
         return view.pooled
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """The weight of each sample, (B,) with mean 1."""
         return torch.ones(len(view), device=view.pooled.device)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
         scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
         losses = []
         for view, label in ((source, 1.0), (target, 0.0)):
-            logits = self.critic(reverse_gradient(self.seen(module, view), scale)).squeeze(1)
+            logits = self.critic(reverse_gradient(self.critic_input(module, view), scale)).squeeze(1)
             each = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
-            losses.append((self.importance(view) * each).mean())
+            losses.append((self.sample_weights(view) * each).mean())
         return (losses[0] + losses[1]) / 2
 
 
@@ -93,7 +93,7 @@ class CDAN(DANN):
         super().__init__(*args, **kwargs)
         self.entropy = entropy
 
-    def width(self, module: AbstractTransferModule) -> int:
+    def width(self, module: BaseTransferModule) -> int:
         """Of the product, or of the random projections."""
         features, classes = module.backbone.width, module.num_outputs
         self.projected = features * classes > 4096
@@ -102,16 +102,16 @@ class CDAN(DANN):
             self.register_buffer("classes_to", torch.randn(classes, 1024))
         return 1024 if self.projected else features * classes
 
-    def seen(self, module: AbstractTransferModule, view: DomainOutput) -> Tensor:
+    def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
         p = view.probabilities.detach()
         if self.projected:
             return (view.pooled @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
         return torch.einsum("bc,bd->bcd", p, view.pooled).flatten(1)
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """Certain samples count more."""
-        return certainty_weights(view.probabilities) if self.entropy else super().importance(view)
+        return certainty_weights(view.probabilities) if self.entropy else super().sample_weights(view)
 
 
 class PADA(DANN):
@@ -127,40 +127,36 @@ class PADA(DANN):
     """
 
     needs_classes = True
-    settings = ("several sources", "partial")
+    supported_settings = ("several sources", "partial")
 
     def __init__(self, *args: Any, momentum: float = 0.99, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.momentum = momentum
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Starts with equal classes."""
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
-    def importance(self, view: DomainOutput) -> Tensor:
+    def sample_weights(self, view: DomainOutput) -> Tensor:
         """The weight of the label's class; 1 in the target."""
         if view.y is None:
-            return super().importance(view)
+            return super().sample_weights(view)
         share = self.get_buffer("share")
         share = share / share.max()
         return view.y @ share if view.y.is_floating_point() else share[view.y]
 
-    def reweight(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> None:
+    def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Weighs the source's samples by their classes."""
         assert source is not None
         assert target is not None
         if self.training:
             share = self.get_buffer("share")
             share.lerp_(target.probabilities.detach().mean(0), 1 - self.momentum)
-        weight = self.importance(source)
+        weight = self.sample_weights(source)
         source.weight = weight if source.weight is None else source.weight * weight
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's term."""
         assert target is not None
         return super().forward(module, source, replace(target, y=None))
@@ -177,17 +173,15 @@ class OSBP(Method):
         threshold: t.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
-    settings = ("several sources", "open set")
+    supported_settings = ("several sources", "open set")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.5) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.5) -> None:
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         with statistics_kept(module.head):
@@ -209,20 +203,18 @@ class MDD(Method):
         hidden: Width of the second head's hidden layer.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
 
-    def __init__(self, weight: Weight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
+    def __init__(self, weight: LossWeight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
         super().__init__(weight)
         self.margin, self.reversal, self.hidden = margin, reversal, hidden
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Builds the second head."""
         self.adversary = MLPHead(module.backbone.width, module.num_outputs, self.hidden, normalize=False)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
         assert source is not None
         assert target is not None
@@ -246,23 +238,21 @@ class MCD(Method):
         reversal: The reversal's scale.
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
     needs_classes = True
 
-    def __init__(self, weight: Weight = 1.0, reversal: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, reversal: float = 1.0) -> None:
         super().__init__(weight)
         self.reversal = reversal
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Makes a second head like the first, with other start weights."""
         self.second = copy.deepcopy(module.head)
         for layer in self.second.modules():
             reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
             reset()
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The second head's loss on the source, less the discrepancy on the target."""
         assert source is not None
         assert target is not None
@@ -274,7 +264,7 @@ class MCD(Method):
         return weighted_mean(loss, source.weight) - cast(Tensor, discrepancy)
 
 
-class ADDA(WithStart):
+class ADDA(WithPretrainedCopy):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
     Start from a run that was trained on the source (`--model.backbone.weights RUN`) and leave the source's labels out
@@ -286,19 +276,19 @@ class ADDA(WithStart):
         hidden: Width of the critic's hidden layer (the paper: 500).
     """
 
-    needs = ("source", "target")
+    required_domains = ("source", "target")
 
-    def __init__(self, weight: Weight = 1.0, hidden: int = 256) -> None:
+    def __init__(self, weight: LossWeight = 1.0, hidden: int = 256) -> None:
         super().__init__(weight)
         self.hidden = hidden
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.critic = MLPHead(module.backbone.width, 1, self.hidden, normalize=False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -307,16 +297,14 @@ class ADDA(WithStart):
         super().check(module, domains)
         check_head(self, module)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""
         assert source is not None
         assert target is not None
         with torch.no_grad():
             here = self.start.pooled_features(self.start(source.x))
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
-        return (critic[0] + critic[1]) / 2 + _bce(frozen(self.critic, target.pooled), 1.0)
+        return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 
 
 def _bce(logits: Tensor, label: float) -> Tensor:

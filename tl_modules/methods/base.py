@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["Method"]
 
@@ -26,40 +26,40 @@ class Method(nn.Module):
     moves lives in buffers or parameters, so that checkpoints carry it.
 
     Attributes:
-        needs: The domains that must be present in training, of "source", "target", "domains" (any two) and "sources"
-            (at least two of them).
+        required_domains: The domains that must be present in training, of "source", "target", "domains" (any two) and
+            "sources" (at least two of them).
         needs_classes: Whether it works on class probabilities, that is, only in classification.
-        reads_x: Whether it looks at inputs, `x`; features are then not cached.
+        needs_raw_input: Whether it looks at inputs, `x`; features are then not cached.
         full_pass: The domains, of "source" and "target", over whose training samples it is given a pass before each
             epoch, by `on_full_pass`.
         changes_backbone: Whether `attach` changes the backbone; it then comes before that of the others.
-        settings: In which settings beside one labelled source and one target with the same classes it is sound:
-            "several sources", "generalisation" (no target in training), "partial" (the target lacks classes), "open
-            set" (the target has classes of its own), "source-free".
+        supported_settings: In which settings beside one labelled source and one target with the same classes it is
+            sound: "several sources", "generalisation" (no target in training), "partial" (the target lacks classes),
+            "open set" (the target has classes of its own), "source-free".
 
     Args:
-        weight: What the term is multiplied by, a number or a `Schedule`.
+        weight: What the term is multiplied by, a number or a `WeightSchedule`.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    required_domains: ClassVar[tuple[str, ...]] = ()
     needs_classes: ClassVar[bool] = False
-    reads_x: ClassVar[bool] = False
+    needs_raw_input: ClassVar[bool] = False
     full_pass: ClassVar[tuple[str, ...]] = ()
     changes_backbone: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ("several sources",)
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
-    def __init__(self, weight: Weight = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0) -> None:
         super().__init__()
         self.weight = weight
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Called once, when the module has its pretrained weights and its head."""
 
-    def transform_batch(self, module: AbstractTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+    def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
         """Returns the batch that takes the place of a training batch, by domain, e.g. one of mixed samples."""
         return batch
 
-    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+    def on_full_pass(self, module: BaseTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
         """Learns from all training samples of a domain of `full_pass`, in eval mode and without gradient.
 
         Args:
@@ -69,21 +69,19 @@ class Method(nn.Module):
         """
 
     def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
+        self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None
     ) -> Tensor | None:
         """The term before its weight, a scalar; None where what it does is done elsewhere."""
         raise NotImplementedError
 
-    def reweight(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> None:
+    def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Changes how much each sample's loss counts: puts another `weight` (B,) into a view.
 
         Called before `forward`, when `loss` and `weight` of the views are there. The weights of several methods
         multiply, if each multiplies what it finds.
         """
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Refuses training data that lack what it needs; called when training starts.
 
         Raises:
@@ -97,7 +95,7 @@ class Method(nn.Module):
             and "two domains in training, a source and a target or two sources",
             "sources": len(sources) < 2 and "at least two source domains in training",
         }
-        for need in self.needs:
+        for need in self.required_domains:
             if missing[need]:
                 what, _, advice = str(missing[need]).partition("; ")
                 raise UserError(
@@ -143,7 +141,7 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return False
 
 
-def check_methods(module: AbstractTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
+def check_methods(module: BaseTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
     """Refuses training data from which the methods, or without methods anything, cannot learn.
 
     Args:
@@ -164,7 +162,7 @@ def check_methods(module: AbstractTransferModule, domains: Mapping[str, Any], la
         )
 
 
-def check_reach(module: AbstractTransferModule, name: str, method: Method, term: Tensor) -> None:
+def check_reach(module: BaseTransferModule, name: str, method: Method, term: Tensor) -> None:
     """Refuses a term that moves nothing, once everything is open that ever will be.
 
     Raises:
@@ -182,7 +180,7 @@ def check_reach(module: AbstractTransferModule, name: str, method: Method, term:
         )
 
 
-def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable[nn.Module], what: str) -> None:
+def check_trains(method: Method, module: BaseTransferModule, parts: Iterable[nn.Module], what: str) -> None:
     """Refuses a method without a term that works in parts of the backbone of which none will ever train.
 
     Raises:
@@ -195,7 +193,7 @@ def check_trains(method: Method, module: AbstractTransferModule, parts: Iterable
         )
 
 
-def check_head(method: Method, module: AbstractTransferModule) -> None:
+def check_head(method: Method, module: BaseTransferModule) -> None:
     """Refuses a method that keeps the source's head where the head is another one.
 
     Raises:

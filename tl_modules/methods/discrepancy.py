@@ -7,21 +7,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, pairs
 from tl_modules.methods.functional import (
+    gaussian_kernel,
     gaussians,
     joint_mmd,
-    kernel,
     mmd,
     relative_coral,
     sliced_wasserstein,
     squared_distances,
 )
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
-__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "OptimalTransport"]
+__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "DeepJDOT", "OptimalTransport"]
 
 
 class Discrepancy(Method):
@@ -30,16 +30,14 @@ class Discrepancy(Method):
     A subclass writes `distance`.
     """
 
-    needs = ("domains",)
-    settings = ("several sources", "generalisation")
+    required_domains = ("domains",)
+    supported_settings = ("several sources", "generalisation")
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """Of two views, a scalar."""
         raise NotImplementedError
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over the pairs."""
         return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
 
@@ -64,7 +62,7 @@ class JAN(Discrepancy):
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
         """`MMD^2` with the product of the kernels of both layers."""
         xs, ys = ([view.pooled, view.probabilities] for view in (one, other))
-        return joint_mmd(xs, ys, kernels=[kernel, lambda p: gaussians(squared_distances(p), [1.68])])
+        return joint_mmd(xs, ys, kernels=[gaussian_kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
 
 class CORAL(Discrepancy):
@@ -80,7 +78,7 @@ class CORAL(Discrepancy):
             C_T)`; DomainBed compares the means too.
     """
 
-    def __init__(self, weight: Weight = 0.03, mean: bool = False) -> None:
+    def __init__(self, weight: LossWeight = 0.03, mean: bool = False) -> None:
         super().__init__(weight)
         self.mean = mean
 
@@ -101,7 +99,7 @@ class SWD(Discrepancy):
         directions: How many.
     """
 
-    def __init__(self, weight: Weight = 1.0, directions: int = 128) -> None:
+    def __init__(self, weight: LossWeight = 1.0, directions: int = 128) -> None:
         super().__init__(weight)
         self.directions = directions
 
@@ -112,8 +110,8 @@ class SWD(Discrepancy):
         return sliced_wasserstein(x, y, directions)
 
 
-class OptimalTransport(Discrepancy):
-    """DeepJDOT: what it costs to carry one domain onto the other (Damodaran et al., ECCV 2018).
+class DeepJDOT(Discrepancy):
+    """Joint distribution optimal transport, the cost of carrying one domain to the other (Damodaran et al., ECCV 2018).
 
     `sum_ij G_ij (alpha ||f_i - f_j||^2 / D + beta CE(output_j, y_i))` with G the optimal plan of the batch
     (`pip install 'lightning-transfer[ot]'`), through which no gradient goes. Without classes, beta is 0.
@@ -124,18 +122,18 @@ class OptimalTransport(Discrepancy):
         beta: Weight of the label's cross-entropy.
     """
 
-    def __init__(self, weight: Weight = 1.0, alpha: float = 1.0, beta: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, alpha: float = 1.0, beta: float = 1.0) -> None:
         super().__init__(weight)
         self.alpha, self.beta = alpha, beta
 
-    def attach(self, module: AbstractTransferModule) -> None:
-        """Finds out before the work whether the solver is there."""
+    def attach(self, module: BaseTransferModule) -> None:
+        """Fails early if POT, the solver, is not installed."""
         self.classes = module.is_classification
         try:
             import ot  # noqa: F401
         except ImportError as error:
             raise UserError(
-                "OptimalTransport needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
+                "DeepJDOT needs POT: pip install 'lightning-transfer[ot]' (or python -m pip install pot)"
             ) from error
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
@@ -151,6 +149,9 @@ class OptimalTransport(Discrepancy):
         return (torch.from_numpy(plan).to(cost) * cost).sum()
 
 
+OptimalTransport = DeepJDOT  # earlier name, which a config may hold
+
+
 class AFN(Method):
     """Adaptive feature norm, stepwise (Xu et al., ICCV 2019): features of larger norm transfer better.
 
@@ -161,15 +162,13 @@ class AFN(Method):
         step: By how much a norm is to grow; the paper takes 1.
     """
 
-    settings = ("several sources", "generalisation", "partial", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 0.05, step: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 0.05, step: float = 1.0) -> None:
         super().__init__(weight)
         self.step = step
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples."""
         norms = torch.cat([view.pooled.norm(dim=1) for view in (source, target) if view is not None])
         return (norms - (norms.detach() + self.step)).square().mean()

@@ -7,43 +7,41 @@ from typing import ClassVar
 from torch import Tensor
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.base import Method
-from tl_modules.methods.functional import class_confusion, entropy, information, nuclear_norm
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.functional import class_confusion, entropy, mutual_information, nuclear_norm
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 
 
-class OnTarget(Method):
+class TargetOnly(Method):
     """A term on the target's logits alone; a subclass writes `term`."""
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
+    supported_settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
 
     def term(self, logits: Tensor) -> Tensor:
         """Of logits (B, C), a scalar."""
         raise NotImplementedError
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The term on the target."""
         assert target is not None
         return self.term(target.output)
 
 
-class MinimumEntropy(OnTarget):
+class MinimumEntropy(TargetOnly):
     """`mean H(p)` (Grandvalet and Bengio, NeurIPS 2004).
 
     Args:
         weight: Of the term; more than about 0.1 lets classes die out.
     """
 
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 0.1) -> None:
+    def __init__(self, weight: LossWeight = 0.1) -> None:
         super().__init__(weight)
 
     def term(self, logits: Tensor) -> Tensor:
@@ -51,15 +49,15 @@ class MinimumEntropy(OnTarget):
         return entropy(logits.softmax(1)).mean()
 
 
-class InfoMax(OnTarget):
+class InfoMax(TargetOnly):
     """`mean H(p) - H(mean p)`: information maximisation (Krause et al., NeurIPS 2010; SHOT's first term)."""
 
     def term(self, logits: Tensor) -> Tensor:
         """The mutual information's negative."""
-        return -information(logits.softmax(1))
+        return -mutual_information(logits.softmax(1))
 
 
-class MCC(OnTarget):
+class MCC(TargetOnly):
     """Minimum class confusion (Jin et al., ECCV 2020).
 
     Args:
@@ -67,9 +65,9 @@ class MCC(OnTarget):
         temperature: Of the softmax; the paper takes 2.5 (2 to 3).
     """
 
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, temperature: float = 2.5) -> None:
+    def __init__(self, weight: LossWeight = 1.0, temperature: float = 2.5) -> None:
         super().__init__(weight)
         self.temperature = temperature
 
@@ -78,7 +76,7 @@ class MCC(OnTarget):
         return class_confusion(logits, self.temperature)
 
 
-class BNM(OnTarget):
+class BNM(TargetOnly):
     """Batch nuclear-norm maximisation: `-||P||_* / B` (Cui et al., CVPR 2020)."""
 
     def term(self, logits: Tensor) -> Tensor:

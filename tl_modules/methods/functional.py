@@ -42,7 +42,7 @@ def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
     return cast(Tensor, _Reverse.apply(x, scale))
 
 
-def frozen(module: nn.Module, *args: Tensor) -> Tensor:
+def detached_call(module: nn.Module, *args: Tensor) -> Tensor:
     """What a module gives, with gradients to its inputs and none to its parameters."""
     fixed = {name: p.detach() for name, p in module.named_parameters()}
     return cast(Tensor, torch.func.functional_call(module, fixed, args))
@@ -61,7 +61,7 @@ def gaussians(squared: Tensor, widths: Sequence[float | Tensor]) -> Tensor:
     return torch.stack([torch.exp(-squared / width) for width in widths]).sum(0)
 
 
-def kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
+def gaussian_kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
     """Gaussian kernels as wide as the sample, (N, D) -> (N, N).
 
     Their widths are `2 f m` with m the mean squared distance of the pairs, through which no gradient goes; the factors
@@ -81,13 +81,15 @@ def joint_mmd(
     Args:
         xs: A sample's activations in each layer, (N, D_l).
         ys: Another sample's, (M, D_l).
-        kernels: Of each layer, (N + M, D_l) -> (N + M, N + M); None takes `kernel` for all.
+        kernels: Of each layer, (N + M, D_l) -> (N + M, N + M); None takes `gaussian_kernel` for all.
 
     Returns:
         `mean K(x, x) + mean K(y, y) - 2 mean K(x, y)`, a scalar that is never negative and 0 for equal samples.
     """
     layers = [torch.cat([x, y]) for x, y in zip(xs, ys, strict=True)]
-    product = torch.stack([of(z) for of, z in zip(kernels or [kernel] * len(layers), layers, strict=True)]).prod(0)
+    product = torch.stack(
+        [of(z) for of, z in zip(kernels or [gaussian_kernel] * len(layers), layers, strict=True)]
+    ).prod(0)
     n = len(xs[0])
     return product[:n, :n].mean() + product[n:, n:].mean() - 2 * product[:n, n:].mean()
 
@@ -147,7 +149,7 @@ def entropy(p: Tensor) -> Tensor:
     return cast(Tensor, torch.special.entr(p).sum(1))
 
 
-def information(p: Tensor) -> Tensor:
+def mutual_information(p: Tensor) -> Tensor:
     """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each, and of many classes."""
     return entropy(p.mean(0, keepdim=True)).squeeze(0) - entropy(p).mean()
 
@@ -236,7 +238,7 @@ def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
 # Augmentation of whole batches
 
 
-def perturb(x: Any, strength: float = 1.0) -> Tensor:
+def strong_augment(x: Any, strength: float = 1.0) -> Tensor:
     """Changes each sample of a batch strongly but keeps what it shows; draws from torch's generator.
 
     Args:

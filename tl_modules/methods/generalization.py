@@ -19,11 +19,11 @@ from tl_modules.batch import samples
 from tl_modules.batch.compat import attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains, sized_by_checkpoint
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["IRM", "MLDG", "GroupDRO", "MixStyle", "Mixup", "VREx"]
 
@@ -51,8 +51,8 @@ class GroupDRO(Method):
         eta: The step size of q; DomainBed takes 0.01.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
     q: Tensor
 
     def __init__(self, eta: float = 0.01) -> None:
@@ -62,9 +62,7 @@ class GroupDRO(Method):
         # the model is built before the data says how many domains there are
         sized_by_checkpoint(self, "q")
 
-    def reweight(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> None:
+    def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Gives the samples of each domain its q together."""
         assert source is not None
         each = risks(source)
@@ -80,7 +78,7 @@ class GroupDRO(Method):
         parts = zip(self.q, torch.split(weight, list(source.parts)), strict=True)
         source.weight = torch.cat([q * part / part.sum() for q, part in parts])
 
-    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
@@ -96,16 +94,14 @@ class IRM(Method):
         anneal: Share of the run with weight 1; DomainBed takes 500 of 5,000 steps.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
 
     def __init__(self, penalty: float = 100.0, anneal: float = 0.1) -> None:
         super().__init__()
         self.penalty, self.anneal = penalty, anneal
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The penalty, weighted."""
         assert source is not None
         terms = []
@@ -125,15 +121,13 @@ class VREx(Method):
         weight: beta; DomainBed takes 10 after 500 steps of 1.
     """
 
-    needs = ("sources",)
-    settings = GENERALISE
+    required_domains = ("sources",)
+    supported_settings = GENERALISE
 
-    def __init__(self, weight: Weight = 10.0) -> None:
+    def __init__(self, weight: LossWeight = 10.0) -> None:
         super().__init__(weight)
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """`mean_e (R_e - mean R)^2`."""
         each = risks(source)
         return (each - each.mean()).square().mean()
@@ -150,14 +144,14 @@ class Mixup(Method):
         alpha: Of the Beta distribution; DomainBed takes 0.2.
     """
 
-    reads_x = True
-    settings = GENERALISE
+    needs_raw_input = True
+    supported_settings = GENERALISE
 
     def __init__(self, alpha: float = 0.2) -> None:
         super().__init__()
         self.alpha = alpha
 
-    def transform_batch(self, module: AbstractTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+    def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
         """Mixes what is labelled."""
         mixed = dict(batch)
         for owner in ("source", "target"):
@@ -167,7 +161,7 @@ class Mixup(Method):
                 mixed[name] = self.mix(module, batch[name], batch[other])
         return mixed
 
-    def mix(self, module: AbstractTransferModule, one: Batch, other: Batch) -> Batch:
+    def mix(self, module: BaseTransferModule, one: Batch, other: Batch) -> Batch:
         """Mixes each sample of a batch with one of another batch."""
         share = random.betavariate(self.alpha, self.alpha)
         order = torch.randperm(samples.count(other.x))
@@ -183,7 +177,7 @@ class Mixup(Method):
         xs = module.backbone.align([one.x, other.x])
         return Batch(samples.map_leaves(mixed, *xs), samples.map_leaves(mixed, *ys), one.index)
 
-    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
@@ -206,20 +200,20 @@ class MixStyle(Method):
         stages: After how many of the backbone's stages.
     """
 
-    needs = ("source",)
-    settings = GENERALISE
+    required_domains = ("source",)
+    supported_settings = GENERALISE
 
     def __init__(self, p: float = 0.5, alpha: float = 0.1, stages: int = 2) -> None:
         super().__init__()
         self.p, self.alpha, self.stages = p, alpha, stages
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Hooks into the first stages, which closed ones, being in eval mode, do not heed."""
         for stage in module.backbone.stages()[: self.stages]:
             last = stage[-1] if isinstance(stage, nn.ModuleList) else stage
             last.register_forward_hook(self.mix)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses first stages that never train.
 
         Raises:
@@ -242,7 +236,7 @@ class MixStyle(Method):
         mixed_deviation = share * deviation + (1 - share) * deviation[rows]
         return plain * mixed_deviation.detach() + mixed_mean.detach()
 
-    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
@@ -272,17 +266,15 @@ class MLDG(Method):
         lr: alpha, of the inner step; the paper takes 5e-4 of the outer one's kind.
     """
 
-    needs = ("sources",)
-    reads_x = True
-    settings = GENERALISE
+    required_domains = ("sources",)
+    needs_raw_input = True
+    supported_settings = GENERALISE
 
-    def __init__(self, weight: Weight = 1.0, lr: float = 1e-3) -> None:
+    def __init__(self, weight: LossWeight = 1.0, lr: float = 1e-3) -> None:
         super().__init__(weight)
         self.lr = lr
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The risk of the source that was left out, after the inner step."""
         assert source is not None
         views = source.split()

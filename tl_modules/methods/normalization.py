@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from tl_modules.batch.compat import BatchNorm
 from tl_modules.batch.current_domain import domain_rows
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
 
 __all__ = ["DomainBatchNorm", "StochNorm"]
 
 
-class Normalization(Method):
+class BatchNormPatch(Method):
     """Gives every BatchNorm layer of the backbone another class, so that its weights keep their names.
 
     A subclass writes `change`.
@@ -28,7 +28,7 @@ class Normalization(Method):
 
     changes_backbone = True
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Changes the layers.
 
         Raises:
@@ -48,7 +48,7 @@ class Normalization(Method):
         """Changes one layer in place."""
         raise NotImplementedError
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses a run in which none of the layers ever trains.
 
         Raises:
@@ -62,24 +62,24 @@ class Normalization(Method):
                 f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
             )
 
-    def forward(self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""
 
 
-class DomainBatchNorm(Normalization):
+class DomainBatchNorm(BatchNormPatch):
     """DSBN: statistics and affine parameters for each of source and target (Chang et al., CVPR 2019).
 
     The source's are added; the layer's own become the target's, with which the model predicts.
     """
 
-    needs = ("source", "target")
-    reads_x = True  # a cached entry does not know which domain it was normalised for
-    settings = ("several sources", "partial", "open set")
+    required_domains = ("source", "target")
+    needs_raw_input = True  # a cached entry does not know which domain it was normalised for
+    supported_settings = ("several sources", "partial", "open set")
 
     def change(self, layer: BatchNorm) -> None:
         """Adds the source's twin."""
         layer.source = copy.deepcopy(layer)
-        become(layer, _ByDomain)
+        patch_class(layer, _ByDomain)
 
 
 class _ByDomain(BatchNorm):
@@ -95,7 +95,7 @@ class _ByDomain(BatchNorm):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class StochNorm(Normalization):
+class StochNorm(BatchNormPatch):
     """Stochastic normalisation (Kou et al., NeurIPS 2020).
 
     In training each channel takes, with probability p, the running statistics in place of the batch's.
@@ -104,7 +104,7 @@ class StochNorm(Normalization):
         p: The probability; the paper takes 0.5.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class StochNorm(Normalization):
 
     def change(self, layer: BatchNorm) -> None:
         """Sets its probability."""
-        become(layer, _Stochastic)
+        patch_class(layer, _Stochastic)
         cast(Any, layer).p = self.p
 
 
@@ -132,6 +132,6 @@ class _Stochastic(BatchNorm):
         return torch.where(chosen, fixed, super().forward(input))
 
 
-def become(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
+def patch_class(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
     """Gives a layer, whatever its number of dimensions, the forward of `mixin`."""
     layer.__class__ = type(mixin.__name__, (mixin, type(layer)), {"__module__": __name__})

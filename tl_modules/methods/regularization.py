@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import soft_cross_entropy
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["BSS", "DELTA", "L2SP", "CoTuning", "LwF"]
 
@@ -34,20 +34,18 @@ class L2SP(Method):
         head_weight: beta / alpha.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def __init__(self, weight: Weight = 0.1, head_weight: float = 0.1) -> None:
+    def __init__(self, weight: LossWeight = 0.1, head_weight: float = 0.1) -> None:
         super().__init__(weight)
         self.head_weight = head_weight
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the start weights into buffers, so that a checkpoint carries them."""
         for number, parameter in enumerate(module.backbone.parameters()):
             self.register_buffer(f"start_{number}", parameter.detach().clone())
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Squared distance from the start, a scalar."""
         total = self.head_weight * sum(
             (parameter.square().sum() for parameter in module.head.parameters()), torch.zeros((), device=module.device)
@@ -66,27 +64,25 @@ class BSS(Method):
         k: How many singular values; the paper takes 1.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def __init__(self, weight: Weight = 1e-3, k: int = 1) -> None:
+    def __init__(self, weight: LossWeight = 1e-3, k: int = 1) -> None:
         super().__init__(weight)
         self.k = k
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of all rows of the step."""
         features = torch.cat([view.pooled for view in (source, target) if view is not None])
         smallest: Tensor = torch.linalg.svdvals(features)[-self.k :]
         return smallest.square().sum()
 
 
-class WithStart(Method):
+class WithPretrainedCopy(Method):
     """A method that keeps the network as it was, its pretrained start, in eval mode."""
 
-    reads_x = True
+    needs_raw_input = True
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the backbone."""
         self.start = copy.deepcopy(module.backbone).requires_grad_(False).eval()
 
@@ -94,7 +90,7 @@ class WithStart(Method):
         """The vectors (B, D) that the network gave of inputs at its start."""
         return self.start.pooled_features(self.start(x))
 
-    def train(self, mode: bool = True) -> WithStart:
+    def train(self, mode: bool = True) -> WithPretrainedCopy:
         """The start stays as it was."""
         super().train(mode)
         if hasattr(self, "start"):
@@ -102,7 +98,7 @@ class WithStart(Method):
         return self
 
 
-class DELTA(WithStart):
+class DELTA(WithPretrainedCopy):
     """Behaviour as it was: `1/2 sum_l mean ||F_l(x) - F_l^0(x)||^2` of the stages' outputs (Li et al., ICLR 2019).
 
     A stage's distance is a mean over its values, and all channels count the same: the paper's attention, which weighs
@@ -112,11 +108,9 @@ class DELTA(WithStart):
         weight: Of the term.
     """
 
-    settings = ("several sources", "generalisation", "partial", "open set", "source-free")
+    supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over the stages, on the domain that the model is for."""
         view = target or source
         assert view is not None
@@ -169,7 +163,7 @@ class SourceHead(nn.Module):
         return cast(Tensor, self.linear(torch.where(self.normalized, self.norm(features), features)))
 
 
-class WithSourceHead(WithStart):
+class WithPretrainedHead(WithPretrainedCopy):
     """A method that needs the pretrained head too: of a run of ours, or of a classifier whose last layer is linear.
 
     Args:
@@ -179,11 +173,11 @@ class WithSourceHead(WithStart):
 
     needs_classes = True
 
-    def __init__(self, source_classes: int, weight: Weight = 1.0) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 1.0) -> None:
         super().__init__(weight)
         self.source_classes = source_classes
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
         self.old = SourceHead(module.backbone.width, self.source_classes)
@@ -193,7 +187,7 @@ class WithSourceHead(WithStart):
         self.head = copy.deepcopy(self.old)
         self.old.requires_grad_(False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start without the head.
 
         Raises:
@@ -211,7 +205,7 @@ class WithSourceHead(WithStart):
             )
 
 
-class LwF(WithSourceHead):
+class LwF(WithPretrainedHead):
     """Learning without forgetting: the old head keeps its answers on the new data (Li and Hoiem, ECCV 2016).
 
     `mean CE(softmax(old output of the start / T), softmax(old output now / T))`.
@@ -222,15 +216,13 @@ class LwF(WithSourceHead):
         temperature: T; the paper takes 2.
     """
 
-    settings = ("several sources", "generalisation", "source-free")
+    supported_settings = ("several sources", "generalisation", "source-free")
 
-    def __init__(self, source_classes: int, weight: Weight = 1.0, temperature: float = 2.0) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 1.0, temperature: float = 2.0) -> None:
         super().__init__(source_classes, weight)
         self.temperature = temperature
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of the domain that the model is for."""
         view = target or source
         assert view is not None
@@ -239,7 +231,7 @@ class LwF(WithSourceHead):
         return soft_cross_entropy(self.head(view.pooled) / self.temperature, taught).mean()
 
 
-class CoTuning(WithSourceHead):
+class CoTuning(WithPretrainedHead):
     """Fine-tunes the pretrained head too, on source labels that go with the target's (You et al., NeurIPS 2020).
 
     `mean CE(head_S(f(x)), p(y_S | y))` with the relation p(y_S | y) the mean of the start's source probabilities over
@@ -250,20 +242,18 @@ class CoTuning(WithSourceHead):
         weight: lambda; the paper takes 2.3.
     """
 
-    settings = ("several sources", "generalisation")
+    supported_settings = ("several sources", "generalisation")
 
-    def __init__(self, source_classes: int, weight: Weight = 2.3) -> None:
+    def __init__(self, source_classes: int, weight: LossWeight = 2.3) -> None:
         super().__init__(source_classes, weight)
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """The relation begins as equal shares."""
         super().attach(module)
         shape = (module.num_outputs, self.source_classes)
         self.register_buffer("relation", torch.full(shape, 1e-3 / self.source_classes))
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Of the labelled samples of the domain that the model is for, or else of the source's."""
         known = (view.with_labels for view in (target, source) if view is not None)
         view = next((view for view in known if view is not None), None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.functional import ramp
 
-__all__ = ["Linear", "Ramp", "Schedule"]
+__all__ = ["Linear", "LinearWeight", "Ramp", "RampWeight", "Schedule", "WeightSchedule"]
 
 
-class Schedule:
+class WeightSchedule:
     """A weight as a function of how far training is; a subclass writes `__call__`."""
 
     def __call__(self, progress: float) -> float:
@@ -16,7 +16,7 @@ class Schedule:
         raise NotImplementedError
 
 
-class Ramp(Schedule):
+class RampWeight(WeightSchedule):
     """`to * (2 / (1 + exp(-gamma p)) - 1)`: from 0, steep at first (Ganin et al., JMLR 2016).
 
     Args:
@@ -32,7 +32,7 @@ class Ramp(Schedule):
         return self.to * ramp(progress, self.gamma)
 
 
-class Linear(Schedule):
+class LinearWeight(WeightSchedule):
     """From `start` to `end` in a straight line, reached at `until`, and constant from there.
 
     Args:
@@ -49,9 +49,12 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
 
-Weight = float | Schedule
+# earlier names, which a config or a schedule of your own may hold
+Schedule, Ramp, Linear = WeightSchedule, RampWeight, LinearWeight
+
+LossWeight = float | WeightSchedule
 
 
-def at(weight: Weight, module: AbstractTransferModule) -> float:
-    """A weight as far as the module's training is, whether it moves or not."""
-    return weight(module.progress) if isinstance(weight, Schedule) else weight
+def current_weight(weight: LossWeight, module: BaseTransferModule) -> float:
+    """The weight's current value: a number as it is, a schedule at `module.progress`."""
+    return weight(module.progress) if isinstance(weight, WeightSchedule) else weight

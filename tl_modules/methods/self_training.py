@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput
-from tl_modules.batch.protocol import AbstractTransferModule
+from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_head, sized_by_checkpoint
-from tl_modules.methods.functional import information, perturb, ramp
-from tl_modules.methods.schedules import Weight
+from tl_modules.methods.functional import mutual_information, ramp, strong_augment
+from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 
@@ -22,31 +22,29 @@ __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 class FixMatch(Method):
     """What is certain of a sample is to hold for a strongly changed copy of it (Sohn et al., NeurIPS 2020).
 
-    `mean 1[max p >= threshold] CE(output(perturb(x)), argmax p)` on the target; the weak view is the batch itself, with
+    `mean 1[max p >= threshold] CE(output(strong(x)), argmax p)` on the target; the weak view is the batch itself, with
     the data's `augment`.
 
     Args:
         weight: Of the term.
         threshold: How certain; the paper takes 0.95.
-        strength: Of the change, see `functional.perturb`.
+        strength: Of the change, see `functional.strong_augment`.
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    reads_x = True
-    settings = ("several sources", "partial", "source-free")
+    needs_raw_input = True
+    supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.95, strength: float = 1.0) -> None:
         super().__init__(weight)
         self.threshold, self.strength = threshold, strength
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
-        strong = module.forward_extra(perturb(target.x, self.strength)).output
+        strong = module.forward_extra(strong_augment(target.x, self.strength)).output
         each = F.cross_entropy(strong, label, reduction="none")
         return ((certainty >= self.threshold) * each).mean()
 
@@ -63,17 +61,17 @@ class MeanTeacher(Method):
         weight: Of the term; French takes 3.
         momentum: Of the average, taken after each step.
         threshold: How certain the teacher must be of a sample; French takes 0.968.
-        strength: Of the change, see `functional.perturb`.
+        strength: Of the change, see `functional.strong_augment`.
         balance: Weight of the second part, which is large where classes die out; French takes 0.005.
     """
 
-    needs = ("target",)
-    reads_x = True
-    settings = ("several sources", "source-free")
+    required_domains = ("target",)
+    needs_raw_input = True
+    supported_settings = ("several sources", "source-free")
 
     def __init__(
         self,
-        weight: Weight = 3.0,
+        weight: LossWeight = 3.0,
         momentum: float = 0.99,
         threshold: float = 0.968,
         strength: float = 1.0,
@@ -82,7 +80,7 @@ class MeanTeacher(Method):
         super().__init__(weight)
         self.momentum, self.threshold, self.strength, self.balance = momentum, threshold, strength, balance
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Copies the network."""
         self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head))
         self.teacher.requires_grad_(False).eval()  # Lightning leaves the modes of a fit as they are
@@ -96,7 +94,7 @@ class MeanTeacher(Method):
         return self
 
     @torch.no_grad()
-    def learn(self, module: AbstractTransferModule) -> None:
+    def update_teacher(self, module: BaseTransferModule) -> None:
         """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
@@ -110,14 +108,12 @@ class MeanTeacher(Method):
             else:
                 mine.copy_(student[name])
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The consistency on the target."""
         assert target is not None
         if self.training:
-            self.learn(module)
-        changed = perturb(target.x, self.strength)
+            self.update_teacher(module)
+        changed = strong_augment(target.x, self.strength)
         with torch.no_grad():
             features = self.teacher[0](target.x)
             features = module.backbone.pooled_features(features) if module.uses_pooled_features else features
@@ -143,17 +139,15 @@ class PseudoLabel(Method):
         threshold: How certain.
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
-    settings = ("several sources", "partial", "source-free")
+    supported_settings = ("several sources", "partial", "source-free")
 
-    def __init__(self, weight: Weight = 1.0, threshold: float = 0.95) -> None:
+    def __init__(self, weight: LossWeight = 1.0, threshold: float = 0.95) -> None:
         super().__init__(weight)
         self.threshold = threshold
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The mean over all samples, those that are not certain with 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
@@ -175,23 +169,23 @@ class SHOT(Method):
         beta: Weight of the pseudo-labels; the paper takes 0.3 (0.1 for digits).
     """
 
-    needs = ("target",)
+    required_domains = ("target",)
     needs_classes = True
     full_pass = ("target",)
-    settings = ("source-free",)
+    supported_settings = ("source-free",)
     labels: Tensor
 
-    def __init__(self, weight: Weight = 1.0, beta: float = 0.3) -> None:
+    def __init__(self, weight: LossWeight = 1.0, beta: float = 0.3) -> None:
         super().__init__(weight)
         self.beta = beta
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
         sized_by_checkpoint(self, "labels")  # the model is built before the data says how many samples there are
 
-    def attach(self, module: AbstractTransferModule) -> None:
+    def attach(self, module: BaseTransferModule) -> None:
         """Freezes the head."""
         module.head.requires_grad_(False)
 
-    def check(self, module: AbstractTransferModule, domains: list[str]) -> None:
+    def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
 
         Raises:
@@ -200,7 +194,7 @@ class SHOT(Method):
         super().check(module, domains)
         check_head(self, module)
 
-    def on_full_pass(self, module: AbstractTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
+    def on_full_pass(self, module: BaseTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
         """Labels all samples of the target anew.
 
         Raises:
@@ -220,12 +214,10 @@ class SHOT(Method):
         self.labels = F.pad(self.labels.to(index.device), (0, max(0, more)))
         self.labels[index] = there[nearest]
 
-    def forward(
-        self, module: AbstractTransferModule, source: DomainOutput | None, target: DomainOutput | None
-    ) -> Tensor:
+    def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Computes information maximisation and the cross-entropy of the pseudo-labels."""
         assert target is not None
         assert target.index is not None
-        return -information(target.probabilities) + self.beta * F.cross_entropy(
+        return -mutual_information(target.probabilities) + self.beta * F.cross_entropy(
             target.output, self.labels[target.index]
         )

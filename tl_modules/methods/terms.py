@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Terms:
+class LossMeans:
     """Means over an epoch's samples, and the first step at which a term was not finite."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Terms:
             means[name] = total / sum(self.samples[names] for names in having)
         return means
 
-    def bad(self) -> tuple[int, list[str]] | None:
+    def first_nonfinite(self) -> tuple[int, list[str]] | None:
         """How many steps were finite before the first that was not, and which terms were not; None if all were."""
         fine = {names: sums.isfinite().tolist() for names, sums in self.sums.items()}
         wrong = [name for names, each in fine.items() for name, good in zip(names, each, strict=True) if not good]

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 
-from tl_modules.checkpoints.files import find_run, load, versions
+from tl_modules.checkpoints.files import find_run, load_checkpoint, versions
 from tl_modules.errors import UserError
 from tl_modules.runs.trust import check_config, imports_only
 
@@ -117,7 +117,7 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
     """
     run = find_run(path)
     config = read_config(run, trust)
-    content = load(run / "checkpoints" / f"{checkpoint}.ckpt")
+    content = load_checkpoint(run / "checkpoints" / f"{checkpoint}.ckpt")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
     with imports_only(trust):
@@ -127,10 +127,10 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
             raise UserError(f"run: {run / 'config.yaml'}: {' '.join(str(error).split())[:300]}") from error
         check_config(yaml.safe_load(parser.dump(parsed, skip_none=False)), trust, f"run: {run / 'config.yaml'}")
         module: LightningModule = parser.instantiate_classes(parsed).model
-    return fill(module, content).eval()
+    return load_state_into(module, content).eval()
 
 
-def fill(module: LightningModule, content: dict[str, Any]) -> LightningModule:
+def load_state_into(module: LightningModule, content: dict[str, Any]) -> LightningModule:
     """Gives a module the weights of a checkpoint's content."""
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])

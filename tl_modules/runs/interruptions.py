@@ -24,14 +24,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tl_modules.errors import UserError
 from tl_modules.module import TransferModule
 
-__all__ = ["Interruptions"]
+__all__ = ["GracefulShutdown"]
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "the loss is not finite in another process"
 LOOK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
 
 
-class Interruptions(Callback):
+class GracefulShutdown(Callback):
     """Saves last.ckpt where it can be resumed exactly, whatever ends the run.
 
     Args:
@@ -168,7 +168,7 @@ def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
 
 def not_finite(module: LightningModule) -> str | None:
     """Waits for the device and looks at the epoch's loss terms: which one is not finite, since which step."""
-    found = module.terms.bad() if isinstance(module, TransferModule) else None
+    found = module.terms.first_nonfinite() if isinstance(module, TransferModule) else None
     if found is None:
         return None
     steps, names = found

@@ -11,13 +11,13 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.checkpoints.files import write_metrics, write_whole
-from tl_modules.evaluation.monitor import Best, floats
+from tl_modules.evaluation.monitor import BestMetrics, floats
 from tl_modules.evaluation.test_time import TestTimeAdaptation
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunFiles"]
 
 
-class RunDirectory(Callback):
+class RunFiles(Callback):
     """Keeps the files of a run's directory up to date.
 
     Args:
@@ -33,7 +33,7 @@ class RunDirectory(Callback):
         self.config = config
         self.trained = False
         self.rows: list[dict[str, float]] = []
-        self.best = Best()
+        self.best = BestMetrics()
         self.validated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -50,6 +50,11 @@ class RunDirectory(Callback):
         """There is something to train."""
         self.trained = True
 
+    @property
+    def state_key(self) -> str:
+        """The earlier name of this class, under which checkpoints keep its state."""
+        return "RunDirectory"
+
     def state_dict(self) -> dict[str, Any]:
         """The rows and the best epoch so far, so that a resumed run has those of the undisturbed one."""
         return {"rows": self.rows, "best": self.best.metrics}
@@ -64,7 +69,7 @@ class RunDirectory(Callback):
         if trainer.state.fn == "validate":
             self._write(trainer, floats(trainer, "val/"))
         else:
-            self.best.improved(trainer, pl_module)
+            self.best.update(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the epoch's row of metrics.csv, with metrics of a validation if there was one.

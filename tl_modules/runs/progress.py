@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from tl_modules.evaluation.monitor import floats, monitor_of
 
-__all__ = ["Bar", "PlainProgress"]
+__all__ = ["EpochProgressBar", "LineProgress"]
 
 
 def _shown(trainer: Trainer, module: LightningModule) -> dict[str, float]:
@@ -19,7 +19,7 @@ def _shown(trainer: Trainer, module: LightningModule) -> dict[str, float]:
     return {key: metrics[key] for key in ("train/loss", "val/loss", monitor_of(module)[0]) if key in metrics}
 
 
-class Bar(RichProgressBar):
+class EpochProgressBar(RichProgressBar):
     """Lightning's rich bar, which stays for every epoch and shows the metrics of the last one."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Bar(RichProgressBar):
         return {key: f"{value:.3f}" for key, value in _shown(trainer, pl_module).items()}
 
 
-class PlainProgress(ProgressBar):
+class LineProgress(ProgressBar):
     """Prints `epoch 3/9  train/loss 0.512  val/accuracy 0.873  4.1 s` after every epoch, counted from 0 as ever."""
 
     def __init__(self) -> None:

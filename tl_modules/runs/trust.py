@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tl_modules.batch.compat import import_policy_kept
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
-from tl_modules.methods.schedules import Schedule
+from tl_modules.methods.schedules import WeightSchedule
 
 # what a run may import from: packages whose classes neither write files nor run what their arguments name
 ALLOWED = (
@@ -43,7 +43,7 @@ ALLOWED = (
     "timm.optim", "lightning.pytorch.callbacks", "lightning.pytorch.strategies", "lightning.pytorch.plugins",
     "lightning.pytorch.cli.ReduceLROnPlateau",
 )  # fmt: skip
-KINDS = (nn.Module, FineTuning, Schedule, Optimizer, LRScheduler, LightningDataModule, Precision)
+KINDS = (nn.Module, FineTuning, WeightSchedule, Optimizer, LRScheduler, LightningDataModule, Precision)
 # of these kinds, only some are harmless
 HARMLESS = {
     "AdaBN", "DDPStrategy", "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping",
@@ -51,7 +51,7 @@ HARMLESS = {
     "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT", "TQDMProgressBar",
     "Timer", "WeightAveraging",
 }  # fmt: skip
-RUN_CODE = ("HubBackbone",)  # of a repository that its arguments name
+RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of a repository that its arguments name; the same class twice
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory
 TEXTS = ("name", "class_names", "classes", "categories", "schema")  # arguments whose texts are names of the user's
 SCHEMA = "schema"  # all that it holds is named so, but no class in it

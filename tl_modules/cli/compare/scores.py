@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from tl_modules.evaluation.criteria import VALIDATORS
+from tl_modules.evaluation.criteria import CRITERIA
 
 LOWER_IS_BETTER = ("rmse", "mae", "loss")
-CRITERIA = tuple(f"val/target_{name}" for name in VALIDATORS)
+CRITERION_METRICS = tuple(f"val/target_{name}" for name in CRITERIA)
 BY_LABELS = ("val/target_few", "val/target_oracle")  # they choose an epoch by labels of the target
 
 
@@ -175,7 +175,7 @@ class Scores:
             if place not in self.values[way] or str(metrics.get("chosen_by")).startswith(BY_LABELS):
                 continue
             for key, score in metrics.items():
-                if key in CRITERIA or key.startswith("val/source_"):
+                if key in CRITERION_METRICS or key.startswith("val/source_"):
                     known = score is not None and math.isfinite(score)
                     higher = (-score if self._is_loss(key) else score) if known else -math.inf
                     scores.setdefault(key, {}).setdefault(place, {})[way] = higher

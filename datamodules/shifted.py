@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import ArrayImages
-from datamodules.loading import generator_of
+from datamodules.loaders import generator_of
 from datamodules.splits import SPLITS, ids_of
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +46,7 @@ class Shift(nn.Module):
         raise NotImplementedError
 
 
-class Identity(Shift):
+class NoShift(Shift):
     """Leaves images as they are."""
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
@@ -70,8 +70,8 @@ class Rotation(Shift):
         return _array(_picture(image).rotate(self.degrees, Image.Resampling.BILINEAR)), label
 
 
-class Colour(Shift):
-    """Colour that says more than shape, but not everywhere (ColoredMNIST; Arjovsky et al., 2019).
+class SpuriousColour(Shift):
+    """Colour that tells more than the shape, but not in every domain (ColoredMNIST; Arjovsky et al., 2019).
 
     The classes become two, their lower and their upper half. A label is flipped with probability `label_noise`, and the
     colour is the resulting label flipped with probability `flip`. The image's grey is written into the red channel
@@ -92,7 +92,7 @@ class Colour(Shift):
     def class_names(self, names: list[str] | None) -> list[str] | None:
         """The two halves."""
         if names is None or len(names) < 2:
-            raise DataError("shifts: Colour makes two classes of more, but the labels are no classes")
+            raise DataError("shifts: SpuriousColour makes two classes of more, but the labels are no classes")
         middle = (len(names) + 1) // 2
         return [f"{half[0]} to {half[-1]}" for half in (names[:middle], names[middle:])]
 
@@ -185,9 +185,9 @@ class Shifted(TransferDataModule):
 
             target: minus90
             shifts:
-              plus90: {class_path: Colour, init_args: {flip: 0.1}}
-              plus80: {class_path: Colour, init_args: {flip: 0.2}}
-              minus90: {class_path: Colour, init_args: {flip: 0.9}}
+              plus90: {class_path: SpuriousColour, init_args: {flip: 0.1}}
+              plus80: {class_path: SpuriousColour, init_args: {flip: 0.2}}
+              minus90: {class_path: SpuriousColour, init_args: {flip: 0.9}}
 
     The splits are those that `data` makes, without a look at the labels where the target's are hidden; its other
     settings (batch size, shots, ...) are not used. A split's images are made when it is first asked for, and stay in

@@ -7,19 +7,19 @@ from conftest import make_tree
 
 import datamodules
 from datamodules import (
-    Classes,
-    Colour,
+    ClassSubset,
     Corruption,
     DataError,
     Digits,
-    Identity,
     ImageArrays,
     ImageFolders,
+    NoShift,
     Rotation,
     Shift,
     Shifted,
+    SpuriousColour,
 )
-from datamodules.shifts import SEVERITIES
+from datamodules.shifted import SEVERITIES
 
 
 def generator():
@@ -31,7 +31,7 @@ def picture(channels=1, size=28):
 
 
 ROTATED = {f"r{degrees}": Rotation(degrees) for degrees in (0, 30, 60)}
-SHIFTS = [Identity(), Rotation(20), Colour(0.1), *(Corruption(kind) for kind in SEVERITIES)]
+SHIFTS = [NoShift(), Rotation(20), SpuriousColour(0.1), *(Corruption(kind) for kind in SEVERITIES)]
 
 
 def test_every_shift_has_a_case():
@@ -48,9 +48,9 @@ def test_a_shift_keeps_size_and_type_and_follows_from_the_generator(shift, chann
     assert np.array_equal(first[0], again[0])
     assert first[1] == again[1]
     assert first[0].dtype == np.uint8
-    assert first[0].shape == (3 if isinstance(shift, Colour) else channels, 28, 28)
+    assert first[0].shape == (3 if isinstance(shift, SpuriousColour) else channels, 28, 28)
     assert np.array_equal(image, before)
-    assert np.array_equal(first[0], image) == isinstance(shift, Identity)
+    assert np.array_equal(first[0], image) == isinstance(shift, NoShift)
 
 
 def test_rotation_by_a_right_angle():
@@ -63,7 +63,7 @@ def test_colour_agrees_with_the_label_as_often_as_it_says(flip, noise):
     draws, image = np.random.default_rng(0), picture(1, 4)
     agree, true = [], []
     for number in range(2000):
-        coloured, label = Colour(flip, noise)(image, number % 2, draws)
+        coloured, label = SpuriousColour(flip, noise)(image, number % 2, draws)
         (channel,) = np.flatnonzero(coloured.any((1, 2)))
         assert np.array_equal(coloured[channel], image[0])
         assert channel < 2
@@ -74,10 +74,10 @@ def test_colour_agrees_with_the_label_as_often_as_it_says(flip, noise):
 
 
 def test_colour_makes_two_classes():
-    assert Colour(0.1).class_names(list("0123456789")) == ["0 to 4", "5 to 9"]
-    assert Colour(0.1).class_names(list("abc")) == ["a to b", "c to c"]
+    assert SpuriousColour(0.1).class_names(list("0123456789")) == ["0 to 4", "5 to 9"]
+    assert SpuriousColour(0.1).class_names(list("abc")) == ["a to b", "c to c"]
     with pytest.raises(DataError, match="labels are no classes"):
-        Colour(0.1).class_names(None)
+        SpuriousColour(0.1).class_names(None)
 
 
 @pytest.mark.parametrize("kind", SEVERITIES)
@@ -107,14 +107,14 @@ def test_noise_has_its_deviation():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Colour(1.5), "flip: 1.5 is no probability"),
+        (lambda: SpuriousColour(1.5), "flip: 1.5 is no probability"),
         (lambda: Corruption("noise", 6), "severity: 6 must be"),
         (lambda: Corruption("nois"), r"kind: there is no corruption nois \(did you mean noise\?\)"),
         (lambda: Shifted(Digits(), ROTATED, target="r61"), r"target: there is no domain r61 \(did you mean r60\?\)"),
         (lambda: Shifted(Digits(), ROTATED, source="r1"), "source: there is no domain r1 .*; there are r0, r30, r60"),
         (lambda: Shifted(Digits(), ROTATED, "r0", source="r0"), "source: there is no domain r0"),
         (lambda: Shifted(Digits(), {}), "shifts: name at least one"),
-        (lambda: Shifted(Digits(), {"a": Colour(0.1), "b": Identity()}), "a and b make different classes"),
+        (lambda: Shifted(Digits(), {"a": SpuriousColour(0.1), "b": NoShift()}), "a and b make different classes"),
     ],
 )
 def test_mistakes(make, match):
@@ -127,7 +127,7 @@ def test_sources_and_target():
     assert set(data.domains("val")) == {"source/r0", "source/r30", "target"}
     assert set(Shifted(Digits(), ROTATED, "r60", source="r0").domains("val")) == {"source", "target"}
     assert set(Shifted(Digits(), ROTATED).domains("val")) == {"source/r0", "source/r30", "source/r60"}
-    assert set(Shifted(Digits(), {"a": Identity()}, target="a").domains("val")) == {"target"}
+    assert set(Shifted(Digits(), {"a": NoShift()}, target="a").domains("val")) == {"target"}
     assert data.class_names == Digits().class_names
     batch, *_ = next(iter(data.train_dataloader()))
     assert batch["target"][1] is None
@@ -169,7 +169,7 @@ def without_test(tmp_path):
 def test_a_test_split_that_is_the_validation_split_has_its_images(order, without_test):
     """Whichever is asked for first: `tl fit` chooses on what `tl test` measures, and no source sample is tested on."""
     data = ImageFolders(without_test, image_size=16, num_workers=0)
-    shifted = Shifted(data, {"clean": Identity(), "noisy": Corruption("noise")}, target="noisy")
+    shifted = Shifted(data, {"clean": NoShift(), "noisy": Corruption("noise")}, target="noisy")
     splits = {split: shifted.domains(split) for split in order}
     assert splits["test"]["target"].ids == splits["val"]["target"].ids
     assert splits["test"]["target"].fingerprint() == splits["val"]["target"].fingerprint()
@@ -179,10 +179,10 @@ def test_a_test_split_that_is_the_validation_split_has_its_images(order, without
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda data, **kwargs: Shifted(data, {"a": Identity(), "b": Rotation(30)}, target="b", **kwargs),
-    lambda data, **kwargs: Classes(data, **kwargs),
-    lambda data, **kwargs: Classes(Shifted(data, {"a": Identity()}), **kwargs),
-], ids=["Shifted", "Classes", "both"])  # fmt: skip
+    lambda data, **kwargs: Shifted(data, {"a": NoShift(), "b": Rotation(30)}, target="b", **kwargs),
+    lambda data, **kwargs: ClassSubset(data, **kwargs),
+    lambda data, **kwargs: ClassSubset(Shifted(data, {"a": NoShift()}), **kwargs),
+], ids=["Shifted", "ClassSubset", "both"])  # fmt: skip
 def test_the_seed_reaches_the_wrapped_data_and_is_its_own_by_default(wrap, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(60) % 3)
@@ -201,14 +201,14 @@ def test_the_labels_of_a_hidden_target_decide_no_split(tmp_path):
     found = []
     for name, labels in (("a", np.arange(60) % 3), ("b", np.random.default_rng(1).permutation(60) % 3)):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
-        shifts = {"a": Identity(), "b": Rotation(30)}
+        shifts = {"a": NoShift(), "b": Rotation(30)}
         data = Shifted(ImageArrays(source=tmp_path / f"{name}.npz"), shifts, target="b")
         found.append([data.domains(split)["target"].images for split in ("train", "val", "test")])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_coloured_labels():
-    data = Shifted(Digits(), {"a": Colour(0.1, 0.0)}, split_samples=False)
+    data = Shifted(Digits(), {"a": SpuriousColour(0.1, 0.0)}, split_samples=False)
     whole, coloured = Digits().domains("train")["target"], data.domains("train")["source"]
     assert len(data.class_names) == 2
     assert np.array_equal(coloured.targets, whole.targets // 5)
@@ -225,7 +225,7 @@ def test_folders_with_one_split_for_two(tree):
 def test_float_grey_images_and_too_few_samples(tmp_path):
     images = np.linspace(0, 1, 8 * 16).reshape(8, 4, 4)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(8) % 2)
-    data = Shifted(ImageArrays(source=tmp_path / "a.npz"), {"a": Identity()})
+    data = Shifted(ImageArrays(source=tmp_path / "a.npz"), {"a": NoShift()})
     x, _ = data.domains("train")["source"][0]
     assert x.shape == (1, 4, 4)
     assert x.dtype == torch.uint8
@@ -236,8 +236,8 @@ def test_float_grey_images_and_too_few_samples(tmp_path):
 
 def test_data_without_images(tmp_path):
     np.savez(tmp_path / "a.npz", features=np.zeros((9, 2)), labels=np.arange(9) % 2)
-    with pytest.raises(DataError, match="data: Tables gives"):
-        Shifted(datamodules.Tables(tmp_path / "a.npz"), {"a": Identity()}).domains("train")
+    with pytest.raises(DataError, match="data: TabularData gives"):
+        Shifted(datamodules.TabularData(tmp_path / "a.npz"), {"a": NoShift()}).domains("train")
 
 
 CONFIG = """
@@ -247,7 +247,7 @@ data:
     data: {class_path: ImageFolders, init_args: {target: tree, image_size: 28}}
     target: blurred
     shifts:
-      plain: {class_path: Identity}
+      plain: {class_path: NoShift}
       blurred: {class_path: Corruption, init_args: {kind: blur}}
 """
 

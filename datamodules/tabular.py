@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule, expand
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import check_fractions
-from datamodules.splits import SPLIT_NAMES, Rows, digest, three_way
+from datamodules.splits import SPLIT_NAMES, Subset, digest, three_way
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +47,7 @@ class Vectors(Dataset[Any]):
         return self.x[index], self.targets[index]
 
 
-class Tables(TransferDataModule):
+class TabularData(TransferDataModule):
     """Rows of numbers, for either domain.
 
         FILE.csv   commas, semicolons or tabs; a first line without any number is the header
@@ -56,7 +56,7 @@ class Tables(TransferDataModule):
                    of several domains each takes its own rows
 
     A column of text becomes a 0 or 1 for each of its categories; "?" is one of them, an empty cell is an error. Both
-    domains have the same columns. Nothing is scaled: that is the model's, see `VectorBackbone`. A file is split in
+    domains have the same columns. Nothing is scaled: that is the model's, see `TabularMLP`. A file is split in
     three, by class where labels are classes; `tl predict` takes all of it. The ids are the numbers of the rows, from 0
     and without the header.
 
@@ -108,7 +108,7 @@ class Tables(TransferDataModule):
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         for name, table in tables.items():
             whole = Vectors(x[name], y[name], table.ids)
-            self._found[name] = {split: Rows(whole, rows) for split, rows in table.splits.items()} or {"all": whole}
+            self._found[name] = {split: Subset(whole, rows) for split, rows in table.splits.items()} or {"all": whole}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's rows in each domain."""

@@ -20,7 +20,7 @@ from datamodules.errors import DataError
 from datamodules.splits import digest
 
 
-class View(Dataset[Any]):
+class IndexedSubset(Dataset[Any]):
     """Some rows of a data set as (x, y, number in the data set); y is None where labels are hidden.
 
     A row that comes with a seed is augmented.
@@ -99,7 +99,7 @@ class Loader(DataLoader[Any]):
     domain: str = "target"
     role: str = "train"
     memory: Callable[[Sequence[Place]], Any] | None = None
-    dataset: View
+    dataset: IndexedSubset
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
@@ -204,7 +204,7 @@ class Shuffled(DistributedSampler[Any]):
         done: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
     """
 
-    def __init__(self, dataset: View, longest: int, batch_size: int, seed: int, domain: str) -> None:
+    def __init__(self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str) -> None:
         rank, world = _world()
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
         self.domain = domain
@@ -236,7 +236,7 @@ class Shard(DistributedSampler[Any]):
     It is a DistributedSampler so that Lightning keeps it.
     """
 
-    def __init__(self, dataset: View) -> None:
+    def __init__(self, dataset: IndexedSubset) -> None:
         rank, world = _world()
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=False)
         self.rows = range(rank, len(dataset), world)

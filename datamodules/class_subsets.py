@@ -9,14 +9,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domains import check_known
+from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
-from datamodules.splits import Rows, digest, targets_of
+from datamodules.splits import Subset, digest, targets_of
 
 UNKNOWN = "unknown"
 
 
-class Classes(TransferDataModule):
+class ClassSubset(TransferDataModule):
     """Another datamodule whose domains keep some of their classes only.
 
         all of the source, some of the target      partial adaptation (Cao et al., ECCV 2018)
@@ -27,7 +27,7 @@ class Classes(TransferDataModule):
     "unknown", the label of every target sample of another class. So Office-31's usual open-set task is
 
         data:
-          class_path: Classes
+          class_path: ClassSubset
           init_args:
             open_set: true
             source: [back_pack, bike, bike_helmet, bookcase, bottle, calculator, desk_chair, desk_lamp, ...]
@@ -83,7 +83,7 @@ class Classes(TransferDataModule):
         }
         self.data = data
         data.wrapped(self.seed, self.blind)
-        self._kept: dict[tuple[str, int], Kept] = {}
+        self._kept: dict[tuple[str, int], ClassSubsetDataset] = {}
 
     def wrapped(self, seed: int, blind: bool) -> None:
         """Takes both, and hands them on."""
@@ -97,13 +97,13 @@ class Classes(TransferDataModule):
     def _keep(self, name: str, dataset: Dataset[Any], split: str) -> Dataset[Any]:
         key = name, id(dataset)  # two splits may be one
         if key not in self._kept:
-            self._kept[key] = Kept(dataset, self.numbers[name.partition("/")[0]])
+            self._kept[key] = ClassSubsetDataset(dataset, self.numbers[name.partition("/")[0]])
             if not len(self._kept[key]):
                 raise DataError(f"{name.partition('/')[0]}: no {split} sample of {name} has one of these classes")
         return self._kept[key]
 
 
-class Kept(Rows):
+class ClassSubsetDataset(Subset):
     """The rows of a data set whose class has a number, with that number as their label.
 
     Args:

@@ -11,17 +11,14 @@ FIT = [line for _, code in BLOCKS for line in code.splitlines() if line.startswi
 QUICK = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1"
 
 
-def test_the_first_method(ok, module_file):
-    """`mine.py` is what the first block says, and each `tl fit` line trains with it."""
-    module_file("mine", PYTHON[0])
-    assert FIT
-    for line in FIT:
+def test_every_example_trains(ok, module_file):
+    """Each Python block is the file that the `tl fit` line below it names."""
+    names = [re.search(r"\b(\w+)\.[A-Z]", line).group(1) for line in FIT]
+    assert names == ["mine", "counts"]
+    assert len(PYTHON) == len(names)
+    for name, code, line in zip(names, PYTHON, FIT, strict=True):
+        module_file(name, code)
         ok(f"{line.removeprefix('tl ').replace('configs/', f'{ROOT}/configs/')} {QUICK}")
-
-
-def test_every_python_example_is_run():
-    """A further example wants a further test."""
-    assert len(PYTHON) == 1
 
 
 def test_files_that_are_named_exist():

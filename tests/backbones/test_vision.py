@@ -253,3 +253,14 @@ def test_every_strategy_on_every_backbone(number, strategy, repo):
     for group in groups:
         from_the_head = 0 if group["name"] == "head" else len(stages) - int(group["name"].removeprefix("stage_"))
         assert group["lr_scale"] == 0.5**from_the_head
+
+
+def test_images_of_unequal_sizes_are_said():
+    ragged = ConvNet(4).prepare([torch.rand(3, 16, 16), torch.rand(3, 20, 16)])
+    with pytest.raises(UserError, match="ConvNet takes images of one size"):
+        ConvNet(4)(ragged)
+
+
+def test_other_inputs_are_said():
+    with pytest.raises(UserError, match="ConvNet takes images, and the data's inputs are numeric; take .* TabularMLP"):
+        Classification(ConvNet(4), {"x": {"numeric": ["a"]}, "y": {"classes": ["b", "c"]}})

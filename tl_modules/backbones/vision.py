@@ -73,7 +73,16 @@ class ImageBackbone(Backbone):
         self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(-1, 1, 1))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated."""
+        """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated.
+
+        Raises:
+            UserError: They have unequal sizes.
+        """
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let the "
+                "data set resize them"
+            )
         normalized: Tensor = self.normalize(images, self.mean, self.std)
         return normalized
 

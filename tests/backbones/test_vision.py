@@ -15,6 +15,7 @@ from tl_modules import (
     TorchvisionBackbone,
 )
 from tl_modules.backbones.vision import strip_classifier
+from tl_modules.errors import UserError
 
 HUBCONF = """
 import torch
@@ -262,5 +263,5 @@ def test_images_of_unequal_sizes_are_said():
 
 
 def test_other_inputs_are_said():
-    with pytest.raises(UserError, match="ConvNet takes images, and the data's inputs are numeric; take .* TabularMLP"):
+    with pytest.raises(UserError, match=r"ConvNet takes images, and the data's inputs are numeric; take .* TabularMLP"):
         Classification(ConvNet(4), {"x": {"numeric": ["a"]}, "y": {"classes": ["b", "c"]}})

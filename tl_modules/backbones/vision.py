@@ -80,8 +80,8 @@ class ImageBackbone(Backbone):
         """
         if not isinstance(images, Tensor):
             raise UserError(
-                f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let the "
-                "data set resize them"
+                f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let "
+                "the data set resize them"
             )
         normalized: Tensor = self.normalize(images, self.mean, self.std)
         return normalized

@@ -26,7 +26,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.errors import DataError
-from datamodules.loaders import IndexedSubset, Loader, Named, Shard, Shuffled, collate, cores, deaf, even_batch_size
+from datamodules.loaders import (
+    EpochSampler,
+    EvalSampler,
+    IndexedSubset,
+    Loader,
+    Named,
+    collate,
+    cores,
+    even_batch_size,
+    ignore_signals,
+)
 from datamodules.splits import SPLITS, Joined, few_shots, ids_of, some_of_each, targets_of
 
 
@@ -137,11 +147,11 @@ class TransferDataModule(LightningDataModule):
             self._domains[split] = self.domains(split)
         return self._domains[split]
 
-    def hidden(self, split: str = "train") -> bool:
+    def labels_hidden(self, split: str = "train") -> bool:
         """Whether the target's labels are kept from training and model selection."""
-        return self.hides(self.split_domains(split))
+        return self.would_hide_labels(self.split_domains(split))
 
-    def hides(self, domains: Collection[str]) -> bool:
+    def would_hide_labels(self, domains: Collection[str]) -> bool:
         """The same for the domains of these names."""
         beside = len(domains) > 1 if self.target_labels is None else not self.target_labels
         return "target" in domains and (beside or self.target_unseen)
@@ -157,17 +167,17 @@ class TransferDataModule(LightningDataModule):
 
     def stratifies(self, name: str, domains: Collection[str]) -> bool:
         """Whether the splits of the domain `name`, one of `domains`, may look at its labels."""
-        return not self.blind and (name != "target" or not self.hides(domains))
+        return not self.blind and (name != "target" or not self.would_hide_labels(domains))
 
     def has_source(self) -> bool:
         """Whether there is a source to validate on."""
         return any(name != "target" for name in self.split_domains("val"))
 
-    def _one(self, split: str) -> tuple[str, Dataset[Any]]:
+    def _evaluation_domain(self, split: str) -> tuple[str, Dataset[Any]]:
         """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
         domains = dict(self.split_domains(split))
         target = domains.pop("target", None)
-        if target is not None and (not domains or split == "test" or not self.hidden(split)):
+        if target is not None and (not domains or split == "test" or not self.labels_hidden(split)):
             return "target", target
         sources = list(domains.values())
         return "source", sources[0] if len(sources) == 1 else Joined(sources)
@@ -177,7 +187,7 @@ class TransferDataModule(LightningDataModule):
         domains = {
             name: d for name, d in self.split_domains("train").items() if name != "target" or not self.target_unseen
         }
-        hidden = self.hidden()
+        hidden = self.labels_hidden()
         if not domains:
             raise DataError("target_unseen: there is no source to train on; give --data.source")
         if self.labelled is not None and "target" not in domains:
@@ -204,15 +214,15 @@ class TransferDataModule(LightningDataModule):
             views[name] = IndexedSubset(dataset, rows, self.augment, label="none" if without else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
-            sampler = Shuffled(view, longest, self.batch_size, self.seed, name)
+            sampler = EpochSampler(view, longest, self.batch_size, self.seed, name)
             # the CombinedLoader names the batches
             loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The labelled validation split; where the target's labels are hidden, also its samples without them."""
-        name, dataset = self._one("val")
-        hidden = self.hidden("val")
+        name, dataset = self._evaluation_domain("val")
+        hidden = self.labels_hidden("val")
         loaders: list[DataLoader[Any]] = []
         if not (hidden and name == "target"):
             loaders.append(self._rows(dataset, name, "y", "val"))
@@ -229,7 +239,7 @@ class TransferDataModule(LightningDataModule):
         """Whether the target's test split is its validation split."""
         return self.split_domains("test").get("target") is self.split_domains("val").get("target")
 
-    def opened(self) -> tuple[list[int], np.ndarray[Any, Any]]:
+    def open_labels(self) -> tuple[list[int], np.ndarray[Any, Any]]:
         """The rows of the target's validation split whose labels `selection_labels` opens, and these labels."""
         dataset = self.split_domains("val")["target"]
         if self.selection_labels is None:
@@ -253,10 +263,10 @@ class TransferDataModule(LightningDataModule):
 
     def ids(self) -> list[str]:
         """The name of each row of `predict_dataloader`."""
-        _, dataset = self._one("test")
+        _, dataset = self._evaluation_domain("test")
         return ids_of(dataset)
 
-    def every_split(self) -> dict[tuple[str, str], DataLoader[Any]]:
+    def all_dataloaders(self) -> dict[tuple[str, str], DataLoader[Any]]:
         """A loader without labels for each (domain, split), without augmentation; a split that is another one, once."""
         found: dict[tuple[str, str], DataLoader[Any]] = {}
         seen: list[Dataset[Any]] = []
@@ -267,7 +277,7 @@ class TransferDataModule(LightningDataModule):
                     found[domain, split] = self._rows(dataset, domain, "none", split)
         return found
 
-    def described(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
+    def ids_and_labels(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
         """The names and the labels of a split's rows; a class by its name."""
         dataset = self.split_domains(split)[domain]
         labels = targets_of(dataset).tolist()
@@ -279,15 +289,15 @@ class TransferDataModule(LightningDataModule):
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
-        name, dataset = self._one(split)
+        name, dataset = self._evaluation_domain(split)
         return self._rows(dataset, name, label, split)
 
-    def _rows(self, dataset: Dataset[Any], domain: str, label: str, role: str) -> DataLoader[Any]:
+    def _rows(self, dataset: Dataset[Any], domain: str, label: str, purpose: str) -> DataLoader[Any]:
         view = IndexedSubset(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
-        sampler = Shard(view)
+        sampler = EvalSampler(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
         loader = self._loader(view, size, sampler, domain)
-        loader.role = role
+        loader.purpose = purpose
         return loader
 
     def _loader(
@@ -304,7 +314,7 @@ class TransferDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # of its own, so that making an iterator leaves the model's numbers alone
         )
         loader.domain = domain
@@ -321,7 +331,7 @@ class TransferDataModule(LightningDataModule):
         self.teardown("")
 
 
-def expand(path: str | os.PathLike[str] | None, field: str) -> Path | None:
+def expand_path(path: str | os.PathLike[str] | None, field: str) -> Path | None:
     """A path with ~ and $VARIABLES filled in.
 
     Raises:

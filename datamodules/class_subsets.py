@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from datamodules.base import TransferDataModule
 from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
-from datamodules.splits import Subset, digest, targets_of
+from datamodules.splits import Subset, content_hash, targets_of
 
 UNKNOWN = "unknown"
 
@@ -118,7 +118,7 @@ class ClassSubsetDataset(Subset):
     def fingerprint(self) -> str | None:
         """What names its contents."""
         inner = super().fingerprint()
-        return inner and digest(inner, self.targets)
+        return inner and content_hash(inner, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return super().__getitem__(index)[0], int(self.targets[index])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.errors import DataError
-from datamodules.splits import digest, log
+from datamodules.splits import content_hash, log
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
@@ -86,7 +86,7 @@ class FolderImages(Dataset[Any]):
         except OSError as error:
             raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
         files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
-        return digest(files, self.targets, self.size, self.max_pixels)
+        return content_hash(files, self.targets, self.size, self.max_pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.kept.get(index) if self.kept else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from datamodules.base import expand
+from datamodules.base import expand_path
 from datamodules.errors import DataError
 from datamodules.image import ImageFolders, class_folders
 
@@ -52,7 +52,7 @@ class DomainFolders(ImageFolders):
     def __init__(
         self, root: Path | str, target: str | None = None, sources: list[str] | None = None, **kwargs: Any
     ) -> None:
-        path = expand(root, "root")
+        path = expand_path(root, "root")
         assert path is not None
         self.root, folders = path, domain_folders(path)
         if not folders:
@@ -70,7 +70,7 @@ class DomainFolders(ImageFolders):
         )
 
     def _parts(self, root: Path) -> dict[str, Path]:
-        return {"all": root}  # VisDA has a class named train
+        return {"unsplit": root}  # VisDA has a class named train
 
     def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
         domain = root.relative_to(self.root).parts[0]

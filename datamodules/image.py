@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule, expand
+from datamodules.base import TransferDataModule, expand_path
 from datamodules.decoding import EXTENSIONS, FolderImages
 from datamodules.errors import DataError
-from datamodules.splits import SPLIT_NAMES, SPLITS, digest, three_way
+from datamodules.splits import SPLIT_NAMES, SPLITS, complete_splits, content_hash
 
 
 class ImageFolders(TransferDataModule):
@@ -66,8 +66,8 @@ class ImageFolders(TransferDataModule):
         check_fractions(val_fraction, test_fraction)
         sources = dict(source) if isinstance(source, Mapping) else {"": source}
         one = len(sources) == 1
-        roots = {"source" if one else f"source/{name}": expand(path, "source") for name, path in sources.items()}
-        roots["target"] = expand(target, "target")
+        roots = {"source" if one else f"source/{name}": expand_path(path, "source") for name, path in sources.items()}
+        roots["target"] = expand_path(target, "target")
         self.roots = {name: root for name, root in roots.items() if root is not None}
         self.image_size, self.max_pixels, self.on_bad_image = image_size, max_pixels, on_bad_image
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -99,8 +99,8 @@ class ImageFolders(TransferDataModule):
         return next(iter(found.values()))
 
     def _parts(self, root: Path) -> dict[str, Path]:
-        """The folders of a tree that hold class folders, by split, or the tree itself as "all"."""
-        return _folders(root) or {"all": root}
+        """The folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
+        return _folders(root) or {"unsplit": root}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's images in each domain."""
@@ -109,7 +109,7 @@ class ImageFolders(TransferDataModule):
     def predict_dataloader(self) -> Any:
         """The target's test split, or all images below it where it has no such folders."""
         root = self.roots.get("target")
-        if root is not None and "all" in self._parts(root):
+        if root is not None and "unsplit" in self._parts(root):
             paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
             if not paths:
                 raise DataError(f"target: there are no images in {root}")
@@ -120,7 +120,9 @@ class ImageFolders(TransferDataModule):
         if name not in self._splits:
             found = self._found(name, root)
             fractions = self.val_fraction, self.test_fraction
-            self._splits[name] = three_way(found, str(root), *fractions, self.seed, self.stratifies(name, self.roots))
+            self._splits[name] = complete_splits(
+                found, str(root), *fractions, self.seed, self.stratifies(name, self.roots)
+            )
         if split not in self._splits[name]:
             raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
         return self._splits[name][split]
@@ -196,7 +198,7 @@ class ArrayImages(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """What names its contents."""
-        return digest(self.images, self.targets)
+        return content_hash(self.images, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.images[index], self.targets[index]
@@ -237,7 +239,7 @@ class ImageArrays(TransferDataModule):
             raise DataError("target: give an .npz file, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
         self.fractions = val_fraction, test_fraction
-        paths = {name: expand(given, name) for name, given in (("source", source), ("target", target)) if given}
+        paths = {name: expand_path(given, name) for name, given in (("source", source), ("target", target)) if given}
         self.paths = {name: path for name, path in paths.items() if path is not None}
         self._found = {name: _read_arrays(path, name) for name, path in self.paths.items()}
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
@@ -267,12 +269,12 @@ class ImageArrays(TransferDataModule):
         for name, found in self._found.items():
             if name not in self._splits:
                 where, stratified = str(self.paths[name]), self.stratifies(name, self.paths)
-                self._splits[name] = three_way(found, where, *self.fractions, self.seed, stratified)
+                self._splits[name] = complete_splits(found, where, *self.fractions, self.seed, stratified)
         return {name: splits[split] for name, splits in self._splits.items()}
 
 
 def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
-    """The image arrays of a file or folder by split, or all under "all"."""
+    """The image arrays of a file or folder by split, or all under "unsplit"."""
     try:
         if path.is_dir():
             arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
@@ -282,7 +284,7 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
     where = f"{name}: {path}"
-    split_of = {"": "all"} | {f"{n}_": split for split, names in SPLIT_NAMES.items() for n in names}
+    split_of = {"": "unsplit"} | {f"{n}_": split for split, names in SPLIT_NAMES.items() for n in names}
     found: dict[str, Dataset[Any]] = {}
     for key in arrays:
         prefix = key.removesuffix("images").removesuffix("labels")
@@ -296,12 +298,12 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
             if split_of[prefix] in found:
                 raise DataError(f"{where}: {key} is a second array of {split_of[prefix]} images; keep one")
             found[split_of[prefix]] = _checked(arrays, prefix, where)
-    if "all" not in found and "train" not in found:
+    if "unsplit" not in found and "train" not in found:
         raise DataError(f"{where} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
-    if "all" in found and "train" in found:
+    if "unsplit" in found and "train" in found:
         raise DataError(f"{where} has images and train_images; keep those to train on")
-    if "all" in found and len(found) > 1:
-        found["train"] = found.pop("all")
+    if "unsplit" in found and len(found) > 1:
+        found["train"] = found.pop("unsplit")
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
-from datamodules.splits import digest
+from datamodules.splits import content_hash
 
 
 class IndexedSubset(Dataset[Any]):
@@ -37,9 +37,9 @@ class IndexedSubset(Dataset[Any]):
     def fingerprint(self) -> str | None:
         """What names its contents before augmentation, their order and labels; None if the data set cannot say."""
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
-        return inner and digest(inner, np.asarray(self.rows), self.label)
+        return inner and content_hash(inner, np.asarray(self.rows), self.label)
 
-    def __getitem__(self, place: Place) -> tuple[Any, Any, int]:
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         row = self.rows[index]
         x, y = self.dataset[row]
@@ -69,10 +69,10 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(state[2])
 
 
-GRACE = 30  # seconds
+SIGTERM_GRACE = 30  # seconds
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Keeps a worker alive through a signal to the whole process group or job: the main process still needs it to save.
 
     SIGTERM is also how a process ends its workers, so it is obeyed, but only after a while; `Loader.stop` is faster.
@@ -81,39 +81,39 @@ def deaf(worker: int) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, GRACE) and None)
+        signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, SIGTERM_GRACE) and None)
 
 
-Place = int | tuple[int, int]
+SampleIndex = int | tuple[int, int]
 
 
 class Loader(DataLoader[Any]):
     """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this.
 
     Attributes:
-        memory: Gives a batch for its places where the data set is not to be read, e.g. cached features; None reads.
+        batch_source: Gives the batch of some indices without reading the data set, e.g. cached features; None reads.
         domain: Whose samples it gives.
-        role: In validation, what its samples are for: "val", or without labels "target val" and "target test".
+        purpose: In validation, what its samples are for: "val", or without labels "target val" and "target test".
     """
 
     domain: str = "target"
-    role: str = "train"
-    memory: Callable[[Sequence[Place]], Any] | None = None
+    purpose: str = "train"
+    batch_source: Callable[[Sequence[SampleIndex]], Any] | None = None
     dataset: IndexedSubset
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
-        self.done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
-        for batch in super().__iter__() if self.memory is None else self._remembered(self.memory):
-            self.done += 1
+        self.batches_done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
+        for batch in super().__iter__() if self.batch_source is None else self._from_source(self.batch_source):
+            self.batches_done += 1
             yield batch
 
-    def _remembered(self, memory: Callable[[Sequence[Place]], Any]) -> Iterator[Any]:
+    def _from_source(self, source: Callable[[Sequence[SampleIndex]], Any]) -> Iterator[Any]:
         domain = cast(Named, self.collate_fn).domain
         for places in cast(Any, self.batch_sampler):
-            yield memory(places) if domain is None else {domain: memory(places)}
+            yield source(places) if domain is None else {domain: source(places)}
 
-    def read(self, places: Sequence[Place], batch_size: int = 1) -> DataLoader[Any]:
+    def read(self, places: Sequence[SampleIndex], batch_size: int = 1) -> DataLoader[Any]:
         """Reads these places in their order once, with as many workers; batches do not name the domain."""
         return DataLoader(
             self.dataset,
@@ -121,16 +121,16 @@ class Loader(DataLoader[Any]):
             sampler=cast(Any, places),
             collate_fn=cast(Named, self.collate_fn).collate,
             num_workers=self.num_workers if len(places) > batch_size else 0,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),
         )
 
     def plain(self, rows: Sequence[int]) -> Iterator[Any]:
         """Batches of these rows once, in their order, without augmentation; from memory, where that has them."""
         size = self.batch_size or 1
-        if self.memory is None:
+        if self.batch_source is None:
             return iter(self.read(rows, size))
-        return (self.memory(rows[start : start + size]) for start in range(0, len(rows), size))
+        return (self.batch_source(rows[start : start + size]) for start in range(0, len(rows), size))
 
     def stop(self) -> None:
         """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
@@ -141,11 +141,11 @@ class Loader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the batches that it has given."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": getattr(self, "done", 0)}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": getattr(self, "batches_done", 0)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Leaves those batches out of that epoch."""
-        self.sampler.done = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
+        self.sampler.skip = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
 def collate(samples: Sequence[tuple[Any, Any, int]]) -> tuple[Any, Any, Tensor]:
@@ -181,7 +181,7 @@ def _world() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
 
 
-class Shuffled(DistributedSampler[Any]):
+class EpochSampler(DistributedSampler[Any]):
     """This process's part of an epoch: places and seeds that follow from (seed, domain, epoch, place) alone.
 
     The domain counts because two of equal size would otherwise be in the same order: where files are sorted by class, a
@@ -201,7 +201,7 @@ class Shuffled(DistributedSampler[Any]):
 
     Attributes:
         batch_size: The same, or less where the longest domain has less.
-        done: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
+        skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
     """
 
     def __init__(self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str) -> None:
@@ -213,12 +213,12 @@ class Shuffled(DistributedSampler[Any]):
         self.batch_size = min(batch_size, self.num_samples)
         if 1 < self.batch_size < self.num_samples and self.num_samples % self.batch_size == 1:
             self.num_samples -= 1
-        self.done = (-1, 0)
+        self.skip = (-1, 0)
 
     @property
     def start(self) -> int:
         """How many samples of this epoch are left out."""
-        return self.done[1] if self.done[0] == self.epoch else 0
+        return self.skip[1] if self.skip[0] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
         size, parts = len(self.dataset), []  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ class Shuffled(DistributedSampler[Any]):
         return iter([(place, seed) for place, seed in mine[self.start :].tolist()])
 
 
-class Shard(DistributedSampler[Any]):
+class EvalSampler(DistributedSampler[Any]):
     """This process's part of the samples in their order, none of them twice (torch's own pads with repetitions).
 
     It is a DistributedSampler so that Lightning keeps it.

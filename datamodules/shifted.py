@@ -237,7 +237,7 @@ class Shifted(TransferDataModule):
         self.class_names = classes[first]
         self.num_outputs, self.x_schema = data.num_outputs, data.x_schema
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
-        data.wrapped(self.seed, self.hides(self.names))
+        data.wrapped(self.seed, self.would_hide_labels(self.names))
         self._made: dict[tuple[str, str], ArrayImages] = {}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
@@ -251,7 +251,7 @@ class Shifted(TransferDataModule):
     def wrapped(self, seed: int, blind: bool) -> None:
         """Takes both, and hands them on."""
         super().wrapped(seed, blind)
-        self.data.wrapped(seed, blind or self.hides(self.names))
+        self.data.wrapped(seed, blind or self.would_hide_labels(self.names))
 
     def _first(self, split: str) -> str:
         """The split by whose name the images are made: another one, if that has the same samples."""

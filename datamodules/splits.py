@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
-def digest(*parts: Any) -> str:
+def content_hash(*parts: Any) -> str:
     """SHA-256 of texts, numbers and arrays, which names what a data set holds."""
     total = hashlib.sha256()
     for part in parts:
@@ -100,7 +100,7 @@ class Joined(ConcatDataset[Any]):
     def fingerprint(self) -> str | None:
         """What names its contents."""
         parts = [getattr(dataset, "fingerprint", lambda: None)() for dataset in self.datasets]
-        return digest(*parts) if all(parts) else None
+        return content_hash(*parts) if all(parts) else None
 
 
 class Subset(Dataset[Any]):
@@ -118,7 +118,7 @@ class Subset(Dataset[Any]):
     def fingerprint(self) -> str | None:
         """What names its contents."""
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
-        return inner and digest(inner, np.asarray(self.rows))
+        return inner and content_hash(inner, np.asarray(self.rows))
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.rows[index]]
@@ -147,7 +147,7 @@ def split_rows(
     return [sorted(part) for part in parts]
 
 
-def three_way(
+def complete_splits(
     found: Mapping[str, Dataset[Any]],
     where: str,
     val_fraction: float,
@@ -157,12 +157,12 @@ def three_way(
 ) -> dict[str, Dataset[Any]]:
     """Completes what was found to train, val and test.
 
-    With "all" alone, seeded parts are cut from it, stratified unless the labels are hidden. A missing validation split
-    is cut from the training split; a missing test split is the validation split, said once.
+    From "unsplit" seeded parts are cut, stratified unless the labels are hidden. A missing validation split is cut from
+    the training split; without a test split the validation split is used, with a warning.
     """
     splits = dict(found)
-    if "all" in splits:
-        pool = splits.pop("all")
+    if "unsplit" in splits:
+        pool = splits.pop("unsplit")
         val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed, stratified)
         return {"train": Subset(pool, train), "val": Subset(pool, val), "test": Subset(pool, test)}
     if "val" not in splits and "train" in splits:

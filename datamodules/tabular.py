@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule, expand
+from datamodules.base import TransferDataModule, expand_path
 from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import check_fractions
-from datamodules.splits import SPLIT_NAMES, Subset, digest, three_way
+from datamodules.splits import SPLIT_NAMES, Subset, complete_splits, content_hash
 
 Array = np.ndarray[Any, Any]
 
@@ -41,7 +41,7 @@ class Vectors(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """What names its contents."""
-        return digest(self.x, self.targets)
+        return content_hash(self.x, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.x[index], self.targets[index]
@@ -95,7 +95,7 @@ class TabularData(TransferDataModule):
         if target is None and source is None:
             raise DataError("target: give a CSV file, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
-        paths = {name: expand(given, name) for name, given in (("source", source), ("target", target)) if given}
+        paths = {name: expand_path(given, name) for name, given in (("source", source), ("target", target)) if given}
         tables = {name: read_table(path, name, label) for name, path in paths.items() if path is not None}
         x, self.categories = _encode(tables, categories)
         y: Mapping[str, Array] = {name: np.zeros(len(part), np.int64) for name, part in x.items()}
@@ -108,21 +108,24 @@ class TabularData(TransferDataModule):
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         for name, table in tables.items():
             whole = Vectors(x[name], y[name], table.ids)
-            self._found[name] = {split: Subset(whole, rows) for split, rows in table.splits.items()} or {"all": whole}
+            splits: dict[str, Dataset[Any]] = {split: Subset(whole, rows) for split, rows in table.splits.items()}
+            self._found[name] = splits or {"unsplit": whole}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's rows in each domain."""
         for name, found in self._found.items():
             if name not in self._splits:
                 stratified = self.has_label and self.stratifies(name, self.paths)
-                self._splits[name] = three_way(found, str(self.paths[name]), *self.fractions, self.seed, stratified)
+                self._splits[name] = complete_splits(
+                    found, str(self.paths[name]), *self.fractions, self.seed, stratified
+                )
             if split not in self._splits[name]:
                 raise DataError(f"{name}: its index.csv has no row of the split {split}")
         return {name: splits[split] for name, splits in self._splits.items()}
 
     def predict_dataloader(self) -> Any:
         """The target's test split, or all its rows where the file says nothing of splits."""
-        whole = self._found.get("target", {}).get("all")
+        whole = self._found.get("target", {}).get("unsplit")
         if whole is not None:
             self._domains["test"] = {"target": whole}
         return super().predict_dataloader()

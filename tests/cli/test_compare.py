@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tl_modules import UserError
-from tl_modules.cli.compare.plan import make_cells, read_plan
+from tl_modules.cli.compare.plan import make_trials, read_plan
 from tl_modules.cli.compare.runner import Runner
 from tl_modules.cli.main import main
 
@@ -38,7 +38,7 @@ def state(folder):
 def test_every_file_of_ours_resolves(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = read_plan(file)
-    assert make_cells(plan, Path("x"), plan.seeds)
+    assert make_trials(plan, Path("x"), plan.seeds)
     assert file.read_text().startswith("# ")
 
 
@@ -51,7 +51,7 @@ def test_a_config_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
     file.write_text(
         "config: all.yaml\ntasks: {t: {config: task.yaml, options: --y 1}}\nways: {a: {config: [way.yaml, all.yaml]}}"
     )
-    ((_, cell),) = make_cells(read_plan(file), Path("x"), [0]).items()
+    ((_, cell),) = make_trials(read_plan(file), Path("x"), [0]).items()
     found = [word if word == "--config" else Path(word).name for word in cell.fit[:10]]
     assert found == ["--config", "all.yaml", "--config", "task.yaml", "--y", "1",
                      "--config", "way.yaml", "--config", "all.yaml"]  # fmt: skip
@@ -128,7 +128,7 @@ def test_the_words_of_a_cell(tmp_path):
         ways={"source only": None, "SHOT": {"options": "--w {source only} --y {lr: 1}", "test": "--u"}},
     )
     plan = read_plan(file)
-    cells = make_cells(plan, Path("out"), [0, 3])
+    cells = make_trials(plan, Path("out"), [0, 3])
     cell = cells["c", "SHOT", 3]
     shared = ["--config", str(tmp_path / "shared.yaml"), "--x", "1 2", "--home", "${HOME}", "--data.source", "c d"]
     seeds = ["--seed_everything", "3", "--data.seed", "3"]
@@ -140,7 +140,7 @@ def test_the_words_of_a_cell(tmp_path):
 
     words = {key: cell.words for key, cell in cells.items()}
     (tmp_path / "shared.yaml").write_text("model: {a: 1}")
-    changed = make_cells(plan, Path("out"), [0, 3])
+    changed = make_trials(plan, Path("out"), [0, 3])
     assert all(changed[key].words != words[key] for key in cells)
 
 
@@ -236,7 +236,7 @@ def test_a_signal_stops_the_children_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ways = {"a": QUICK.replace("epochs 1", "epochs 9999"), "b": "--model.backbone.weights {a}"}
     plan = read_plan(write(tmp_path / "g.yaml", ways=ways))
-    cells = make_cells(plan, tmp_path, plan.seeds)
+    cells = make_trials(plan, tmp_path, plan.seeds)
     last = tmp_path / "runs/a/seed-0/version_0/checkpoints/last.ckpt"
 
     def stop():

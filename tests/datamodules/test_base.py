@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, ImageArrays, TransferDataModule
-from datamodules.loaders import IndexedSubset, Shuffled, even_batch_size
+from datamodules.loaders import EpochSampler, IndexedSubset, even_batch_size
 from datamodules.splits import few_shots, split_rows
 
 
@@ -49,7 +49,7 @@ def test_beside_a_source_the_targets_labels_reach_neither_training_nor_selection
     labelled, *others = data.val_dataloader()
     assert list(first(labelled)) == ["source"]
     assert first(labelled)["source"][1] is not None
-    assert [loader.role for loader in others] == ["target val", "target test"]
+    assert [loader.purpose for loader in others] == ["target val", "target test"]
     assert all(first(loader)["target"][1] is None for loader in others)
     assert list(first(data.test_dataloader())) == ["target"]
     open_ = Two(target_labels=True)
@@ -178,8 +178,8 @@ def test_a_loader_goes_on_where_it_was(done):
 @pytest.mark.parametrize("batch_size", [2, 3, 8])
 def test_the_batches_of_two_processes_together_are_those_of_one(batch_size):
     view = IndexedSubset(TensorDataset(torch.zeros(48, 1)), range(48))
-    one = list(Shuffled(view, 48, 2 * batch_size, 0, "target"))
-    ranks = [Shuffled(view, 48, batch_size, 0, "target") for _ in range(2)]
+    one = list(EpochSampler(view, 48, 2 * batch_size, 0, "target"))
+    ranks = [EpochSampler(view, 48, batch_size, 0, "target") for _ in range(2)]
     for rank, sampler in enumerate(ranks):
         sampler.rank, sampler.num_replicas, sampler.num_samples = rank, 2, 24
     parts = [list(sampler) for sampler in ranks]

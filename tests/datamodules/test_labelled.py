@@ -193,11 +193,11 @@ def test_shot_labels_both_parts():
 
 
 def test_beside_a_source_it_is_validated_like_adaptation_and_alone_like_fine_tuning():
-    roles = [loader.role for loader in Images(source=True).val_dataloader()]
-    assert roles == [loader.role for loader in Images(source=True, labelled=None).val_dataloader()]
+    roles = [loader.purpose for loader in Images(source=True).val_dataloader()]
+    assert roles == [loader.purpose for loader in Images(source=True, labelled=None).val_dataloader()]
     assert roles == ["val", "target val", "target test"]
     alone = Images().val_dataloader()
-    assert (alone.role, alone.dataset.label, alone.domain) == ("val", "y", "target")
+    assert (alone.purpose, alone.dataset.label, alone.domain) == ("val", "y", "target")
 
 
 @pytest.mark.parametrize(("given", "match"), [

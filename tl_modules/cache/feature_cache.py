@@ -103,7 +103,7 @@ class FeatureCache(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Serves the validation data."""
-        loaders = {getattr(e, "role", "val"): e for e in eval_dataloaders(trainer)}
+        loaders = {getattr(e, "purpose", "val"): e for e in eval_dataloaders(trainer)}
         self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,7 +120,7 @@ class FeatureCache(Callback):
         """Lets each loader give cached activations, or read where that is not to be."""
         ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "memory")}
         for loader in ours.values():
-            loader.memory = None
+            loader.batch_source = None
         if not isinstance(module, TransferModule) or frozen_stages(trainer, module) == 0:
             return
         reason = self._off(module, loaders)
@@ -129,8 +129,8 @@ class FeatureCache(Callback):
             return
         for name, loader in loaders.items():
             passes = epochs_ahead(trainer, module) * share(limit, len(loader))
-            loader.memory = self._memory(trainer, module, loader, name, passes)
-            if loader.memory is not None:
+            loader.batch_source = self._source(trainer, module, loader, name, passes)
+            if loader.batch_source is not None:
                 loader.stop()
 
     def _off(self, module: TransferModule, loaders: Mapping[str, Any]) -> str | None:
@@ -148,7 +148,7 @@ class FeatureCache(Callback):
             return "the loaders are not those of a TransferDataModule"
         return None
 
-    def _memory(
+    def _source(
         self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
     ) -> _Memory | None:
         view, frozen = loader.dataset, frozen_stages(trainer, module)

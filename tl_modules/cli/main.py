@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import datamodules
 from tl_modules.cli.command_line import TransferCLI
-from tl_modules.cli.messages import sentence
+from tl_modules.cli.messages import one_line
 from tl_modules.cli.process import importable, quiet, stop
 from tl_modules.errors import UserError
 
@@ -38,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
             ours = ours.__cause__ or ours.__context__
         if ours is None:
             raise
-        stop(sentence(ours))
+        stop(one_line(ours))
     finally:  # a group that is left to the end of the interpreter can abort there, and take the exit code along
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

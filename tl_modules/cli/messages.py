@@ -108,7 +108,7 @@ def _closest_option(option: str, options: Sequence[str]) -> str:
 def _arguments(class_path: str) -> list[str]:
     """The argument names of a class, its parents' behind **kwargs included."""
     names: dict[str, None] = {}
-    for parent in named(class_path).__mro__:
+    for parent in import_class(class_path).__mro__:
         if "__init__" not in vars(parent):
             continue
         parameters = inspect.signature(parent.__init__).parameters.values()
@@ -137,19 +137,19 @@ def _closest_class(name: str, ours: Sequence[str]) -> str:
 
 def _is_there(class_path: str) -> bool:
     try:
-        named(class_path)
+        import_class(class_path)
     except (ImportError, AttributeError):
         return False
     return True
 
 
-def named(class_path: str) -> Any:
+def import_class(class_path: str) -> Any:
     """The class that a config names by its path."""
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def sentence(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
     text = str(error)
     if "Original Traceback" in text:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
 
-from tl_modules.cli.messages import named
+from tl_modules.cli.messages import import_class
 
 
 def absolute_paths(config: Any) -> None:
@@ -23,7 +23,7 @@ def absolute_paths(config: Any) -> None:
     if not isinstance(config, Namespace) or not isinstance(config.get("init_args"), Namespace):
         return
     hints: dict[str, Any] = {}
-    for parent in reversed(named(config.class_path).__mro__):
+    for parent in reversed(import_class(config.class_path).__mro__):
         if "__init__" in vars(parent):
             with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
                 hints |= get_type_hints(parent.__init__)

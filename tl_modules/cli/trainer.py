@@ -60,7 +60,7 @@ class TransferTrainer(QuickHooks, Trainer):
         except OSError as error:
             raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
         cast(Any, data).collate = module.collate
-        loaders: dict[tuple[str, str], Any] = data.every_split()  # type: ignore[attr-defined]
+        loaders: dict[tuple[str, str], Any] = data.all_dataloaders()  # type: ignore[attr-defined]
         collected = _Collect()
         self.callbacks.append(collected)
         try:
@@ -82,7 +82,7 @@ class TransferTrainer(QuickHooks, Trainer):
             writer.writerow(["row", "domain", "split", "id", "label"])
             number = 0
             for (domain, split), (rows, _) in zip(loaders, parts, strict=True):
-                ids, labels = data.described(domain, split)  # type: ignore[attr-defined]
+                ids, labels = data.ids_and_labels(domain, split)  # type: ignore[attr-defined]
                 for row in rows:
                     writer.writerow([number, domain, split, ids[row], labels[row]])
                     number += 1

@@ -84,7 +84,7 @@ class TensorBoardFigures(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
         # in adaptation some have no labels
-        loaders = (e for e in eval_dataloaders(trainer) if not getattr(e, "role", "val").startswith("target"))
+        loaders = (e for e in eval_dataloaders(trainer) if not getattr(e, "purpose", "val").startswith("target"))
         self.now = _Kept(next(loaders, None))
 
     def on_validation_batch_end(

@@ -66,9 +66,9 @@ class ModelSelection(Callback):
         Raises:
             UserError: The criterion needs what the data does not have or open.
         """
-        if not isinstance(module, TransferModule) or not hasattr(data, "hidden"):
+        if not isinstance(module, TransferModule) or not hasattr(data, "labels_hidden"):
             return
-        if not data.hidden():
+        if not data.labels_hidden():
             if self.by is not None:
                 raise UserError(
                     f"select: {self.by} chooses where the target's labels are hidden; here they are open and choose"
@@ -136,11 +136,11 @@ class ModelSelection(Callback):
         for view in outputs.values():
             output = view.output if pl_module.is_classification else None
             found = (output, view.pooled, view.y, pl_module.to_labels(view.prediction))
-            self.seen.setdefault(loader.role, Gathering(loader)).add(samples.map_leaves(_float, found))
+            self.seen.setdefault(loader.purpose, Gathering(loader)).add(samples.map_leaves(_float, found))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scores the epoch and puts down what the model decides on the target."""
-        if not self._watches(trainer, pl_module) or "target val" not in {loader.role for loader in self.loaders}:
+        if not self._watches(trainer, pl_module) or "target val" not in {loader.purpose for loader in self.loaders}:
             return
         assert isinstance(pl_module, TransferModule)
         seen = {role: each.gathered(trainer)[1] for role, each in self.seen.items()}
@@ -178,7 +178,7 @@ class ModelSelection(Callback):
                 if name != "dev" or inputs.source_y is not None:
                     scores[name] = criterion(inputs)
         data: Any = getattr(trainer, "datamodule", None)
-        rows, labels = data.opened() if data is not None else ([], np.zeros(0))
+        rows, labels = data.open_labels() if data is not None else ([], np.zeros(0))
         rows = [row for row in rows if row < samples.count(target)]  # a limited validation sees fewer
         if rows:
             name = "oracle" if data.selection_labels == "all" else "few"

@@ -1,6 +1,6 @@
-"""`tl compare FILE.yaml`: ways x tasks x seeds, each cell a run of its own, and what the numbers say together.
+"""`tl compare FILE.yaml`: ways x tasks x seeds, each trial a run of its own, and what the numbers say together.
 
-FILE.yaml -> plan.py: cells -> runner.py: fit, test, result.json -> report.py: results.csv, tables, plot
+FILE.yaml -> plan.py: trials -> runner.py: fit, test, result.json -> report.py: results.csv, tables, plot
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 import yaml
 
-from tl_modules.cli.compare.plan import METRICS, default_metric, make_cells, read_plan, read_seeds
+from tl_modules.cli.compare.plan import METRICS, default_metric, make_trials, read_plan, read_seeds
 from tl_modules.cli.compare.report import report, table_rows
 from tl_modules.cli.compare.runner import Main, Runner
 from tl_modules.cli.compare.scores import LOWER_IS_BETTER, Scores
@@ -31,11 +31,11 @@ def compare(args: Sequence[str], main: Main) -> None:
 
     Args:
         args: The arguments after it.
-        main: The `tl` command, which runs a cell's arguments.
+        main: The `tl` command, which runs a trial's arguments.
 
     Raises:
         UserError: A mistake in them or in the file.
-        SystemExit: With 1 if a cell has failed, with 130 or 143 after a signal.
+        SystemExit: With 1 if a trial has failed, with 130 or 143 after a signal.
     """
     parser = _Parser(
         prog="tl compare",
@@ -61,12 +61,12 @@ def compare(args: Sequence[str], main: Main) -> None:
     if processes < 1:
         raise UserError(f"--processes: {processes} must be at least 1")
     folder = given.folder or Path("runs") / plan.name
-    cells = make_cells(plan, folder, seeds)
+    trials = make_trials(plan, folder, seeds)
 
-    runner = Runner(cells, [key for key in cells if key[1] in only], processes, main)
+    runner = Runner(trials, [key for key in trials if key[1] in only], processes, main)
     runner.run()
 
-    rows = table_rows(cells.values())
+    rows = table_rows(trials.values())
     found = [row["metrics"] for row in rows if row["status"] == "done" and plan.ways[row["way"]].report]
     metric = plan.metric or default_metric(key for metrics in found for key in metrics)
     if found and metric is None:
@@ -79,7 +79,7 @@ def compare(args: Sequence[str], main: Main) -> None:
     if ways:
         report(rows, Scores(rows, ways, plan.baseline, lower), folder, f"{plan.name}: {metric}")
         print(f"table: {folder / 'table.md'}\nplot: {folder / 'plot.png'}\ntensorboard --logdir {folder / 'runs'}")
-    failed = sum(cells[key].current().get("status") != "done" for key in runner.graph)
+    failed = sum(trials[key].current().get("status") != "done" for key in runner.graph)
     if failed:
         print(f"{failed} of {len(runner.graph)} cells failed; the same command tries them again")
         raise SystemExit(1)

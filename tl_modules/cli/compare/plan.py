@@ -1,6 +1,6 @@
-"""FILE.yaml of `tl compare`, and the cells of its grid.
+"""FILE.yaml of `tl compare`, and the trials of its grid.
 
-ways x tasks x seeds -> cells, each with its words, its folder and the cells whose runs its words name
+ways x tasks x seeds -> trials, each with its words, its folder and the trials whose runs its words name
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Key = tuple[str, str, int]  # task, way, seed
 
 
 @dataclass
-class Way:
+class Variant:
     """One of the things that are compared.
 
     Attributes:
@@ -56,8 +56,8 @@ class Plan:
     name: str
     options: list[str]
     seeds: list[int]
-    tasks: dict[str, Way]
-    ways: dict[str, Way]
+    tasks: dict[str, Variant]
+    ways: dict[str, Variant]
     baseline: str | None = None
     metric: str | None = None
     lower_is_better: bool | None = None
@@ -81,7 +81,7 @@ def read_plan(file: Path) -> Plan:
         raise UserError(f"{file}: ways: name at least one way and its words")
     _slugs(names, f"{file}: ways")
 
-    def entries(section: str, keys: Sequence[str]) -> dict[str, Way]:
+    def entries(section: str, keys: Sequence[str]) -> dict[str, Variant]:
         return {
             str(name): _way(entry, keys, names, file, f"{section}: {name}")
             for name, entry in (content.get(section) or {}).items()
@@ -92,7 +92,7 @@ def read_plan(file: Path) -> Plan:
         name=_of_type(content.get("name", file.stem), str, f"{file}: name", "a text"),
         options=_configs(content, file) + _words(content.get("options"), names, f"{file}: options"),
         seeds=read_seeds(content.get("seeds", [0]), f"{file}: seeds"),
-        tasks=entries("tasks", TASK_KEYS) or {"": Way([], [])},
+        tasks=entries("tasks", TASK_KEYS) or {"": Variant([], [])},
         ways=entries("ways", WAY_KEYS),
         baseline=_of_type(content.get("baseline"), str | None, f"{file}: baseline", "the name of a way"),
         metric=_of_type(content.get("metric"), str | None, f"{file}: metric", "a key of metrics.json"),
@@ -107,11 +107,11 @@ def read_plan(file: Path) -> Plan:
     return plan
 
 
-def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Way:
+def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Variant:
     """A way or task: its words, or a mapping of `keys`."""
     where = f"{file}: {place}"
     if not isinstance(entry, dict):
-        return Way(_words(entry, names, where), [])
+        return Variant(_words(entry, names, where), [])
     _mapping(entry, keys, where)
     of = _of_type(entry.get("of"), str | None, f"{where}: of", "the name of a way")
     if of is not None and of not in names:
@@ -120,7 +120,7 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
         raise UserError(
             f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
         )
-    return Way(
+    return Variant(
         _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
         of,
@@ -203,15 +203,15 @@ def _slugs(names: Iterable[str], where: str) -> None:
 
 
 @dataclass
-class Cell:
+class Trial:
     """A way on a task with a seed.
 
     Attributes:
         root: The comparison's folder.
-        folder: The cell's own: its run's versions, log.txt and result.json.
+        folder: The trial's own: its run's versions, log.txt and result.json.
         fit: The words of `tl fit`, None if it only tests.
         test: The words of `tl test`, None if it is not tested.
-        needs: Other cells by the slug of their way.
+        needs: Other trials by the slug of their way.
         metric: The key that its metrics must have.
     """
 
@@ -245,14 +245,14 @@ class Cell:
         return found if found.get("words") == self.words else {}
 
 
-def make_cells(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Cell]:
-    """The cells of a plan, all ways with the first seed first.
+def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Trial]:
+    """The trials of a plan, all ways with the first seed first.
 
     Raises:
         UserError: Ways need each other in a circle.
     """
     by_slug = {slug(name): name for name in plan.ways}
-    cells: dict[Key, Cell] = {}
+    trials: dict[Key, Trial] = {}
     for seed in seeds:
         for task_name, task in plan.tasks.items():
             for name, way in plan.ways.items():
@@ -265,26 +265,26 @@ def make_cells(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Cell
                 needs = {short: (task_name, by_slug[short], seed) for short in sorted(used)}
                 key = (task_name, name, seed)
                 metric = (way.metric or plan.metric) if way.report else None
-                cells[key] = Cell(key, folder, place, fit, test, needs, way.of and slug(way.of), metric)
+                trials[key] = Trial(key, folder, place, fit, test, needs, way.of and slug(way.of), metric)
     try:
-        order = list(TopologicalSorter({key: cell.needs.values() for key, cell in cells.items()}).static_order())
+        order = list(TopologicalSorter({key: trial.needs.values() for key, trial in trials.items()}).static_order())
     except CycleError as error:
         circle = " needs ".join(way for _, way, _ in reversed(error.args[1]))
         raise UserError(f"ways: {circle}; a way cannot wait for itself") from error
     for key in order:
-        cells[key].words = _identity(cells[key], cells)
-    return cells
+        trials[key].words = _identity(trials[key], trials)
+    return trials
 
 
-def _identity(cell: Cell, cells: Mapping[Key, Cell]) -> dict[str, Any]:
-    """All that a cell's result hangs on: its words, what their configs say, and the same of the cells it needs."""
-    words = [*(cell.fit or []), *(cell.test or [])]
+def _identity(trial: Trial, trials: Mapping[Key, Trial]) -> dict[str, Any]:
+    """All that a trial's result hangs on: its words, what their configs say, and the same of the trials it needs."""
+    words = [*(trial.fit or []), *(trial.test or [])]
     configs = [Path(config) for config in values(words, "-c", "--config")]
     return {
-        "fit": cell.fit,
-        "test": cell.test,
+        "fit": trial.fit,
+        "test": trial.test,
         "configs": {str(path): _digest(path.read_bytes()) for path in configs if path.is_file()},
-        "needs": {s: _digest(json.dumps(cells[key].words).encode()) for s, key in cell.needs.items()},
+        "needs": {s: _digest(json.dumps(trials[key].words).encode()) for s, key in trial.needs.items()},
     }
 
 

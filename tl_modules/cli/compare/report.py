@@ -1,4 +1,4 @@
-"""Writes and prints what the cells' numbers say: results.csv, table.csv, table.md, choice.csv and plot.png."""
+"""Writes and prints what the trials' numbers say: results.csv, table.csv, table.md, choice.csv and plot.png."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from tl_modules.checkpoints.files import write_whole
-from tl_modules.cli.compare.plan import Cell
+from tl_modules.cli.compare.plan import Trial
 from tl_modules.cli.compare.scores import Scores, count, interval
 
 WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
 PANELS = 6  # of the plot; with more tasks it shows their mean
 
 
-def table_rows(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """A row per cell, of results.csv."""
+def table_rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+    """A row per trial, of results.csv."""
     rows = []
-    for cell in cells:
-        found = cell.current()
+    for trial in trials:
+        found = trial.current()
         rows.append(
             {
-                "task": cell.key[0],
-                "way": cell.key[1],
-                "seed": cell.key[2],
+                "task": trial.key[0],
+                "way": trial.key[1],
+                "seed": trial.key[2],
                 "status": found.get("status", "not run"),
                 "metrics": found.get("metrics", {}),
                 "seconds": found.get("seconds"),

@@ -1,6 +1,6 @@
-"""Runs cells: a process for each command, several at a time, and a result.json for each cell.
+"""Runs trials: a process for each command, several at a time, and a result.json for each trial.
 
-    ready cell -> tl fit --resume -> tl test -> result.json -> the cells that waited for it
+    ready trial -> tl fit --resume -> tl test -> result.json -> the trials that waited for it
 
 The processes are forked from a server that has imported everything once, which is most of the time of a small run;
 one that crashes takes nothing along.
@@ -32,7 +32,7 @@ import yaml
 from rich.console import Console
 
 from tl_modules.checkpoints.files import find_run, write_whole
-from tl_modules.cli.compare.plan import REFERENCE, Cell, Key, default_metric
+from tl_modules.cli.compare.plan import REFERENCE, Key, Trial, default_metric
 from tl_modules.errors import UserError, closest
 from tl_modules.runs.trust import to_trust
 
@@ -66,9 +66,9 @@ def _leave(number: int, frame: Any) -> None:
 
 @dataclass
 class Running:
-    """A cell whose commands are under way."""
+    """A trial whose commands are under way."""
 
-    cell: Cell
+    trial: Trial
     commands: Generator[list[str], int, dict[str, float]]
     began: float
     cpu_seconds: float
@@ -81,17 +81,17 @@ class Running:
 
 
 class Runner:
-    """Runs cells, those that others need first, several at a time.
+    """Runs trials, those that others need first, several at a time.
 
     Args:
-        cells: All of them.
+        trials: All of them.
         selected: Those that are wanted; what they need is run too.
         processes: How many run at the same time.
         main: The `tl` command, of command-line arguments.
     """
 
-    def __init__(self, cells: Mapping[Key, Cell], selected: Iterable[Key], processes: int, main: Main) -> None:
-        self.cells, self.main = cells, main
+    def __init__(self, trials: Mapping[Key, Trial], selected: Iterable[Key], processes: int, main: Main) -> None:
+        self.trials, self.main = trials, main
         self.graph: dict[Key, list[Key]] = {}
         for key in selected:
             self._add(key)
@@ -106,7 +106,7 @@ class Runner:
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def _add(self, key: Key) -> None:
-        self.graph[key] = list(self.cells[key].needs.values())
+        self.graph[key] = list(self.trials[key].needs.values())
         for need in self.graph[key]:
             self._add(need)
 
@@ -125,7 +125,7 @@ class Runner:
             while sorter.is_active() and (self.running or not self.signal):
                 ready += sorter.get_ready()
                 while ready and len(self.running) < self.processes and not self.signal:
-                    self._start(self.cells[ready.pop(0)])
+                    self._start(self.trials[ready.pop(0)])
                 for one in self._ended():
                     self._go_on(one)
                 sorter.done(*self.over[told:])
@@ -135,31 +135,31 @@ class Runner:
             raise SystemExit(128 + self.signal)
 
     def _announce(self) -> None:
-        cells = [self.cells[key] for key in self.graph]
-        done = sum(cell.current().get("status") == "done" for cell in cells)
-        changed = dict.fromkeys(cell.key[1] for cell in cells if cell.result() and not cell.current())
+        trials = [self.trials[key] for key in self.graph]
+        done = sum(trial.current().get("status") == "done" for trial in trials)
+        changed = dict.fromkeys(trial.key[1] for trial in trials if trial.result() and not trial.current())
         if done:
-            self._say(f"{done} of {len(cells)} cells are done already; remove a cell's folder to run it again")
+            self._say(f"{done} of {len(trials)} cells are done already; remove a cell's folder to run it again")
         if changed:
             self._say(f"run anew, since their words or configs have changed: {', '.join(changed)}")
 
-    def _start(self, cell: Cell) -> None:
-        """Starts a cell, unless it is done or cannot be."""
-        earlier = cell.current()
+    def _start(self, trial: Trial) -> None:
+        """Starts a trial, unless it is done or cannot be."""
+        earlier = trial.current()
         if earlier.get("status") == "done":
-            self.over.append(cell.key)
+            self.over.append(trial.key)
             return
-        if cell.folder.is_dir() and not earlier:  # of other words; it may have taken long, so it stays
-            olds = (cell.folder.with_name(f"{cell.folder.name}.old-{n}") for n in range(1, 10**6))
-            cell.folder.rename(next(old for old in olds if not old.exists()))
-        cell.folder.mkdir(parents=True, exist_ok=True)
+        if trial.folder.is_dir() and not earlier:  # of other words; it may have taken long, so it stays
+            olds = (trial.folder.with_name(f"{trial.folder.name}.old-{n}") for n in range(1, 10**6))
+            trial.folder.rename(next(old for old in olds if not old.exists()))
+        trial.folder.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter() - earlier.get("seconds", 0.0)
-        one = Running(cell, self._commands(cell), began, earlier.get("cpu_seconds", 0.0))
+        one = Running(trial, self._commands(trial), began, earlier.get("cpu_seconds", 0.0))
         self._write(one, "interrupted")  # until it says otherwise
         self._go_on(one)
 
     def _go_on(self, one: Running) -> None:
-        """Starts a cell's next command after the one before, or writes how the cell has ended."""
+        """Starts a trial's next command after the one before, or writes how the trial has ended."""
         code = None
         if one.usage is not None:
             code = one.process.exitcode
@@ -175,7 +175,7 @@ class Runner:
         except UserError as error:
             return self._end(one, "failed", error=" ".join(str(error).split()))
         one.usage, child = self.context.Pipe(duplex=False)
-        log_file = one.cell.folder.absolute() / "log.txt"
+        log_file = one.trial.folder.absolute() / "log.txt"
         one.process = self.context.Process(
             target=_work, args=(self.main, words, log_file, os.getcwd(), self.threads, child)
         )
@@ -185,8 +185,8 @@ class Runner:
         if self.signal:  # it came in between
             one.process.terminate()
 
-    def _commands(self, cell: Cell) -> Generator[list[str], int, dict[str, float]]:
-        """The commands of a cell, each of which is answered with its exit code.
+    def _commands(self, trial: Trial) -> Generator[list[str], int, dict[str, float]]:
+        """The commands of a trial, each of which is answered with its exit code.
 
         Returns:
             The run's metrics.
@@ -194,37 +194,37 @@ class Runner:
         Raises:
             UserError: A command failed, or a run is not what it should be.
         """
-        for key in cell.needs.values():
-            if self.cells[key].current().get("status") != "done":
-                raise UserError(f"it needs {self.cells[key].name}, which failed")
-        runs = {short: find_run(self.cells[key].folder) for short, key in cell.needs.items()}
+        for key in trial.needs.values():
+            if self.trials[key].current().get("status") != "done":
+                raise UserError(f"it needs {self.trials[key].name}, which failed")
+        runs = {short: find_run(self.trials[key].folder) for short, key in trial.needs.items()}
 
         def filled(words: list[str]) -> list[str]:
             return [REFERENCE.sub(lambda found: str(runs.get(found[1], found[0])), word) for word in words]
 
-        if cell.fit is not None:
+        if trial.fit is not None:
             # an interrupted attempt at the same words goes on; without one, --resume begins
-            place = ["--trainer.default_root_dir", str(cell.root), "--resume"]
-            place += ["--name", cell.folder.relative_to(cell.root / "runs").as_posix()]
-            _check((yield ["fit", *filled(cell.fit), *place]), cell)
-            run = find_run(cell.folder)
+            place = ["--trainer.default_root_dir", str(trial.root), "--resume"]
+            place += ["--name", trial.folder.relative_to(trial.root / "runs").as_posix()]
+            _check((yield ["fit", *filled(trial.fit), *place]), trial)
+            run = find_run(trial.folder)
         else:  # a copy, because several tests of one run would write into one metrics.json
-            assert cell.of is not None
-            run = cell.folder / "version_0"
+            assert trial.of is not None
+            run = trial.folder / "version_0"
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(
-                runs[cell.of], run, ignore=shutil.ignore_patterns("last.ckpt", "*.json", "*.csv", "events*", "*.pt")
+                runs[trial.of], run, ignore=shutil.ignore_patterns("last.ckpt", "*.json", "*.csv", "events*", "*.pt")
             )
-        if cell.test is not None:
+        if trial.test is not None:
             own = to_trust(yaml.safe_load((run / "config.yaml").read_text()))
             trust = ["--trust", ",".join(own)] if own else []
-            _check((yield ["test", "--run", str(run), *trust, *filled(cell.test)]), cell)
+            _check((yield ["test", "--run", str(run), *trust, *filled(trial.test)]), trial)
         file = run / "metrics.json"
         metrics: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-        if cell.test is not None and not any(key.startswith("test/") for key in metrics):
+        if trial.test is not None and not any(key.startswith("test/") for key in metrics):
             raise UserError("the test wrote no metrics")
-        if cell.metric is not None and cell.metric not in metrics:
-            raise UserError(f"metric: {file} has no {cell.metric}{closest(cell.metric, metrics)}")
+        if trial.metric is not None and trial.metric not in metrics:
+            raise UserError(f"metric: {file} has no {trial.metric}{closest(trial.metric, metrics)}")
         return metrics
 
     def _ended(self) -> list[Running]:
@@ -238,20 +238,20 @@ class Runner:
         return found
 
     def _write(self, one: Running, status: str, **more: Any) -> None:
-        result = {"words": one.cell.words, "status": status} | one.spent() | more
-        write_whole(one.cell.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        result = {"words": one.trial.words, "status": status} | one.spent() | more
+        write_whole(one.trial.folder / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _end(self, one: Running, status: str, **more: Any) -> None:
-        """Writes how a cell has ended, and says so in a line."""
-        cell = one.cell
+        """Writes how a trial has ended, and says so in a line."""
+        trial = one.trial
         self._write(one, status, **more)
-        self.over.append(cell.key)
-        text = f"[{len(self.over)}/{len(self.graph)}] {cell.name}: "
+        self.over.append(trial.key)
+        text = f"[{len(self.over)}/{len(self.graph)}] {trial.name}: "
         if status == "failed":
-            return self._say(f"{text}failed: {more['error']} ({cell.folder / 'log.txt'})", "red")
+            return self._say(f"{text}failed: {more['error']} ({trial.folder / 'log.txt'})", "red")
         metrics = more["metrics"]
-        metric = cell.metric or default_metric(metrics)
-        value = metrics.get(metric) if metric and cell.test is not None else None  # null: it was not finite
+        metric = trial.metric or default_metric(metrics)
+        value = metrics.get(metric) if metric and trial.test is not None else None  # null: it was not finite
         score = "" if value is None else f"{metric} {value:.4f}, "
         self._say(f"{text}{score}{one.spent()['seconds']:.0f} s")
 
@@ -280,12 +280,12 @@ class Runner:
                 signal.signal(number, handler)
 
 
-def _check(code: int, cell: Cell) -> None:
+def _check(code: int, trial: Trial) -> None:
     """Raises what a command ended with."""
     if code < 0:
         raise UserError(f"killed by {signal.Signals(-code).name}")
     if code > 0:
-        text = (cell.folder / "log.txt").read_text(errors="replace").rpartition("\n$ tl ")[2]
+        text = (trial.folder / "log.txt").read_text(errors="replace").rpartition("\n$ tl ")[2]
         lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
         errors = [line.removeprefix("tl: error: ") for line in lines if line.startswith("tl: error: ")]
         raise UserError((errors or lines or [f"exit code {code}"])[-1])

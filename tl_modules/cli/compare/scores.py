@@ -1,4 +1,4 @@
-"""What the cells' numbers say together: means, intervals, ranks, tests against the baseline, choices without labels."""
+"""What the numbers of all trials say: means, intervals, ranks, tests against the baseline, choices without labels."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Choice:
 
 
 class Scores:
-    """What the cells' numbers say together.
+    """What the trials' numbers say together.
 
     Args:
-        rows: One per cell: task, way, seed, status, metrics, cpu_seconds.
+        rows: One per trial: task, way, seed, status, metrics, cpu_seconds.
         metrics: The key in `metrics` that counts, by way.
         baseline: The way that negative transfer is measured against.
         lower: Whether lower is better.
@@ -112,7 +112,7 @@ class Scores:
     def ranks(self) -> dict[str, float]:
         """Each way's mean rank, 1 is best, over the (task, seed) where it and another have a value; ties share theirs.
 
-        A way with missing cells is ranked over fewer of them, and where it is missing the others are among fewer.
+        A way with missing trials is ranked over fewer of them, and where it is missing the others are among fewer.
         """
         from scipy.stats import rankdata
 

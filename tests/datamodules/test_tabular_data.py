@@ -83,7 +83,7 @@ def test_categories_of_both_domains_and_of_training(write):
     data = TabularData(target, source, label="income")
     assert data.categories["work"] == ["?", "Private", "Self", "State"]
     assert rows(data, "source")["2"][0].tolist() == [35, 0, 0, 1, 0]
-    assert data.hidden()
+    assert data.labels_hidden()
     later = TabularData(target, label="income", categories=data.categories, classes=data.class_names)
     assert len(later.schema["x"]["numeric"]) == len(data.schema["x"]["numeric"])
     with pytest.raises(DataError, match="line 4: column work is 'Self', no category that was there in training"):

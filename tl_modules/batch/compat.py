@@ -18,10 +18,33 @@ from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# what only `tl benchmark` needs: modes that see each operation, and trees of arguments (pytorch issue 65761); of the
-# first no upstream issue is known: torch/utils/_python_dispatch.py
+# trees of arguments and outputs of any module (pytorch issue 65761)
+from torch.utils import _pytree as pytree_
+
+# modes that see each operation, for `tl benchmark`; no upstream issue known: torch/utils/_python_dispatch.py
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._pytree import tree_leaves as tree_leaves
+
+pytree = pytree_
+tree_leaves = pytree.tree_leaves
+
+# what torch.compile has made of a module's forward; no upstream issue known: torch/nn/modules/module.py
+COMPILED = "_compiled_call_impl"
+
+
+def is_compiled(module: Any) -> bool:
+    """Tells whether `module.compile()` was called (torch/nn/modules/module.py)."""
+    return getattr(module, COMPILED) is not None
+
+
+def call_uncompiled(module: Any, *args: Any) -> Any:
+    """Calls a module, with its hooks, as if it had not been compiled (torch/nn/modules/module.py)."""
+    return module._call_impl(*args)
+
+
+def times_written(tensor: Tensor) -> int:
+    """Counts how often a tensor was changed in place; no upstream issue known: torch/_tensor.py."""
+    return tensor._version
+
 
 # BatchNorm of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py
 BatchNorm = _BatchNorm

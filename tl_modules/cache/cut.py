@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
+from tl_modules.batch.compat import is_compiled, pytree, times_written
 from tl_modules.batch.samples import Padded
 from tl_modules.cache.frozen import (
     Call,
@@ -82,7 +82,7 @@ class Cut:
         if off > tolerance(features):
             raise CannotCut(f"samples alone and in a batch differ, by {off:.0e} of the largest feature")
         self.plan: Any = (closed, pooled, self.ragged, *(leaf.plan() for leaf in self.leaves))
-        if backbone._compiled_call_impl is not None:  # by --compile, whose graph of the whole a replay does not run
+        if is_compiled(backbone):  # by --compile, whose graph of the whole a replay does not run
             for module in () if self.whole else self.division.trainable:
                 module.compile()
 
@@ -150,10 +150,10 @@ class Cut:
 
     def _note_writes(self) -> None:
         given = [leaf.shown() for leaf in self.leaves]
-        before = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in given]
+        before = [times_written(leaf) if isinstance(leaf, Tensor) else 0 for leaf in given]
         self._answer(given)
         for leaf, after, version in zip(self.leaves, given, before, strict=True):
-            leaf.written = isinstance(after, Tensor) and after._version != version
+            leaf.written = isinstance(after, Tensor) and times_written(after) != version
 
     # Recording
 

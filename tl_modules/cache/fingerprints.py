@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch.compat import COMPILED
 from tl_modules.checkpoints.contents import fingerprint
 
 OURS = ("tl_modules", "datamodules")
 TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
 # attributes of a module that do not change what it computes in eval mode
-PASSING = ("training", "_compiled_call_impl")
+PASSING = ("training", COMPILED)
 
 
 class Unnamed(Exception):
@@ -167,7 +168,7 @@ def _closure(module: str) -> tuple[str, ...]:
                 raise Unnamed(f"{name or 'an object without a module'} has no file")
             continue  # an import of something optional
         if file.suffix != ".py" or {"site-packages", "dist-packages"} & set(file.parts):
-            found[top] = f"{top} {_version(top)}"
+            found[top] = f"{top} {_version_of(top)}"
             continue
         text = file.read_bytes()
         found[name] = hashlib.sha256(text).hexdigest()
@@ -214,7 +215,7 @@ def _package(top: str) -> str:
 
 
 @functools.cache
-def _version(top: str) -> str:
+def _version_of(top: str) -> str:
     version = getattr(sys.modules.get(top), "__version__", None)
     if version is None:
         try:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.batch.compat import call_uncompiled, pytree
 from tl_modules.cache.leaves import CannotCut, equal, filled
 
 Call = Callable[[], Any]
@@ -40,7 +40,7 @@ class Division(NamedTuple):
 
     def may_train(self) -> set[int]:
         """Returns the ids of all modules and parameters that may train; nothing recorded depends on them."""
-        return {id(m) for m in self.trainable} | {id(m._parameters[name]) for m, name in self.loose}
+        return {id(m) for m in self.trainable} | {id(m.get_parameter(name)) for m, name in self.loose}
 
 
 def divide(backbone: Backbone, closed: int) -> Division:
@@ -70,7 +70,7 @@ def divide(backbone: Backbone, closed: int) -> Division:
         return is_frozen(module) or any(map(holds_frozen, module.children()))
 
     def walk(module: nn.Module) -> None:
-        loose.extend((module, name) for name, p in module._parameters.items() if p is not None and id(p) in moving)
+        loose.extend((module, name) for name, p in module.named_parameters(recurse=False) if id(p) in moving)
         for child in module.children():
             has_no_forward = isinstance(child, nn.ModuleList | nn.ModuleDict)
             if is_frozen(child) and not has_no_forward:
@@ -86,8 +86,7 @@ def divide(backbone: Backbone, closed: int) -> Division:
 
 def forward(backbone: nn.Module, x: Any) -> Any:
     """Runs the backbone itself and not what torch.compile has made of it, which would not see who answers."""
-    call: Any = backbone._call_impl
-    return call(x)
+    return call_uncompiled(backbone, x)
 
 
 def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.Module, Call], Any]) -> Any:
@@ -140,17 +139,17 @@ def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls:
         real = module.forward
         return lambda *args, **kwargs: pytree.tree_map_only(Tensor, ruin, real(*args, **kwargs))
 
-    kept = [module._parameters[name] for module, name in division.loose]
+    kept = [module.get_parameter(name) for module, name in division.loose]
     try:
         for module, name in division.loose:
-            module._parameters[name] = nn.Parameter(ruin(module._parameters[name]), requires_grad=False)
+            setattr(module, name, nn.Parameter(ruin(module.get_parameter(name)), requires_grad=False))
         with patched({module: ruined(module) for module in division.trainable}):
             again = listen(backbone, division, x)
     except Exception as error:  # whatever a foreign forward does with NaN
         raise CannotCut(f"its forward does not run on placeholders ({str(error).splitlines()[0][:80]})") from error
     finally:
         for (module, name), parameter in zip(division.loose, kept, strict=True):
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
     if [call.module for call in calls] != [call.module for call in again]:
         raise CannotCut("which frozen modules run depends on the values of what trains")
     return [not equal(one.leaves, other.leaves) for one, other in zip(calls, again, strict=True)]

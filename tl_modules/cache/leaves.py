@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tl_modules.batch import samples
+from tl_modules.batch.compat import pytree
 from tl_modules.batch.samples import Padded
 
 PLAIN = (type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from lightning.pytorch import Trainer
 
+from tl_modules.batch.ranks import every_rank
 from tl_modules.cache.cut import CannotCut
 from tl_modules.errors import UserError
 
@@ -27,11 +27,7 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
     except Exception as error:  # whatever it is, the others must know
         fault = error
     mine = None if fault is None else (isinstance(fault, CannotCut), str(fault))
-    faults: list[Any] = [mine]
-    if trainer.world_size > 1:
-        faults = [None] * trainer.world_size
-        torch.distributed.all_gather_object(faults, mine)
-    told = [each for each in faults if each is not None]
+    told = [each for each in every_rank(trainer, mine) if each is not None]
     if not told:
         return result
     stops = [text for harmless, text in told if not harmless]

@@ -137,9 +137,12 @@ def terms(name, cached, strategy):
         if name != FITTED or strategy is FeatureExtraction
     ],
 )
-def test_cached_is_uncached(name, strategy):
+def test_cached_is_uncached(name, strategy, caplog):
     plain, one = terms(name, False, strategy)
+    caplog.set_level("INFO")
     cached, other = terms(name, True, strategy)
+    assert "train: " in caplog.text
+    assert "the frozen stages run in every epoch" not in caplog.text
     assert cached == pytest.approx(plain, rel=1e-5, abs=1e-6)
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)

@@ -118,7 +118,7 @@ class FeatureCache(Callback):
 
     def _serve(self, trainer: Trainer, module: LightningModule, loaders: Mapping[str, Any], limit: Any) -> None:
         """Lets each loader give cached activations, or read where that is not to be."""
-        ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "memory")}
+        ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "batch_source")}
         for loader in ours.values():
             loader.batch_source = None
         if not isinstance(module, TransferModule) or frozen_stages(trainer, module) == 0:
@@ -144,7 +144,7 @@ class FeatureCache(Callback):
             return f"{type(module).__name__} has a {own[0]} of its own, which may look at the input"
         if readers:
             return f"{' and '.join(readers)} looks at the input"
-        if not all(hasattr(loader, "memory") for loader in loaders.values()):
+        if not all(hasattr(loader, "batch_source") for loader in loaders.values()):
             return "the loaders are not those of a TransferDataModule"
         return None
 

@@ -18,7 +18,7 @@ from datamodules import ImageFolders
 def rate(loader):
     """Images a second over an epoch, the workers' start included."""
     start, count = time.perf_counter(), 0
-    for x, _ in loader:
+    for x, *_ in loader:
         count += len(x)
     return count / (time.perf_counter() - start)
 

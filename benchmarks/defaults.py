@@ -136,7 +136,7 @@ def write(root, folder, size):
 
 
 def accuracy(predict, loader):
-    hits = [predict(x) == y for batch in loader for x, y in batch.values()]
+    hits = [predict(x) == y for batch in loader for x, y, _ in batch.values()]
     return float(torch.cat(hits).float().mean())
 
 
@@ -146,7 +146,7 @@ def lda(backbone, data):
     features = lambda x: backbone(x).numpy()  # noqa: E731
     (loader,) = data.train_dataloader().flattened
     with torch.no_grad():
-        xs, ys = zip(*loader.plain(list(range(len(loader.dataset)))), strict=True)
+        xs, ys, _ = zip(*loader.plain(list(range(len(loader.dataset)))), strict=True)
         fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
         fitted.fit(np.concatenate([features(x) for x in xs]), torch.cat(ys).numpy())
         return accuracy(lambda x: torch.from_numpy(fitted.predict(features(x))), data.test_dataloader())

@@ -68,7 +68,8 @@ class TransferDataModule(LightningDataModule):
         seed: Seeds splits, shots and shuffling.
 
     Attributes:
-        x_schema: What x is, as plain data, e.g. {"image": {}}; {} says nothing.
+        x_schema: What x is, as plain data, e.g. {"image": {}}, or of several inputs {"photo": {"image": {}}, "title":
+            {"text": {}}}; {} says nothing.
         y_schema: What y is, as plain data, e.g. {"boxes": ["car", "bus"]}; None makes it of the next two.
         class_names: Names of the classes, in the order of their numbers; None for real-valued labels.
         num_outputs: How many values a real-valued label has.

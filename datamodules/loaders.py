@@ -23,7 +23,7 @@ from datamodules.splits import content_hash
 class IndexedSubset(Dataset[Any]):
     """Some rows of a data set as (x, y, number in the data set); y is None where labels are hidden.
 
-    A row that comes with a seed is augmented.
+    Indexed by (index, seed) it augments with that seed, by an index alone it does not.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Loader(DataLoader[Any]):
         )
 
     def plain(self, rows: Sequence[int]) -> Iterator[Any]:
-        """Batches of these rows once, in their order, without augmentation; from memory, where that has them."""
+        """Batches of these rows once, in their order, without augmentation; from `batch_source`, if there is one."""
         size = self.batch_size or 1
         if self.batch_source is None:
             return iter(self.read(rows, size))

@@ -30,7 +30,7 @@ class DomainOutput:
         output: What the head gives, a tree, e.g. (B, num_outputs).
         index: The samples' numbers in their data set, (B,).
         parts: How many samples each of several domains has, which follow one another.
-        labelled: The same of the samples with labels, where a domain has both; None if `y` says it all.
+        labelled: An output of the labelled samples alone, if the target has labelled and unlabelled ones; else None.
     """
 
     module: Any = field(repr=False)  # an BaseTransferModule, whose file imports this one

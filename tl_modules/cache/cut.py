@@ -95,7 +95,7 @@ class Cut:
         lengths = {id(leaf.shapes) for leaf in samples.leaves(x) if isinstance(leaf, Padded)}
         while True:
             parts: list[tuple[list[Any], Any]] = [pytree.tree_flatten(x)]
-            parts += [([], None) if dead else (call.leaves, call.spec) for dead, call in zip(live, calls, strict=True)]
+            parts += [([], None) if runs else (call.leaves, call.spec) for runs, call in zip(live, calls, strict=True)]
             # of x, then of each call: how it is put together, None if the call runs in each replay, and its leaves
             self.specs: list[Any] = [spec for _, spec in parts]
             self.spans = list(pairwise(accumulate((len(leaves) for leaves, _ in parts), initial=0)))

@@ -7,7 +7,8 @@ transfer                                   this file: the task, its labels    ba
 random_backbone                            this file                          this file, when a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
 callbacks                                  each callback, by its `state_key`
-                                           (runs/resume.py: generators and running means of each process)
+ranks                                      runs/resume.py: generators and         the same, when a run resumes
+                                           running means of each process
 """
 
 from __future__ import annotations

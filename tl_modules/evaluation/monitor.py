@@ -1,4 +1,8 @@
-"""Which validation of a run was the best one so far."""
+"""Says which validation of a run was the best one so far.
+
+best.ckpt is written by a ModelCheckpoint (cli/command_line.py) that goes by the same `monitor_of`; where the target's
+labels are hidden, `ModelSelection` has put its criterion there.
+"""
 
 from __future__ import annotations
 

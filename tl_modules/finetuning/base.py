@@ -7,7 +7,8 @@
 
 Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
 in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
-wraps the module, so that DDP sees it.
+wraps the module, so that DDP sees it. `StagedModule.train` (staged.py) applies the strategy again whenever Lightning
+calls `train()`, as it does after each validation; the strategies themselves are in freezing.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tl_modules.errors import UserError
 __all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
-# a pretrained backbone is torn apart by the learning rate that a new head needs; a small part of it stands more
+# the rate that a new head needs destroys pretrained weights; if few of them train, a higher one is safe
 PRETRAINED_LR, PART_LR = 1 / 30, 1 / 10
 
 

@@ -98,7 +98,10 @@ class StagedModule(BaseTransferModule):
         return configure(self)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Leaves out a plateau's, which Lightning would step after the epoch's checkpoint (its pull request 7877)."""
+        """Skips ReduceLROnPlateau, which `on_train_epoch_end` steps.
+
+        Lightning would step it after the checkpoint is saved (its pull request 7877).
+        """
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 

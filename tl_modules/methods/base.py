@@ -20,7 +20,7 @@ __all__ = ["Method"]
 
 
 class Method(nn.Module):
-    """One term of the loss, computed from the views of the source (several sources in one view) and of the target.
+    """One term of the loss, computed from the outputs of the source (several sources in one) and of the target.
 
     A subclass writes `forward`; it may build what it needs (a critic, start weights, a teacher) in `attach`. State that
     moves lives in buffers or parameters, so that checkpoints carry it.
@@ -75,9 +75,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """Changes how much each sample's loss counts: puts another `weight` (B,) into a view.
+        """Changes how much each sample's loss counts: puts another `weight` (B,) into an output.
 
-        Called before `forward`, when `loss` and `weight` of the views are there. The weights of several methods
+        Called before `forward`, when `loss` and `weight` of the outputs are there. The weights of several methods
         multiply, if each multiplies what it finds.
         """
 

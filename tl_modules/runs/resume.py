@@ -1,4 +1,8 @@
-"""What a checkpoint needs beside weights and optimizer so that a resumed run is the undisturbed one."""
+"""What a checkpoint needs beside weights and optimizer so that a resumed run is the undisturbed one.
+
+The place within an epoch is kept by `Loader.state_dict` (datamodules/loaders.py); what trains follows from the epoch or
+step (finetuning/base.py); here are the random generators and the running means of each process.
+"""
 
 from __future__ import annotations
 

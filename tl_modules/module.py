@@ -62,7 +62,7 @@ class TransferModule(QuickNames, StagedModule):
     Args:
         backbone: Raw samples -> features.
         schema: What inputs and labels are, as plain data, e.g. {"x": {"image": {}}, "y": {"classes": ["cat", "dog"]}};
-            `tl fit` takes it from the data. An int is the number of outputs; what inputs and classes are is then unknown.
+            `tl fit` takes it from the data. An int is the number of outputs, and leaves inputs and classes unknown.
         head: Class or function of (in_features, out_features).
         finetuning: Which stages train when, and how fast.
         methods: Further terms of the loss.

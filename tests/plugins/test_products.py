@@ -140,6 +140,7 @@ def terms(name, cached, strategy):
 def test_cached_is_uncached(name, strategy, caplog):
     plain, one = terms(name, False, strategy)
     caplog.set_level("INFO")
+    caplog.clear()
     cached, other = terms(name, True, strategy)
     assert "train: " in caplog.text
     assert "the frozen stages run in every epoch" not in caplog.text

@@ -1,8 +1,15 @@
-"""Plug-ins from outside: other inputs, labels and heads, each a file; the products run over them by existing."""
+"""Plug-ins from outside: other inputs, labels and heads, each a file; the products run over them by existing.
+
+As a program it is one rank of two, which trains all of them.
+"""
 
 import importlib
+import json
+import os
 import re
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -196,3 +203,52 @@ def test_through_the_front_door(name, ok, tmp_path, monkeypatch):
     ok(f"predict --run runs/x --out p.csv --trust {trust}")
     assert len((tmp_path / "p.csv").read_text().splitlines()) > 8
     assert (tmp_path / "runs/x/version_0/checkpoints/best.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_every_plugin_on_two_processes(tmp_path):
+    """Both ranks end with the same parameters, cached or not."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "plugins"}
+    common |= {"MASTER_PORT": str(20000 + os.getpid() % 50 * 200), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TL_CACHE_DIR": str(tmp_path / "c")},
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
+    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert {name: value for name, value in one.items() if isinstance(value, str)} == {}
+    for name in PLUGINS:
+        assert one[f"{name} True"] == pytest.approx(one[f"{name} False"], rel=1e-5)
+
+
+def one_rank():
+    """Trains every plug-in, cached and not; gives the sum of its parameters and buffers, or what went wrong."""
+    found, port = {}, int(os.environ["MASTER_PORT"])
+    for number, (name, cached) in enumerate((name, cached) for name in PLUGINS for cached in (True, False)):
+        os.environ["MASTER_PORT"] = str(port + number)
+        try:
+            data = data_of(name)
+            options = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05)}
+            options |= {} if name == FITTED else {"finetuning": LastStages()}
+            module = build(name, data, **options)
+            ddp = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+            fit(module, data, FeatureCache(enabled=cached), **ddp)
+            tensors = [t for n, t in module.state_dict().items() if n.startswith(("backbone.", "head."))]
+            found[f"{name} {cached}"] = sum(float(t.double().abs().sum()) for t in tensors)
+        except Exception:
+            found[f"{name} {cached}"] = traceback.format_exc()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(one_rank()))
+    sys.exit(0)

@@ -209,7 +209,8 @@ class Builder:
         if growing:
             together(self.trainer, lambda: None)  # each has read the sizes
             together(self.trainer, lambda: [tensors[n].join(self.world) for n in growing if self.rank == 0])
-        return [each.tensor() if isinstance(each, Growing) else each for each in tensors]
+        # all have mapped the entry before the first process gives it its place, or removes it
+        return together(self.trainer, lambda: [e.tensor() if isinstance(e, Growing) else e for e in tensors])
 
     def _room(self, specs: list[Spec], name: str, token: str, size: int) -> tuple[bool, list[Any]]:
         """Makes tensors on disk, or in memory where the disk is not to be had."""

@@ -1,5 +1,7 @@
+import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +89,28 @@ def make_tree(root, splits=(("train", 8), ("val", 4)), classes=tuple(COLOURS), s
             for i in range(count):
                 image(root / split / name / f"{i}.{suffix}", COLOURS.get(name, (90, 90, 90)), seed=100 * number + i)
     return root
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Runs a file as two processes; gives what each of them has written into rank-N.json."""
+
+    def call(file, name, timeout):
+        port = 10000 + os.getpid() % 50 * 400
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": name}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", file],
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=tmp_path,
+            )
+            for rank in range(2)
+        ]
+        assert [rank.wait(timeout=timeout) for rank in ranks] == [0, 0]
+        return [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+    return call
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ class TransferModule(QuickNames, StagedModule):
         self.save = save
         self.left_out: str | None = None  # a fingerprint of what checkpoints leave out, once one is written
         self.task_weight = {"source": source_weight, "target": target_weight}
-        self.measure()
+        self.build_metrics()
         self.terms = LossMeans()
         self.head_transferred = contents.transfer_head(self)
         # what changes the backbone comes before what copies it
@@ -154,14 +154,13 @@ class TransferModule(QuickNames, StagedModule):
                 with passing([row]):
                     features.append(self.encode(x))
         of = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
-        whole = samples.concat([samples.concat([features[i] for i in places]) for places in of.values()])
+        own = [samples.concat([features[i] for i in places]) for places in of.values()]
         with full_precision(self.device):
-            outputs = samples.split(self.decode(whole), [sum(rows[i][1] for i in places) for places in of.values()])
-        found = {}
-        for (owner, places), output in zip(of.items(), outputs, strict=True):
-            own = [parts[i] for i in places], [features[i] for i in places]
-            found[owner] = joined(self, owner, *own, output)
-        return found
+            outputs = samples.split(self.decode(samples.concat(own)), list(map(samples.count, own)))
+        return {
+            owner: joined(self, owner, [parts[i] for i in places], of_owner, output)
+            for (owner, places), of_owner, output in zip(of.items(), own, outputs, strict=True)
+        }
 
     def forward_extra(self, x: Any, domain: str = "target") -> DomainOutput:
         """Runs other inputs of one domain, e.g. augmented or mixed ones, in the run's precision.

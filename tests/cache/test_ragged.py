@@ -11,7 +11,7 @@ from datamodules import TransferDataModule
 from tl_modules import Backbone, Classification
 from tl_modules.batch import samples
 from tl_modules.batch.samples import Padded
-from tl_modules.cache.columns import Ragged, Table, Uniform, natural
+from tl_modules.cache.columns import Ragged, Table, Uniform
 from tl_modules.cache.cut import CannotCut, Cut
 from tl_modules.cache.leaves import difference
 from tl_modules.cache.store import Growing, Store
@@ -97,7 +97,7 @@ def test_a_ragged_column_takes_what_padding_makes(shapes):
         taken, padded = column(rows).take(torch.tensor(index)), Padded.of([rows[i] for i in index])
         assert torch.equal(taken.values, padded.values)
         assert torch.equal(taken.shapes, padded.shapes)
-        assert all(torch.equal(one, rows[i]) for one, i in zip(natural(taken), index, strict=True))
+        assert all(torch.equal(one, rows[i]) for one, i in zip(taken.tensors(), index, strict=True))
 
 
 def test_a_table_takes_trees():

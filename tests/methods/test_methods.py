@@ -1,10 +1,6 @@
 """Every method by every task, kind of data, strategy and interruption; a new one is tested by existing."""
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from itertools import permutations
 from pathlib import Path
 
@@ -138,20 +134,9 @@ def test_methods_stack():
 
 
 @pytest.mark.slow
-def test_every_method_on_two_processes(tmp_path):
+def test_every_method_on_two_processes(two_ranks):
     """Both ranks have the same parameters after each method, and again after an interruption."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "methods"}
-    common |= {"MASTER_PORT": str(10000 + os.getpid() % 50 * 200), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", Path(cases.__file__)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=1200) for rank in ranks] == [0, 0]
-    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    one, two = two_ranks(Path(cases.__file__), "methods", 1200)
     assert len(one) == len(METHODS) * len(KINDS)
     assert {name: value for name, value in one.items() if isinstance(value, str)} == {}
     assert one == two

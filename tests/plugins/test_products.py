@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -206,20 +205,9 @@ def test_through_the_front_door(name, ok, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_plugin_on_two_processes(tmp_path):
+def test_every_plugin_on_two_processes(two_ranks):
     """Both ranks end with the same parameters, cached or not."""
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "plugins"}
-    common |= {"MASTER_PORT": str(20000 + os.getpid() % 50 * 200), "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TL_CACHE_DIR": str(tmp_path / "c")},
-            cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
-    one, two = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    one, two = two_ranks(__file__, "plugins", 600)
     assert one == two
     assert {name: value for name, value in one.items() if isinstance(value, str)} == {}
     for name in PLUGINS:

@@ -28,7 +28,7 @@ class CachedActivations(samples.Node):
     Args:
         tree: Recorded activations of B samples.
         cut: What recorded them and replays them.
-        again: How many -> so many of the batch's raw inputs, read anew.
+        again: n -> the first n of the batch's raw inputs, read again.
     """
 
     def __init__(self, tree: Any, cut: Replays, again: Callable[[int], Any] | None = None) -> None:

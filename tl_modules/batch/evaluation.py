@@ -20,7 +20,7 @@ class EvaluatedTask(Task):
     Loss and metrics of a split are logged as val/loss, val/accuracy, test/loss, ...
     """
 
-    def measure(self) -> None:
+    def build_metrics(self) -> None:
         """Builds the metrics of each split; once the task knows its schema."""
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")

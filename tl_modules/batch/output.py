@@ -33,7 +33,7 @@ class DomainOutput:
         labelled: An output of the labelled samples alone, if the target has labelled and unlabelled ones; else None.
     """
 
-    module: Any = field(repr=False)  # an BaseTransferModule, whose file imports this one
+    module: Any = field(repr=False)  # a BaseTransferModule, whose file imports this one
     x: Any
     y: Any
     features: Any
@@ -118,29 +118,27 @@ def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 
-def joined(module: Any, owner: str, batches: Sequence[Batch], features: Sequence[Any], output: Any) -> DomainOutput:
+def joined(module: Any, owner: str, batches: Sequence[Batch], features: Any, output: Any) -> DomainOutput:
     """Puts the batches of one domain together: several sources, or the labelled and the unlabelled part of a target.
 
     Args:
         module: The module.
         owner: "source" or "target".
         batches: Their inputs and labels.
-        features: Of each.
-        output: The head's, of all of them one after the other.
+        features: Of all of them, one after the other.
+        output: The head's, likewise.
     """
     xs, ys, index = zip(*batches, strict=True)
     # samples of several sources may have unequal shapes, which only a method that reads them would mind
-    whole = [samples.concat(xs) if samples.alike(xs) else None, samples.concat(ys), samples.concat(index)]
-    sizes = tuple(samples.count(each) for each in features)
-    found = DomainOutput(module, whole[0], whole[1], samples.concat(features), output, whole[2], sizes)
-    if whole[1] is None:
-        with_labels = [i for i, batch in enumerate(batches) if batch.y is not None]
-        if with_labels:  # one at most: of several sources all have labels, or none
-            each = samples.split(output, sizes)[with_labels[0]]
-            batch = batches[with_labels[0]]
-            found.labelled = DomainOutput(module, batch.x, batch.y, features[with_labels[0]], each, batch.index)
-        if owner == "target":  # its parts are no domains of their own
-            found.parts = (sum(sizes),)
+    x = samples.concat(xs) if samples.alike(xs) else None
+    sizes = tuple(map(samples.count, xs))
+    found = DomainOutput(module, x, samples.concat(ys), features, output, samples.concat(index), sizes)
+    if owner == "target" and len(batches) > 1:  # a labelled and an unlabelled part, which are no domains of their own
+        for part, batch in zip(found.split(), batches, strict=True):
+            if batch.y is not None:
+                part.x, part.y = batch.x, batch.y
+                found.labelled = part
+        found.parts = (sum(sizes),)
     return found
 
 

@@ -105,9 +105,3 @@ class Table:
     def nbytes(self) -> int:
         """Returns what it takes in bytes."""
         return sum(column.nbytes for column in self.columns)
-
-
-def natural(leaf: Padded) -> list[Tensor]:
-    """Lists the samples of a padded tensor, each in its own shape."""
-    ends = leaf.shapes.tolist()
-    return [row[tuple(map(slice, shape))] for row, shape in zip(leaf.values, ends, strict=True)]

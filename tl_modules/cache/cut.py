@@ -38,7 +38,7 @@ from tl_modules.cache.frozen import (
     listen,
     run,
 )
-from tl_modules.cache.leaves import CannotCut, Leaf, copied, device_of, difference, filled, tensors, tolerance
+from tl_modules.cache.leaves import CannotCut, Leaf, device_of, difference, filled, tensors, tolerance
 from tl_modules.errors import UserError
 
 __all__ = ["CannotCut", "Cut"]
@@ -72,7 +72,7 @@ class Cut:
         x = samples.take(x, slice(0, 4))
         # an inference tensor could not be part of a graph later
         with torch.inference_mode(False), torch.no_grad(), in_eval_mode(backbone), generator_kept(device_of(x)):
-            x = copied(x if samples.count(x) > 1 else samples.concat([x, x]))
+            x = samples.copied(x if samples.count(x) > 1 else samples.concat([x, x]))
             features = forward(backbone, x)
             if not self.whole:
                 self._find_plan(x, features)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_modules.batch import samples
 from tl_modules.batch.samples import Padded
-from tl_modules.cache.columns import Column, Ragged, Table, Uniform, natural
+from tl_modules.cache.columns import Column, Ragged, Table, Uniform
 from tl_modules.cache.cut import CannotCut, Cut
 from tl_modules.cache.memory import free_memory
 from tl_modules.cache.schedule import DISK, Pace, pays
@@ -191,7 +191,7 @@ class Builder:
             if isinstance(leaf, Padded):
                 growing, starts, shapes = next(targets), next(targets), next(targets)
                 try:
-                    for row, one in zip(rows, natural(leaf), strict=True):
+                    for row, one in zip(rows, leaf.tensors(), strict=True):
                         starts[row], shapes[row] = growing.append(one), torch.tensor(one.shape)
                 except OSError as error:
                     raise CannotCut(f"the entry cannot be written ({error.strerror})") from error
@@ -276,7 +276,7 @@ def _table(template: Any, tensors: Sequence[Tensor], rows: int) -> Table | None:
 
 
 def _bytes(leaf: Padded) -> int:
-    return sum(row.nbytes for row in natural(leaf))
+    return sum(row.nbytes for row in leaf.tensors())
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -286,7 +286,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _rows(leaf: Any) -> list[Tensor]:
-    return natural(leaf) if isinstance(leaf, Padded) else [leaf]
+    return leaf.tensors() if isinstance(leaf, Padded) else [leaf]
 
 
 def _close(old: Tensor, new: Tensor) -> bool:

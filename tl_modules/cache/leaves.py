@@ -148,11 +148,6 @@ def device_of(tree: Any) -> torch.device:
     return next((leaf.device for leaf in tensors(tree)), torch.device("cpu"))
 
 
-def copied(tree: Any) -> Any:
-    """Copies the tensors of a batch."""
-    return samples.map_leaves(lambda leaf: pytree.tree_map_only(Tensor, Tensor.clone, leaf), tree)
-
-
 def equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Tells whether the leaves that a module has returned twice are the same, but for rounding."""
     return len(one) == len(other) and all(

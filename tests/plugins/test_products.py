@@ -115,16 +115,35 @@ def test_every_method(name, method):
     options = {"source_classes": 3} if issubclass(method, tl_modules.LwF | tl_modules.CoTuning) else {}
     refused = ""
     try:
-        module = build(name, data_of(name), methods=[method(**options)])
-        trainer = fit(module, data_of(name), epochs=1, limit_train_batches=2, limit_val_batches=0)
+        data = data_of(name)
+        if "sources" in method.required_domains:
+            halves(data)
+        module = build(name, data, methods=[method(**options)])
+        trainer = fit(module, data, epochs=1, limit_train_batches=2, limit_val_batches=0)
     except UserError as error:
         refused = str(error)
+    except RuntimeError:  # torch has no second derivative of CTC
+        if name != "ctc" or method.__name__ not in ("IRM", "MLDG"):
+            raise
+        return
     if refused:
         assert re.match(REFUSED, refused)
         assert name == FITTED or method.__name__ not in ANYWHERE
         return
     assert trainer.callback_metrics["train/loss"].isfinite()
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def halves(data):
+    """Makes two sources of one, or of the target."""
+    domains = data.domains
+
+    def several(split):
+        found = domains(split)
+        source = found.pop("source", found["target"])
+        return found | {"source/a": source[::2], "source/b": source[1::2]}
+
+    data.domains = several
 
 
 def terms(name, cached, strategy):

@@ -302,7 +302,7 @@ class ADDA(WithPretrainedCopy):
         assert source is not None
         assert target is not None
         with torch.no_grad():
-            here = self.start.pooled_features(self.start(source.x))
+            here = self.before(source.x)
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
         return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 

@@ -41,6 +41,15 @@ def risk(view: DomainOutput, output: Any) -> Tensor:
     return weighted_mean(replace(view, output=output).loss, view.weight)
 
 
+def scaled(tree: Any, factor: Tensor) -> Any:
+    """Multiplies all tensors of a tree."""
+
+    def scale(leaf: Any) -> Any:
+        return samples.Padded(leaf.values * factor, leaf.shapes) if isinstance(leaf, samples.Padded) else leaf * factor
+
+    return samples.map_leaves(scale, tree)
+
+
 class GroupDRO(Method):
     """Group distributionally robust optimisation (Sagawa et al., ICLR 2020).
 
@@ -74,7 +83,7 @@ class GroupDRO(Method):
             now = module.trainer.strategy.reduce(now, reduce_op="mean") if attached(module) else now
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
-        weight = torch.ones_like(source.output[:, 0]) if source.weight is None else source.weight
+        weight = torch.ones_like(source.loss) if source.weight is None else source.weight
         parts = zip(self.q, torch.split(weight, list(source.parts)), strict=True)
         source.weight = torch.cat([q * part / part.sum() for q, part in parts])
 
@@ -106,10 +115,15 @@ class IRM(Method):
         assert source is not None
         terms = []
         for view in source.split():
-            one = torch.ones((), device=view.output.device, requires_grad=True)
+            one = torch.ones((), device=view.loss.device, requires_grad=True)
             halves = [view.take(slice(i, None, 2)) for i in range(2)]
-            losses = [risk(half, half.output * one) for half in halves]
-            grads = [torch.autograd.grad(loss, one, create_graph=True)[0] for loss in losses]
+            losses = [risk(half, scaled(half.output, one)) for half in halves]
+            grads = [torch.autograd.grad(loss, one, create_graph=True, allow_unused=True)[0] for loss in losses]
+            if grads[0] is None:
+                raise UserError(
+                    f"methods: IRM needs a loss that depends on the head's outputs, and that of {type(module).__name__} "
+                    "does not; leave IRM out"
+                )
             terms.append(grads[0] * grads[1])
         return torch.stack(terms).mean() * (1.0 if module.progress < self.anneal else self.penalty)
 
@@ -280,16 +294,13 @@ class MLDG(Method):
         views = source.split()
         held_out = int(torch.randint(len(views), ()))
         training = [view.mean_loss for i, view in enumerate(views) if i != held_out]
-        parts = {"backbone": module.backbone, "head": module.head}
-        named = {f"{k}.{n}": p for k, part in parts.items() for n, p in part.named_parameters() if p.requires_grad}
+        own = (*module.backbone.parameters(), *module.head.parameters())
+        trained = {id(p) for p in own if p.requires_grad}
+        named = {name: p for name, p in module.named_parameters() if id(p) in trained}
         grads = torch.autograd.grad(
             torch.stack(training).mean(), list(named.values()), create_graph=True, materialize_grads=True
         )
         moved = {name: p - self.lr * g for (name, p), g in zip(named.items(), grads, strict=True)}
-        view, x = views[held_out], views[held_out].x
-        with passing([("source", len(view.output))]), statistics_kept(module):
-            for key, part in parts.items():
-                own = {name.partition(".")[2]: p for name, p in moved.items() if name.startswith(f"{key}.")}
-                x = torch.func.functional_call(part, own, (x,))
-                x = module.backbone.pooled_features(x) if key == "backbone" and module.uses_pooled_features else x
-        return risk(view, x)
+        view = views[held_out]
+        with passing([("source", len(view))]), statistics_kept(module):
+            return risk(view, torch.func.functional_call(module, moved, (view.x,)))

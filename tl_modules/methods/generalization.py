@@ -121,8 +121,8 @@ class IRM(Method):
             grads = [torch.autograd.grad(loss, one, create_graph=True, allow_unused=True)[0] for loss in losses]
             if grads[0] is None:
                 raise UserError(
-                    f"methods: IRM needs a loss that depends on the head's outputs, and that of {type(module).__name__} "
-                    "does not; leave IRM out"
+                    "methods: IRM needs a loss that depends on the head's outputs, and that of "
+                    f"{type(module).__name__} does not; leave IRM out"
                 )
             terms.append(grads[0] * grads[1])
         return torch.stack(terms).mean() * (1.0 if module.progress < self.anneal else self.penalty)

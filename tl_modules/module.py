@@ -32,7 +32,7 @@ from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations, align_cached
 from tl_modules.batch.compat import QuickNames, attached
 from tl_modules.batch.current_domain import passing
-from tl_modules.batch.full_pass import full_pass
+from tl_modules.batch.full_pass import full_pass, whole_domains
 from tl_modules.batch.output import DomainOutput, by_domain, check_sources, full_precision, joined, statistics_kept
 from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints import contents
@@ -228,10 +228,11 @@ class TransferModule(QuickNames, StagedModule):
         """Opens what this epoch opens, and gives the methods that ask for it a pass over a domain."""
         self.terms = LossMeans()
         super().on_train_epoch_start()
+        domains = whole_domains(by_domain(self.trainer.train_dataloader, DataLoader))
         for _, method in self.named_methods():
-            for name, loader in by_domain(self.trainer.train_dataloader, DataLoader).items():
-                if name.partition("/")[0] in method.full_pass:
-                    method.on_full_pass(self, name, full_pass(self, name, loader))
+            for domain, loaders in domains.items():
+                if domain.partition("/")[0] in method.full_pass:
+                    method.on_full_pass(self, domain, full_pass(self, loaders))
 
     def on_train_batch_end(self, outputs: Any, batch: Domains, batch_idx: int) -> None:
         """Logs the epoch's mean of each term, before the validation that ends it."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from tl_modules.batch import samples
 from tl_modules.batch.samples import Batch, Collate, Node, Padded
@@ -349,3 +350,13 @@ def test_a_loader_s_collate_travels_and_hides_labels():
 def test_describe():
     tree = {"a": torch.zeros(5, 3, 2), "b": Padded.of([torch.zeros(4), torch.zeros(1)]), "c": ["x"], "d": None}
     assert samples.describe(tree) == "(3, 2), (4,)"
+
+
+def test_the_precision_of_a_run_reaches_what_is_padded():
+    precision = HalfPrecision("bf16-true")
+    x = {"wave": Padded.of([torch.rand(3), torch.rand(2)]), "image": torch.rand(2, 4), "text": ["a", "b"]}
+    batch = precision.convert_input({"target": Batch(x, torch.tensor([0, 1]), torch.arange(2))})["target"]
+    assert batch.x["wave"].values.dtype == batch.x["image"].dtype == torch.bfloat16
+    assert batch.x["wave"].shapes.tolist() == [[3], [2]]
+    assert x["wave"].values.dtype == torch.float32
+    assert batch.y.dtype == batch.index.dtype == torch.long

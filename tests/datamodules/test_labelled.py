@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, TransferDataModule
-from tl_modules import MCC, SHOT, Classification, ConvNet, FixMatch, MeanTeacher, Mixup
+from tl_modules import MCC, SHOT, Classification, ConvNet, FixMatch, MeanTeacher, Method, Mixup
 from tl_modules.batch.samples import Batch
 from tl_modules.runs import ExactResume
 
@@ -179,17 +178,27 @@ def test_mixup_mixes_what_is_labelled():
     assert not torch.equal(mixed["target/labelled"].x, batch["target/labelled"][0])
 
 
-def test_shot_labels_both_parts():
-    """Each has a pass of its own, and the second keeps what the first has found."""
-    method, random = SHOT(), torch.Generator().manual_seed(0)
-    found = {}
-    for domain, index in (("target/labelled", torch.tensor([1, 4])), ("target", torch.tensor([0, 2, 3, 5]))):
-        classes = 1 + index % 2
-        pooled = torch.eye(3)[classes] + 0.1 * torch.rand(len(index), 3, generator=random)
-        out = SimpleNamespace(index=index, pooled=pooled, probabilities=torch.eye(3)[classes])
-        method.on_full_pass(None, domain, iter([out]))
-        found |= dict(zip(index.tolist(), classes.tolist(), strict=True))
-    assert method.labels.tolist() == [found[i] for i in range(6)]
+@pytest.mark.parametrize("source", [False, True])
+def test_shot_labels_the_whole_target_in_one_pass(source):
+    """Its centroids are those of labelled and unlabelled samples together."""
+    passes, method = [], SHOT()
+
+    class Watched(Method):
+        full_pass = ("target",)
+
+        def on_full_pass(self, module, domain, outputs):
+            outputs = list(outputs)
+            passes.append((domain, sorted(torch.cat([out.index for out in outputs]).tolist())))
+            method.on_full_pass(module, domain, iter(outputs))
+
+        def forward(self, module, source, target):
+            return target.output.square().mean()
+
+    data = Images(source)
+    fit(Watched(), data, epochs=1)
+    everyone = sorted(row for part in rows(data) for row in part)
+    assert passes == [("target", everyone)]
+    assert len(method.labels) == max(everyone) + 1
 
 
 def test_beside_a_source_it_is_validated_like_adaptation_and_alone_like_fine_tuning():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,10 +12,24 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 
 
-def full_pass(
+def full_pass(module: BaseTransferModule, loaders: Mapping[str, Any]) -> Iterator[DomainOutput]:
+    """Yields the outputs for all samples of these loaders, by the name of the domain, one loader after the other."""
+    for domain, loader in loaders.items():
+        yield from outputs_of(module, domain, loader)
+
+
+def whole_domains(loaders: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Puts the loaders of each domain together: the labelled and the unlabelled part of a target are one domain."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, loader in loaders.items():
+        found.setdefault("target" if name == "target/labelled" else name, {})[name] = loader
+    return found
+
+
+def outputs_of(
     module: BaseTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
 ) -> Iterator[DomainOutput]:
-    """Yields the outputs for a domain's samples, batch by batch; changes nothing, torch's random numbers included.
+    """Yields the outputs for one domain's samples, batch by batch; changes nothing, torch's random numbers included.
 
     Args:
         module: On its device, in a fit.

@@ -114,7 +114,11 @@ class DomainOutput:
 
 
 def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`sum(weight loss) / sum(weight)` of losses (B,) and weights (B,) of the samples; without weights, their mean."""
+    """`sum(weight loss) / sum(weight)` of losses (B,) and weights (B,) of the samples; without weights, their mean.
+
+    The samples are those of one process and one batch, as in torch's `CrossEntropyLoss(weight=...)`: DDP and gradient
+    accumulation take the plain mean of these means, whatever their sums of weights.
+    """
     return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
 
 
+@dataclass(eq=False)  # Lightning reaches into it where a run's precision casts its inputs
 class Padded:
     """Samples of unequal shapes in one tensor.
 
@@ -45,8 +47,8 @@ class Padded:
         shapes: How far each sample reaches on the axes 1 to k, (B, k).
     """
 
-    def __init__(self, values: Tensor, shapes: Tensor) -> None:
-        self.values, self.shapes = values, shapes
+    values: Tensor
+    shapes: Tensor
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Padded:

@@ -93,9 +93,9 @@ class TensorBoardFigures(Callback):
         """Keeps the batch's worst and its features."""
         if _tensorboard(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
-            for view in outputs.values():
-                if view.y is not None:
-                    self.now.add(view)
+            for out in outputs.values():
+                if out.y is not None:
+                    self.now.add(out)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps this validation if it is the best so far."""

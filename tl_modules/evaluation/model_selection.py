@@ -133,9 +133,9 @@ class ModelSelection(Callback):
             return
         assert isinstance(pl_module, TransferModule)
         loader = self.loaders[dataloader_idx]
-        for view in outputs.values():
-            output = view.output if pl_module.is_classification else None
-            found = (output, view.pooled, view.y, pl_module.to_labels(view.prediction))
+        for out in outputs.values():
+            output = out.output if pl_module.is_classification else None
+            found = (output, out.pooled, out.y, pl_module.to_labels(out.prediction))
             self.seen.setdefault(loader.purpose, Gathering(loader)).add(samples.map_leaves(_float, found))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

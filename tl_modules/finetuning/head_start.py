@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tl_modules.batch.full_pass import full_pass
+from tl_modules.batch.full_pass import outputs_of
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.ranks import every_rank
 from tl_modules.batch.task import Task
@@ -50,7 +50,7 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
             rows = order[trainer.global_rank :: trainer.world_size].tolist()
         else:
             rows = range(-(-MANY // trainer.world_size))
-        for output in full_pass(module, domain, loader, rows):
+        for output in outputs_of(module, domain, loader, rows):
             if output.y is None:
                 break
             found.append((normalise(output.pooled.float()).detach().cpu(), output.y.cpu()))

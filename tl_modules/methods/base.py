@@ -64,7 +64,7 @@ class Method(nn.Module):
 
         Args:
             module: The module.
-            domain: "target", "source" or "source/<name>"; of a partly labelled target also "target/labelled".
+            domain: "target", with its labelled and unlabelled samples, "source" or "source/<name>".
             outputs: Batch by batch; `index` says which samples they are of. Each process is given all of them.
         """
 

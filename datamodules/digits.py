@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,13 @@ class Digits(TransferDataModule):
             raise DataError("target: with source false, target must be true")
         self.class_names = [str(digit) for digit in range(10)]
         self.wanted = {"source": source, "target": target}
-        self._splits: dict[str, dict[str, Dataset[Any]]] | None = None
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's digits in each domain."""
-        if self._splits is None:
-            self._splits = build()
-        return {name: self._splits[name][split] for name, wanted in self.wanted.items() if wanted}
+        return {name: build()[name][split] for name, wanted in self.wanted.items() if wanted}
 
 
+@cache
 def build() -> dict[str, dict[str, Dataset[Any]]]:
     """Both domains, split; the same in every call, whatever the run's seed."""
     from sklearn.datasets import load_digits, load_sample_images

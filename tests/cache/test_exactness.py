@@ -11,7 +11,7 @@ STRATEGIES = {
     "FeatureExtraction": "",
     "LastStages": "--model.finetuning.k 1",
     "GradualUnfreezing": "--model.finetuning.every 2",
-    "GradualUnfreezing:steps": "--model.finetuning.every 15 --model.finetuning.unit steps",
+    "GradualUnfreezing:steps": "--model.finetuning.every 8 --model.finetuning.unit steps",
     "GradualUnfreezing:fraction": "--model.finetuning.every 0.4 --model.finetuning.unit fraction",
     "FreezeThenUnfreeze": "--model.finetuning.after 2",
 }
@@ -33,9 +33,10 @@ def test_nothing_is_cached_of_what_trains_from_the_input_on(strategy, said):
 
 @pytest.mark.parametrize(("strategy", "data"), [
     *((name, "") for name in STRATEGIES),
-    *((name, "--data.source true") for name in ("FeatureExtraction", "LastStages", "GradualUnfreezing")),
+    *((name, "--data.source true --data.batch_size 96") for name in ("FeatureExtraction", "LastStages", "GradualUnfreezing")),
 ])  # fmt: skip
 def test_cached_training_is_uncached_training(strategy, data, ok, said, tmp_path):
+    data = data or "--data.shots_per_class 10 --data.batch_size 24"  # 5 steps an epoch
     line = f"{RUN} --model.finetuning {strategy.partition(':')[0]} {STRATEGIES[strategy]} {data} "
     ok(line + "--name off --cache.enabled false")
     assert said() == [f"cache: {RUNS}: --cache.enabled is false"]

@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytestmark = pytest.mark.tensorboard
+tensorboard = pytest.mark.tensorboard
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 4"
 
 
@@ -47,8 +47,11 @@ def test_rich_bar_in_a_terminal(ok, monkeypatch):
     assert not [line for line in printed.splitlines() if line.startswith("epoch ") and "train/loss" in line]
 
 
+@tensorboard
 def test_tensorboard(ok, tmp_path):
-    ok(f"{RUN} --model.methods+=L2SP --data.source true --name x --data.shots_per_class null")
+    ok(
+        f"{RUN} --model.methods+=L2SP --data.source true --name x --data.shots_per_class null --trainer.limit_train_batches 3"
+    )
     run = tmp_path / "runs" / "x" / "version_0"
     tags = events(run)
     assert {
@@ -75,6 +78,7 @@ def test_tensorboard(ok, tmp_path):
     assert (run / "00000" / "test_features" / "tensors.tsv").is_file()
 
 
+@tensorboard
 @pytest.mark.parametrize(
     "off", ["--trainer.logger false", "--trainer.fast_dev_run true", "--trainer.enable_checkpointing false"]
 )
@@ -82,6 +86,7 @@ def test_parts_can_be_switched_off(ok, off):
     ok(f"{RUN} {off}")
 
 
+@tensorboard
 def test_regression_is_drawn_too(ok, tmp_path):
     import numpy as np
 

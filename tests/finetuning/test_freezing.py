@@ -21,7 +21,6 @@ from tl_modules import (
     NormOnly,
     UserError,
 )
-from tl_modules.cache import FeatureCache
 
 DEPTHS = [
     (Full(), [4, 4, 4, 4, 4, 4]),
@@ -149,7 +148,7 @@ class Standardised(Backbone):
 def test_buffers_of_no_stage_rest_while_anything_is_closed(strategy, moves, cached):
     module = Classification(Standardised(), 3, finetuning=strategy)
     before = {k: v.clone() for k, v in module.backbone.state_dict().items() if not k.startswith("layers")}
-    fit(module, Several("vector", ("target",)), callbacks=[] if cached else [FeatureCache(enabled=False)])
+    fit(module, Several("vector", ("target",)), cached=cached)
     moved = same({k: module.backbone.state_dict()[k] for k in before}, before)
     assert set(moved) == (set(before) if moves else set())
 

@@ -13,26 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import seed_everything
+from small_runs import exported, fit, same
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import tl_modules
 from datamodules import TransferDataModule
 from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
 from tl_modules.backbones.weights import Pretrained
-from tl_modules.cache import FeatureCache
-from tl_modules.finetuning.audit import FreezeAudit
-from tl_modules.runs import ExactResume
 
 KINDS = ("image", "vector")
-
-
-def exported(base):
-    """Every public subclass, so that a new one is tested by existing."""
-    named = dict.fromkeys(c for c in vars(tl_modules).values() if isinstance(c, type))  # once, whatever its names
-    return [c for c in named if issubclass(c, base) and c is not base]
 
 
 METHODS = exported(Method)
@@ -55,7 +45,7 @@ class Vectors(Backbone):
 
 
 class Several(TransferDataModule):
-    """Three classes (or values), which each domain shows in its own way."""
+    """Three classes (or values), which each domain shows in its own way; 24 samples to train, 9 to evaluate."""
 
     def __init__(self, kind, domains=("source/a", "source/b", "target"), values=False, labels=None, **kwargs):
         super().__init__(batch_size=8, **kwargs)
@@ -66,8 +56,8 @@ class Several(TransferDataModule):
         found = {}
         for number, name in enumerate(self.names):
             generator = np.random.default_rng([number, len(split)])
-            y = generator.permutation(np.arange(24) % 3)
-            shape = (24, 3, 12, 12) if self.kind == "image" else (24, 5)
+            y = generator.permutation(np.arange(24 if split == "train" else 9) % 3)
+            shape = (len(y), 3, 12, 12) if self.kind == "image" else (len(y), 5)
             x = generator.normal(size=shape) * 0.3 + y.reshape(-1, *(1,) * (len(shape) - 1)) + 0.5 * number
             x = (x * 40).clip(0, 255).astype(np.uint8) if self.kind == "image" else x.astype(np.float32)
             if name == "target" and self.labels is not None:
@@ -93,28 +83,6 @@ def build(methods, kind, task=Classification, **kwargs):
     backbone.pretrained = Pretrained("made up", {}, task=known, head=head.state_dict())
     methods = [method(**arguments(method)) for method in methods]
     return task(backbone, {"y": {"classes": names} if names else {"values": outputs}}, methods=methods, **kwargs)
-
-
-def fit(module, data, folder=None, ckpt_path=None, callbacks=(), epochs=2, **options):
-    """Trains it with what `tl` adds; with `folder`, a step within the second epoch leaves a checkpoint there."""
-    at = 3 if options.get("devices") == 2 else 5  # an epoch has 24 samples of each domain in batches of 8
-    keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=at, save_top_k=-1)] if folder else []
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | options
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=[*callbacks, FeatureCache(), FreezeAudit(), ExactResume(), *keep],
-        enable_checkpointing=bool(folder),
-        accelerator="cpu",
-        num_sanity_val_steps=0,
-        **options,
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    return trainer
-
-
-def same(one, two):
-    """The names of the tensors in which two state dicts differ."""
-    return [k for k in one.keys() | two.keys() if k not in one or k not in two or not torch.equal(one[k], two[k])]
 
 
 def one_rank():

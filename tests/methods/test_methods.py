@@ -12,6 +12,7 @@ from cases import KINDS, METHODS, Several, arguments, build, exported, fit, same
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torchvision.models import resnet18
 
+import tl_modules
 from tl_modules import (
     CORAL,
     DANN,
@@ -152,12 +153,12 @@ def test_every_method_on_two_processes(two_ranks):
 ])  # fmt: skip
 def test_a_missing_domain_is_said(domains, unseen, method, match):
     with pytest.raises(UserError, match=match):
-        fit(build([getattr(cases.tl_modules, method)], "vector"), Several("vector", domains, target_unseen=unseen))
+        fit(build([getattr(tl_modules, method)], "vector"), Several("vector", domains, target_unseen=unseen))
 
 
 @pytest.mark.parametrize("method", ["SHOT", "ADDA", "LwF", "CoTuning"])
 def test_a_missing_head_is_said(method):
-    method = getattr(cases.tl_modules, method)
+    method = getattr(tl_modules, method)
     module = Classification(ConvNet(4), 3, methods=[method(**arguments(method))])
     with pytest.raises(UserError, match=r"give .*--model.backbone.weights"):
         fit(module, Several("image"))
@@ -255,7 +256,7 @@ def test_target_labels_move_no_weight(method):
 
 
 def test_the_support_table_says_what_the_classes_say():
-    text = (Path(cases.tl_modules.__file__).parent / "methods" / "README.md").read_text()
+    text = (Path(tl_modules.__file__).parent / "methods" / "README.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
     ]

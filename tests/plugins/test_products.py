@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import seed_everything
+from small_runs import exported, fit, same
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, FineTuning, LastStages, Method, Regression, UserError
-from tl_modules.cache import FeatureCache
-from tl_modules.finetuning.audit import FreezeAudit
-from tl_modules.runs import ExactResume
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -38,11 +35,6 @@ PLUGINS = {
 }
 FITTED = "anomaly"  # without a gradient, so that only a frozen backbone makes sense
 every_plugin = pytest.mark.parametrize("name", PLUGINS)
-
-
-def exported(base):
-    named = dict.fromkeys(c for c in vars(tl_modules).values() if isinstance(c, type))  # once, whatever its names
-    return [c for c in named if issubclass(c, base) and c is not base]
 
 
 def found(path):
@@ -64,20 +56,6 @@ def build(name, data, **options):
         | options
     )
     return task(found(backbone)(), data.schema, **options)
-
-
-def fit(module, data, *callbacks, ckpt_path=None, epochs=2, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    keep = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=[FreezeAudit(), ExactResume(), *callbacks],
-        enable_checkpointing=keep,
-        num_sanity_val_steps=0,
-        **(quiet | options),
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    return trainer
 
 
 def test_a_plugin_is_one_short_file():
@@ -149,7 +127,7 @@ def halves(data):
 def terms(name, cached, strategy):
     data = data_of(name)
     module = build(name, data, finetuning=strategy(), optimizer=lambda params: torch.optim.SGD(params, lr=0.05))
-    trainer = fit(module, data, FeatureCache(enabled=cached))
+    trainer = fit(module, data, cached=cached)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}, module
 
 
@@ -177,11 +155,10 @@ def test_cached_is_uncached(name, strategy, caplog):
 @every_plugin
 def test_interrupted_runs_end_the_same(name, tmp_path):
     whole = build(name, data_of(name))
-    fit(whole, data_of(name), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1))
+    fit(whole, data_of(name), tmp_path)
     resumed = build(name, data_of(name))
     fit(resumed, data_of(name), ckpt_path=tmp_path / "step=5.ckpt")
-    one, other = whole.state_dict(), resumed.state_dict()
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert same(whole.state_dict(), resumed.state_dict()) == []
 
 
 @every_plugin
@@ -244,7 +221,7 @@ def one_rank():
             options |= {} if name == FITTED else {"finetuning": LastStages()}
             module = build(name, data, **options)
             ddp = {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
-            fit(module, data, FeatureCache(enabled=cached), **ddp)
+            fit(module, data, cached=cached, **ddp)
             tensors = [t for n, t in module.state_dict().items() if n.startswith(("backbone.", "head."))]
             found[f"{name} {cached}"] = sum(float(t.double().abs().sum()) for t in tensors)
         except Exception:

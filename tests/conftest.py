@@ -114,6 +114,18 @@ def two_ranks(tmp_path):
     return call
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run, once for all tests, which copy it."""
+    here, folder = Path.cwd(), tmp_path_factory.mktemp("trained")
+    os.chdir(folder)
+    try:
+        main(["fit", "--name", "a", "--trainer.max_epochs", "1", "--trainer.logger", "false", "--model.backbone.width", "4", "--data.shots_per_class", "2"])  # fmt: skip
+    finally:
+        os.chdir(here)
+    return folder / "runs" / "a" / "version_0"
+
+
 @pytest.fixture
 def tree(tmp_path):
     return make_tree(tmp_path / "tree")

@@ -39,40 +39,42 @@ def test_each_file_layers_onto_a_model(path, ok):
     assert "class_path" in ok(f"fit {base}{data}-c {path} --print_config")
 
 
-@pytest.fixture
-def small_data(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
     """The layout of the real data, small and made up."""
     from safetensors.torch import save_file
 
     from tl_modules import TorchvisionBackbone
 
-    make_tree(tmp_path / "data" / "clothing", (("train", 4), ("validation", 2), ("test", 2)), suffix="jpg")
-    (tmp_path / "data" / "mnist").mkdir()
-    (tmp_path / "data" / "weights").mkdir()
+    folder = tmp_path_factory.mktemp("data")
+    make_tree(folder / "clothing", (("train", 4), ("validation", 2), ("test", 2)), suffix="jpg")
+    (folder / "mnist").mkdir()
+    (folder / "weights").mkdir()
     generator = np.random.default_rng(0)
 
     def images(count, *channels):
         return generator.integers(0, 256, (count, 28, 28, *channels), dtype=np.uint8)
 
     labels = np.arange(200) % 10
-    np.savez(tmp_path / "data/mnist/train10k.npz", images=images(200), labels=labels)
+    np.savez(folder / "mnist/train10k.npz", images=images(200), labels=labels)
     target = {"train_images": images(200, 3), "train_labels": labels, "test_images": images(40, 3)}
-    np.savez(tmp_path / "data/mnist/mnist_m_10k.npz", **target, test_labels=labels[:40])
+    np.savez(folder / "mnist/mnist_m_10k.npz", **target, test_labels=labels[:40])
     state = {k: v.contiguous() for k, v in TorchvisionBackbone("squeezenet1_0").model.state_dict().items()}
-    save_file(state, tmp_path / "data/weights/squeezenet1_0-imagenet-fp16.safetensors")
-    monkeypatch.setenv("TL_DATA_DIR", str(tmp_path / "data"))
+    save_file(state, folder / "weights/squeezenet1_0-imagenet-fp16.safetensors")
+    return folder
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
-def test_every_recipe_runs(path, ok, small_data, tmp_path):
+def test_every_recipe_runs(path, ok, made_up, tmp_path, monkeypatch):
+    monkeypatch.setenv("TL_DATA_DIR", str(made_up))
     text = path.read_text()
     needed = re.search(r"tl fit -c configs/(recipes/\S+)", text)
-    quick = "--trainer.max_epochs 1 --data.num_workers 0"
+    quick = "--trainer.max_epochs 1 --data.num_workers 0 --trainer.limit_train_batches 2 --trainer.limit_val_batches 2"
     if needed:
         ok(f"fit -c {CONFIGS / needed[1]} {quick}")
     ok(f"fit -c {path} {quick}")
     name = yaml.safe_load(text)["name"]
-    ok(f"test --run runs/{name}/version_0")
+    ok(f"test --run runs/{name}/version_0 --trainer.limit_test_batches 2")
     metrics = json.loads((tmp_path / "runs" / name / "version_0" / "metrics.json").read_text())
     assert "test/accuracy" in metrics
 

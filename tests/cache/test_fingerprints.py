@@ -130,7 +130,7 @@ def test_code_is_that_of_all_files_it_imports(tmp_path, monkeypatch):
     def name():
         for module in ("fp_mine", "fp_helper", "fp_deeper", "fp_deeper.inner"):
             sys.modules.pop(module, None)
-        fingerprints._closure.cache_clear()
+        fingerprints._files.cache_clear()
         import fp_mine
 
         return named(fp_mine.Mine())

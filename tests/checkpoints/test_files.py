@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,9 +182,8 @@ class Payload:
 
 
 @pytest.fixture
-def run(ok, tmp_path):
-    ok(f"fit {SMALL} --name a")
-    return tmp_path / "runs" / "a" / "version_0"
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "a" / "version_0"))
 
 
 @pytest.mark.parametrize("command", ["test --run {run}", "predict --run {run} --out p.csv", "fit --run {run} --resume",

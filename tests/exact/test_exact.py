@@ -71,7 +71,7 @@ def test_the_comparison_notices_what_is_left_out(without, folder, monkeypatch):
 
     name, instead = without
     monkeypatch.setattr(name, instead or (lambda seed: contextlib.nullcontext()))
-    found = check("GradualUnfreezing", folder, points=[POINTS[0]])
+    found = check("GradualUnfreezing", folder, points=[POINTS[0]], more="--trainer.max_epochs 1")
     assert found, name
     if "LossMeans" not in name:  # which move no weight
         assert any("state_dict" in path for path in found[POINTS[0]])

@@ -93,9 +93,9 @@ def test_no_method_does_nothing_in_silence(method, strategy):
         with pytest.raises(
             UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"
         ):
-            fit(module, Several("vector"), epochs=1)
+            fit(module, Several("vector"), epochs=1, limit_val_batches=0)
         return
-    fit(module, Several("vector"), epochs=1)
+    fit(module, Several("vector"), epochs=1, limit_val_batches=0)
     if strategy is FeatureExtraction:
         assert same({k: module.backbone.state_dict()[k] for k in before}, before) == []
 

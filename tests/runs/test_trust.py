@@ -12,7 +12,6 @@ import yaml
 from tl_modules import UserError, load_run
 from tl_modules.runs.trust import check_config, to_trust
 
-FIT = "fit --trainer.max_epochs 1 --model.backbone.width 4 --data.shots_per_class 2 --name a --trainer.logger false"
 COMMANDS = ("test", "validate", "predict", "embed", "benchmark", "fit --resume")
 EVIL = """
 import pathlib
@@ -26,20 +25,6 @@ def evil(*args, **kwargs):
 """
 NAME = "shared.version_0.notes.Evil"
 AS_TEXT = f'{{"class_path": "{NAME}"}}'
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run, once for all."""
-    from tl_modules.cli.main import main
-
-    here, folder = Path.cwd(), tmp_path_factory.mktemp("trained")
-    os.chdir(folder)
-    try:
-        main(FIT.split())
-    finally:
-        os.chdir(here)
-    return folder / "runs" / "a" / "version_0"
 
 
 class Received:

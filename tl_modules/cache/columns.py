@@ -76,11 +76,6 @@ class Ragged:
 Column = Uniform | Ragged
 
 
-def tensors_of(columns: Sequence[Column]) -> list[Tensor]:
-    """Lists the tensors that columns are made of."""
-    return [t for c in columns for t in ([c.values] if isinstance(c, Uniform) else [c.values, c.starts, c.shapes])]
-
-
 class Table:
     """The columns of the trees of N samples.
 

@@ -143,15 +143,11 @@ def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
         yield from _parts(inspect.unwrap(value), seen)
 
 
+@functools.cache
 def _files(module: str | None) -> tuple[str, ...]:
     """What names the code of a module and of all that it imports."""
-    return _closure(module or "")
-
-
-@functools.cache
-def _closure(module: str) -> tuple[str, ...]:
     found: dict[str, str] = {}
-    waiting = [module]
+    waiting = [module or ""]
     while waiting:
         name = waiting.pop()
         if name in found:
@@ -164,7 +160,7 @@ def _closure(module: str) -> tuple[str, ...]:
             continue
         file = _file(name)
         if file is None:
-            if name == module:
+            if name == (module or ""):
                 raise Unnamed(f"{name or 'an object without a module'} has no file")
             continue  # an import of something optional
         if file.suffix != ".py" or {"site-packages", "dist-packages"} & set(file.parts):

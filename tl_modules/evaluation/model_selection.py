@@ -213,14 +213,11 @@ class ModelSelection(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reads the target's labels and says what each criterion chose."""
-        file = None if self.run is None else self.run / "selection.pt"
         data = getattr(trainer, "datamodule", None)
-        if (
-            file is None
-            or not file.is_file()
-            or not trainer.is_global_zero
-            or not isinstance(pl_module, TransferModule)
-        ):
+        if self.run is None or not trainer.is_global_zero or not isinstance(pl_module, TransferModule):
+            return
+        file = self.run / "selection.pt"
+        if not file.is_file():
             return
         kept = torch.load(file, weights_only=True)
         splits = [split for split in ("val", "test") if split in kept["rows"][0]]
@@ -228,7 +225,6 @@ class ModelSelection(Callback):
         if not labels or any(samples.count(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
             return  # of other data, or of a limited validation
         found = report(pl_module, kept["rows"], labels)
-        assert self.run is not None
         _write(self.run, found, kept["by"], type(pl_module).monitor[0].removeprefix("val/"))
 
 

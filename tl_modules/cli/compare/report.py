@@ -24,22 +24,13 @@ PANELS = 6  # of the plot; with more tasks it shows their mean
 
 def table_rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
     """A row per trial, of results.csv."""
-    rows = []
-    for trial in trials:
-        found = trial.current()
-        rows.append(
-            {
-                "task": trial.key[0],
-                "way": trial.key[1],
-                "seed": trial.key[2],
-                "status": found.get("status", "not run"),
-                "metrics": found.get("metrics", {}),
-                "seconds": found.get("seconds"),
-                "cpu_seconds": found.get("cpu_seconds"),
-                "error": found.get("error"),
-            }
-        )
-    return rows
+    missing: dict[str, Any] = {"status": "not run", "metrics": {}, "seconds": None, "cpu_seconds": None, "error": None}
+    return [
+        dict(zip(("task", "way", "seed"), trial.key, strict=True))
+        | {key: found.get(key, nothing) for key, nothing in missing.items()}
+        for trial in trials
+        for found in [trial.current()]
+    ]
 
 
 def report(rows: list[dict[str, Any]], scores: Scores, folder: Path, title: str) -> None:

@@ -24,7 +24,9 @@ from tl_modules import (
     Regression,
     UserError,
     WarmupCosine,
+    load_run,
 )
+from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.methods.functional import discriminant, ridge
 
 SMALL = "fit --trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4 --data.batch_size 16 "
@@ -102,7 +104,8 @@ def test_six_steps_and_then_ten_are_ten_in_one_go(batch_size, ok, tmp_path):
 
 
 def rates(module):
-    return {group["name"]: group["configured_lr"] for group in module.configure_optimizers()["optimizer"].param_groups}
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    return {g["name"]: g["configured_lr"] for g in groups if not g["name"].endswith("/no_decay")}
 
 
 def test_a_pretrained_backbone_has_a_thirtieth_of_the_heads_rate():
@@ -228,3 +231,48 @@ def test_a_resumed_run_keeps_its_head(tmp_path, caplog):
 def test_warmup_has_a_range():
     with pytest.raises(UserError, match="warmup: 1 must lie in"):
         WarmupCosine(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), warmup=1)
+
+
+def test_epochs_are_a_budget_of_samples_where_data_are_few():
+    assert [default_epochs([n]) for n in (5_000, 1_000, 999, 150)] == [10, 10, 11, 67]
+    assert [default_epochs(n) for n in ([], [300, 100], [5_000, 5_000])] == [10, 100, 10]
+
+
+def test_the_config_holds_the_number_of_epochs(ok, tmp_path):
+    ok("fit --name a --model.backbone.width 4 --data Digits --data.shots_per_class 5 --trainer.limit_train_batches 1")
+    config = yaml.safe_load((tmp_path / "runs/a/version_0/config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == len(rows(tmp_path, "a")) == 200
+
+
+def test_biases_norms_embeddings_and_tokens_do_not_decay():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.token = nn.Embedding(3, 4), nn.Parameter(torch.zeros(1, 1, 4))
+
+    module = Classification(ConvNet(4), 3)
+    module.head.add_module("tokens", Tokens())
+    optimizer = module.configure_optimizers()["optimizer"]
+    names = {id(p): name for name, p in module.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay) == set(names.values())
+    kept = {name for name, value in decay.items() if value == 0}
+    vectors = {name for name, p in module.named_parameters() if p.ndim < 2}
+    assert kept == vectors | {"head.tokens.words.weight", "head.tokens.token"}
+    assert {value for name, value in decay.items() if name not in kept} == {0.01}
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates["head"] == rates["head/no_decay"]
+
+
+def test_a_run_from_before_groups_without_decay_goes_on(monkeypatch, ok, tmp_path):
+    with monkeypatch.context() as before:
+        before.setattr("tl_modules.finetuning.optimizer._exempt_from_decay", lambda *_: None)
+        ok(SMALL.replace("max_epochs 2", "max_epochs 1") + "--name a")
+    ok("fit --run runs/a/version_0 --resume --trainer.max_epochs 2")
+    old = torch.load(tmp_path / "runs/a/version_0/checkpoints/last.ckpt", weights_only=True)
+    (state,) = old["optimizer_states"]
+    module = load_run(tmp_path / "runs/a/version_0")
+    parameters = [p for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    moments = [tuple(state["state"][number]["exp_avg"].shape) for number in numbers]
+    assert moments == [tuple(p.shape) for p in parameters]

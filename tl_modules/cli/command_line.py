@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules import TransferDataModule
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
@@ -33,11 +34,12 @@ from tl_modules.errors import UserError
 from tl_modules.evaluation import ModelSelection, PredictionWriter, TensorBoardFigures
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
+from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
 from tl_modules.runs.directory import SECTIONS, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
-TRAINER_DEFAULTS = {"max_epochs": 10, "enable_model_summary": False, "log_every_n_steps": 50}
+TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
 UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of an object
 
 log = logging.getLogger(__name__)
@@ -197,6 +199,11 @@ class TransferCLI(OneCommand, LightningCLI):
         if trainer.precision is None:
             precision = best_precision(self.model, trainer.accelerator)
             kwargs["precision"] = trainer.precision = self.saved["trainer"]["precision"] = precision
+        if self.subcommand == "fit" and trainer.max_epochs is None and trainer.max_steps == -1 and not trainer.max_time:
+            known = isinstance(self.datamodule, TransferDataModule)
+            loaders = self.datamodule.train_dataloader().flattened if known else []
+            epochs = default_epochs([len(loader.dataset) for loader in loaders])
+            kwargs["max_epochs"] = trainer.max_epochs = self.saved["trainer"]["max_epochs"] = epochs
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
         if trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)

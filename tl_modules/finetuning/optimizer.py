@@ -6,14 +6,26 @@ stages, pretrained           1/30 of that; 1/10 if little trains --model.finetun
 stages, random               as the head                         --model.finetuning.backbone_lr
 a stage below another one    x lr_decay                          --model.finetuning.lr_decay
 each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant
+
+part                         weight decay                        changed by
+weights                      0.01 (AdamW)                        --model.optimizer.weight_decay
+biases, norms, embeddings    0, in groups `.../no_decay`         a callable as --model.optimizer
+
+data                         epochs                              changed by
+fine-tuning                  10, or more up to 10,000 samples    --trainer.max_epochs
+beside a source              10, or more up to 30,000 samples    --trainer.max_epochs
+
+Gradients are not clipped: on seven small image sets that changed nothing (--trainer.gradient_clip_val).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -23,6 +35,8 @@ from tl_modules.errors import UserError
 
 __all__ = ["WarmupCosine"]
 
+NO_DECAY = "/no_decay"
+EPOCHS, SAMPLES, SAMPLES_BESIDE_A_SOURCE = 10, 10_000, 30_000
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "configured_lr")
 
 
@@ -77,10 +91,12 @@ class WarmupCosine(LRScheduler):
 
 def configure(module: BaseTransferModule) -> Any:
     """What Lightning's `configure_optimizers` gives: named groups, each with its share of the rate, and a scheduler."""
-    optimizer = fused(module.optimizer(list(module.finetuning.param_groups(module))))
+    optimizer = module.optimizer(list(module.finetuning.param_groups(module)))
+    _exempt_from_decay(optimizer, module)
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
         group["configured_lr"] = group["lr"]
+    fused(optimizer)
     if module.lr_scheduler is None:
         return optimizer
     scheduler = module.lr_scheduler(optimizer)
@@ -93,6 +109,33 @@ def configure(module: BaseTransferModule) -> Any:
         watched = "val/loss" if scheduler.mode == "min" else module.monitor[0]
         config["monitor"] = getattr(scheduler, "monitor", watched)
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def default_epochs(samples: Sequence[int]) -> int:
+    """Returns how many epochs a run has that says nothing: ten, and more where the data are few.
+
+    Args:
+        samples: Of each domain of the training data; none if that is unknown.
+    """
+    budget = SAMPLES if len(samples) < 2 else SAMPLES_BESIDE_A_SOURCE
+    return max(EPOCHS, math.ceil(budget / max(1, *samples))) if samples else EPOCHS
+
+
+def _exempt_from_decay(optimizer: Optimizer, module: nn.Module) -> None:
+    """Moves what should not shrink into groups of its own: scales, biases, embeddings, tokens (1, N, D)."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    for group in list(optimizer.param_groups):
+        exempt = [p for p in group["params"] if p.ndim < 2 or id(p) in embeddings or (p.ndim == 3 and len(p) == 1)]
+        if not group.get("weight_decay") or not exempt:
+            continue
+        if len(exempt) == len(group["params"]):
+            group["weight_decay"] = 0.0
+            continue
+        chosen = {id(p) for p in exempt}
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        optimizer.add_param_group(
+            {**group, "params": exempt, "weight_decay": 0.0, "name": f"{group['name']}{NO_DECAY}"}
+        )
 
 
 def fused(optimizer: Optimizer) -> Optimizer:
@@ -131,6 +174,7 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
     states, schedulers = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", [])
     built = configure(module)  # the Trainer builds its own only after it has read the checkpoint
     optimizer = built["optimizer"] if isinstance(built, dict) else built
+    _divide_groups(states[0], module, optimizer)
     before, now = states[0]["param_groups"], optimizer.param_groups
     names = [[(g.get("name"), len(g["params"])) for g in groups] for groups in (before, now)]
     if names[0] != names[1]:
@@ -157,6 +201,25 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
             rates = scheduler.get_lr()
         for old, lr in zip(before, rates, strict=True):
             old["lr"] = lr
+
+
+def _divide_groups(state: dict[str, Any], module: BaseTransferModule, optimizer: Optimizer) -> None:
+    """Gives the state of a run from before there were groups without decay the present groups, in place."""
+    old = {group.get("name"): group for group in state["param_groups"]}
+    parameters = [p for group in module.finetuning.param_groups(module) for p in group["params"]]
+    if any(str(name).endswith(NO_DECAY) for name in old) or len(parameters) != sum(
+        len(g["params"]) for g in old.values()
+    ):
+        return
+    number = {id(p): i for i, p in enumerate(parameters)}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        was = old.get(group["name"].removesuffix(NO_DECAY))
+        if was is None:
+            return
+        groups.append({**was, "name": group["name"], "weight_decay": group["weight_decay"]})
+        groups[-1]["params"] = [number[id(p)] for p in group["params"]]
+    state["param_groups"] = groups
 
 
 def _groups(groups: list[tuple[str, int]]) -> str:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tl_modules.checkpoints.files import write_metrics, write_whole
 from tl_modules.evaluation.monitor import BestMetrics, floats
 from tl_modules.evaluation.test_time import TestTimeAdaptation
+from tl_modules.finetuning.optimizer import NO_DECAY
 
 __all__ = ["RunFiles"]
 
@@ -77,6 +78,7 @@ class RunFiles(Callback):
         The row of an epoch that `max_steps` has cut short gives way to that of the whole epoch, if the run goes on.
         """
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
+        rates = {name: rate for name, rate in rates.items() if not name.endswith(NO_DECAY)}  # that of its group
         others = ("lr-", *(() if self.validated else ("val/",)))  # TensorBoard's, and those of an earlier epoch
         self.validated = False
         metrics = {name: value for name, value in floats(trainer).items() if not name.startswith(others)}

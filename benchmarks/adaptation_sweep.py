@@ -257,7 +257,7 @@ def main():
     out = Path(a.out)
     done = {tuple(json.loads(l)["key"]) for l in out.read_text().splitlines()} if out.exists() else set()
     variants = json.loads(Path(a.variants).read_text())
-    import lightning.pytorch, tl_modules, datamodules, sklearn  # noqa
+    import lightning.pytorch, tl_modules, datamodules  # noqa
     with tempfile.TemporaryDirectory() as folder:
         write(a.features, folder)
         jobs = [(folder, k, v, pair, seed, a.steps)

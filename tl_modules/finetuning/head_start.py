@@ -33,7 +33,7 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
         loaders: Of the training data, by domain.
     """
     trainer, head = module.trainer, module.head
-    if not isinstance(head, LinearHead) or not head.closed_form:
+    if not isinstance(head, LinearHead) or not head.closed_form or any(module.bottleneck.parameters()):
         return
     if type(module).closed_form is Task.closed_form or not module.uses_pooled_features:
         return

@@ -53,7 +53,7 @@ class DANN(Method):
 
     def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
-        return module.backbone.width
+        return module.width
 
     def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
@@ -95,7 +95,7 @@ class CDAN(DANN):
 
     def width(self, module: BaseTransferModule) -> int:
         """Of the product, or of the random projections."""
-        features, classes = module.backbone.width, module.num_outputs
+        features, classes = module.width, module.num_outputs
         self.projected = features * classes > 4096
         if self.projected:
             self.register_buffer("features_to", torch.randn(features, 1024) / 32)
@@ -212,7 +212,7 @@ class MDD(Method):
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the second head."""
-        self.adversary = MLPHead(module.backbone.width, module.num_outputs, self.hidden, normalize=False)
+        self.adversary = MLPHead(module.width, module.num_outputs, self.hidden, normalize=False)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
@@ -286,7 +286,8 @@ class ADDA(WithPretrainedCopy):
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
-        self.critic = MLPHead(module.backbone.width, 1, self.hidden, normalize=False)
+        self.bottleneck = copy.deepcopy(module.bottleneck).requires_grad_(False)
+        self.critic = MLPHead(module.width, 1, self.hidden, normalize=False)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -302,7 +303,7 @@ class ADDA(WithPretrainedCopy):
         assert source is not None
         assert target is not None
         with torch.no_grad():
-            here = self.before(source.x)
+            here = self.bottleneck.eval()(self.before(source.x))
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
         return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 

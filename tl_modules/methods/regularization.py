@@ -180,6 +180,8 @@ class WithPretrainedHead(WithPretrainedCopy):
     def attach(self, module: BaseTransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
+        if any(module.bottleneck.parameters()):
+            raise UserError(f"bottleneck: the pretrained head of {type(self).__name__} lacks it; leave it out")
         self.old = SourceHead(module.backbone.width, self.source_classes)
         pretrained = module.backbone.pretrained
         self.given = {} if pretrained is None else {k: tuple(v.shape) for k, v in pretrained.head.items()}

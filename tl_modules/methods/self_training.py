@@ -130,6 +130,7 @@ class MeanTeacher(Method):
 
 
 def _network(module: BaseTransferModule) -> nn.Sequential:
+    # in this order older checkpoints keep their names
     return nn.Sequential(module.backbone, module.head, module.bottleneck)
 
 

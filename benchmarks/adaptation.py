@@ -87,9 +87,7 @@ def fit(pair, name, seed, steps, weights=None, **options):
     methods = [] if alone else [getattr(tl_modules, name)()]
     module = Classification(TabularMLP(weights=weights), data.schema, methods=methods, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", limit_val_batches=0, enable_checkpointing=False, **quiet
-    )
+    trainer = Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, enable_checkpointing=False, **quiet)
     trainer.fit(module, data)
     return trainer, module, data
 
@@ -139,8 +137,9 @@ def table(rows, reference, pairs):
         ours, each = means(rows, "defaults", name, pairs)
         theirs, of_each = means(reference, "common", other, pairs)
         gain = f"{statistics.mean(ours.values()) - statistics.mean(theirs.values()):+.1f}" if ours and theirs else ""
-        cells = [f"{each[p]:.1f}" + (f" ({of_each[p]:.1f})" if p in of_each else "") if p in each else "" for p in pairs]
         if each:
+            both = [[f"{m[p]:.1f}" if p in m else "" for m in (each, of_each)] for p in pairs]
+            cells = [f"{mine} ({other})" if other else mine for mine, other in both]
             print(f"| {name} | {cell(ours)} | {cell(theirs)} | {gain} | " + " | ".join(cells) + " |")
 
 

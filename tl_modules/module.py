@@ -101,7 +101,8 @@ class TransferModule(QuickNames, StagedModule):
         backbone.bind_schema(self.schema.get("x") or {})
         self.backbone = backbone
         self.bottleneck = self.build_bottleneck(bottleneck)
-        self.head: nn.Module = head(self.width if self.uses_pooled_features else backbone.out_features, self.num_outputs)
+        features = self.width if self.uses_pooled_features else backbone.out_features
+        self.head: nn.Module = head(features, self.num_outputs)
         self.finetuning = finetuning
         self.num_stages = len(self.stages())
         self.trainable = range(self.num_stages)
@@ -135,7 +136,7 @@ class TransferModule(QuickNames, StagedModule):
         if width < 1:
             raise UserError(f"bottleneck: {width} must be at least 1")
         if not self.uses_pooled_features:
-            raise UserError(f"bottleneck: it takes one vector a sample, which {type(self).__name__} lacks; leave it out")
+            raise UserError(f"bottleneck: {type(self).__name__} has no vector for each sample; leave it out")
         return Bottleneck(self.backbone.width, width)
 
     # The straight line

@@ -40,7 +40,7 @@ def test_every_method_moves_it_where_the_backbone_is_frozen(method):
 
 
 def test_methods_see_what_it_gives():
-    module, source, target = made(DANN(), bottleneck=6)
+    module, source, _ = made(DANN(), bottleneck=6)
     assert module.width == source.pooled.shape[1] == 6
     assert module.methods[0].critic[0].in_features == module.head[1].in_features == 6
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_source_runs_bottleneck_comes_along_with_its_head(tmp_path):
 
 
 def test_a_teacher_has_it_too():
-    module, _, target = made(MeanTeacher(), bottleneck=6)
+    module, *_ = made(MeanTeacher(), bottleneck=6)
     teacher = module.methods[0].teacher
     assert torch.equal(teacher[2][0].weight, module.bottleneck[0].weight)
 

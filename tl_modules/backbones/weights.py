@@ -33,7 +33,8 @@ class Pretrained:
     Attributes:
         origin: The file or hub name, for messages.
         state: The backbone's tensors.
-        head: The head's tensors, and those of a bottleneck, `bottleneck.N...`; of foreign weights those of the classifier's last layer, if it is linear and there.
+        head: The head's tensors, and those of a bottleneck, `bottleneck.*`; of foreign weights those of the
+            classifier's last layer, if it is linear and there.
         task: The run's task and class names; empty for foreign weights.
     """
 

@@ -170,9 +170,9 @@ class FineTuning:
                     layer.eval()
 
     def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
-        """Yields groups `head`, `bottleneck`, the methods' names, `stage_N`, with every parameter once; `lr_scale` multiplies the lr.
+        """Yields groups `head`, `bottleneck`, the methods' names, `stage_N`, with every parameter once.
 
-        A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
+        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
         not train with its stage is left out.
         """
         stages = module.stages()
@@ -184,7 +184,7 @@ class FineTuning:
                 of_stage[number].append(parameter)
         # methods also hold networks that never train (a teacher, a copy of the pretrained one)
         methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
-        new = [(name, list(part.parameters())) for name, part in (("head", module.head), ("bottleneck", module.bottleneck))]
+        new = [("head", list(module.head.parameters())), ("bottleneck", list(module.bottleneck.parameters()))]
         for name, parameters in (*new, *methods):
             own = [p for p in parameters if id(p) not in seen]
             seen |= {id(p) for p in own}

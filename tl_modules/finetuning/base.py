@@ -172,8 +172,8 @@ class FineTuning:
     def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
         """Yields groups `head`, `bottleneck`, the methods' names, `stage_N`, with every parameter once.
 
-        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
-        not train with its stage is left out.
+        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the
+        stages, the head and the methods. One that does not train with its stage is left out.
         """
         stages = module.stages()
         of_stage: list[list[nn.Parameter]] = [[] for _ in stages]

@@ -57,7 +57,7 @@ class DANN(Method):
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
-        widths = [self.width(module), *[self.hidden] * self.layers]
+        widths = [self.width(module), *[self.hidden] * (self.layers - 1)]
         hidden = [
             layer
             for inputs, outputs in pairwise(widths)
@@ -67,7 +67,8 @@ class DANN(Method):
                 nn.ReLU(),
             )
         ]
-        self.critic = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
+        last = MLPHead(widths[-1], 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
+        self.critic = nn.Sequential(*hidden, *last)
 
     def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""

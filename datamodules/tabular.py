@@ -102,7 +102,9 @@ class TabularData(TransferDataModule):
         self.class_names = classes
         if label is not None:
             y, self.class_names = _label(tables, kind, threshold, classes)
-        self.x_schema = {"numeric": [str(number) for number in range(next(iter(x.values())).shape[1])]}
+        columns = [str(number) for number in range(next(iter(x.values())).shape[1])]
+        arrays = all(path.is_dir() or path.suffix == ".npz" for path in paths.values() if path is not None)
+        self.x_schema = {"numeric": columns} | ({"one_unit": True} if arrays else {})  # of a network's features
         self.paths, self.fractions, self.has_label = paths, (val_fraction, test_fraction), label is not None
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CosineHead", "Head", "LinearHead", "MLPHead"]
+__all__ = ["Bottleneck", "CosineHead", "Head", "LinearHead", "MLPHead"]
 
 
 class Head(nn.Module, ABC):
@@ -81,6 +81,18 @@ class MLPHead(Head, nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(hidden, out_features),
         )
+
+
+class Bottleneck(nn.Sequential):
+    """A layer of its own between features and head, for methods to move: Linear, BatchNorm, ReLU.
+
+    Args:
+        in_features: Width of the features.
+        width: Of what it gives.
+    """
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__(nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
 class CosineHead(Head):

@@ -25,6 +25,24 @@ def test_columns_of_any_unit_are_standardised():
     assert (backbone.out_features, len(backbone.stages())) == (3, 1)
 
 
+def test_a_column_that_hardly_moves_in_training_does_not_explode_elsewhere():
+    backbone = TabularMLP(3, [])
+    backbone.train()(table() * torch.tensor([1.0, 1.0, 0.0]))
+    assert backbone.eval()(table()).abs().max() <= 5
+
+
+def test_features_of_a_network_are_divided_by_one_number():
+    x = torch.rand(64, 3) * torch.tensor([1.0, 4.0, 10.0])
+    backbone = TabularMLP(widths=[])
+    backbone.bind_schema({"numeric": ["0", "1", "2"], "one_unit": True})
+    backbone.train()(x)
+    by_hand = (x - x.mean(0)) / x.var(0).mean().sqrt()
+    assert torch.allclose(backbone.eval()(x), by_hand, atol=1e-4)
+    by_column = TabularMLP(widths=[], scale="each")
+    by_column.bind_schema({"numeric": ["0", "1", "2"], "one_unit": True})
+    assert by_column.train()(x).std(0).allclose(torch.ones(3), atol=0.05)
+
+
 @pytest.mark.parametrize("widths", [[8], [8, 6], [8, 6, 4]])
 def test_a_stage_for_each_width(widths):
     backbone = TabularMLP(3, widths, dropout=0.5)

@@ -93,6 +93,7 @@ def test_categories_of_both_domains_and_of_training(write):
 def test_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", features=np.arange(20).reshape(10, 2), labels=np.arange(10) % 2)
     data = TabularData(tmp_path / "a.npz")
+    assert data.x_schema == {"numeric": ["0", "1"], "one_unit": True}
     assert data.class_names == ["0", "1"]
     assert rows(data)["3"][0].tolist() == [6, 7]
     np.savez(tmp_path / "b.npz", features=np.zeros((10, 2)), labels=np.linspace(0, 1, 10))

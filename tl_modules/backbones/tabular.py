@@ -1,13 +1,13 @@
 """A network for rows of numbers.
 
-(B, D) -> standardise -> [Linear, BatchNorm, ReLU] of stage 0 -> stage 1 -> ... -> (B, out_features)
+(B, D) -> Standardise -> [Linear, BatchNorm, ReLU] of stage 0 -> stage 1 -> ... -> (B, out_features)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -15,6 +15,34 @@ from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.errors import UserError
 
 __all__ = ["TabularMLP", "VectorBackbone"]
+
+Scale = Literal["each", "all"]
+
+
+class Standardise(nn.BatchNorm1d):
+    """Subtracts each column's mean, and divides by its deviation or by one number for all columns, (B, D) -> (B, D).
+
+    Args:
+        columns: D.
+        scale: "each": a column's own deviation; what is farther than 5 of them is cut, since a column that hardly ever
+            moves in training may reach thousands in another domain. "all": the root of the columns' mean variance.
+    """
+
+    def __init__(self, columns: int, scale: Scale) -> None:
+        # momentum None: the average over all batches, so that columns of any scale are right from the first step on
+        super().__init__(columns, affine=False, momentum=None)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        each = super().forward(input)
+        if self.scale == "each":
+            return each.clamp(-5, 5)
+        if self.training or self.running_mean is None or self.running_var is None:
+            mean, variance = input.mean(0), input.var(0, unbiased=False)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        return (input - mean) / (variance.mean() + self.eps).sqrt()
 
 
 class TabularMLP(Backbone):
@@ -30,6 +58,9 @@ class TabularMLP(Backbone):
         dropout: Share of each stage's outputs that is dropped in training.
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
+        scale: "each" column is divided by its own deviation, or "all" by one number, which keeps what the channels of
+            a network say by their size. None: "all" where the data says that its columns have one unit, as
+            `TabularData` does of arrays and of what `tl embed` wrote; else "each".
 
     Raises:
         UserError: A width is not positive, or the weights do not fit.
@@ -38,15 +69,16 @@ class TabularMLP(Backbone):
     def __init__(
         self,
         in_features: int | None = None,
-        widths: list[int] = [64, 64],  # noqa: B006 - what the help shows
+        widths: list[int] = [256],  # noqa: B006 - what the help shows
         dropout: float = 0.0,
         weights: PretrainedWeights = None,
         strict: bool = True,
+        scale: Scale | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise UserError(f"dropout: {dropout} must lie in [0, 1)")
-        self.widths, self.dropout, self.weights, self.strict = widths, dropout, weights, strict
+        self.widths, self.scale, self.dropout, self.weights, self.strict = widths, scale, dropout, weights, strict
         if in_features is not None:
             self._build(in_features)
 
@@ -57,6 +89,10 @@ class TabularMLP(Backbone):
             UserError: The data does not say how many there are, or has another number than the layers.
         """
         columns = len(x["numeric"]) if "numeric" in x else None
+        if self.scale is None:
+            self.scale = "all" if x.get("one_unit") else "each"
+            if hasattr(self, "in_features"):
+                cast(Standardise, self.model.get_submodule("0.0")).scale = self.scale
         if columns is None and not hasattr(self, "in_features"):
             raise UserError("in_features: the data does not say how many columns it has; TabularMLP takes TabularData")
         if not hasattr(self, "in_features"):
@@ -67,8 +103,7 @@ class TabularMLP(Backbone):
     def _build(self, in_features: int) -> None:
         if min([in_features, *self.widths]) < 1:
             raise UserError(f"in_features, widths: {in_features} and {self.widths} must be at least 1 each")
-        # momentum None: the average over all batches, so that columns of any scale are right from the first step on
-        standardise = nn.BatchNorm1d(in_features, affine=False, momentum=None)
+        standardise = Standardise(in_features, self.scale or "each")
         stages: list[list[nn.Module]] = [[standardise]]
         for inputs, outputs in pairwise([in_features, *self.widths]):
             norm, dropout = nn.BatchNorm1d(outputs), nn.Dropout(self.dropout)

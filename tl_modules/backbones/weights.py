@@ -33,7 +33,8 @@ class Pretrained:
     Attributes:
         origin: The file or hub name, for messages.
         state: The backbone's tensors.
-        head: The head's tensors; of foreign weights those of the classifier's last layer, if it is linear and there.
+        head: The head's tensors, and those of a bottleneck, `bottleneck.*`; of foreign weights those of the
+            classifier's last layer, if it is linear and there.
         task: The run's task and class names; empty for foreign weights.
     """
 
@@ -114,7 +115,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     if not tensors:
         raise UserError(f"weights: {path} holds no tensors by name")
     if task:
-        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith(("head.", "bottleneck."))}
         return Pretrained(str(path), {k: v for k, v in tensors.items() if k.startswith("backbone.")}, head, task)
     return Pretrained(str(path), tensors)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ class BaseTransferModule(EvaluatedTask, ABC):
     """A backbone, a head, a fine-tuning strategy and methods, for a task."""
 
     backbone: BaseBackbone
+    bottleneck: nn.Module
     finetuning: Any
     num_stages: int
     trainable: range
@@ -56,6 +57,16 @@ class BaseTransferModule(EvaluatedTask, ABC):
     head_transferred: bool
     save: str
     left_out: str | None
+
+    @property
+    def width(self) -> int:
+        """D of the vectors that methods see, `DomainOutput.pooled`."""
+        layer = next(self.bottleneck.children(), None)
+        return self.backbone.width if layer is None else cast(nn.Linear, layer).out_features
+
+    def network_parameters(self) -> list[nn.Parameter]:
+        """Returns those of the network itself, without the methods'."""
+        return [p for part in (self.backbone, self.bottleneck, self.head) for p in part.parameters()]
 
     @property
     @abstractmethod

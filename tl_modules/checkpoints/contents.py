@@ -28,6 +28,7 @@ from tl_modules.finetuning.optimizer import resume_rates
 
 log = logging.getLogger(__name__)
 EARLIER = (".centroids", ".counts")  # SHOT's of version 0.1, which the first full pass replaces
+BOTTLENECK = "bottleneck."
 STATES = {"state_dict", "current_model_state"}
 
 
@@ -88,9 +89,12 @@ def transfer_head(module: BaseTransferModule) -> bool:
     pretrained = module.backbone.pretrained
     if pretrained is None or pretrained.task != module.task_description():
         return False
-    if {k: v.shape for k, v in pretrained.head.items()} != {k: v.shape for k, v in module.head.state_dict().items()}:
+    own = module.head.state_dict() | module.bottleneck.state_dict(prefix=BOTTLENECK)
+    if {k: v.shape for k, v in pretrained.head.items()} != {k: v.shape for k, v in own.items()}:
         return False
-    module.head.load_state_dict(pretrained.head)
+    layers = {k.removeprefix(BOTTLENECK): v for k, v in pretrained.head.items() if k.startswith(BOTTLENECK)}
+    module.head.load_state_dict({k: v for k, v in pretrained.head.items() if not k.startswith(BOTTLENECK)})
+    module.bottleneck.load_state_dict(layers)
     log.info("head from %s too: the task and its labels are the same", pretrained.origin)
     return True
 

@@ -152,7 +152,8 @@ class _Features(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         ((_, part),) = batch.items()
-        return self.module.backbone.pooled_features(self.module.backbone(part.x)), part.index
+        features = self.module.backbone.pooled_features(self.module.backbone(part.x))
+        return self.module.bottleneck(features), part.index
 
 
 class _Collect(Callback):

@@ -153,6 +153,7 @@ def table(module: BaseTransferModule, trainer: Trainer) -> Table:
     """A row per named parameter group: stage, parameters, trains, in the optimizer, learning rate, mode."""
     groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups
     parts = dict(module.named_methods()) | {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
+    parts["bottleneck"] = module.bottleneck
     # a default strategy is a lazy instance, whose class has a prefix
     strategy = module.strategy_name()
     where = f"epoch {trainer.current_epoch}" + (

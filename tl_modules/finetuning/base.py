@@ -170,10 +170,10 @@ class FineTuning:
                     layer.eval()
 
     def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
-        """Yields groups `head`, the methods' names, `stage_N`, with every parameter once; `lr_scale` multiplies the lr.
+        """Yields groups `head`, `bottleneck`, the methods' names, `stage_N`, with every parameter once.
 
-        A parameter that several parts share belongs to the first of the stages, the head and the methods. One that does
-        not train with its stage is left out.
+        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the
+        stages, the head and the methods. One that does not train with its stage is left out.
         """
         stages = module.stages()
         of_stage: list[list[nn.Parameter]] = [[] for _ in stages]
@@ -184,7 +184,8 @@ class FineTuning:
                 of_stage[number].append(parameter)
         # methods also hold networks that never train (a teacher, a copy of the pretrained one)
         methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
-        for name, parameters in (("head", list(module.head.parameters())), *methods):
+        new = [("head", list(module.head.parameters())), ("bottleneck", list(module.bottleneck.parameters()))]
+        for name, parameters in (*new, *methods):
             own = [p for p in parameters if id(p) not in seen]
             seen |= {id(p) for p in own}
             if own:

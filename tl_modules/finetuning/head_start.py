@@ -19,7 +19,7 @@ from tl_modules.batch.full_pass import outputs_of
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.ranks import every_rank
 from tl_modules.batch.task import Task
-from tl_modules.heads import LinearHead
+from tl_modules.heads import Bottleneck, LinearHead
 
 log = logging.getLogger(__name__)
 MANY = 10_000  # samples; more would not change the start much
@@ -33,7 +33,7 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
         loaders: Of the training data, by domain.
     """
     trainer, head = module.trainer, module.head
-    if not isinstance(head, LinearHead) or not head.closed_form:
+    if not isinstance(head, LinearHead) or not head.closed_form or isinstance(module.bottleneck, Bottleneck):
         return
     if type(module).closed_form is Task.closed_form or not module.uses_pooled_features:
         return

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
@@ -29,31 +30,49 @@ class DANN(Method):
     """Domain-adversarial training (Ganin et al., JMLR 2016).
 
     A critic learns `BCE(critic(features), domain)`; the backbone gets its gradient reversed, times
-    `2 / (1 + exp(-gamma p)) - 1` with p the progress of the run.
+    `2 / (1 + exp(-gamma p)) - 1` with p the progress of the run. The critic is that of Transfer-Learning-Library; the
+    paper's has no BatchNorm.
 
     Args:
         weight: lambda, the term's weight.
-        hidden: Width of the critic's hidden layer (the paper takes 100 for digits, 1024 for Office).
-        gamma: How steep the reversal grows; 0 reverses fully from the start.
-        batch_norm: Normalises the critic's hidden units, each domain by itself, which keeps the critic from winning.
+        hidden: Width of the critic's hidden layers (the paper takes 100 for digits, 1024 for Office).
+        gamma: How steep the reversal grows; 0 reverses fully from the start. The paper takes 10.
+        batch_norm: Normalises the critic's hidden units over the rows of both domains.
+        layers: How many hidden layers the critic has.
     """
 
     required_domains = ("source", "target")
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
 
     def __init__(
-        self, weight: LossWeight = 1.0, hidden: int = 256, gamma: float = 10.0, batch_norm: bool = False
+        self,
+        weight: LossWeight = 1.0,
+        hidden: int = 1024,
+        gamma: float = 10.0,
+        batch_norm: bool = True,
+        layers: int = 2,
     ) -> None:
         super().__init__(weight)
-        self.hidden, self.gamma, self.batch_norm = hidden, gamma, batch_norm
+        self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
-        self.critic = MLPHead(self.width(module), 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
+        widths = [self.width(module), *[self.hidden] * (self.layers - 1)]
+        hidden = [
+            layer
+            for inputs, outputs in pairwise(widths)
+            for layer in (
+                nn.Linear(inputs, outputs),
+                *([nn.BatchNorm1d(outputs)] if self.batch_norm else []),
+                nn.ReLU(),
+            )
+        ]
+        last = MLPHead(widths[-1], 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
+        self.critic = nn.Sequential(*hidden, *last)
 
     def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
-        return module.backbone.width
+        return module.width
 
     def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
         """What the critic sees of a view, (B, width)."""
@@ -68,34 +87,45 @@ class DANN(Method):
         assert source is not None
         assert target is not None
         scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
-        losses = []
-        for view, label in ((source, 1.0), (target, 0.0)):
-            logits = self.critic(reverse_gradient(self.critic_input(module, view), scale)).squeeze(1)
-            each = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction="none")
-            losses.append((self.sample_weights(view) * each).mean())
+        seen = torch.cat([self.critic_input(module, view) for view in (source, target)])
+        logits = self.critic(reverse_gradient(seen, scale)).squeeze(1).split([len(source), len(target)])
+        each = (_bce(logits[0], 1.0, "none"), _bce(logits[1], 0.0, "none"))
+        losses = [(self.sample_weights(v) * loss).mean() for v, loss in zip((source, target), each, strict=True)]
         return (losses[0] + losses[1]) / 2
 
 
 class CDAN(DANN):
     """Conditional domain-adversarial training (Long et al., NeurIPS 2018): the critic sees features x probabilities.
 
-    Where features times classes are more than 4,096, both are projected at random to 1,024 values and multiplied.
+    Where features times classes are more than 4,096, both are projected at random to 1,024 values and multiplied. The
+    critic is smaller than the authors' (two layers of 1024), which did worse.
 
     Args:
-        *args: As for `DANN`.
+        weight: Of the term.
+        hidden: As for `DANN`.
+        gamma: As for `DANN`.
+        batch_norm: As for `DANN`.
+        layers: As for `DANN`.
         entropy: Weighs samples by `1 + exp(-H(p))`, which is CDAN+E.
-        **kwargs: As for `DANN`.
     """
 
     needs_classes = True
 
-    def __init__(self, *args: Any, entropy: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        weight: LossWeight = 1.0,
+        hidden: int = 256,
+        gamma: float = 10.0,
+        batch_norm: bool = False,
+        layers: int = 1,
+        entropy: bool = True,
+    ) -> None:
+        super().__init__(weight, hidden, gamma, batch_norm, layers)
         self.entropy = entropy
 
     def width(self, module: BaseTransferModule) -> int:
         """Of the product, or of the random projections."""
-        features, classes = module.backbone.width, module.num_outputs
+        features, classes = module.width, module.num_outputs
         self.projected = features * classes > 4096
         if self.projected:
             self.register_buffer("features_to", torch.randn(features, 1024) / 32)
@@ -200,19 +230,27 @@ class MDD(Method):
         weight: Of the term.
         margin: gamma, the weight of the source's part; the paper takes 4.
         reversal: The reversal's scale at the end, to which it grows as in DANN; the paper takes 0.1.
-        hidden: Width of the second head's hidden layer.
+        hidden: Width of the second head's hidden layer (the authors' code: 1024).
+        dropout: In the second head, as in the authors' code, whose first head has two layers too.
     """
 
     required_domains = ("source", "target")
     needs_classes = True
 
-    def __init__(self, weight: LossWeight = 1.0, margin: float = 4.0, reversal: float = 0.1, hidden: int = 256) -> None:
+    def __init__(
+        self,
+        weight: LossWeight = 1.0,
+        margin: float = 4.0,
+        reversal: float = 0.1,
+        hidden: int = 256,
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__(weight)
-        self.margin, self.reversal, self.hidden = margin, reversal, hidden
+        self.margin, self.reversal, self.hidden, self.dropout = margin, reversal, hidden, dropout
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the second head."""
-        self.adversary = MLPHead(module.backbone.width, module.num_outputs, self.hidden, normalize=False)
+        self.adversary = MLPHead(module.width, module.num_outputs, self.hidden, self.dropout, normalize=False)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The disparity's negative, which the second head makes small and the backbone large."""
@@ -286,7 +324,8 @@ class ADDA(WithPretrainedCopy):
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
-        self.critic = MLPHead(module.backbone.width, 1, self.hidden, normalize=False)
+        self.bottleneck = copy.deepcopy(module.bottleneck).requires_grad_(False)
+        self.critic = MLPHead(module.width, 1, self.hidden, normalize=False)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -302,10 +341,10 @@ class ADDA(WithPretrainedCopy):
         assert source is not None
         assert target is not None
         with torch.no_grad():
-            here = self.before(source.x)
+            here = self.bottleneck.eval()(self.before(source.x))
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
         return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 
 
-def _bce(logits: Tensor, label: float) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
+def _bce(logits: Tensor, label: float, reduction: str = "mean") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label), reduction=reduction)

@@ -171,12 +171,12 @@ def check_reach(module: BaseTransferModule, name: str, method: Method, term: Ten
     if name in module.reached or module.trainable != module.trainable_stages():
         return
     module.reached.add(name)
-    if not reaches(term, (*module.backbone.parameters(), *module.head.parameters())):
+    if not reaches(term, module.network_parameters()):
         who = type(method).__name__
         raise UserError(
             f"methods: {who} would do nothing, since its term depends on the features alone and "
-            f"{module.strategy_name()} keeps frozen what makes them; take a strategy that opens stages, e.g. "
-            f"LastStages, or leave {who} out"
+            f"{module.strategy_name()} keeps frozen what makes them; give it a layer to move, "
+            f"--model.bottleneck 256, or take a strategy that opens stages, e.g. LastStages, or leave {who} out"
         )
 
 

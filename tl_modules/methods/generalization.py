@@ -294,8 +294,7 @@ class MLDG(Method):
         views = source.split()
         held_out = int(torch.randint(len(views), ()))
         training = [view.mean_loss for i, view in enumerate(views) if i != held_out]
-        own = (*module.backbone.parameters(), *module.head.parameters())
-        trained = {id(p) for p in own if p.requires_grad}
+        trained = {id(p) for p in module.network_parameters() if p.requires_grad}
         named = {name: p for name, p in module.named_parameters() if id(p) in trained}
         grads = torch.autograd.grad(
             torch.stack(training).mean(), list(named.values()), create_graph=True, materialize_grads=True

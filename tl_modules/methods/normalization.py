@@ -111,7 +111,9 @@ class StochNorm(BatchNormPatch):
         self.p = p
 
     def change(self, layer: BatchNorm) -> None:
-        """Sets its probability."""
+        """Sets its probability; a layer without weights only standardises."""
+        if not layer.affine:
+            return
         patch_class(layer, _Stochastic)
         cast(Any, layer).p = self.p
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
+from tl_modules.heads import Bottleneck
 from tl_modules.methods.base import Method
 from tl_modules.methods.functional import soft_cross_entropy
 from tl_modules.methods.schedules import LossWeight
@@ -180,6 +181,8 @@ class WithPretrainedHead(WithPretrainedCopy):
     def attach(self, module: BaseTransferModule) -> None:
         """Takes the head twice: one that stays, and one that is trained along."""
         super().attach(module)
+        if isinstance(module.bottleneck, Bottleneck):
+            raise UserError(f"bottleneck: the pretrained head of {type(self).__name__} lacks it; leave it out")
         self.old = SourceHead(module.backbone.width, self.source_classes)
         pretrained = module.backbone.pretrained
         self.given = {} if pretrained is None else {k: tuple(v.shape) for k, v in pretrained.head.items()}

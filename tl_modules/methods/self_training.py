@@ -82,7 +82,7 @@ class MeanTeacher(Method):
 
     def attach(self, module: BaseTransferModule) -> None:
         """Copies the network."""
-        self.teacher = nn.Sequential(copy.deepcopy(module.backbone), copy.deepcopy(module.head))
+        self.teacher = copy.deepcopy(_network(module))
         self.teacher.requires_grad_(False).eval()  # Lightning leaves the modes of a fit as they are
         self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
 
@@ -101,7 +101,7 @@ class MeanTeacher(Method):
             return
         momentum = self.momentum if seen >= 0 else 0.0
         seen.fill_(module.global_step)
-        student = nn.Sequential(module.backbone, module.head).state_dict()
+        student = _network(module).state_dict()
         for name, mine in self.teacher.state_dict().items():
             if mine.is_floating_point():
                 mine.lerp_(student[name], 1 - momentum)
@@ -117,7 +117,7 @@ class MeanTeacher(Method):
         with torch.no_grad():
             features = self.teacher[0](target.x)
             features = module.backbone.pooled_features(features) if module.uses_pooled_features else features
-            taught: Tensor = self.teacher[1](features)
+            taught: Tensor = self.teacher[1](self.teacher[2](features))
         output: Tensor = module.forward_extra(changed).output
         scale = ramp(module.progress)
         if not module.is_classification:
@@ -127,6 +127,11 @@ class MeanTeacher(Method):
         share = p.mean(0).clamp(1e-6, 1 - 1e-6)
         balance = F.binary_cross_entropy(share, torch.full_like(share, 1 / len(share)), reduction="sum")
         return scale * ((certain * (p - q).square().mean(1)).mean() + self.balance * certain.mean() * balance)
+
+
+def _network(module: BaseTransferModule) -> nn.Sequential:
+    # in this order older checkpoints keep their names
+    return nn.Sequential(module.backbone, module.head, module.bottleneck)
 
 
 class PseudoLabel(Method):

@@ -82,7 +82,13 @@ def _keep_earlier_defaults(config: dict[str, Any]) -> None:
     head = arguments.get("head")
     if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
         head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
+    backbone = arguments.get("backbone")
+    if isinstance(backbone, dict) and str(backbone.get("class_path")).endswith(("TabularMLP", "VectorBackbone")):
+        backbone["init_args"] = {"scale": "each", "widths": [64, 64]} | (backbone.get("init_args") or {})
     for method in arguments.get("methods") or []:
+        if isinstance(method, dict) and str(method.get("class_path")).endswith(("DANN", "PADA")):
+            # runs of before have one hidden layer in the critic, or say how many
+            method["init_args"] = {"layers": 1, "hidden": 256, "batch_norm": False} | (method.get("init_args") or {})
         path = str(method.get("class_path")) if isinstance(method, dict) else ""
         module, _, name = path.rpartition(".")
         if module.partition(".")[0] in ("", "tl_modules") and name in TAKEN:

@@ -304,7 +304,7 @@ def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[An
         height = 0.4 + 1.9 * count
         part.suptitle(name, x=0.01, y=1 - 0.05 / height, ha="left", weight="bold", size=11)
         draw = [lambda axes, x=x, y=y: _short(module.draw(axes, x, y, None)) for x, y in pairs]
-        _fill(part, draw, 8, top=1 - 0.65 / height)
+        _fill(part, draw, 8, top=1 - 0.52 / height)
     return figure
 
 

@@ -23,8 +23,11 @@ from tl_modules.errors import UserError
 DIVERGED = 4.0  # times the best loss
 
 
-def smoothed(losses: Sequence[float], beta: float = 0.98) -> list[float]:
-    """Returns m_t / (1 - beta^t), where m_t = beta m_(t-1) + (1 - beta) loss_t, t counts from 1, and m_0 = 0."""
+def smoothed(losses: Sequence[float], beta: float = 0.9) -> list[float]:
+    """Returns m_t / (1 - beta^t), where m_t = beta m_(t-1) + (1 - beta) loss_t, t counts from 1, and m_0 = 0.
+
+    The mean lags by 1 / (1 - beta) steps: with fastai's 0.98 that would be half the sweep.
+    """
     mean, means = 0.0, []
     for step, loss in enumerate(losses, 1):
         mean = beta * mean + (1 - beta) * loss

@@ -38,6 +38,7 @@ def test_a_fall_is_more_than_the_noise_of_the_start():
     assert not falls(noise)
     assert falls([*noise[:40], *[0.5] * 60])
     assert not falls([1.0])
+    assert not falls([0.1] * 100)  # but for rounding
 
 
 def test_rates_are_geometric():

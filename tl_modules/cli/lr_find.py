@@ -64,19 +64,20 @@ def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folde
     """Writes lr_find.png and lr_find.yaml; returns what to say of them."""
     plot, config, rates = folder / "lr_find.png", folder / "lr_find.yaml", sweep.suggestions()
     save_figure(sweep.figure(), plot)
+    ended = f"\nended early: {sweep.ended}" if sweep.ended else ""
     if not rates:
         config.unlink(missing_ok=True)  # of an earlier sweep
         start = ", since the head starts in closed form" if solved else ""
         return (
             f"learning rate: at no rate from {sweep.min_lr:.2g} to {sweep.max_lr:.2g} does the loss fall{start}; keep "
-            f"the one that you have\nplot: {plot}"
+            f"the one that you have{ended}\nplot: {plot}"
         )
     rate = float(f"{rates['valley']:.2g}")
     line = f"model: {{init_args: {{{_argument(module)}: {rate:.2g}}}}}}}}}"
     write_whole(config, line + "\n")
     return (
         f"learning rate: {rate:.2g} (valley; steepest {rates['steepest']:.2g})\n{line}\n"
-        f"to take it, end the command with -c {config}\nplot: {plot}"
+        f"to take it, end the command with -c {config}{ended}\nplot: {plot}"
     )
 
 

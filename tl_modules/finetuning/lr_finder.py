@@ -64,9 +64,14 @@ def steepest(rates: Sequence[float], means: Sequence[float]) -> int:
 
 
 def falls(losses: Sequence[float]) -> bool:
-    """Returns whether the smoothed loss falls below that of the first tenth by more than the losses there differ."""
+    """Returns whether the smoothed loss falls below that of the first tenth by more than the losses there differ.
+
+    That is their standard deviation, or a thousandth of the loss where they are all alike.
+    """
     first = losses[: max(2, len(losses) // 10)]
-    return len(losses) > len(first) and min(smoothed(losses)) < fmean(first) - stdev(first)
+    if len(losses) <= len(first):
+        return False
+    return min(smoothed(losses)) < fmean(first) - max(stdev(first), 1e-3 * abs(fmean(first)))
 
 
 class LearningRateSweep(Callback):

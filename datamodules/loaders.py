@@ -132,6 +132,11 @@ class Loader(DataLoader[Any]):
             return iter(self.read(rows, size))
         return (self.batch_source(rows[start : start + size]) for start in range(0, len(rows), size))
 
+    def first(self, count: int) -> list[Any]:
+        """Reads the raw (x, y) of the next epoch's first batch, augmented as that will be; at most so many."""
+        places = list(self.sampler)[: min(count, self.batch_size or 1)]
+        return [self.dataset[place][:2] for place in places]
+
     def stop(self) -> None:
         """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
         iterator: Any = self._iterator

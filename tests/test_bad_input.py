@@ -52,6 +52,10 @@ CASES = {
     "more labelled than there are": (FIT + "--data Digits --data.labelled 500", "labelled: the target has 449 training samples"),
     "labelled of no target": (FIT + "--data Digits --data.source true --data.target false --data.labelled 5", "give --data.target"),
     "labelled and few shots": (FIT + "--data Digits --data.labelled 5 --data.shots_per_class 1", "labelled: it says itself"),
+    "no range of rates": ("lr-find --min_lr 1 --max_lr 0.1", "min_lr, max_lr: 1.0 must be above 0 and below 0.1"),
+    "too short a sweep": ("lr-find --steps 5", "steps: 5 must be at least 10"),
+    "nothing to draw": ("show-batch --count 0", "count: 0 must be at least 1"),
+    "a folder that is a file": ("show-batch --out file/batch.png", "out: file cannot be written"),
     "unknown command": ("fitt", "there is no command fitt (did you mean fit?)"),
     "unknown option": (FIT + "--modle.backbone ConvNet", "there is no option --modle.backbone (did you mean --model.backbone?)"),
     "class of another kind": (FIT + "--model.head torch.nn.ReLU", "model.head: torch.nn.ReLU is no subclass of tl_modules.Head"),
@@ -146,7 +150,7 @@ def prepare(case, root):
             torch.save(ConvNet(4), root / "w.pth")
         case "weights that are no weights":
             (root / "w.safetensors").write_bytes(b"nothing")
-        case "unwritable run directory":
+        case "unwritable run directory" | "a folder that is a file":
             (root / "file").touch()
         case "a method without its domain":
             (root / "plugin.py").write_text(PLUGIN)

@@ -1,4 +1,4 @@
-"""What a run shows: the stage table, plain lines, and everything in TensorBoard."""
+"""What a run shows: plain lines, and everything in TensorBoard."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,25 +12,6 @@ def events(run):
     accumulator = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
     accumulator.Reload()
     return accumulator.Tags()
-
-
-def test_stage_table_at_the_start_and_at_each_change(ok):
-    printed = ok(
-        f"{RUN} --model.finetuning GradualUnfreezing --model.finetuning.lr_decay 0.5 --model.lr_scheduler null"
-    )
-    tables = printed.split("GradualUnfreezing")[1:]
-    assert len(tables) == 3
-    frozen = [[line for line in t.splitlines() if "frozen" in line] for t in tables]
-    assert [len(lines) for lines in frozen] == [3, 2, 1]
-    assert all("eval" in line and " - " in line for lines in frozen for line in lines)
-    last = next(line for line in tables[2].splitlines() if "stage_1" in line)
-    assert "yes" in last
-    assert "0.00075" in last
-    assert "train" in last
-
-
-def test_a_table_that_does_not_change_is_shown_once(ok):
-    assert ok(RUN).count("Full") == 1
 
 
 def test_plain_lines_where_there_is_no_terminal(ok):

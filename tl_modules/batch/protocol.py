@@ -74,6 +74,11 @@ class BaseTransferModule(EvaluatedTask, ABC):
         """Returns the share of the run's optimizer steps that are done."""
 
     @property
+    @abstractmethod
+    def total_steps(self) -> float:
+        """Returns the optimizer steps of the whole run, which may be infinite."""
+
+    @property
     def collate(self) -> Collate:
         """What makes a `Batch` of raw samples in a loader's worker: the backbone's way for x, the task's for y."""
         return Collate(self.backbone.prepare, self.label)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -17,6 +19,7 @@ from tl_modules.batch.output import DomainOutput
 #       {"ids": {"user": 610, "item": 9724}} · of several inputs, one of these by the name of each
 #   y   {"classes": ["cat", "dog"]} · {"values": 1} · {"boxes": [...]} · {"masks": [...]} · {"characters": "abc"} · ...
 Schema = Mapping[str, Any]
+ROWS = 12  # numbers of a row that are drawn
 
 
 class Task(LightningModule):
@@ -118,21 +121,37 @@ class Task(LightningModule):
         Args:
             axes: The axes.
             x: The raw input, as the data set gives it.
-            y: Its raw label.
-            prediction: Of this sample, a batch of one.
+            y: Its raw label; None: it is hidden.
+            prediction: Of this sample, a batch of one; None: there is none.
         """
-        draw_input(axes, x)
-        true = samples.first(samples.collate([y]))
-        return f"{self.name_of(true)} \u2192 {self.name_of(samples.first(self.to_labels(prediction)))}"
+        draw_input(axes, x, self.schema.get("x") or {})
+        true = "?" if y is None else self.name_of(samples.first(samples.collate([y])))
+        if prediction is None:
+            return true
+        return f"{true} \u2192 {self.name_of(samples.first(self.to_labels(prediction)))}"
 
 
-def draw_input(axes: Any, x: Any) -> None:
-    """Draws a raw sample as what it is: an image, a curve, a text; of several inputs the first image, or the first."""
+def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Draws a raw sample as what it is: an image, a row of numbers, a curve, a text; of several inputs one of these.
+
+    Args:
+        axes: matplotlib's.
+        x: The sample; of several inputs the first image is drawn, or the first.
+        schema: What it is; names the columns of a row of numbers.
+    """
     if isinstance(x, Mapping):
         parts = list(x.values())
         x = next((part for part in parts if getattr(part, "ndim", 0) == 3), parts[0])
     if getattr(x, "ndim", 0) == 3:
-        axes.imshow(x.squeeze(0) if x.shape[0] == 1 else x.permute(1, 2, 0), cmap="gray")
+        image = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        low, high = float(image.min()), float(image.max())
+        if low < 0 or high > 1:  # it was normalised
+            image = (image - low) / (high - low)
+        axes.imshow(image.permute(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
+    elif getattr(x, "ndim", 0) == 1 and "numeric" in schema:
+        lines = [f"{name}  {value:.3g}" for name, value in zip(schema["numeric"], x.tolist(), strict=False)]
+        shown = lines if len(lines) <= ROWS else [*lines[: ROWS - 1], f"and {len(lines) - ROWS + 1} more"]
+        axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7)
     elif getattr(x, "ndim", 0) == 1:
         axes.plot(x)
     else:

@@ -20,7 +20,7 @@ def frozen_stages(trainer: Trainer, module: TransferModule, later: int = 0) -> i
     """Counts the stages, from the input, still frozen in the last step of the present epoch, or of one `later`."""
     strategy = module.finetuning
     now: float = trainer.current_epoch + later
-    if trainer.state.fn != "fit":
+    if trainer.state.fn != "fit" or module.at_end:
         now = strategy.end
     elif strategy.unit != "epochs":
         steps = trainer.estimated_stepping_batches  # also loads the training data

@@ -25,7 +25,7 @@ from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
 from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
-from tl_modules.cli.parser import COMMANDS, OWN, Parser
+from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import first_process, importable
@@ -129,7 +129,7 @@ class TransferCLI(OneCommand, LightningCLI):
         # a command line with --name says everything itself, as a job that is run again does
         self.configured = bool(values(args, "--run")) or not resume
         config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
-        if resume or not given(args, "--ckpt_path"):
+        if self.command not in BEFORE and (resume or not given(args, "--ckpt_path")):
             file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
             if file is None:
@@ -160,7 +160,12 @@ class TransferCLI(OneCommand, LightningCLI):
         if not runs and checkpoints and not given(args, "--config") and not given(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
             return find_run(folder) if (folder / "config.yaml").is_file() else None
-        if not runs and not checkpoints and self.command != "embed" and not given(args, "--print_config"):
+        if (
+            not runs
+            and not checkpoints
+            and self.command not in {"embed", *BEFORE}
+            and not given(args, "--print_config")
+        ):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
         return find_run(runs[-1]) if runs else None
 
@@ -191,7 +196,8 @@ class TransferCLI(OneCommand, LightningCLI):
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
         name = config.name or type(self.datamodule).__name__.lower()
-        if not first_process():  # the first process chooses; the others are told by the strategy
+        # the first process chooses; the others are told by the strategy
+        if self.command in BEFORE or not first_process():
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
             path = self.run or new_run(trainer.default_root_dir or ".", name)
@@ -219,6 +225,9 @@ class TransferCLI(OneCommand, LightningCLI):
         config = self.config[str(self.subcommand)]
         own = to_trust(self.saved)
         self.trust = f" --trust {','.join(own)}" if own else ""
+        if self.command in BEFORE:
+            self.trust = ""
+            return [FeatureCache(**config.cache)]
         selection = ModelSelection(**config.select, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)

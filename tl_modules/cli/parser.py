@@ -49,10 +49,14 @@ COMMANDS = {
     "predict": "Label data with a run and write a CSV.",
     "embed": "Write a backbone's features of your data.",
     "benchmark": "Measure what predicting with a run costs here.",
+    "lr-find": "Find a learning rate for a run, before it.",
+    "show-batch": "Draw what a run will see first, augmented.",
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself
-OWN = {"embed", "benchmark"}
+OWN = {"embed", "benchmark", "lr-find", "show-batch"}
+# commands that look at a run before it is trained: they take no checkpoint and make no version
+BEFORE = {"lr-find", "show-batch"}
 
 
 class Parser(LightningArgumentParser):

@@ -13,12 +13,17 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tl_modules.batch.compat import QuickHooks
+from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.files import load_checkpoint, write_whole
+from tl_modules.cli.lr_find import report, sweep_rates
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
+from tl_modules.evaluation.figures import batch_figure, save_figure
 from tl_modules.evaluation.gather import Gathering
+from tl_modules.finetuning.lr_finder import LearningRateSweep
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import load_state_into
 
@@ -54,11 +59,7 @@ class TransferTrainer(QuickHooks, Trainer):
         module, data = _ours(model), datamodule
         if ckpt_path is not None:
             load_state_into(module, load_checkpoint(ckpt_path))
-        folder = Path(out) if out else Path(self.default_root_dir) / "embeddings"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
+        folder = _writable(Path(out) if out else Path(self.default_root_dir) / "embeddings")
         cast(Any, data).collate = module.collate
         loaders: dict[tuple[str, str], Any] = data.all_dataloaders()  # type: ignore[attr-defined]
         collected = _Collect()
@@ -142,6 +143,70 @@ class TransferTrainer(QuickHooks, Trainer):
         if self.is_global_zero:
             write_whole(Path(self.default_root_dir) / "benchmark.json", json.dumps(found, indent=2) + "\n")
 
+    def lr_find(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        min_lr: float = 1e-6,
+        max_lr: float = 1.0,
+        steps: int = 100,
+        out: str | None = None,
+    ) -> None:
+        """Raises the learning rate from step to step until the loss diverges, and suggests one (Smith, WACV 2017).
+
+        The rates of head and stages keep their ratios, all that the run will train is open, and methods have the
+        weights that they end with. It runs on one device, on a copy: model, random numbers, cache and runs stay as they
+        are.
+
+        Args:
+            model: As the run begins with it.
+            datamodule: Its training batches.
+            min_lr: The first learning rate, that of the head.
+            max_lr: The last one.
+            steps: How many there are.
+            out: The folder of lr_find.png and, where the loss falls, lr_find.yaml, a config with the rate; None is
+                runs/NAME.
+
+        Raises:
+            UserError: There is no range, or the folder cannot be written.
+        """
+        module, sweep = _ours(model), LearningRateSweep(min_lr, max_lr, steps)
+        folder = _writable(Path(out or self.default_root_dir))
+        solved = sweep_rates(module, datamodule, self, sweep)
+        print(report(module, sweep, solved, folder))
+
+    def show_batch(
+        self, model: LightningModule, datamodule: LightningDataModule, count: int = 16, out: str | None = None
+    ) -> None:
+        """Draws the first training batch of each domain as the network will get it: augmented, not yet normalised.
+
+        Args:
+            model: Its task draws the samples; it need not be trained.
+            datamodule: Whose samples.
+            count: At most so many of each domain.
+            out: The PNG; None is runs/NAME/batch.png.
+
+        Raises:
+            UserError: `count` is not positive, the data are not ours, or the file cannot be written.
+        """
+        if count < 1:
+            raise UserError(f"count: {count} must be at least 1")
+        module, file = _ours(model), Path(out or Path(self.default_root_dir) / "batch.png")
+        _writable(file.parent)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        loaders = by_domain(getattr(datamodule.train_dataloader(), "iterables", None), DataLoader)
+        if not all(hasattr(loader, "first") for loader in loaders.values()):
+            raise UserError(f"data: {type(datamodule).__name__} is no TransferDataModule, whose samples can be drawn")
+        shown = {name: loader.first(count) for name, loader in loaders.items()}
+        save_figure(batch_figure(module, shown), file)
+        print(f"first training batch of {' and '.join(shown)}: {file}")
+
+
+# the names of commands have hyphens
+for _name in ("lr_find", "show_batch"):
+    setattr(TransferTrainer, _name.replace("_", "-"), getattr(TransferTrainer, _name))
+
 
 class _Features(LightningModule):
     """Gives the backbone's features and the row numbers."""
@@ -184,6 +249,14 @@ def _ours(model: LightningModule) -> TransferModule:
     if not isinstance(model, TransferModule):
         raise UserError(f"model: {type(model).__name__} has no backbone and head; this command needs a TransferModule")
     return model
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be written ({error.strerror})") from error
+    return folder
 
 
 def _report(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -9,24 +10,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
+from tl_modules.finetuning.summary import summary
 
 OFF = "; pass --audit false to go on all the same"
 
 
 class FreezeAudit(Callback):
-    """Prints the table of stages at the start and at each change, and checks it against what happens.
+    """Prints the summary at the start and what opens later, and checks it against what happens.
 
     A run stops when a parameter trains but is in no optimizer, is in the optimizer twice, is open for a whole epoch
     without ever getting a gradient, or when a weight or buffer that is closed has changed at an epoch's end, at the end
     of the run or in a checkpoint, whatever has changed it.
 
     Args:
-        check: Whether to check; the table is shown all the same.
+        check: Whether to check; the summary is shown all the same.
     """
 
     def __init__(self, check: bool = True) -> None:
@@ -53,13 +54,15 @@ class FreezeAudit(Callback):
             self.waiting = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if pl_module.trainable == self.trainable:
             return
-        self.trainable = pl_module.trainable
+        before, self.trainable = self.trainable, pl_module.trainable
         if self.check:
             check_optimizer(pl_module, trainer.optimizers)
             self.sums = {name: self.sums.get(name, sums) for name, sums in checksums(pl_module).items()}
         if trainer.is_global_zero:
             bar = getattr(trainer.progress_bar_callback, "progress", None)
-            (bar.console if bar is not None else Console()).print(table(pl_module, trainer))  # a live bar makes room
+            console = bar.console if bar is not None else Console(width=None if sys.stdout.isatty() else 120)
+            said = summary(pl_module, trainer) if before is None else _opened(pl_module, trainer, before)
+            console.print(said, highlight=False, soft_wrap=before is not None)  # a live bar makes room
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Crosses out what has a gradient; after an epoch's first step, usually nothing is left."""
@@ -149,34 +152,10 @@ def _bits(tensor: Tensor) -> Tensor:
     return flat.view(kind).sum(dtype=torch.int64)
 
 
-def table(module: BaseTransferModule, trainer: Trainer) -> Table:
-    """A row per named parameter group: stage, parameters, trains, in the optimizer, learning rate, mode."""
-    groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups
-    parts = dict(module.named_methods()) | {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
-    parts["bottleneck"] = module.bottleneck
-    # a default strategy is a lazy instance, whose class has a prefix
-    strategy = module.strategy_name()
-    where = f"epoch {trainer.current_epoch}" + (
-        f", step {trainer.global_step}" if module.finetuning.unit != "epochs" else ""
-    )
-    shown = Table(title=f"{where}: {strategy}", title_justify="left")
-    for column in ("stage", "trains", "parameters", "in optimizer", "lr", "mode"):
-        shown.add_column(column, justify="right" if column in ("parameters", "in optimizer", "lr") else "left")
-    for group in reversed(groups):
-        name = group.get("name", "?")
-        part: Any = parts.get(name, module.head)
-        trains = any(p.requires_grad for p in group["params"])
-        # a stage is a bare list, whose own flag says nothing
-        training = any(m.training for m in list(part.modules())[1:] or [part])
-        shown.add_row(
-            name,
-            "yes" if trains else "frozen",
-            f"{sum(p.numel() for p in part.parameters()):,}",
-            f"{sum(p.numel() for p in group['params']):,}",
-            f"{group['lr']:.2g}" if trains else "-",
-            "train" if training else "eval",
-        )
-    return shown
+def _opened(module: BaseTransferModule, trainer: Trainer, before: range) -> str:
+    names = [f"stage_{number}" for number in module.trainable if number not in before]
+    where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+    return f"{where}: {' and '.join(names)} {'opens' if len(names) == 1 else 'open'}"
 
 
 def _some(named: Mapping[str, Tensor]) -> str:

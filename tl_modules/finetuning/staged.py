@@ -22,6 +22,7 @@ class StagedModule(BaseTransferModule):
 
     finetuning: FineTuning
     adapts = False  # whether training has more than one domain, or one without labels
+    at_end = False  # whether what changes during a run is held as it is at its end
 
     def stages(self) -> list[nn.Module]:
         """Returns the stages from the input on: the backbone's, then those of a pretrained head."""
@@ -34,6 +35,8 @@ class StagedModule(BaseTransferModule):
         Raises:
             UserError: The run has no end.
         """
+        if self.at_end:
+            return 1.0
         if not attached(self):
             return 0.0
         if math.isinf(steps := self.total_steps):
@@ -50,6 +53,8 @@ class StagedModule(BaseTransferModule):
 
     def now(self) -> float:
         """How far training is, in the strategy's unit."""
+        if self.at_end:
+            return float(self.finetuning.end)
         if not attached(self) or self.finetuning.unit == "epochs":
             return self.current_epoch
         return self.progress if self.finetuning.unit == "fraction" else self.global_step

@@ -1,0 +1,89 @@
+"""Sweeps the learning rate over a copy of the model, and says what comes of it."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from tl_modules.cache import FeatureCache
+from tl_modules.cache.store import Store
+from tl_modules.checkpoints.files import write_whole
+from tl_modules.evaluation.figures import save_figure
+from tl_modules.finetuning.lr_finder import LearningRateSweep
+from tl_modules.finetuning.optimizer import configure
+from tl_modules.module import TransferModule
+from tl_modules.runs.resume import random_state, restore_random_state
+
+
+def sweep_rates(module: TransferModule, data: LightningDataModule, trainer: Trainer, sweep: LearningRateSweep) -> bool:
+    """Trains a copy of the module, on one device; module, random numbers and cached features stay as they are.
+
+    Args:
+        module: As a run begins with it.
+        data: Its training batches.
+        trainer: The run's Trainer, which stays as it is too.
+        sweep: Keeps what comes of it.
+
+    Returns:
+        Whether the head started in closed form.
+    """
+    state, trial = random_state(), copy.deepcopy(module)
+    trial.at_end, trial.lr_scheduler = True, None
+    with tempfile.TemporaryDirectory() as folder:
+        caches = [copy.copy(each) for each in trainer.callbacks if isinstance(each, FeatureCache)]  # type: ignore[attr-defined]
+        for cache in caches:
+            cache.store = Store(Path(folder), cache.store.limit)
+        try:
+            Trainer(
+                accelerator=trainer.strategy.root_device.type,
+                devices=1,
+                precision=trainer.precision,
+                max_steps=sweep.steps,
+                limit_train_batches=trainer.limit_train_batches,
+                limit_val_batches=0,
+                accumulate_grad_batches=trainer.accumulate_grad_batches,
+                gradient_clip_val=trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+                callbacks=[sweep, *caches],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(trial, datamodule=data)
+        finally:
+            restore_random_state(state)
+    return getattr(trial.head, "closed_form", None) != getattr(module.head, "closed_form", None)
+
+
+def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folder: Path) -> str:
+    """Writes lr_find.png and lr_find.yaml; returns what to say of them."""
+    plot, config, rates = folder / "lr_find.png", folder / "lr_find.yaml", sweep.suggestions()
+    save_figure(sweep.figure(), plot)
+    ended = f"\nended early: {sweep.ended}" if sweep.ended else ""
+    if not rates:
+        config.unlink(missing_ok=True)  # of an earlier sweep
+        start = ", since the head starts in closed form" if solved else ""
+        return (
+            f"learning rate: at no rate from {sweep.min_lr:.2g} to {sweep.max_lr:.2g} does the loss fall{start}; keep "
+            f"the one that you have{ended}\nplot: {plot}"
+        )
+    rate = float(f"{rates['valley']:.2g}")
+    line = f"model: {{init_args: {{{_argument(module)}: {rate:.2g}}}}}}}}}"
+    write_whole(config, line + "\n")
+    return (
+        f"learning rate: {rate:.2g} (valley; steepest {rates['steepest']:.2g})\n{line}\n"
+        f"to take it, end the command with -c {config}{ended}\nplot: {plot}"
+    )
+
+
+def _argument(module: TransferModule) -> str:
+    """Where a config says the rate, up to the name of the argument; with a cycle it is the scheduler's."""
+    built: Any = configure(module)
+    scheduler = built["lr_scheduler"]["scheduler"] if isinstance(built, dict) else None
+    owner, name = ("lr_scheduler", "max_lr") if isinstance(scheduler, OneCycleLR | CyclicLR) else ("optimizer", "lr")
+    return f"{owner}: {{init_args: {{{name}"

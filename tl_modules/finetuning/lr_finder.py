@@ -1,0 +1,169 @@
+"""Finds a learning rate: one factor grows from step to step, until the loss diverges (Smith, WACV 2017).
+
+    rate of the head   1e-6 .......................... 1    every other group: its `lr_scale` times that
+    suggestions        valley: half way down the longest fall of the smoothed loss; steepest: where it falls fastest
+
+What changes during a run is held as it is at its end, so that nothing else moves the loss: all stages that will train
+are open, and weights of methods that ramp are full. The first step is the run's own, a head in closed form included.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tl_modules.errors import UserError
+
+DIVERGED = 4.0  # times the best loss
+
+
+def smoothed(losses: Sequence[float], beta: float = 0.9) -> list[float]:
+    """Returns m_t / (1 - beta^t), where m_t = beta m_(t-1) + (1 - beta) loss_t, t counts from 1, and m_0 = 0.
+
+    The mean lags by 1 / (1 - beta) steps: with fastai's 0.98 that would be half the sweep.
+    """
+    mean, means = 0.0, []
+    for step, loss in enumerate(losses, 1):
+        mean = beta * mean + (1 - beta) * loss
+        means.append(mean / (1 - beta**step))
+    return means
+
+
+def diverges(means: Sequence[float]) -> bool:
+    """Returns whether the last smoothed loss is worse than the first, and 4 times the best.
+
+    Losses may be negative: what counts is the distance to the best, beyond 3 times its size.
+    """
+    best = min(means)
+    return means[-1] > means[0] and means[-1] - best > (DIVERGED - 1) * abs(best)
+
+
+def valley(means: Sequence[float]) -> int:
+    """Returns the step half way down the longest falling subsequence (fastai's `valley`)."""
+    tails: list[float] = []  # negated, the smallest end of a rising subsequence of each length
+    end = 0
+    for step, mean in enumerate(means):
+        place = bisect_left(tails, -mean)
+        if place == len(tails):
+            end = step
+        tails[place : place + 1] = [-mean]
+    third = len(tails) / 3
+    return max(0, end - len(tails)) + int(third) + int(third / 2)
+
+
+def steepest(rates: Sequence[float], means: Sequence[float]) -> int:
+    """Returns the step before the largest fall in the logarithm of the rate."""
+    slopes = [(means[i + 1] - means[i]) / (math.log(rates[i + 1]) - math.log(rates[i])) for i in range(len(means) - 1)]
+    return slopes.index(min(slopes))
+
+
+def falls(losses: Sequence[float]) -> bool:
+    """Returns whether the smoothed loss falls below that of the first tenth by more than the losses there differ.
+
+    That is their standard deviation, or a thousandth of the loss where they are all alike.
+    """
+    first = losses[: max(2, len(losses) // 10)]
+    if len(losses) <= len(first):
+        return False
+    return min(smoothed(losses)) < fmean(first) - max(stdev(first), 1e-3 * abs(fmean(first)))
+
+
+class LearningRateSweep(Callback):
+    """Raises the learning rates together, from step to step, and keeps the losses.
+
+    Args:
+        min_lr: The head's rate in the first step.
+        max_lr: In the last one.
+        steps: How many there are, of the optimizer.
+
+    Attributes:
+        rates: The head's, of each step whose loss is kept.
+        losses: Of each step, a mean over accumulated batches and processes.
+        ended: Why there are no more of them; None: the last rate was reached.
+
+    Raises:
+        UserError: There is no range, or too few steps for one.
+    """
+
+    def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0, steps: int = 100) -> None:
+        if not 0 < min_lr < max_lr < math.inf:
+            raise UserError(f"min_lr, max_lr: {min_lr} must be above 0 and below {max_lr}")
+        if steps < 10:
+            raise UserError(f"steps: {steps} must be at least 10, to see where the loss falls")
+        self.min_lr, self.max_lr, self.steps = min_lr, max_lr, steps
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.ended: str | None = None
+        self.batches: list[float] = []
+
+    @property
+    def rate(self) -> float:
+        """The head's rate in the present step: min_lr (max_lr / min_lr)^(step / (steps - 1))."""
+        return float(self.min_lr * (self.max_lr / self.min_lr) ** (len(self.rates) / (self.steps - 1)))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the rate of each group."""
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.rate * group.get("lr_scale", 1.0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the loss; ends where it diverges, or a loss or weight is not finite."""
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
+        self.batches.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
+        if trainer.global_step == len(self.rates):  # the optimizer has not stepped
+            return
+        loss, self.batches = fmean(self.batches), []
+        if not math.isfinite(loss):
+            self._end(trainer, f"the loss is not finite at {self.rate:.2g}")
+            return
+        self.rates.append(self.rate)
+        self.losses.append(loss)
+        trained = [p.detach().isfinite().all() for p in pl_module.parameters() if p.requires_grad]
+        if not torch.stack(trained).all():
+            self._end(trainer, f"the weights are not finite after {self.rates[-1]:.2g}")
+        elif diverges(smoothed(self.losses)):
+            self._end(trainer, f"the loss diverges at {self.rates[-1]:.2g}")
+
+    def _end(self, trainer: Trainer, why: str) -> None:
+        self.ended, trainer.should_stop = why, True
+
+    def suggestions(self) -> dict[str, float]:
+        """Returns the rates by `valley` and `steepest`; {} where the loss does not fall.
+
+        Left out are, as in fastai, the first tenth of the steps, where the mean is of few batches, and the last 5.
+        """
+        if not falls(self.losses):
+            return {}
+        means = smoothed(self.losses)
+        shown = slice(self.steps // 10, -5)
+        rates, means = self.rates[shown], means[shown]
+        if len(means) < 2:
+            return {}
+        return {"valley": rates[valley(means)], "steepest": rates[steepest(rates, means)]}
+
+    def figure(self) -> Any:
+        """Returns matplotlib's figure of loss over rate, with what is suggested."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        means = smoothed(self.losses)
+        axes.plot(self.rates, self.losses, ".", color="0.75", markersize=4, label="loss of a step")
+        axes.plot(self.rates, means, color="tab:blue", label="smoothed")
+        for (name, rate), colour in zip(self.suggestions().items(), ("tab:red", "tab:orange"), strict=False):
+            axes.plot(rate, means[self.rates.index(rate)], "o", color=colour, label=f"{name}: {rate:.2g}")
+        if means:
+            low, high = min(means), max(means[0], *means[: max(1, 9 * len(means) // 10)])
+            room = (high - low) or 1.0
+            axes.set_ylim(low - 0.2 * room, high + 0.5 * room)
+        axes.set(xscale="log", xlabel="learning rate of the head", ylabel="training loss", title=self.ended)
+        axes.legend()
+        return figure

@@ -29,6 +29,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from tl_modules.cli.compare import compare
 
             compare(words[1:], main)
+        elif words and words[0] == "rank":  # it has data, and many backbones in place of a model
+            from tl_modules.cli.rank import rank
+
+            rank(words[1:])
         else:
             TransferCLI(words)
     except Exception as error:

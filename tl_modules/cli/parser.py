@@ -49,6 +49,7 @@ COMMANDS = {
     "predict": "Label data with a run and write a CSV.",
     "embed": "Write a backbone's features of your data.",
     "benchmark": "Measure what predicting with a run costs here.",
+    "rank": "Order backbones for your data before any training.",
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself

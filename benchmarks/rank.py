@@ -1,8 +1,8 @@
 """Whether `tl rank` orders backbones as fine-tuning does: weighted Kendall tau of each score and the test accuracy.
 
-Ten backbones, four of them random, on clothing, emoji, magnetic tiles and white blood cells, 30 images a class. Accuracies
-are those of the defaults of `Full` and `FeatureExtraction`, with the epoch chosen on the validation split; scores see
-the training images alone.
+Ten backbones, four of them random, on clothing, emoji, magnetic tiles and white blood cells, 30 images a class.
+Accuracies are those of the defaults of `Full` and `FeatureExtraction`, with the epoch chosen on the validation split;
+scores see the training images alone.
 
 python benchmarks/rank.py --data $TL_DATA_DIR --out rank.jsonl
 
@@ -29,7 +29,7 @@ from scipy.stats import weightedtau
 
 from datamodules import Digits, ImageArrays
 from tl_modules import Classification, ConvNet, ImageBackbone
-from tl_modules.cli.rank import measured
+from tl_modules.cli.rank import SCORES, measured
 
 SETS = ("clothing", "emoji", "tiles", "cells")
 STRATEGIES = ("FeatureExtraction", "Full")
@@ -110,11 +110,10 @@ def shots(folder, name):
 
 def table(rows):
     """The tau of each score on each set, in Markdown."""
-    scores = sorted({key for row in rows for key in row if key not in ("data", "backbone", "seed", *STRATEGIES)})
     for strategy in STRATEGIES:
         print(f"\nweighted Kendall tau with the test accuracy of `{strategy}`\n")
         print("| score | " + " | ".join([*SETS, "mean"]) + " |\n|" + " --- |" * (len(SETS) + 2))
-        for score in scores:
+        for score in [name for name in SCORES if any(name in row for row in rows)]:
             taus = []
             for name in SETS:
                 own = [row for row in rows if row["data"] == name and score in row and strategy in row]
@@ -155,7 +154,8 @@ def main():
                 seed_everything(seed, verbose=False)
                 row[strategy] = fit(build(), data, strategy, seed, args.epochs)
             seed_everything(seed, verbose=False)
-            row |= measured(build(), data).scores
+            found = measured(build(), None, data)
+            row |= {score: found[score] for score in SCORES if score in found}
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -40,6 +40,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(keys)
     given = [re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", value) for value in re.findall(r"Given value: (.*)", message)]
+    given = given or re.findall(r"Got value: (.*)", message)
     owners = re.findall(r"Problem with given class_path '([^']+)'", message)
     if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
         name = found[1]

@@ -1,6 +1,6 @@
 """`tl rank`: backbones and weights in the order in which they promise to transfer, before anything is trained.
 
-words -> candidates.py: backbones -> cost here -> features of the labelled training samples, cached -> scores -> rank.csv
+words -> candidates.py: backbones -> cost here -> cached features of the labelled training samples -> scores -> rank.csv
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def measured(
     )
     data.collate = module.collate
     loader = data.labelled_dataloader()
-    row = {"status": "ranked", "parameters": sum(p.numel() for p in backbone.parameters())} | _cost(
+    row: dict[str, Any] = {"status": "ranked", "parameters": sum(p.numel() for p in backbone.parameters())} | _cost(
         trainer, module.backbone, next(iter(loader.read(range(min(BATCH, len(loader.dataset))), BATCH))).x
     )
     if row["ms"] > budget_ms:

@@ -1,4 +1,4 @@
-"""What a trained model is worth: metrics, predictions, pictures, the choice of a model, its cost; what a pretrained one promises."""
+"""What a model is worth: metrics, predictions, pictures, the choice of one, its cost, what it promises untrained."""
 
 from tl_modules.evaluation.cost import *
 from tl_modules.evaluation.figures import *

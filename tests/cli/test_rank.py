@@ -115,7 +115,7 @@ def test_values_are_ranked_too(ok):
         writer.writerows([a, b, a - b] for a, b in x)
     ok("rank TabularMLP --data TabularData --data.target rows.csv --data.label y --data.kind values")
     (row,) = table()
-    assert float(row["linear_probe"]) > 0.8
+    assert float(row["linear_probe"]) > 0.5
     assert math.isfinite(float(row["logme"]))
     assert row["h_score"] == row["leep"] == ""
 

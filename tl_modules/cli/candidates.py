@@ -1,4 +1,4 @@
-"""The candidates of `tl rank`: a word or a config becomes a backbone, and the classifier that it was trained with.
+"""The candidates of `tl rank`: a word or a config becomes a backbone, with the classifier that it was trained with.
 
 resnet18                    torchvision's or timm's, with its own pretrained weights
 resnet18=FILE               with these weights: a hub name, a file or a run; `null` leaves them random
@@ -21,10 +21,10 @@ from torch import nn
 
 import tl_modules
 from tl_modules.backbones.base import Backbone
-from tl_modules.backbones.weights import Pretrained
 from tl_modules.checkpoints.files import find_run
 from tl_modules.cli.messages import explain
 from tl_modules.cli.parser import KNOWN, Parser
+from tl_modules.cli.paths import absolute_paths
 from tl_modules.errors import UserError, closest
 from tl_modules.heads import LinearHead
 from tl_modules.module import TransferModule
@@ -68,13 +68,13 @@ def build(entry: Entry, trust: Sequence[str] = ()) -> tuple[Backbone, nn.Module 
         trust: What the configs of runs may name beside our classes.
 
     Returns:
-        The backbone; what maps its pooled features (B, D) to logits of the classes it was trained on, if that is known.
+        The backbone, and the head of a run that tells classes, pooled features (B, D) -> logits.
 
     Raises:
         UserError: There is no such backbone, or its weights cannot be had.
     """
     if not isinstance(entry, str):
-        return _with_classifier(_parsed(entry))
+        return _parsed(entry), None
     name, equals, weights = entry.partition("=")
     if not equals and Path(name).expanduser().is_dir():
         module = load_run(find_run(name), trust=trust)
@@ -87,7 +87,7 @@ def build(entry: Entry, trust: Sequence[str] = ()) -> tuple[Backbone, nn.Module 
         config = {"class_path": owner, "init_args": {"name": name, "weights": "DEFAULT"} | given}
     else:
         config = {"class_path": name, "init_args": given}
-    return _with_classifier(_parsed(config))
+    return _parsed(config), None
 
 
 def _hub(name: str) -> str | None:
@@ -126,15 +126,13 @@ def _parsed(config: Mapping[str, Any]) -> Backbone:
         parsed = _parser().parse_object({"backbone": dict(config)})
     except ArgumentError as error:
         raise UserError(explain(str(error), [], [], KNOWN)) from error
+    absolute_paths(parsed.backbone)  # as in a fit, whose features these then are too
     return cast(Backbone, _parser().instantiate_classes(parsed).backbone)
 
 
-def _with_classifier(backbone: Backbone) -> tuple[Backbone, nn.Module | None]:
-    return backbone, source_classifier(backbone.pretrained, backbone.width)
-
-
-def source_classifier(pretrained: Pretrained | None, width: int) -> nn.Module | None:
+def source_classifier(backbone: Backbone) -> nn.Module | None:
     """The last layer that pretrained weights came with, or a run's `LinearHead`; None if there was none of these."""
+    pretrained, width = backbone.pretrained, backbone.width
     head = dict(pretrained.head) if pretrained is not None else {}
     if pretrained is None or pretrained.task.get("class_names", ()) is None:  # a run's values are no classes
         return None

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from tl_modules.errors import closest
+import datamodules
+from tl_modules.errors import UserError, closest
 from tl_modules.runs.directory import SECTIONS
 
 BASES = {
@@ -148,6 +150,13 @@ def import_class(class_path: str) -> Any:
     """The class that a config names by its path."""
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def cause(error: BaseException | None) -> BaseException | None:
+    """The mistake of the user's behind an exception, which the parser wraps in some of its own; None if it is ours."""
+    while error is not None and not isinstance(error, UserError | datamodules.DataError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def one_line(error: BaseException) -> str:

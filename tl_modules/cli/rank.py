@@ -22,8 +22,8 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import write_whole
 from tl_modules.cli.arguments import nested_nulls
-from tl_modules.cli.candidates import build, candidates
-from tl_modules.cli.messages import one_line
+from tl_modules.cli.candidates import build, candidates, source_classifier
+from tl_modules.cli.messages import cause, one_line
 from tl_modules.cli.parser import Parser
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import importable
@@ -77,7 +77,7 @@ def rank(args: Sequence[str]) -> None:
             seed_everything(data.seed, verbose=False)  # what is random is the same in every call
             found = measured(*build(entry, trust), data, config.budget_ms or math.inf, objects.cache)
         except Exception as error:  # whatever it is, the others go on
-            found = {"status": "failed", "error": one_line(error) or type(error).__name__}
+            found = {"status": "failed", "error": one_line(cause(error) or error) or type(error).__name__}
         rows.append({"backbone": name} | found)
         print(f"[{number}/{len(entries)}] {name}: {_progress(found, config.by)}", flush=True)
     rows = ordered(rows, config.by)
@@ -122,7 +122,7 @@ def _parser() -> Parser:
 
 def measured(
     backbone: Backbone,
-    classifier: nn.Module | None,
+    head: nn.Module | None,
     data: TransferDataModule,
     budget_ms: float = math.inf,
     cache: FeatureCache | None = None,
@@ -131,7 +131,8 @@ def measured(
 
     Args:
         backbone: As it is.
-        classifier: Pooled features (B, D) -> logits of the classes that it was trained on.
+        head: Pooled features (B, D) -> logits of the classes that it was trained on; None takes the classifier that its
+            weights came with.
         data: What it is to be transferred to.
         budget_ms: Milliseconds a sample above which nothing is scored.
         cache: Where the features are kept for other calls and for `tl fit`.
@@ -170,6 +171,7 @@ def measured(
         features, labels = features[kept], labels[kept]
     classes = task is Classification
     scores = {n: score(features, labels) for n, score in OF_FEATURES.items() if classes or n != "h_score"}
+    classifier = head or source_classifier(backbone)
     if classes and classifier is not None:
         with torch.no_grad():
             source = classifier.float().cpu()(features).softmax(1)

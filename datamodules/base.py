@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -219,6 +219,27 @@ class TransferDataModule(LightningDataModule):
             # the CombinedLoader names the batches
             loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length
+
+    def labelled_dataloader(self) -> Loader:
+        """The target's labelled training samples (a source's, where there is no target), in order, not augmented.
+
+        Raises:
+            DataError: The target's labels are hidden from training, or there are several sources and no target.
+        """
+        loaders: dict[str, Loader] = cast(Any, self.train_dataloader().iterables)
+        shown = {name: loader for name, loader in loaders.items() if loader.dataset.label == "y"}
+        if "target" in loaders:
+            shown = {name: loader for name, loader in shown.items() if name.startswith("target")}
+        if len(shown) != 1:
+            raise DataError(
+                "target: labels of its training samples are needed, and they are hidden or there is no target; leave "
+                "--data.source out, or open some with --data.labelled N or all with --data.target_labels true"
+            )
+        ((name, loader),) = shown.items()
+        view = IndexedSubset(loader.dataset.dataset, loader.dataset.rows)
+        found = self._loader(view, loader.batch_size or 1, EvalSampler(view), name)
+        found.purpose = "train"
+        return found
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The labelled validation split; where the target's labels are hidden, also its samples without them."""

@@ -100,6 +100,14 @@ CASES = {
     "save_every": (FIT + "--save_every 0", "save_every: 0 must be at least 1 step"),
     "last without a run": (FIT + "--ckpt_path last", "resume: pass --run DIR, or --name NAME"),
     "command after an option": ("-c bad.yaml fit", "write the command first: `tl fit ...`"),
+    "rank of nothing": ("rank --data Digits", "missing: backbones"),
+    "rank without data": ("rank ConvNet", "missing: data"),
+    "rank by hidden labels": ("rank ConvNet --data Digits --data.source true", "target: labels of its training samples are needed"),
+    "rank by an unknown score": ("rank ConvNet --data Digits --by leap", "by: leap is not one of 'linear_probe', 'logme'"),
+    "rank within no time": ("rank ConvNet --data Digits --budget_ms 0", "budget_ms: 0 must be above 0"),
+    "rank of a missing file": ("rank nowhere.yaml --data Digits", "backbones: nowhere.yaml cannot be read"),
+    "rank of a list": ("rank bad.yaml --data Digits", "backbones: bad.yaml is no mapping of names to backbones"),
+    "rank of a number": ("rank bad.yaml --data Digits", "backbones: bad.yaml: a: 3 is neither a word nor a class_path with init_args"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 
@@ -137,6 +145,10 @@ def prepare(case, root):
             )
         case "config that is no YAML":
             (root / "bad.yaml").write_text("model: [")
+        case "rank of a list":
+            (root / "bad.yaml").write_text("[ConvNet]")
+        case "rank of a number":
+            (root / "bad.yaml").write_text("a: 3")
         case "unknown key in YAML":
             (root / "bad.yaml").write_text("modl: 3\n")
         case "wrong-shaped weights":

@@ -86,7 +86,7 @@ class TransferCLI(OneCommand, LightningCLI):
         """The command that is asked for; building the arguments of the others would only cost time."""
         known = LightningCLI.subcommands()
         known["predict"].add("return_predictions")
-        known |= {name: {"model", "datamodule"} for name in OWN} | {"compare": set()}
+        known |= {name: {"model", "datamodule"} for name in OWN} | {"rank": set(), "compare": set()}
         return {self.command: known[self.command]} if self.command else known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -6,13 +6,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-import datamodules
 from tl_modules.cli.command_line import TransferCLI
-from tl_modules.cli.messages import one_line
+from tl_modules.cli.messages import cause, one_line
 from tl_modules.cli.process import importable, quiet, stop
-from tl_modules.errors import UserError
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -29,13 +26,14 @@ def main(args: Sequence[str] | None = None) -> None:
             from tl_modules.cli.compare import compare
 
             compare(words[1:], main)
+        elif words and words[0] == "rank":  # it has data, and many backbones in place of a model
+            from tl_modules.cli.rank import rank
+
+            rank(words[1:])
         else:
             TransferCLI(words)
     except Exception as error:
-        ours: BaseException | None = error
-        # the parser wraps what a constructor raises in exceptions of its own
-        while ours is not None and not isinstance(ours, UserError | datamodules.DataError | MisconfigurationException):
-            ours = ours.__cause__ or ours.__context__
+        ours = cause(error)
         if ours is None:
             raise
         stop(one_line(ours))

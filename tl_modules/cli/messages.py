@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from tl_modules.errors import closest
+import datamodules
+from tl_modules.errors import UserError, closest
 from tl_modules.runs.directory import SECTIONS
 
 BASES = {
@@ -40,6 +42,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(keys)
     given = [re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", value) for value in re.findall(r"Given value: (.*)", message)]
+    given = given or re.findall(r"Got value: (.*)", message)
     owners = re.findall(r"Problem with given class_path '([^']+)'", message)
     if found := re.search(r"(?:Option|Key|Group key) '([^']+)' is not (?:accepted|expected)", message):
         name = found[1]
@@ -147,6 +150,13 @@ def import_class(class_path: str) -> Any:
     """The class that a config names by its path."""
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def cause(error: BaseException | None) -> BaseException | None:
+    """The mistake of the user's behind an exception, which the parser wraps in some of its own; None if it is ours."""
+    while error is not None and not isinstance(error, UserError | datamodules.DataError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def one_line(error: BaseException) -> str:

@@ -51,6 +51,7 @@ COMMANDS = {
     "benchmark": "Measure what predicting with a run costs here.",
     "lr-find": "Find a learning rate for a run, before it.",
     "show-batch": "Draw what a run will see first, augmented.",
+    "rank": "Order backbones for your data before any training.",
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself

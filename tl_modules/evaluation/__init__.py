@@ -1,7 +1,8 @@
-"""What a trained model is worth: metrics, predictions, pictures, the choice of a model, its cost."""
+"""What a model is worth: metrics, predictions, pictures, the choice of one, its cost, what it promises untrained."""
 
 from tl_modules.evaluation.cost import *
 from tl_modules.evaluation.figures import *
 from tl_modules.evaluation.model_selection import *
 from tl_modules.evaluation.predictions import *
 from tl_modules.evaluation.test_time import *
+from tl_modules.evaluation.transferability import *

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tl_modules.batch import samples
 from tl_modules.batch.compat import TorchDispatchMode, storage_key, tree_leaves
 
 __all__ = ["machine", "macs", "peak_memory", "speed"]
@@ -32,21 +33,21 @@ def machine(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads{bf16}"
 
 
-def macs(module: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention for one sample of x (B, ...)."""
+def macs(module: nn.Module, x: Any) -> int:
+    """Multiply-accumulates of matrix products, convolutions and attention for one sample of a batch."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        module(x[:1])
+        module(samples.take(x, slice(0, 1)))
     return int(counter.get_total_flops()) // 2
 
 
 def speed(
-    module: nn.Module, x: Tensor, batch_size: int, seconds: float = 2.0, context: Context = nullcontext
+    module: nn.Module, x: Any, batch_size: int, seconds: float = 2.0, context: Context = nullcontext
 ) -> dict[str, float]:
     """Times forward passes in inference mode.
 
     Args:
         module: In eval mode, on its device.
-        x: Raw inputs (B, ...) on that device; they are repeated to the batch size.
+        x: Prepared inputs on that device; they are repeated to the batch size.
         batch_size: Samples in a pass.
         seconds: How long to go on; 8 passes at least, the first three of which are not counted.
         context: Gives the precision's context.
@@ -61,16 +62,16 @@ def speed(
         while len(times) < 8 or time.perf_counter() < stop:
             start = time.perf_counter()
             module(batch)
-            if x.device.type == "cuda":
-                torch.cuda.synchronize(x.device)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - start))
     p50, p95, p99 = (float(p) for p in np.percentile(times[3:], [50, 95, 99]))
     return {"p50": p50, "p95": p95, "p99": p99, "throughput": 1000 * batch_size / float(np.mean(times[3:]))}
 
 
-def repeated(x: Tensor, batch_size: int) -> Tensor:
-    """Samples (B, ...) as often as needed -> (batch_size, ...)."""
-    return x.repeat(-(-batch_size // len(x)), *[1] * (x.ndim - 1))[:batch_size]
+def repeated(x: Any, batch_size: int) -> Any:
+    """Takes a batch's samples as often as needed for one of another size."""
+    return samples.take(x, torch.arange(batch_size) % samples.count(x))
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:

@@ -1,0 +1,184 @@
+"""How well features suit a task, told without training: scores of features and labels, higher is better for all.
+
+    frozen backbone -> features (N, D), labels (N,)                          -> logme, h_score, knn, linear_probe
+    its source's classifier -> probabilities (N, S) of the source's classes  -> leep, nce
+
+Labels are class numbers (N,), or floating-point values (N,) or (N, K) for the scores that know them. Scores of one data
+set compare backbones; between data sets they mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tl_modules.methods.functional import discriminant, ridge
+
+__all__ = ["h_score", "knn", "leep", "linear_probe", "logme", "nce"]
+
+FOLDS = 5
+STEPS = 1000  # of the fixed-point iteration, which mostly needs ten; each costs next to nothing
+
+
+def logme(features: Tensor, labels: Tensor) -> float:
+    """Logarithm of maximum evidence: log p(y | features) / N of a Bayesian linear model, mean over its outputs.
+
+    The model is w ~ N(0, 1/alpha), y ~ N(features w, 1/beta), with the alpha and beta that make y most likely. Classes
+    are one output each, 0 or 1. You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning,
+    ICML 2021; iterated as in Ranking and Tuning Pre-trained Models, JMLR 2022.
+
+    Args:
+        features: (N, D), as they are: neither centred nor scaled.
+        labels: Classes (N,), or values (N,) or (N, K).
+    """
+    f = features.double().numpy()
+    y = (labels if labels.is_floating_point() else F.one_hot(_numbered(labels))).double().numpy().reshape(len(f), -1)
+    count, width = f.shape
+    u, s, _ = np.linalg.svd(f, full_matrices=False)
+    variances = (s**2)[:, None]
+    inside = (u.T @ y) ** 2  # (rank, K): the part of y that features can explain
+    outside = (y**2).sum(0) - inside.sum(0)
+    alpha, beta = np.ones(y.shape[1]), np.ones(y.shape[1])
+    for _ in range(STEPS):
+        ratio = alpha / beta
+        effective = (variances / (variances + ratio)).sum(0)  # parameters that the data determine
+        size = (variances * inside / (variances + ratio) ** 2).sum(0)  # |w|^2
+        error = (inside * (ratio / (variances + ratio)) ** 2).sum(0) + outside.clip(0)
+        alpha, beta = effective / size.clip(1e-12), (count - effective) / error.clip(1e-12)
+        if np.allclose(alpha / beta, ratio, rtol=1e-8):
+            break
+    ratio = alpha / beta
+    size = (variances * inside / (variances + ratio) ** 2).sum(0)
+    error = (inside * (ratio / (variances + ratio)) ** 2).sum(0) + outside.clip(0)
+    determinant = np.log(alpha + beta * variances).sum(0) + (width - len(s)) * np.log(alpha)
+    evidence = width * np.log(alpha) + count * np.log(beta / (2 * math.pi)) - determinant - beta * error - alpha * size
+    return float(evidence.mean() / (2 * count))
+
+
+def h_score(features: Tensor, labels: Tensor, shrinkage: bool = True) -> float:
+    """Variance of the class means, measured by that of the features: tr(cov(f)^-1 cov(E[f | y])).
+
+    Bao et al., An Information-Theoretic Approach to Transferability in Task Transfer Learning, ICIP 2019. With few
+    samples cov(f) is as good as singular, so that any features score well; Ledoit and Wolf's shrinkage a of it cures
+    that, tr(cov_a(f)^-1 (1 - a) cov(E[f | y])): Ibrahim et al., Newer is not always better, ECML 2022.
+
+    Args:
+        features: (N, D).
+        labels: Classes (N,).
+        shrinkage: Whether to shrink.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    f = features.double().numpy()
+    f = f - f.mean(0)
+    classes = _numbered(labels).numpy()
+    counts = np.bincount(classes)
+    means = np.stack([f[classes == c].mean(0) for c in range(len(counts))])
+    between = (means * counts[:, None] / len(f)).T @ means
+    covariance, share = ledoit_wolf(f, assume_centered=True) if shrinkage else (f.T @ f / len(f), 0.0)
+    inverse = np.linalg.pinv(covariance, rcond=1e-10, hermitian=True)
+    return float((1 - share) * (inverse * between).sum())  # both are symmetric
+
+
+def nce(source: Tensor, labels: Tensor) -> float:
+    """Negative conditional entropy -H(y | z) of the labels y, given the source's most likely class z; 0 at best.
+
+    Tran et al., Transferability and Hardness of Supervised Classification Tasks, ICCV 2019.
+
+    Args:
+        source: Probabilities of the source's classes (N, S).
+        labels: Classes (N,).
+    """
+    certain = F.one_hot(source.argmax(1), source.shape[1])
+    return leep(certain, labels)  # with one class z a sample both are the mean of log p(y | z)
+
+
+def leep(source: Tensor, labels: Tensor) -> float:
+    """Mean of log sum_z p(y | z) p(z | x): the log likelihood of labels that are read off the source's classes.
+
+    Nguyen et al., LEEP: A New Measure to Evaluate Transferability of Learned Representations, ICML 2020.
+
+    Args:
+        source: Probabilities p(z | x) of the source's classes (N, S).
+        labels: Classes (N,).
+    """
+    p, y = source.double(), _numbered(labels)
+    joint = F.one_hot(y).double().T @ p / len(y)  # (C, S)
+    given = joint / joint.sum(0).clamp(min=1e-300)
+    return float((p * given[y]).sum(1).clamp(min=1e-300).log().mean())
+
+
+def knn(features: Tensor, labels: Tensor, k: int = 5) -> float:
+    """What the k nearest other samples by cosine say of a sample: accuracy, or R2 of values.
+
+    Args:
+        features: (N, D).
+        labels: Classes (N,), or values (N,) or (N, K).
+        k: How many neighbours; fewer where there are not so many.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    search = NearestNeighbors(n_neighbors=min(k, len(features) - 1), metric="cosine").fit(features.double().numpy())
+    near = labels[torch.from_numpy(search.kneighbors(return_distance=False))]  # (N, k): without the sample itself
+    if labels.is_floating_point():
+        return _r2(near.mean(1), labels)
+    votes = F.one_hot(near, int(labels.max()) + 1).sum(1).double()
+    nearest = F.one_hot(near[:, 0], votes.shape[1])  # which breaks a tie
+    return float(((votes + nearest / 2).argmax(1) == labels).double().mean())
+
+
+def linear_probe(features: Tensor, labels: Tensor, seed: int = 0) -> float:
+    """Cross-validated accuracy of shrinkage LDA, or R2 of ridge regression, on normalised features, in five folds.
+
+    It is what `FeatureExtraction` begins with: the closed form of a `LinearHead`.
+
+    Args:
+        features: (N, D).
+        labels: Classes (N,), or values (N,) or (N, K).
+        seed: Of the folds.
+
+    Returns:
+        NaN where the closed form cannot be had: fewer than two classes, or features so wide that it would take minutes.
+    """
+    from sklearn.model_selection import KFold, StratifiedKFold
+
+    if len(labels) < 2:
+        return math.nan
+    f = F.layer_norm(features.float(), features.shape[1:])
+    continuous = labels.is_floating_point()
+    most = 1 if continuous else int(torch.bincount(labels).max())  # folds cannot be stratified beyond that
+    kind, count = (StratifiedKFold, most) if most > 1 else (KFold, len(labels))
+    folds: Any = kind(min(FOLDS, count), shuffle=True, random_state=seed)
+    found = torch.full_like(labels, -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes rarer than there are folds
+        splits = list(folds.split(f, labels))
+    for train, held in splits:
+        fit: Callable[..., Any] = ridge if continuous else discriminant
+        solved = fit(f[train], labels[train], *([] if continuous else [int(labels.max()) + 1]))
+        if solved is None:
+            return math.nan
+        output = F.linear(f[held], *solved)
+        found[held] = output.view_as(found[held]).to(found.dtype) if continuous else output.argmax(1)
+    return _r2(found, labels) if continuous else float((found == labels).double().mean())
+
+
+def _numbered(labels: Tensor) -> Tensor:
+    """Numbers the classes that are there from 0 on."""
+    numbers: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return numbers
+
+
+def _r2(predicted: Tensor, values: Tensor) -> float:
+    """Mean over the outputs of 1 - squared error / variance; 0 for one that never changes."""
+    predicted, values = (each.double().reshape(len(values), -1) for each in (predicted, values))
+    spread = (values - values.mean(0)).square().sum(0)
+    shares = 1 - (predicted - values).square().sum(0) / spread
+    return float(shares[spread > 0].sum() / len(spread))

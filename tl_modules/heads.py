@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.errors import UserError
+
 __all__ = ["Bottleneck", "CosineHead", "Head", "LinearHead", "MLPHead"]
 
 
@@ -89,9 +91,14 @@ class Bottleneck(nn.Sequential):
     Args:
         in_features: Width of the features.
         width: Of what it gives.
+
+    Raises:
+        UserError: The width is not positive.
     """
 
     def __init__(self, in_features: int, width: int) -> None:
+        if width < 1:
+            raise UserError(f"bottleneck: {width} must be at least 1")
         super().__init__(nn.Linear(in_features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 

@@ -2,8 +2,7 @@
 
     batch {"source": Batch(x, y, index), "target": Batch(x, None, index)}
       -> transform_batch    a method may put another batch in its place
-      -> forward_domains    backbone -> (bottleneck ->) features -> head -> output: a DomainOutput of the source(s) and
-                            of the target
+      -> forward_domains    backbone (-> bottleneck) -> features -> head -> output: a DomainOutput of each side
       -> reweight           how much each sample counts
       -> terms              the task's loss on every labelled output, + weight * method(source output, target output)
       -> sum
@@ -44,7 +43,7 @@ from tl_modules.finetuning.head_start import start_head
 from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
 from tl_modules.heads import Bottleneck, Head, LinearHead
-from tl_modules.methods.base import Method, check_methods, check_reach, named
+from tl_modules.methods.base import Method, attach_methods, check_methods, check_reach, named
 from tl_modules.methods.schedules import LossWeight, current_weight
 from tl_modules.methods.terms import LossMeans
 
@@ -72,10 +71,9 @@ class TransferModule(QuickNames, StagedModule):
             each step). None: the learning rates stay as they are.
         target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `WeightSchedule`.
         source_weight: The weight of L_S; with 0 the source's labels train nothing.
-        bottleneck: The width of a layer that is trained between the backbone's pooled features and the head (Linear,
-            BatchNorm, ReLU; Transfer-Learning-Library has 256); what it gives are the features that head and methods
-            see. With it methods such as `DANN` have something to move also where the backbone is frozen. None: no such
-            layer.
+        bottleneck: The width (often 256) of a layer that trains between the backbone's pooled features and the head:
+            Linear, BatchNorm, ReLU. Head and methods see what it gives, so that methods such as `DANN` have something
+            to move where the backbone is frozen. None: no such layer.
         save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
             backbone's pretrained weights again (a fingerprint makes sure that they are the same).
     """
@@ -100,7 +98,9 @@ class TransferModule(QuickNames, StagedModule):
         self.schema = {"y": {"outputs": schema}} if isinstance(schema, int) else dict(schema)
         backbone.bind_schema(self.schema.get("x") or {})
         self.backbone = backbone
-        self.bottleneck = self.build_bottleneck(bottleneck)
+        if bottleneck is not None and not self.uses_pooled_features:
+            raise UserError(f"bottleneck: {type(self).__name__} has no vector for each sample; leave it out")
+        self.bottleneck = nn.Identity() if bottleneck is None else Bottleneck(backbone.width, bottleneck)
         features = self.width if self.uses_pooled_features else backbone.out_features
         self.head: nn.Module = head(features, self.num_outputs)
         self.finetuning = finetuning
@@ -117,27 +117,8 @@ class TransferModule(QuickNames, StagedModule):
         self.build_metrics()
         self.terms = LossMeans()
         self.head_transferred = contents.transfer_head(self)
-        # what changes the backbone comes before what copies it
-        for _, method in sorted(self.named_methods(), key=lambda named: not named[1].changes_backbone):
-            if method.needs_classes and not self.is_classification:
-                which, task = type(method).__name__, type(self).__name__
-                raise UserError(f"methods: {which} works on class probabilities, which {task} lacks")
-            method.attach(self)
+        attach_methods(self)
         finetuning.prepare(self)
-
-    def build_bottleneck(self, width: int | None) -> nn.Module:
-        """The layer between features and head; where there is to be none, what changes nothing.
-
-        Raises:
-            UserError: It is not positive; the task takes the features as they are.
-        """
-        if width is None:
-            return nn.Identity()
-        if width < 1:
-            raise UserError(f"bottleneck: {width} must be at least 1")
-        if not self.uses_pooled_features:
-            raise UserError(f"bottleneck: {type(self).__name__} has no vector for each sample; leave it out")
-        return Bottleneck(self.backbone.width, width)
 
     # The straight line
 

@@ -141,6 +141,19 @@ def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:
     return False
 
 
+def attach_methods(module: BaseTransferModule) -> None:
+    """Lets the methods build what they need of a module; what changes the backbone comes before what copies it.
+
+    Raises:
+        UserError: A method needs classes, and the task has none.
+    """
+    for _, method in sorted(module.named_methods(), key=lambda named: not named[1].changes_backbone):
+        if method.needs_classes and not module.is_classification:
+            which, task = type(method).__name__, type(module).__name__
+            raise UserError(f"methods: {which} works on class probabilities, which {task} lacks")
+        method.attach(module)
+
+
 def check_methods(module: BaseTransferModule, domains: Mapping[str, Any], labels: Sequence[str]) -> None:
     """Refuses training data from which the methods, or without methods anything, cannot learn.
 

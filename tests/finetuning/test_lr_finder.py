@@ -56,3 +56,14 @@ def test_rates_are_geometric():
 def test_there_must_be_a_range(given):
     with pytest.raises(UserError, match=next(iter(given))):
         LearningRateSweep(**given)
+
+
+def test_minimum_is_a_tenth_of_the_rate_with_the_least_loss():
+    sweep = LearningRateSweep(1e-4, 1.0, 41)
+    for step in range(41):
+        sweep.losses.append(2 - step / 10 if step <= 15 else 0.5 + (step - 15) / 2)
+        sweep.rates.append(sweep.rate)
+    means = smoothed(sweep.losses)
+    found = sweep.suggestions()
+    assert found["minimum"] == pytest.approx(sweep.rates[means.index(min(means))] / 10)
+    assert found.keys() == {"valley", "minimum", "steepest"}

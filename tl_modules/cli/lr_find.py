@@ -60,7 +60,7 @@ def sweep_rates(module: TransferModule, data: LightningDataModule, trainer: Trai
     return getattr(trial.head, "closed_form", None) != getattr(module.head, "closed_form", None)
 
 
-def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folder: Path) -> str:
+def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folder: Path, rule: str) -> str:
     """Writes lr_find.png and lr_find.yaml; returns what to say of them."""
     plot, config, rates = folder / "lr_find.png", folder / "lr_find.yaml", sweep.suggestions()
     save_figure(sweep.figure(), plot)
@@ -72,11 +72,12 @@ def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folde
             f"learning rate: at no rate from {sweep.min_lr:.2g} to {sweep.max_lr:.2g} does the loss fall{start}; keep "
             f"the one that you have{ended}\nplot: {plot}"
         )
-    rate = float(f"{rates['valley']:.2g}")
+    rate = float(f"{rates[rule]:.2g}")
+    others = ", ".join(f"{name} {other:.2g}" for name, other in rates.items() if name != rule)
     line = f"model: {{init_args: {{{_argument(module)}: {rate:.2g}}}}}}}}}"
     write_whole(config, line + "\n")
     return (
-        f"learning rate: {rate:.2g} (valley; steepest {rates['steepest']:.2g})\n{line}\n"
+        f"learning rate: {rate:.2g} by {rule} ({others})\n{line}\n"
         f"to take it, end the command with -c {config}{ended}\nplot: {plot}"
     )
 

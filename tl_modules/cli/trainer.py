@@ -150,6 +150,7 @@ class TransferTrainer(QuickHooks, Trainer):
         min_lr: float = 1e-6,
         max_lr: float = 1.0,
         steps: int = 100,
+        rule: Literal["valley", "minimum", "steepest"] = "valley",
         out: str | None = None,
     ) -> None:
         """Raises the learning rate from step to step until the loss diverges, and suggests one (Smith, WACV 2017).
@@ -164,6 +165,8 @@ class TransferTrainer(QuickHooks, Trainer):
             min_lr: The first learning rate, that of the head.
             max_lr: The last one.
             steps: How many there are.
+            rule: Which suggestion is taken: half way down the longest fall, a tenth of the rate with the least loss, or
+                where it falls fastest. All three are printed.
             out: The folder of lr_find.png and, where the loss falls, lr_find.yaml, a config with the rate; None is
                 runs/NAME.
 
@@ -173,7 +176,7 @@ class TransferTrainer(QuickHooks, Trainer):
         module, sweep = _ours(model), LearningRateSweep(min_lr, max_lr, steps)
         folder = _writable(Path(out or self.default_root_dir))
         solved = sweep_rates(module, datamodule, self, sweep)
-        print(report(module, sweep, solved, folder))
+        print(report(module, sweep, solved, folder, rule))
 
     def show_batch(
         self, model: LightningModule, datamodule: LightningDataModule, count: int = 16, out: str | None = None

@@ -1,7 +1,8 @@
 """Finds a learning rate: one factor grows from step to step, until the loss diverges (Smith, WACV 2017).
 
     rate of the head   1e-6 .......................... 1    every other group: its `lr_scale` times that
-    suggestions        valley: half way down the longest fall of the smoothed loss; steepest: where it falls fastest
+    suggestions        valley: half way down the longest fall of the smoothed loss, low behind a long plateau
+                       minimum: a tenth of the rate at its minimum; steepest: where it falls fastest, daring
 
 What changes during a run is held as it is at its end, so that nothing else moves the loss: all stages that will train
 are open, and weights of methods that ramp are full. The first step is the run's own, a head in closed form included.
@@ -21,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tl_modules.errors import UserError
 
 DIVERGED = 4.0  # times the best loss
+COLOURS = ("tab:red", "tab:green", "tab:orange")
 
 
 def smoothed(losses: Sequence[float], beta: float = 0.9) -> list[float]:
@@ -136,7 +138,7 @@ class LearningRateSweep(Callback):
         self.ended, trainer.should_stop = why, True
 
     def suggestions(self) -> dict[str, float]:
-        """Returns the rates by `valley` and `steepest`; {} where the loss does not fall.
+        """Returns the rates by `valley`, `minimum` and `steepest`; {} where the loss does not fall.
 
         Left out are, as in fastai, the first tenth of the steps, where the mean is of few batches, and the last 5.
         """
@@ -147,7 +149,11 @@ class LearningRateSweep(Callback):
         rates, means = self.rates[shown], means[shown]
         if len(means) < 2:
             return {}
-        return {"valley": rates[valley(means)], "steepest": rates[steepest(rates, means)]}
+        return {
+            "valley": rates[valley(means)],
+            "minimum": rates[means.index(min(means))] / 10,
+            "steepest": rates[steepest(rates, means)],
+        }
 
     def figure(self) -> Any:
         """Returns matplotlib's figure of loss over rate, with what is suggested."""
@@ -158,8 +164,10 @@ class LearningRateSweep(Callback):
         means = smoothed(self.losses)
         axes.plot(self.rates, self.losses, ".", color="0.75", markersize=4, label="loss of a step")
         axes.plot(self.rates, means, color="tab:blue", label="smoothed")
-        for (name, rate), colour in zip(self.suggestions().items(), ("tab:red", "tab:orange"), strict=False):
-            axes.plot(rate, means[self.rates.index(rate)], "o", color=colour, label=f"{name}: {rate:.2g}")
+        for (name, rate), colour in zip(
+            self.suggestions().items(), ("tab:red", "tab:green", "tab:orange"), strict=False
+        ):
+            axes.axvline(rate, color=colour, linewidth=1, label=f"{name}: {rate:.2g}")
         if means:
             low, high = min(means), max(means[0], *means[: max(1, 9 * len(means) // 10)])
             room = (high - low) or 1.0

@@ -150,7 +150,7 @@ class TransferTrainer(QuickHooks, Trainer):
         min_lr: float = 1e-6,
         max_lr: float = 1.0,
         steps: int = 100,
-        rule: Literal["valley", "minimum", "steepest"] = "valley",
+        rule: Literal["valley", "minimum", "steepest"] = "minimum",
         out: str | None = None,
     ) -> None:
         """Raises the learning rate from step to step until the loss diverges, and suggests one (Smith, WACV 2017).

@@ -14,7 +14,7 @@ from tl_modules import (
     TorchHubBackbone,
     TorchvisionBackbone,
 )
-from tl_modules.backbones.vision import strip_classifier
+from tl_modules.backbones.stages import strip_classifier
 from tl_modules.errors import UserError
 
 HUBCONF = """

@@ -9,7 +9,11 @@ from conftest import image, make_tree
 from PIL import Image
 
 from datamodules import DataError, ImageFolders
-from datamodules.decoding import read_image
+from datamodules.decoding import ImageReader
+
+
+def read_image(path, size, max_pixels=10**6):
+    return ImageReader(size, size, "bilinear", max_pixels).read(path)
 
 
 def sizes(data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def own_config(args: Sequence[str]) -> list[Any]:
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
             said.append(yaml.safe_load(Path(config).read_text() if "\n" not in config else config))
     return said
+
+
+def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Writes nested values into a nested config, in place."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            merge(config.setdefault(key, {}), value)
+        else:
+            config[key] = value
 
 
 def help_last(args: Sequence[str]) -> list[str]:

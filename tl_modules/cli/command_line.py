@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
-from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
+from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, with_defaults, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.parser import COMMANDS, OWN, Parser
 from tl_modules.cli.paths import absolute_paths
@@ -188,6 +188,8 @@ class TransferCLI(OneCommand, LightningCLI):
         """Gives the Trainer its run directory, loggers and callbacks."""
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
+        if hasattr(self.datamodule, "resolve"):
+            merge(self.saved["data"], {"init_args": self.datamodule.resolve(getattr(self.model, "data_defaults", {}))})
         name = config.name or type(self.datamodule).__name__.lower()
         if not first_process():  # the first process chooses; the others are told by the strategy
             path = Path(trainer.default_root_dir or ".") / "runs" / name

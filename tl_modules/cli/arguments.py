@@ -9,9 +9,6 @@ from typing import Any
 
 import yaml
 
-from tl_modules.errors import UserError
-from tl_modules.runs.directory import SECTIONS
-
 
 def values(args: Sequence[str], *options: str) -> list[str]:
     """What is given to an option, as `--x V` or `--x=V`, in order."""
@@ -91,34 +88,3 @@ def _nested_null(word: str) -> list[str]:
     for key in reversed(keys):
         nested = {"init_args": {key: nested}}
     return ["--config", yaml.safe_dump({section: nested})]
-
-
-def with_defaults(args: list[str]) -> list[str]:
-    """Names the embedded data and model where neither the command line nor a config does.
-
-    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
-
-    Raises:
-        UserError: A config cannot be read or is no mapping.
-    """
-    named = {key for config in values(args, "-c", "--config") for key in _classes(config)}
-    new: list[str] = []
-    if "model" not in named and not given(args, "--model"):
-        backbone = [] if given(args, "--model.backbone") else ["--model.backbone", "ConvNet"]
-        new += ["--model", "Classification", *backbone]
-    if "data" not in named and not given(args, "--data"):
-        new += ["--data", "Digits"]
-    return [args[0], *new, *args[1:]]
-
-
-def _classes(config: str) -> set[str]:
-    """The sections of a config, a file or its text, that name a class."""
-    try:
-        content = yaml.safe_load(Path(config).read_text() if "\n" not in config else config) or {}
-    except OSError as error:
-        raise UserError(f"config: {config} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {config} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
-    return {k for k, v in content.items() if isinstance(v, str) or (isinstance(v, dict) and "class_path" in v)}

@@ -22,8 +22,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
-from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, with_defaults, without
+from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
+from tl_modules.cli.default_model import with_defaults
 from tl_modules.cli.parser import COMMANDS, OWN, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
@@ -60,8 +61,10 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command and not {"-h", "--help"} & set(words):
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
-            words = with_defaults(self._expand_run(words))
+            words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
+        if self.command and not {"-h", "--help"} & set(words):
+            words = with_defaults(words)
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,

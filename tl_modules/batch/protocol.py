@@ -72,7 +72,7 @@ class BaseTransferModule(EvaluatedTask, ABC):
     def data_defaults(self) -> dict[str, Any]:
         """What arguments of the data are where they are left open: images as the weights know them.
 
-        Where all of the backbone stays frozen they are not augmented: on its features that gains nothing.
+        Where all of the backbone stays frozen they are not augmented: on its features that gains nothing (README).
         """
         return {**self.backbone.data_defaults, **({} if self.trainable_stages() else {"augment": "none"})}
 

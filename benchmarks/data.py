@@ -36,7 +36,7 @@ def main():
             steps.append(transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
             folder = datasets.ImageFolder(str(root / "train"), transforms.Compose(steps))
             theirs = rate(torch.utils.data.DataLoader(folder, 32, shuffle=True, num_workers=2))
-            data = ImageFolders(root, image_size=size)
+            data = ImageFolders(root, image_size=size, augment="none")
             mine = rate(batch["target"] for batch, _, _ in iter(data.train_dataloader()))
             data.teardown("fit")
             # seconds an image, so that a ratio above 1 is faster, as everywhere

@@ -80,7 +80,7 @@ def main():
                     *["fit", "--name", "x", "--model", "Classification", "--model.backbone", "TorchvisionBackbone"],
                 ]
                 ours += ["--model.backbone.name", model, "--data", "ImageFolders", f"--data.target={data}"]
-                ours += [f"--data.image_size={args.size}", f"--trainer.max_epochs={args.epochs}"]
+                ours += [f"--data.image_size={args.size}", "--data.augment=none", f"--trainer.max_epochs={args.epochs}"]
                 ours += ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "1e-3"]
                 ours += ["--model.head", "torch.nn.Linear", "--model.lr_scheduler", "null"]
                 ours += ["--model.backbone.weights", *given] if given else []

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.augmentation import Augmentation, transforms_of
 from datamodules.errors import DataError
 from datamodules.loaders import (
     EpochSampler,
@@ -37,7 +38,7 @@ from datamodules.loaders import (
     even_batch_size,
     ignore_signals,
 )
-from datamodules.splits import SPLITS, Joined, few_shots, ids_of, some_of_each, targets_of
+from datamodules.splits import SPLITS, Joined, few_shots, ids_of, log, some_of_each, targets_of
 
 
 class TransferDataModule(LightningDataModule):
@@ -63,7 +64,9 @@ class TransferDataModule(LightningDataModule):
         target_unseen: Keeps the target out of training altogether (domain generalisation).
         selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
             choice of the model, `--select.by few` or `oracle`; to nothing else.
-        augment: Transforms of a training x, in this order, e.g. torchvision.transforms.v2.RandomHorizontalFlip.
+        augment: none, light, strong (see `augmentation.transforms_of`), or transforms of a training x, in this order,
+            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos on a backbone that trains,
+            otherwise none.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
@@ -73,6 +76,7 @@ class TransferDataModule(LightningDataModule):
         y_schema: What y is, as plain data, e.g. {"boxes": ["car", "bus"]}; None makes it of the next two.
         class_names: Names of the classes, in the order of their numbers; None for real-valued labels.
         num_outputs: How many values a real-valued label has.
+        photos: Whether x are photos: they suit a network pretrained on such, and may be flipped and cropped.
         collate: Makes a batch of samples (x, y, number); None takes the model's.
     """
 
@@ -80,6 +84,7 @@ class TransferDataModule(LightningDataModule):
     y_schema: Mapping[str, Any] | None = None
     num_outputs: int = 1
     class_names: list[str] | None = None
+    photos: bool = False
     collate: Callable[[Sequence[Any]], Any] | None = None
 
     def __init__(
@@ -91,7 +96,7 @@ class TransferDataModule(LightningDataModule):
         target_labels: bool | None = None,
         target_unseen: bool = False,
         selection_labels: int | Literal["all"] | None = None,
-        augment: list[nn.Module] | None = None,
+        augment: list[nn.Module] | Augmentation | None = "auto",
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
@@ -118,10 +123,11 @@ class TransferDataModule(LightningDataModule):
         self.target_labels = target_labels
         self.target_unseen = target_unseen
         self.selection_labels = selection_labels
-        self.augment = nn.Sequential(*augment) if augment else None
+        self.augment, self.augmentation = augment, augment
         self.drop_last = drop_last
         self.seed = seed
         self.blind = False
+        self.resolved: dict[str, Any] = {}
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
         self._loaders: list[Loader] = []
 
@@ -130,6 +136,30 @@ class TransferDataModule(LightningDataModule):
         """What x and y are, as plain data, from which models are built."""
         named = {"classes": list(self.class_names)} if self.class_names is not None else {"values": self.num_outputs}
         return {"x": dict(self.x_schema), "y": dict(self.y_schema) if self.y_schema is not None else named}
+
+    def setup(self, stage: str) -> None:
+        """Lets the model that is trained decide what the arguments leave open."""
+        self.resolve(getattr(getattr(self.trainer, "lightning_module", None), "data_defaults", {}))
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Decides what the arguments leave open.
+
+        Args:
+            defaults: What the model wants them to be, by name.
+
+        Returns:
+            What they are now, by name; of data that this wraps, as its `data`, {"data": {"init_args": ...}}.
+        """
+        found: dict[str, Any] = {}
+        if self.augment == "auto":
+            self.augmentation = defaults.get("augment", "light") if self.photos else "none"
+            found["augment"] = self.augmentation
+        if isinstance(inner := getattr(self, "data", None), TransferDataModule):
+            found["data"] = {"init_args": inner.resolve(defaults)}
+        if found != self.resolved:  # what was made before was made by others
+            self.resolved = found
+            self._domains.clear()
+        return found
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each domain that this split has.
@@ -198,21 +228,27 @@ class TransferDataModule(LightningDataModule):
                 "shots_per_class: it picks target samples by their labels, which are hidden beside a source; "
                 "pass --data.target_labels true"
             )
+        if self.augmentation == "auto":
+            self.resolve({})
+        if self.augment == "auto" and self.photos:
+            why = "photos are trained on" if self.augmentation != "none" else "the backbone stays frozen"
+            log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)
         views, loaders = {}, {}
         for name, dataset in domains.items():
+            augment = transforms_of(self.augmentation, dataset, type(self).__name__)
             rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
             if name == "target" and self.shots_per_class:
                 rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
             if name == "target" and self.labelled is not None:
                 shown = some_of_each(dataset, self.labelled, self.seed)
-                views["target/labelled"] = IndexedSubset(dataset, shown, self.augment)
+                views["target/labelled"] = IndexedSubset(dataset, shown, augment)
                 rows = sorted(set(rows) - set(shown))
                 if not rows:
                     raise DataError(
                         f"labelled: the target has {len(shown)} training samples, so none is left unlabelled"
                     )
             without = name == "target" and (hidden or self.labelled is not None)
-            views[name] = IndexedSubset(dataset, rows, self.augment, label="none" if without else "y")
+            views[name] = IndexedSubset(dataset, rows, augment, label="none" if without else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
             sampler = EpochSampler(view, longest, self.batch_size, self.seed, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class ClassSubset(TransferDataModule):
             if UNKNOWN in kept["source"]:
                 raise DataError(f"open_set: the source has a class {UNKNOWN} itself; rename it")
             self.class_names = [*(name for name in names if name in kept["source"]), UNKNOWN]
-        self.x_schema = data.x_schema
+        self.x_schema, self.photos = data.x_schema, data.photos
         new = {name: number for number, name in enumerate(self.class_names)}
         # a class of the data -> its number here, for what each domain keeps
         self.numbers = {
@@ -122,3 +122,7 @@ class ClassSubsetDataset(Subset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return super().__getitem__(index)[0], int(self.targets[index])
+
+    def augmented(self, index: int, transform: Callable[[Any], Any]) -> tuple[Any, int]:
+        """The sample, augmented as the data set does."""
+        return super().augmented(index, transform)[0], int(self.targets[index])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +25,77 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
 
 
-def read_image(path: Path, size: int, max_pixels: int) -> Tensor:
-    """Decodes, turns upright by EXIF, scales the short side to `size` and crops the centre.
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads images as evaluation sees them, and as training transforms do.
 
     Args:
-        path: The image.
         size: Side of the result in pixels.
+        resize: What the short side is scaled to before the centre is cropped, at least `size`.
+        interpolation: How it is scaled, "bilinear" or "bicubic".
         max_pixels: Refuse larger images by their header, before decoding.
-
-    Returns:
-        (3, size, size) uint8.
-
-    Raises:
-        DataError: It is no image, truncated, too large, or in colours that have no exact RGB (CMYK, 16 bits, ...).
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(path)
-        with image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(f"{path}: {width} x {height} pixels are more than max_pixels {max_pixels}")
-            if image.mode not in _MODES:
-                raise DataError(f"{path}: its {image.mode} colours have no exact RGB; convert it first")
-            image.draft("RGB", (size, size))  # a JPEG is decoded at a reduced scale that still covers the size
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: it has more pixels than max_pixels {max_pixels}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: it cannot be decoded as an image ({str(error).splitlines()[0]})") from error
-    scale = size / min(upright.size)
-    shape = (max(size, round(upright.width * scale)), max(size, round(upright.height * scale)))
-    left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-    resized = upright.resize(shape, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+    size: int
+    resize: int
+    interpolation: str
+    max_pixels: int
+
+    def decode(self, path: Path) -> Image.Image:
+        """Decodes and turns upright by EXIF; a JPEG at a reduced scale, if that still covers `resize`.
+
+        Returns:
+            An RGB image.
+
+        Raises:
+            DataError: It is no image, truncated, too large, or in colours that have no exact RGB (CMYK, 16 bits, ...).
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+                image = Image.open(path)
+            with image:
+                width, height = image.size
+                if width * height > self.max_pixels:
+                    raise DataError(f"{path}: {width} x {height} pixels are more than max_pixels {self.max_pixels}")
+                if image.mode not in _MODES:
+                    raise DataError(f"{path}: its {image.mode} colours have no exact RGB; convert it first")
+                image.draft("RGB", (self.resize, self.resize))
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{path}: it has more pixels than max_pixels {self.max_pixels}") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{path}: it cannot be decoded as an image ({str(error).splitlines()[0]})") from error
+
+    def scaled(self, image: Image.Image) -> Image.Image:
+        """Scales the short side to `resize`."""
+        scale = self.resize / min(image.size)
+        shape = (max(self.resize, round(image.width * scale)), max(self.resize, round(image.height * scale)))
+        return image.resize(shape, Image.Resampling[self.interpolation.upper()])
+
+    def read(self, path: Path) -> Tensor:
+        """An image as evaluation sees it: scaled, and the centre cropped, (3, size, size) uint8."""
+        return pixels(middle(self.scaled(self.decode(path)), self.size, self.size)).contiguous()
+
+    def fit(self, x: Any) -> Any:
+        """What transforms made of an image: as it is where that has the size, otherwise scaled and cropped like all."""
+        if x.shape[-2:] == (self.size, self.size):
+            return x.contiguous()
+        from torchvision.transforms.v2 import functional
+
+        scaled = functional.resize(x, [self.resize], functional.InterpolationMode(self.interpolation))
+        return functional.center_crop(scaled, [self.size]).contiguous()
+
+
+def middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Crops the centre."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) uint8, channels last in memory, which scaling is fastest on."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class FolderImages(Dataset[Any]):
@@ -68,13 +106,11 @@ class FolderImages(Dataset[Any]):
         targets: The class numbers.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], targets: Sequence[int], size: int, max_pixels: int, keep: bool = False
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], targets: Sequence[int], reader: ImageReader, keep: bool = False) -> None:
         self.ids = [str(path) for path in paths]
         self.targets = np.asarray(targets, dtype=np.int64)
-        self.size, self.max_pixels = size, max_pixels
-        self.kept = _Kept(len(paths), size) if keep else None
+        self.reader = reader
+        self.kept = _Kept(len(paths), reader) if keep else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,25 +122,30 @@ class FolderImages(Dataset[Any]):
         except OSError as error:
             raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
         files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
-        return content_hash(files, self.targets, self.size, self.max_pixels)
+        return content_hash(files, self.targets, self.reader)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.kept.get(index) if self.kept else None
-        if image is None:
-            try:
-                image = read_image(Path(self.ids[index]), self.size, self.max_pixels)
-            except DataError as error:
-                raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
-            if self.kept:
-                self.kept.put(index, image)
-        return image, int(self.targets[index])
+        path, target = Path(self.ids[index]), int(self.targets[index])
+        with _with_advice():
+            return (self.kept.middle(index, path) if self.kept else self.reader.read(path)), target
+
+    def augmented(self, index: int, transform: Callable[[Tensor], Any]) -> tuple[Any, int]:
+        """The sample with what `transform` makes of the decoded image, (3, H, W) uint8 at a size of its own.
+
+        Its short side is at least the one that evaluation scales to, unless the file's is not; with `keep` it is scaled
+        to that. What comes out in another size than evaluation's is scaled and cropped as there.
+        """
+        path = Path(self.ids[index])
+        with _with_advice():
+            image = self.kept.whole(index, path).clone() if self.kept else pixels(self.reader.decode(path))
+        return self.reader.fit(transform(image)), int(self.targets[index])
 
     def without_bad(self, field: str) -> FolderImages:
         """The same without the images that cannot be read, and a line that counts them."""
 
         def readable(path: str) -> bool:
             try:
-                read_image(Path(path), 32, self.max_pixels)
+                replace(self.reader, resize=32).decode(Path(path))
             except DataError as error:
                 log.warning("skipped: %s", error)
                 return False
@@ -118,23 +159,51 @@ class FolderImages(Dataset[Any]):
             log.warning("%s: skipped %d of %d images", field, good.count(False), len(good))
         rows = np.flatnonzero(good)
         paths = [Path(self.ids[i]) for i in rows]
-        return FolderImages(paths, self.targets[rows].tolist(), self.size, self.max_pixels, self.kept is not None)
+        return FolderImages(paths, self.targets[rows].tolist(), self.reader, self.kept is not None)
+
+
+@contextmanager
+def _with_advice() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
 
 
 class _Kept:
-    """Decoded images in a file that has no name any more; forked workers share it through memory."""
+    """Scaled images in a file that has no name any more.
 
-    def __init__(self, count: int, size: int) -> None:
-        handle, name = tempfile.mkstemp()
-        os.close(handle)
-        each = 3 * size * size
-        mapped: Tensor = torch.from_file(name, shared=True, size=count * (each + 1), dtype=torch.uint8)
-        os.unlink(name)
-        self.pixels, self.there = mapped[: count * each].view(count, 3, size, size), mapped[count * each :]
+    An image has a place of twice the square of its short side, and of a longer one the middle is kept; what of the
+    place is not filled takes no room, in memory or on disk.
+    """
 
-    def get(self, index: int) -> Tensor | None:
-        return self.pixels[index].clone() if self.there[index] else None
+    def __init__(self, count: int, reader: ImageReader) -> None:
+        self.reader, self.longest = reader, 2 * reader.resize
+        self.places = _in_file(count * 3 * reader.resize * self.longest, torch.uint8).view(count, -1)
+        self.shapes = _in_file(count, torch.int64)  # height and width in one number, so that it is written at once
 
-    def put(self, index: int, image: Tensor) -> None:
-        self.pixels[index] = image
-        self.there[index] = 1
+    def whole(self, index: int, path: Path) -> Tensor:
+        """The scaled image, (3, H, W)."""
+        height, width = divmod(int(self.shapes[index]), 2**16)
+        if not height:
+            scaled = self.reader.scaled(self.reader.decode(path))
+            image = pixels(middle(scaled, min(scaled.width, self.longest), min(scaled.height, self.longest)))
+            height, width = image.shape[1:]
+            self.places[index, : image.numel()] = image.permute(1, 2, 0).flatten()
+            self.shapes[index] = height * 2**16 + width
+        return self.places[index, : 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+
+    def middle(self, index: int, path: Path) -> Tensor:
+        """What evaluation crops of it, (3, size, size)."""
+        whole, size = self.whole(index, path), self.reader.size
+        top, left = (whole.shape[1] - size) // 2, (whole.shape[2] - size) // 2
+        return whole[:, top : top + size, left : left + size].contiguous()
+
+
+def _in_file(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in a file of their own, which all processes share that are forked from this one."""
+    handle, name = tempfile.mkstemp()
+    os.close(handle)
+    mapped: Tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)
+    os.unlink(name)
+    return mapped

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule, expand_path
-from datamodules.decoding import EXTENSIONS, FolderImages
+from datamodules.decoding import EXTENSIONS, FolderImages, ImageReader
 from datamodules.errors import DataError
 from datamodules.splits import SPLIT_NAMES, SPLITS, complete_splits, content_hash
 
@@ -29,14 +29,19 @@ class ImageFolders(TransferDataModule):
     Args:
         target: The target's tree; ~ and $VARIABLES are filled in.
         source: The source's tree, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the target's.
-        image_size: Side in pixels: the short side is scaled to it and the centre cropped.
+        image_size: Side in pixels of what the network sees. null takes it, and the next two, as the pretrained weights
+            were measured; 224 where nobody knows.
+        resize_size: What evaluation scales the short side to, in pixels, before it crops the centre; null beside an
+            `image_size` is that size.
+        interpolation: How it scales; null beside an `image_size` is bilinear.
         val_fraction: Share of each class for validation, where there is no such folder.
         test_fraction: Share of each class for testing, where there is no train/ either.
         classes: The classes and their order; None reads them from the folders.
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
         max_pixels: Larger images are bad images, found by their header before decoding.
-        keep_decoded: Keeps decoded images in a temporary file mapped into memory, so that only the first epoch decodes.
+        keep_decoded: Keeps images, scaled to `resize_size`, in a temporary file mapped into memory, so that only the
+            first epoch decodes. Where they are longer than twice their short side, augmentation sees the middle.
         num_workers: Processes that decode images; None is one per core, at most 8.
         **kwargs: As for `TransferDataModule`.
 
@@ -45,12 +50,15 @@ class ImageFolders(TransferDataModule):
     """
 
     x_schema: Mapping[str, Any] = {"image": {}}
+    photos = True
 
     def __init__(
         self,
         target: Path | str | None = None,
         source: Path | str | dict[str, Path] | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
+        resize_size: int | None = None,
+        interpolation: Literal["bilinear", "bicubic"] | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         classes: list[str] | None = None,
@@ -69,11 +77,40 @@ class ImageFolders(TransferDataModule):
         roots = {"source" if one else f"source/{name}": expand_path(path, "source") for name, path in sources.items()}
         roots["target"] = expand_path(target, "target")
         self.roots = {name: root for name, root in roots.items() if root is not None}
-        self.image_size, self.max_pixels, self.on_bad_image = image_size, max_pixels, on_bad_image
+        self.given: dict[str, Any] = {
+            "image_size": image_size,
+            "resize_size": resize_size,
+            "interpolation": interpolation,
+        }
+        self.max_pixels, self.on_bad_image = max_pixels, on_bad_image
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.keep_decoded = keep_decoded
         self.class_names = classes if classes is not None else self._read_classes()
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
+        self.resolve({})
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Decides also on the size of the images and how they are scaled to it.
+
+        Raises:
+            DataError: The sizes are not positive, or the crop is larger than what it is cropped from.
+        """
+        unknown: dict[str, Any] = {"image_size": 224, "interpolation": "bilinear"}
+        known = {**unknown, **defaults} if self.given["image_size"] is None else unknown
+        found: dict[str, Any] = {**known, **{name: value for name, value in self.given.items() if value is not None}}
+        size = found["image_size"]
+        found = {name: found.get(name, size) for name in self.given}
+        if not 1 <= size <= found["resize_size"]:
+            raise DataError(
+                f"image_size, resize_size: a side of {size} pixels cannot be cropped from a short side of "
+                f"{found['resize_size']}; both must be at least 1, and resize_size the larger one"
+            )
+        reader = ImageReader(size, found["resize_size"], found["interpolation"], self.max_pixels)
+        if reader != getattr(self, "reader", None):
+            self.reader = reader
+            self._splits.clear()
+            self._domains.clear()
+        return super().resolve(defaults) | found
 
     def _read_classes(self) -> list[str]:
         found = {name: class_folders(next(iter(self._parts(root).values()))) for name, root in self.roots.items()}
@@ -150,7 +187,7 @@ class ImageFolders(TransferDataModule):
         return self._images(paths, targets, name)
 
     def _images(self, paths: list[Path], targets: list[int], name: str) -> FolderImages:
-        images = FolderImages(paths, targets, self.image_size, self.max_pixels, self.keep_decoded)
+        images = FolderImages(paths, targets, self.reader, self.keep_decoded)
         return images.without_bad(name) if self.on_bad_image == "skip" else images
 
 

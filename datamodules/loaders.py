@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
-from datamodules.splits import content_hash
+from datamodules.splits import augmented, content_hash
 
 
 class IndexedSubset(Dataset[Any]):
@@ -42,10 +42,11 @@ class IndexedSubset(Dataset[Any]):
     def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         row = self.rows[index]
-        x, y = self.dataset[row]
-        if self.transform is not None and seed is not None:
+        if self.transform is None or seed is None:
+            x, y = self.dataset[row]
+        else:
             with seeded(seed):
-                x = self.transform(x)
+                x, y = augmented(self.dataset, row, self.transform)
         return x, y if self.label == "y" else None, row
 
 

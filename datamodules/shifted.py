@@ -238,15 +238,15 @@ class Shifted(TransferDataModule):
         self.num_outputs, self.x_schema = data.num_outputs, data.x_schema
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
         data.wrapped(self.seed, self.would_hide_labels(self.names))
-        self._made: dict[tuple[str, str], ArrayImages] = {}
+        self._made: dict[tuple[str, Dataset[Any]], ArrayImages] = {}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's images in each domain."""
         whole, first = self._whole(split), self._first(split)
         for name in self.names.values():
-            if (name, first) not in self._made:
-                self._made[name, first] = self._make(name, whole, first)
-        return {role: self._made[name, first] for role, name in self.names.items()}
+            if (name, whole) not in self._made:
+                self._made[name, whole] = self._make(name, whole, first)
+        return {role: self._made[name, whole] for role, name in self.names.items()}
 
     def wrapped(self, seed: int, blind: bool) -> None:
         """Takes both, and hands them on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,15 @@ def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
+def augmented(dataset: Any, index: int, transform: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """A sample whose x went through `transform`, where the data set says so before it brings x to its size."""
+    if hasattr(dataset, "augmented"):
+        sample: tuple[Any, Any] = dataset.augmented(index, transform)
+        return sample
+    x, y = dataset[index]
+    return transform(x), y
+
+
 class Joined(ConcatDataset[Any]):
     """Several data sets one after the other, with their `targets` and `ids`."""
 
@@ -122,6 +131,10 @@ class Subset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.rows[index]]
+
+    def augmented(self, index: int, transform: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """The sample, augmented as the data set does."""
+        return augmented(self.dataset, self.rows[index], transform)
 
 
 def split_rows(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tl_modules import ConvNet, TorchvisionBackbone
 
-FIT = "fit --trainer.max_epochs 1 --model.backbone.width 4 "
+FIT = "fit --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 "
 FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
 PLUGIN = """
 from tl_modules import Method
@@ -71,7 +71,9 @@ CASES = {
     "config that is no YAML": ("fit -c bad.yaml", "bad.yaml is no YAML"),
     "no command": ("", "name a command: fit, validate, test, predict"),
     "test of nothing": ("test", "run: `tl test` needs a trained model; pass --run DIR"),
-    "missing argument": ("fit --model Classification", "model: Classification needs backbone"),
+    "missing argument": ("fit --model.backbone TorchvisionBackbone", "model.backbone: TorchvisionBackbone needs name"),
+    "crop larger than the image": (FOLDERS + "--data.resize_size 20", "a side of 32 pixels cannot be cropped from a short"),
+    "unknown augmentation": (FOLDERS + "--data.augment heavy", "augment: heavy is neither a class nor one of 'auto', 'none', 'light'"),
     "unknown dotted class": (FIT + "--data.augment+=torchvision.transforms.v2.RandomCropp", "(did you mean RandomCrop?)"),
     "unknown module": (FIT + "--model.methods+=nowhere.Foo", "there is no class nowhere.Foo (No module named 'nowhere')"),
     "missing config": ("fit -c nowhere.yaml", "nowhere.yaml"),

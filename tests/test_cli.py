@@ -11,7 +11,7 @@ from conftest import image, make_tree
 
 from tl_modules import Classification, UserError, load_run
 
-SMALL = "--trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4"
+SMALL = "--trainer.max_epochs 2 --model.backbone ConvNet --model.backbone.width 4 --data.shots_per_class 4"
 FOLDERS = "--data ImageFolders --data.image_size 32 --data.num_workers 0"
 
 
@@ -84,9 +84,11 @@ def test_the_issues_command_line_on_a_tree_without_test(ok, tl, tmp_path, caplog
 def test_a_copied_run_from_elsewhere_gives_what_fit_reported(ok, tmp_path, monkeypatch):
     make_tree(tmp_path / "tree", (("train", 6), ("val", 4), ("test", 5)))
     (tmp_path / "w").mkdir()
-    ok(f"fit {FOLDERS} --data.target tree --trainer.max_epochs 2 --model.backbone.width 4 --name pre")
     ok(
-        f"fit {FOLDERS} --data.target tree --trainer.max_epochs 2 --model.backbone.width 4 --name x "
+        f"fit {FOLDERS} --data.target tree --trainer.max_epochs 2 --model.backbone ConvNet --model.backbone.width 4 --name pre"
+    )
+    ok(
+        f"fit {FOLDERS} --data.target tree --trainer.max_epochs 2 --model.backbone ConvNet --model.backbone.width 4 --name x "
         "--model.backbone.weights runs/pre/version_0 --model.finetuning LastStages"
     )
     run = version(tmp_path, "x")
@@ -173,7 +175,7 @@ def test_the_command_line_wins_over_the_checkpoints_learning_rate(ok, tmp_path):
 
 
 def test_predict_writes_path_label_and_probabilities(ok, tree, tmp_path):
-    ok(f"fit {FOLDERS} --data.target tree --trainer.max_epochs 3 --model.backbone.width 4")
+    ok(f"fit {FOLDERS} --data.target tree --trainer.max_epochs 3 --model.backbone ConvNet --model.backbone.width 4")
     for i, colour in enumerate([(200, 20, 20), (20, 200, 20), (20, 20, 200)]):
         image(tmp_path / "new" / f"{i}.jpg", colour, seed=9 + i)
     ok("predict --run runs/imagefolders/version_0 --data.target new --out out/p.csv")
@@ -187,7 +189,7 @@ def test_predict_writes_path_label_and_probabilities(ok, tree, tmp_path):
 
 
 def test_data_with_other_classes_is_refused(ok, tl, tree, tmp_path):
-    ok(f"fit {FOLDERS} --data.target tree --trainer.max_epochs 1 --model.backbone.width 4")
+    ok(f"fit {FOLDERS} --data.target tree --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4")
     make_tree(tmp_path / "other", classes=("cat", "dog"))
     result = tl("test --run runs/imagefolders/version_0 --data.target other")
     assert result.code == 2

@@ -14,7 +14,7 @@ from tl_modules import (
     TorchHubBackbone,
     TorchvisionBackbone,
 )
-from tl_modules.backbones.vision import strip_classifier
+from tl_modules.backbones.stages import strip_classifier
 from tl_modules.errors import UserError
 
 HUBCONF = """
@@ -265,3 +265,52 @@ def test_images_of_unequal_sizes_are_said():
 def test_other_inputs_are_said():
     with pytest.raises(UserError, match=r"ConvNet takes images, and the data's inputs are numeric; take .* TabularMLP"):
         Classification(ConvNet(4), {"x": {"numeric": ["a"]}, "y": {"classes": ["b", "c"]}})
+
+
+def test_torchvision_weights_say_what_images_they_were_measured_on(tmp_path):
+    assert TorchvisionBackbone("squeezenet1_0").data_defaults == {}
+    state = TorchvisionBackbone("efficientnet_b1").model.state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    backbone = TorchvisionBackbone("efficientnet_b1", weights=tmp_path / "w.pth")
+    assert backbone.data_defaults == {"image_size": 240, "resize_size": 256, "interpolation": "bicubic"}
+
+
+def test_torchvision_weights_of_a_name_say_their_own(monkeypatch):
+    from torchvision import models
+
+    entry = models.EfficientNet_B1_Weights.IMAGENET1K_V2
+    state = models.efficientnet_b1().state_dict()
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda self, **_: state)
+    backbone = TorchvisionBackbone("efficientnet_b1", weights="IMAGENET1K_V2")
+    assert backbone.data_defaults == {"image_size": 240, "resize_size": 255, "interpolation": "bilinear"}
+
+
+def test_statistics_are_those_of_the_weights_unless_given(monkeypatch, tmp_path):
+    from torchvision.transforms._presets import ImageClassification
+
+    torch.save(TorchvisionBackbone("squeezenet1_0").model.state_dict(), tmp_path / "w.pth")
+    own = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    made = ImageClassification.__init__
+    monkeypatch.setattr(ImageClassification, "__init__", lambda self, **kw: made(self, **kw | own))
+    backbone = TorchvisionBackbone("squeezenet1_0", weights=tmp_path / "w.pth")
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert backbone.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    given = TorchvisionBackbone("squeezenet1_0", weights=tmp_path / "w.pth", mean=[0.5] * 3)
+    assert given.mean.flatten().tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("resnet18.tv_in1k", (224, 256, "bilinear")), ("mobilenetv3_small_050.lamb_in1k", (224, 256, "bicubic"))],
+)
+def test_timm_says_what_images_its_weights_were_measured_on(name, wanted, tmp_path):
+    pytest.importorskip("timm")
+    assert TimmBackbone(name).data_defaults == {}
+    torch.save(TimmBackbone(name).model.state_dict(), tmp_path / "w.pth")
+    found = TimmBackbone(name, weights=tmp_path / "w.pth").data_defaults
+    assert tuple(found.values()) == wanted
+
+
+def test_a_network_of_a_fixed_size_says_it_without_weights_too():
+    pytest.importorskip("timm")
+    assert TimmBackbone("deit_tiny_patch16_224").data_defaults["image_size"] == 224

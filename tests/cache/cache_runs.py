@@ -39,7 +39,7 @@ def small(strategy="FeatureExtraction", **options):
 
 
 def folders(tree, **options):
-    return ImageFolders(tree, image_size=32, num_workers=0, batch_size=8, **options)
+    return ImageFolders(tree, **{"image_size": 32, "num_workers": 0, "batch_size": 8, "augment": "none"} | options)
 
 
 def reused(said, tree, folder, module=None, **options):

@@ -121,7 +121,7 @@ def test_from_the_command_line(ok, office, tmp_path):
     data = "--data DomainFolders --data.root office --data.target dslr --data.image_size 28 --data.num_workers 0"
     config = ok(f"fit {data} --print_config")
     assert "  source:" not in config
-    ok(f"fit {data} --trainer.max_epochs 1 --model.backbone.width 4 --name a")
+    ok(f"fit {data} --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 --name a")
     assert "test/accuracy" in ok("test --run runs/a")
     ok("predict --run runs/a --out out.csv")
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 15

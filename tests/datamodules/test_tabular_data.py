@@ -214,3 +214,8 @@ def test_no_array_or_split_is_left_out_in_silence(tmp_path):
     (folder / "index.csv").write_text(f"row,domain,split,id,label\n{lines}")
     with pytest.raises(DataError, match="split: there is no split dev"):
         TabularData(folder)
+
+
+def test_rows_have_no_named_augmentation(write):
+    with pytest.raises(DataError, match="augment: light is for images"):
+        TabularData(write(PEOPLE), augment="light").train_dataloader()

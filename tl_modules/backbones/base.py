@@ -35,6 +35,8 @@ class Backbone(BaseBackbone):
         out_features: Width of the features; of a pyramid, of each level.
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
+        data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
+            were trained for.
         bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
@@ -45,6 +47,7 @@ class Backbone(BaseBackbone):
     prepare: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
     pretrained: Pretrained | None = None
     random: bool = False
+    data_defaults: Mapping[str, Any] = {}
     bf16_devices: tuple[str, ...] = ()
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:

@@ -9,15 +9,16 @@ blocks at one resolution, and the single blocks of a transformer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import Backbone, PretrainedWeights
+from tl_modules.backbones.stages import resolution_stages, stages_by_name, strip_classifier
 from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
 from tl_modules.errors import UserError, closest
 
@@ -124,8 +125,8 @@ class TorchvisionBackbone(ImageBackbone):
         name: As in torchvision.models.list_models(torchvision.models), e.g. resnet50.
         weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of ours.
         strict: Refuse weights that lack a tensor or have one of another shape.
-        mean: Per channel, on the [0, 1] scale; None is ImageNet's.
-        std: Per channel, on the [0, 1] scale; None is ImageNet's.
+        mean: Per channel, on the [0, 1] scale; None is the weights' own.
+        std: Per channel, on the [0, 1] scale; None is the weights' own.
 
     Raises:
         UserError: Unknown name; weights that cannot be fetched or do not fit.
@@ -150,11 +151,19 @@ class TorchvisionBackbone(ImageBackbone):
         classifier = strip_classifier(model)
         if classifier is None:  # pragma: no cover - a family newer than this file
             raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
+        known = models.get_model_weights(name).__members__
+        # of a file nobody knows which: those of the size that the network is made for
+        usual = min(known.values(), key=lambda entry: entry.transforms().crop_size[0], default=None)
+        entry = known.get(str(weights), usual)
+        preset = None if weights is None or entry is None else entry.transforms()
+        if preset is not None:
+            mean, std = mean or preset.mean, std or preset.std
         super().__init__(model, classifier.in_features, mean, std)
         self.name, self.classifier = name, classifier.name
+        if preset is not None:
+            self.data_defaults = as_measured(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
 
         def hub(entry: str) -> StateDict:
-            known = models.get_model_weights(name).__members__
             if entry not in known:
                 raise UserError(
                     f"weights: {name} has no weights {entry}{closest(entry, known)}; "
@@ -163,7 +172,7 @@ class TorchvisionBackbone(ImageBackbone):
             try:
                 state: StateDict = known[entry].get_state_dict(progress=False, check_hash=True)
             except (URLError, OSError) as error:
-                raise UserError(_offline(f"{name} {entry}")) from error
+                raise UserError(_offline(f"{name} {entry}", known[entry].url)) from error
             return state
 
         self.load_pretrained(weights, strict, hub)
@@ -194,6 +203,9 @@ class TimmBackbone(ImageBackbone):
         width: Any = getattr(model, "head_hidden_size", None) or model.num_features
         super().__init__(model, width, config.get("mean"), config.get("std"))
         self.name, self.classifier = name, str(config.get("classifier", ""))
+        if weights is not None or config.get("fixed_input_size"):
+            size = config["input_size"][-1]
+            self.data_defaults = as_measured(size, int(size / config["crop_pct"]), config["interpolation"])
 
         def hub(entry: str) -> StateDict:
             if entry != "DEFAULT":
@@ -288,106 +300,16 @@ class TorchHubBackbone(ImageBackbone):
 HubBackbone = TorchHubBackbone  # earlier name, which a config may hold
 
 
-def _offline(what: str) -> str:
+def as_measured(image_size: int, resize_size: int, interpolation: str) -> dict[str, Any]:
+    """How weights were measured, in the words of `ImageFolders`: sizes in pixels, and how images are scaled to them."""
+    known = interpolation if interpolation in ("bilinear", "bicubic") else "bilinear"  # timm also has "random"
+    return {"image_size": image_size, "resize_size": resize_size, "interpolation": known}
+
+
+def _offline(what: str, url: str | None = None) -> str:
+    """What to do; where the file is known, also which one it is and where torch would have put it."""
+    where = f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}, or " if url else ""
     return (
-        f"weights: {what} could not be downloaded; without a network, fetch the file elsewhere and pass "
-        "--model.backbone.weights FILE"
+        f"weights: {what} could not be downloaded; without a network, fetch {url or 'the file'} elsewhere and "
+        f"{where}pass --model.backbone.weights FILE"
     )
-
-
-class Classifier(NamedTuple):
-    """What was a classifier's last layer: its name in the model, the layer, and the width of what it saw."""
-
-    name: str
-    layer: nn.Module
-    in_features: int
-
-
-def strip_classifier(model: nn.Module) -> Classifier | None:
-    """Replaces a classifier's last layer by the identity, in place.
-
-    Returns:
-        The layer; None if the model has no `fc`, `classifier`, `head` or `heads` with one.
-    """
-    for name in ("fc", "classifier", "head", "heads"):
-        top = getattr(model, name, None)
-        if not isinstance(top, nn.Module):
-            continue
-        layers = [(n, m) for n, m in top.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        if not layers:
-            continue
-        path, last = layers[-1]
-        full = f"{name}.{path}" if path else name
-        parent, _, child = full.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
-        return Classifier(full, last, last.in_features if isinstance(last, nn.Linear) else last.in_channels)
-    return None
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The building blocks of a classifier in the order of their registration, one or two levels down."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList) or type(child).__name__ == "Encoder":
-            for inner, block in child.named_children():
-                if type(child).__name__ == "Encoder" and isinstance(block, nn.Sequential):
-                    yield from ((f"{name}.{inner}.{n}", b) for n, b in block.named_children())
-                else:
-                    yield f"{name}.{inner}", block
-        else:
-            yield name, child
-
-
-def _starts_stage(block: nn.Module) -> bool:
-    """Whether a block lowers the resolution or is a transformer's."""
-
-    def lowers(module: nn.Module) -> bool:
-        if isinstance(module, nn.Conv2d):
-            return max(module.stride) > 1
-        return isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and max(torch.tensor(module.stride).view(-1)) > 1
-
-    name = type(block).__name__
-    return name in ("EncoderBlock", "PatchMerging", "PatchMergingV2") or any(lowers(m) for m in block.modules())
-
-
-def resolution_stages(model: nn.Module) -> list[nn.Module]:
-    """Stages of a convolutional or transformer classifier: a new one begins where a block lowers the resolution."""
-    index, group = 0, {}
-    for number, (name, block) in enumerate(_blocks(model)):
-        index += number > 0 and _starts_stage(block)
-        group[name] = index
-    return stages_by_name(model, group)
-
-
-def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
-    """Collects a model's modules and loose parameters into stages.
-
-    Args:
-        model: The network.
-        group: Stage number by the name of a module or parameter; what lies below a name belongs to it, and what has
-            no name here belongs to the stage before it (loose parameters of the root: to the first).
-
-    Returns:
-        The stages that hold a parameter, in the order of their numbers.
-    """
-    parts: dict[int, list[nn.Module]] = {}
-    current = min(group.values(), default=0)
-
-    def below(prefix: str) -> set[int]:
-        return {g for name, g in group.items() if name == prefix or name.startswith(f"{prefix}.")}
-
-    def collect(module: nn.Module, prefix: str) -> None:
-        nonlocal current
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            parts.setdefault(group.get(name, current), []).append(nn.ParameterList([parameter]))
-        for name, child in module.named_children():
-            path = f"{prefix}.{name}" if prefix else name
-            numbers = below(path)
-            if len(numbers) > 1:
-                collect(child, path)
-            else:
-                current = numbers.pop() if numbers else current
-                parts.setdefault(current, []).append(child)
-
-    collect(model, "")
-    stages: list[nn.Module] = [nn.ModuleList(parts[number]) for number in sorted(parts)]
-    return [stage for stage in stages if next(stage.parameters(), None) is not None]

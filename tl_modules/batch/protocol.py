@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class BaseBackbone(nn.Module, ABC):
     random: bool
     pretrained: Any
     prepare: Callable[[Sequence[Any]], Any]
+    data_defaults: Mapping[str, Any] = {}
 
     @property
     @abstractmethod
@@ -82,6 +83,14 @@ class BaseTransferModule(EvaluatedTask, ABC):
     def collate(self) -> Collate:
         """What makes a `Batch` of raw samples in a loader's worker: the backbone's way for x, the task's for y."""
         return Collate(self.backbone.prepare, self.label)
+
+    @property
+    def data_defaults(self) -> dict[str, Any]:
+        """What arguments of the data are where they are left open: images as the weights know them.
+
+        Where all of the backbone stays frozen they are not augmented: on its features that gains nothing (README).
+        """
+        return {**self.backbone.data_defaults, **({} if self.trainable_stages() else {"augment": "none"})}
 
     @abstractmethod
     def forward_extra(self, x: Any, domain: str = "target") -> DomainOutput:

@@ -304,7 +304,7 @@ def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
     Raises:
         CannotCut: They differ.
     """
-    for place in places[:8]:
+    for place in [*places[:4], *places[-4:]]:  # the last are augmented, if any is
         first, second = (loader.dataset[place][0] for _ in range(2))
         same = torch.equal(first, second) if isinstance(first, Tensor) else pickle.dumps(first) == pickle.dumps(second)
         if not same:

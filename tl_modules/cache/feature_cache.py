@@ -57,8 +57,8 @@ class FeatureCache(Callback):
 
     Args:
         enabled: Whether to cache.
-        views: So many augmented views of each training sample are cached, and each epoch draws one of them; 0 caches
-            no augmented data.
+        views: So many views of each training sample are cached, the first as it is and the others augmented, and each
+            epoch draws one of them; 0 caches no augmented data.
         dtype: What floating-point activations are stored as; None as they are computed.
         folder: Where; None is $TL_CACHE_DIR, or lightning-transfer in the user's cache folder.
         disk_gb: The least recently used entries are removed where all together would take more.
@@ -156,8 +156,11 @@ class FeatureCache(Callback):
             return None
         views = self.views if view.transform is not None else 1
         if not views:
-            self._say(trainer, f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; "
-                               "--cache.views 4 would cache four augmented views of each sample")  # fmt: skip
+            self._say(
+                trainer,
+                f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; --cache.views 4 "
+                "would cache four views of each sample, --data.augment none the plain ones",
+            )
             return None
         if (loader, frozen) not in self.entries:
             # the activations before are not needed any more
@@ -194,9 +197,9 @@ class FeatureCache(Callback):
             "features" if frozen == len(module.backbone.stages()) else f"what leaves stage_{frozen - 1}",
         )
         key = together(trainer, lambda: self._key(trainer, module, loader, frozen, views))
-        # a sample's views are the same in every run
-        seeds = [_view_seeds(view, loader.domain, count) for view in range(views)]
-        places = [(row, seed) for view in seeds for row, seed in enumerate(view)]
+        # the same in every run; the first is the sample as it is, which a pass without augmentation takes
+        seeds = [_view_seeds(view, loader.domain, count) for view in range(1, views)]
+        places = [*range(count), *((row, seed) for view in seeds for row, seed in enumerate(view))]
         if passes < 2 and not all_agree(trainer, key is not None and self.store.has(key)):
             self._say(trainer, "the frozen stages run in every epoch: fewer than two epochs would read an entry")
             return None
@@ -227,7 +230,8 @@ class FeatureCache(Callback):
         data = view.fingerprint()
         if data is None:
             return None
-        domain = loader.domain if view.transform is not None else ""  # which seeds the views
+        # which seeds the views behind the plain one
+        domain = f"plain, {loader.domain}" if view.transform is not None else ""
         kinds, inner = [], view.dataset
         while inner is not None:  # what wraps a data set, and that one
             kinds.append(type(inner))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from tl_modules.errors import UserError
-from tl_modules.runs.directory import SECTIONS
 
 
 def values(args: Sequence[str], *options: str) -> list[str]:
@@ -51,6 +48,15 @@ def own_config(args: Sequence[str]) -> list[Any]:
     return said
 
 
+def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Writes nested values into a nested config, in place."""
+    for key, value in more.items():
+        if isinstance(value, Mapping):
+            merge(config.setdefault(key, {}), value)
+        else:
+            config[key] = value
+
+
 def help_last(args: Sequence[str]) -> list[str]:
     """Puts `--model.help X` at the end: the parser would take what follows it for options of X (4.53)."""
     others: list[str] = []
@@ -82,34 +88,3 @@ def _nested_null(word: str) -> list[str]:
     for key in reversed(keys):
         nested = {"init_args": {key: nested}}
     return ["--config", yaml.safe_dump({section: nested})]
-
-
-def with_defaults(args: list[str]) -> list[str]:
-    """Names the embedded data and model where neither the command line nor a config does.
-
-    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
-
-    Raises:
-        UserError: A config cannot be read or is no mapping.
-    """
-    named = {key for config in values(args, "-c", "--config") for key in _classes(config)}
-    new: list[str] = []
-    if "model" not in named and not given(args, "--model"):
-        backbone = [] if given(args, "--model.backbone") else ["--model.backbone", "ConvNet"]
-        new += ["--model", "Classification", *backbone]
-    if "data" not in named and not given(args, "--data"):
-        new += ["--data", "Digits"]
-    return [args[0], *new, *args[1:]]
-
-
-def _classes(config: str) -> set[str]:
-    """The sections of a config, a file or its text, that name a class."""
-    try:
-        content = yaml.safe_load(Path(config).read_text() if "\n" not in config else config) or {}
-    except OSError as error:
-        raise UserError(f"config: {config} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {config} is no YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
-    return {k for k, v in content.items() if isinstance(v, str) or (isinstance(v, dict) and "class_path" in v)}

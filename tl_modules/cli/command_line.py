@@ -23,8 +23,9 @@ from datamodules import TransferDataModule
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
-from tl_modules.cli.arguments import given, help_last, nested_nulls, own_config, values, with_defaults, without
+from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
+from tl_modules.cli.default_model import with_defaults
 from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
@@ -62,8 +63,10 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command and not {"-h", "--help"} & set(words):
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
-            words = with_defaults(self._expand_run(words))
+            words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
+        if self.command and not {"-h", "--help"} & set(words):
+            words = with_defaults(words)
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -195,6 +198,8 @@ class TransferCLI(OneCommand, LightningCLI):
         """Gives the Trainer its run directory, loggers and callbacks."""
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
+        if hasattr(self.datamodule, "resolve"):
+            merge(self.saved["data"], {"init_args": self.datamodule.resolve(getattr(self.model, "data_defaults", {}))})
         name = config.name or type(self.datamodule).__name__.lower()
         # the first process chooses; the others are told by the strategy
         if self.command in BEFORE or not first_process():

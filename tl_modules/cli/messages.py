@@ -74,6 +74,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
             return (
                 f"{key}: {name} is no subclass of {BASES.get(key.rpartition('.')[2], 'the class that is wanted here')}"
             )
+        if "." not in name and (words := re.search(r"Expected a typing\.Literal\[(.+?)\]", message)):
+            return f"{key}: {name} is neither a class nor one of {words[1]}"
         return f"{key}: there is no class {name}{_closest_class(name, classes)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"

@@ -9,6 +9,11 @@ import torch
 from tl_modules.batch.compat import cpu_has_bf16
 
 
+def on_gpu(accelerator: Any = "auto") -> bool:
+    """Whether the Trainer takes a GPU of CUDA, for its argument `accelerator`."""
+    return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+
+
 def best_precision(module: Any, accelerator: Any = "auto") -> str:
     """bf16-mixed where device and backbone gain by it, otherwise 32-true; the same in every run on a machine.
 
@@ -17,9 +22,9 @@ def best_precision(module: Any, accelerator: Any = "auto") -> str:
         accelerator: As for the Trainer.
     """
     backbone = getattr(module, "backbone", None)
-    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    wanted = ("cuda" if on_gpu else "cpu") in getattr(backbone, "bf16_devices", ())
-    if on_gpu:
+    gpu = on_gpu(accelerator)
+    wanted = ("cuda" if gpu else "cpu") in getattr(backbone, "bf16_devices", ())
+    if gpu:
         has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has = accelerator in ("auto", "cpu") and cpu_has_bf16()

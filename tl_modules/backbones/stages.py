@@ -1,0 +1,107 @@
+"""A foreign classifier in parts: its last layer taken out, the rest divided into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Classifier(NamedTuple):
+    """What was a classifier's last layer: its name in the model, the layer, and the width of what it saw."""
+
+    name: str
+    layer: nn.Module
+    in_features: int
+
+
+def strip_classifier(model: nn.Module) -> Classifier | None:
+    """Replaces a classifier's last layer by the identity, in place.
+
+    Returns:
+        The layer; None if the model has no `fc`, `classifier`, `head` or `heads` with one.
+    """
+    for name in ("fc", "classifier", "head", "heads"):
+        top = getattr(model, name, None)
+        if not isinstance(top, nn.Module):
+            continue
+        layers = [(n, m) for n, m in top.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        if not layers:
+            continue
+        path, last = layers[-1]
+        full = f"{name}.{path}" if path else name
+        parent, _, child = full.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+        return Classifier(full, last, last.in_features if isinstance(last, nn.Linear) else last.in_channels)
+    return None
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The building blocks of a classifier in the order of their registration, one or two levels down."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList) or type(child).__name__ == "Encoder":
+            for inner, block in child.named_children():
+                if type(child).__name__ == "Encoder" and isinstance(block, nn.Sequential):
+                    yield from ((f"{name}.{inner}.{n}", b) for n, b in block.named_children())
+                else:
+                    yield f"{name}.{inner}", block
+        else:
+            yield name, child
+
+
+def _starts_stage(block: nn.Module) -> bool:
+    """Whether a block lowers the resolution or is a transformer's."""
+
+    def lowers(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return max(module.stride) > 1
+        return isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and max(torch.tensor(module.stride).view(-1)) > 1
+
+    name = type(block).__name__
+    return name in ("EncoderBlock", "PatchMerging", "PatchMergingV2") or any(lowers(m) for m in block.modules())
+
+
+def resolution_stages(model: nn.Module) -> list[nn.Module]:
+    """Stages of a convolutional or transformer classifier: a new one begins where a block lowers the resolution."""
+    index, group = 0, {}
+    for number, (name, block) in enumerate(_blocks(model)):
+        index += number > 0 and _starts_stage(block)
+        group[name] = index
+    return stages_by_name(model, group)
+
+
+def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
+    """Collects a model's modules and loose parameters into stages.
+
+    Args:
+        model: The network.
+        group: Stage number by the name of a module or parameter; what lies below a name belongs to it, and what has
+            no name here belongs to the stage before it (loose parameters of the root: to the first).
+
+    Returns:
+        The stages that hold a parameter, in the order of their numbers.
+    """
+    parts: dict[int, list[nn.Module]] = {}
+    current = min(group.values(), default=0)
+
+    def below(prefix: str) -> set[int]:
+        return {g for name, g in group.items() if name == prefix or name.startswith(f"{prefix}.")}
+
+    def collect(module: nn.Module, prefix: str) -> None:
+        nonlocal current
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            parts.setdefault(group.get(name, current), []).append(nn.ParameterList([parameter]))
+        for name, child in module.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            numbers = below(path)
+            if len(numbers) > 1:
+                collect(child, path)
+            else:
+                current = numbers.pop() if numbers else current
+                parts.setdefault(current, []).append(child)
+
+    collect(model, "")
+    stages: list[nn.Module] = [nn.ModuleList(parts[number]) for number in sorted(parts)]
+    return [stage for stage in stages if next(stage.parameters(), None) is not None]

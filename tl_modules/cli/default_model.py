@@ -1,0 +1,106 @@
+"""The model where the command line names none, or no backbone of it: pretrained for photos, small for small images.
+
+photos, GPU                                   ConvNeXt-T       28 million parameters, 82.5 % on ImageNet
+photos, CPU                                   MobileNetV3-L    5 million parameters, 74.0 % on ImageNet
+the embedded digits and all other images      ConvNet          from scratch
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tl_modules
+from tl_modules.cli.arguments import values
+from tl_modules.cli.precision import on_gpu
+from tl_modules.errors import UserError
+from tl_modules.module import TransferModule
+from tl_modules.runs.directory import SECTIONS
+
+log = logging.getLogger(__name__)
+# torchvision's, by whether there is a GPU, and why it is that one
+PHOTOS = {
+    True: ("convnext_tiny", "IMAGENET1K_V1", "a GPU trains it in minutes, and it transfers well"),
+    False: ("mobilenet_v3_large", "IMAGENET1K_V1", "without a GPU it trains in a third of a ResNet-18's time"),
+}
+NESTED = 3  # of data that wraps data
+
+
+def with_defaults(args: list[str]) -> list[str]:
+    """Names the embedded data, a task and a backbone where neither the command line nor a config does.
+
+    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
+
+    Raises:
+        UserError: A config cannot be read or is no mapping.
+    """
+    configs = [_mapping(config) for config in values(args, "-c", "--config")]
+    task, data = (_said(args, configs, section) for section in ("model", "data"))
+    new: list[str] = []
+    if _said(args, configs, "model", "backbone") is None and _takes_backbone(task):
+        new += ["--model", task or "Classification", *_backbone(args, configs)]
+    elif task is None:
+        new += ["--model", "Classification"]
+    if data is None:
+        new += ["--data", "Digits"]
+    return [args[0], *new, *args[1:]]
+
+
+def _backbone(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    nested = [_said(args, configs, *["data"] * depth) for depth in range(1, NESTED + 1)]
+    if not any(getattr(_class(name, "datamodules"), "photos", False) for name in nested if name):
+        return ["--model.backbone", "ConvNet"]
+    gpu = on_gpu(_said(args, configs, "trainer", "accelerator") or "auto")
+    name, weights, why = PHOTOS[gpu]
+    if not values(args, "--model.backbone.name"):
+        log.info("backbone: %s, torchvision's %s, since none is named: %s", name, weights, why)
+    words = ["--model.backbone", "TorchvisionBackbone", "--model.backbone.name", name]
+    return [*words, "--model.backbone.weights", weights]
+
+
+def _takes_backbone(task: str | None) -> bool:
+    """Whether it is a task of ours; others may not compose a backbone."""
+    found = _class(task, tl_modules.__name__) if task else TransferModule
+    return isinstance(found, type) and issubclass(found, TransferModule)
+
+
+def _class(name: str, package: str) -> Any:
+    """The class of a dotted name or, by a bare one, of a package; None where there is none, which the parser says."""
+    module, _, last = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module or package), last, None)
+    except Exception:  # anything can happen in a file of the user's
+        return None
+
+
+def _said(args: Sequence[str], configs: Sequence[Mapping[str, Any]], *path: str) -> str | None:
+    """The class or value that the words or else the configs give at a place, e.g. "model", "backbone"."""
+    if words := values(args, f"--{'.'.join(path)}"):
+        return words[-1]
+    for config in reversed(configs):
+        here: Any = config
+        for key in path:
+            here = here.get("init_args", here) if isinstance(here, Mapping) else {}
+            here = here.get(key) if isinstance(here, Mapping) else None
+        found = here.get("class_path") if isinstance(here, Mapping) else here
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _mapping(config: str) -> dict[str, Any]:
+    """A config, a file or its text."""
+    try:
+        content = yaml.safe_load(Path(config).read_text() if "\n" not in config else config) or {}
+    except OSError as error:
+        raise UserError(f"config: {config} cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {config} is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
+    return content

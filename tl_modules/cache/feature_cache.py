@@ -156,8 +156,11 @@ class FeatureCache(Callback):
             return None
         views = self.views if view.transform is not None else 1
         if not views:
-            self._say(trainer, f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; "
-                               "--cache.views 4 would cache four views of each sample, --data.augment none the plain ones")  # fmt: skip
+            self._say(
+                trainer,
+                f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; --cache.views 4 "
+                "would cache four views of each sample, --data.augment none the plain ones",
+            )
             return None
         if (loader, frozen) not in self.entries:
             # the activations before are not needed any more

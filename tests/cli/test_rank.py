@@ -24,7 +24,7 @@ def table(path="rank.csv"):
 def test_a_pretrained_backbone_is_before_a_random_one(ok):
     ok("fit --data Digits --trainer.max_epochs 3 --name known")
     (known,) = (line for line in ok("rank runs/known --data Digits").splitlines() if line.startswith("[1/1]"))
-    assert "linear_probe" in known
+    assert "logme" in known
     out = ok("rank ConvNet runs/known ConvNet=runs/known/version_0 --data Digits --out found.csv")
     first, second, last = table("found.csv")
     assert {first["backbone"], second["backbone"]} == {"runs/known", "ConvNet=runs/known/version_0"}

@@ -255,5 +255,5 @@ data:
 def test_fit_and_test_from_yaml(ok, tmp_path):
     make_tree(tmp_path / "tree", (("train", 8), ("val", 4), ("test", 4)))
     (tmp_path / "shifted.yaml").write_text(CONFIG)
-    ok("fit -c shifted.yaml --trainer.max_epochs 1 --model.backbone.width 4 --name a")
+    ok("fit -c shifted.yaml --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 --name a")
     assert "test/accuracy" in ok("test --run runs/a")

@@ -105,7 +105,7 @@ def _parser() -> Parser:
         "directory, a class; or FILE.yaml with names and one of these, or class_path and init_args, each.",
     )
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
-    parser.add_argument("--by", type=By, default="linear_probe", help="The score that orders.")
+    parser.add_argument("--by", type=By, default="logme", help="The score that orders.")
     parser.add_argument(
         "--budget_ms",
         type=float | None,

@@ -24,7 +24,6 @@ from tl_modules.methods.functional import discriminant, ridge
 __all__ = ["h_score", "knn", "leep", "linear_probe", "logme", "nce"]
 
 FOLDS = 5
-STEPS = 1000  # of the fixed-point iteration, which mostly needs ten; each costs next to nothing
 
 
 def logme(features: Tensor, labels: Tensor) -> float:
@@ -32,34 +31,42 @@ def logme(features: Tensor, labels: Tensor) -> float:
 
     The model is w ~ N(0, 1/alpha), y ~ N(features w, 1/beta), with the alpha and beta that make y most likely. Classes
     are one output each, 0 or 1. You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning,
-    ICML 2021; iterated as in Ranking and Tuning Pre-trained Models, JMLR 2022.
+    ICML 2021. Their fixed-point iteration can end in a lower local maximum where N <= D; here all
+    values of alpha / beta compete.
 
     Args:
         features: (N, D), as they are: neither centred nor scaled.
         labels: Classes (N,), or values (N,) or (N, K).
     """
+    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+
     f = features.double().numpy()
     y = (labels if labels.is_floating_point() else F.one_hot(_numbered(labels))).double().numpy().reshape(len(f), -1)
-    count, width = f.shape
     u, s, _ = np.linalg.svd(f, full_matrices=False)
-    variances = (s**2)[:, None]
-    inside = (u.T @ y) ** 2  # (rank, K): the part of y that features can explain
-    outside = (y**2).sum(0) - inside.sum(0)
-    alpha, beta = np.ones(y.shape[1]), np.ones(y.shape[1])
-    for _ in range(STEPS):
-        ratio = alpha / beta
-        effective = (variances / (variances + ratio)).sum(0)  # parameters that the data determine
-        size = (variances * inside / (variances + ratio) ** 2).sum(0)  # |w|^2
-        error = (inside * (ratio / (variances + ratio)) ** 2).sum(0) + outside.clip(0)
-        alpha, beta = effective / size.clip(1e-12), (count - effective) / error.clip(1e-12)
-        if np.allclose(alpha / beta, ratio, rtol=1e-8):
-            break
-    ratio = alpha / beta
-    size = (variances * inside / (variances + ratio) ** 2).sum(0)
-    error = (inside * (ratio / (variances + ratio)) ** 2).sum(0) + outside.clip(0)
-    determinant = np.log(alpha + beta * variances).sum(0) + (width - len(s)) * np.log(alpha)
-    evidence = width * np.log(alpha) + count * np.log(beta / (2 * math.pi)) - determinant - beta * error - alpha * size
-    return float(evidence.mean() / (2 * count))
+    there = s > s[0] * max(f.shape) * torch.finfo(features.dtype).eps
+    variances, inside = s[there] ** 2, (u.T @ y)[there] ** 2  # inside: the part of y that features can explain
+    outside = ((y**2).sum(0) - inside.sum(0)).clip(1e-12)
+
+    def evidence(log_ratio: float, inside: Any = inside, outside: Any = outside) -> Any:
+        """Of each output, at this log(alpha / beta) and the beta that is best beside it."""
+        ratio = np.exp(log_ratio)
+        error = outside + (ratio / (ratio + variances)) @ inside
+        complexity = np.log1p(variances / ratio).sum() / len(f)
+        return (np.log(len(f) / (2 * math.pi * error)) - complexity - 1) / 2
+
+    # far below the smallest variance only error 0 is left, whose evidence has no bound where samples are repeated
+    low, high = (math.log(variances[-1]) - 7, math.log(variances[0]) + 12) if len(variances) else (0.0, 1.0)
+    steps = np.arange(low, high, 0.5)
+    highest = steps[np.stack([evidence(step) for step in steps]).argmax(0)]
+    found = [
+        -minimize_scalar(
+            lambda x, k=k: -evidence(x, inside[:, k], outside[k]),
+            bounds=(max(low, highest[k] - 0.5), highest[k] + 0.5),
+            method="bounded",
+        ).fun
+        for k in range(y.shape[1])
+    ]
+    return float(np.mean(found))
 
 
 def h_score(features: Tensor, labels: Tensor, shrinkage: bool = True) -> float:

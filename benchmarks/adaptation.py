@@ -19,6 +19,7 @@ import os
 import statistics
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from lightning.pytorch import Trainer, seed_everything
 import tl_modules
 from datamodules import TabularData
 from tl_modules import Classification, TabularMLP
+from tl_modules.finetuning.optimizer import ROWS
 
 # ours: the method's name in the reference
 METHODS = {
@@ -85,6 +87,8 @@ def fit(pair, name, seed, steps, weights=None, **options):
         classes.append("unknown")
     data = TabularData(pair / "target", **source, **hidden, classes=classes, batch_size=BATCH, seed=seed)
     methods = [] if alone else [getattr(tl_modules, name)()]
+    # what `tl fit` takes for rows
+    options |= {"head": torch.nn.Linear, "optimizer": partial(torch.optim.SGD, **ROWS)}
     module = Classification(TabularMLP(weights=weights), data.schema, methods=methods, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, enable_checkpointing=False, **quiet)

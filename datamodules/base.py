@@ -65,8 +65,8 @@ class TransferDataModule(LightningDataModule):
         selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
             choice of the model, `--select.by few` or `oracle`; to nothing else.
         augment: none, light, strong (see `augmentation.transforms_of`), or transforms of a training x, in this order,
-            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos on a backbone that trains,
-            otherwise none.
+            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole backbone
+            trains from the start, otherwise none.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
@@ -231,7 +231,7 @@ class TransferDataModule(LightningDataModule):
         if self.augmentation == "auto":
             self.resolve({})
         if self.augment == "auto" and self.photos:
-            why = "photos are trained on" if self.augmentation != "none" else "the backbone stays frozen"
+            why = "photos train the whole backbone" if self.augmentation != "none" else "some of the backbone is frozen"
             log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)
         views, loaders = {}, {}
         for name, dataset in domains.items():

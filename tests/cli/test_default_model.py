@@ -50,6 +50,17 @@ def test_other_data_and_named_backbones(line, wanted):
     assert added(line) == wanted
 
 
+def test_rows_are_trained_as_features_are():
+    sgd = "--model.optimizer SGD --model.optimizer.lr 0.01 --model.optimizer.momentum 0.9"
+    line = "fit --data TabularData --model.backbone TabularMLP"
+    assert f"--model Classification --model.head torch.nn.Linear {sgd}" in added(line)
+    assert "SGD" not in added(f"{line} --model.optimizer AdamW")
+    assert "Linear" not in added(f"{line} --model.head MLPHead")
+    assert "SGD" in added(f"{line} --model.optimizer.lr 0.1")  # a later word, which wins
+    for other in ("--model Regression", "--model.backbone.weights runs/a"):
+        assert "SGD" not in added(f"{line} {other}")
+
+
 def test_data_within_data_and_configs_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"class_path": "ClassSubset", "init_args": {"data": {"class_path": "ImageFolders"}}}

@@ -88,9 +88,11 @@ class BaseTransferModule(EvaluatedTask, ABC):
     def data_defaults(self) -> dict[str, Any]:
         """What arguments of the data are where they are left open: images as the weights know them.
 
-        Where all of the backbone stays frozen they are not augmented: on its features that gains nothing (README).
+        Images are augmented only where the whole backbone trains from the start: what is frozen runs once, and on its
+        features augmentation gains nothing (README).
         """
-        return {**self.backbone.data_defaults, **({} if self.trainable_stages() else {"augment": "none"})}
+        frozen = len(self.trainable_stages()) < self.num_stages
+        return {**self.backbone.data_defaults, **({"augment": "none"} if frozen else {})}
 
     @abstractmethod
     def forward_extra(self, x: Any, domain: str = "target") -> DomainOutput:

@@ -3,6 +3,8 @@
 photos, GPU                                   ConvNeXt-T       28 million parameters, 82.5 % on ImageNet
 photos, CPU                                   MobileNetV3-L    5 million parameters, 74.0 % on ImageNet
 the embedded digits and all other images      ConvNet          from scratch
+
+Where a TabularMLP learns classes from scratch, SGD trains it with a linear head, for its features are normalised.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from typing import Any
 import yaml
 
 import tl_modules
+from tl_modules.backbones import TabularMLP
 from tl_modules.cli.arguments import values
 from tl_modules.cli.precision import on_gpu
 from tl_modules.errors import UserError
+from tl_modules.finetuning.optimizer import ROWS
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import SECTIONS
 
@@ -28,6 +32,7 @@ PHOTOS = {
     True: ("convnext_tiny", "IMAGENET1K_V1", "a GPU trains it in minutes, and it transfers well"),
     False: ("mobilenet_v3_large", "IMAGENET1K_V1", "without a GPU it trains in a third of a ResNet-18's time"),
 }
+CLASSES = (None, "Classification", "tl_modules.Classification")
 NESTED = 3  # of data that wraps data
 
 
@@ -46,9 +51,22 @@ def with_defaults(args: list[str]) -> list[str]:
         new += ["--model", task or "Classification", *_backbone(args, configs)]
     elif task is None:
         new += ["--model", "Classification"]
+    if _class(_said(args, configs, "model", "backbone") or "", "tl_modules") is TabularMLP and task in CLASSES:
+        new += _for_rows(args, configs)
     if data is None:
         new += ["--data", "Digits"]
     return [args[0], *new, *args[1:]]
+
+
+def _for_rows(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How a network for rows is trained from scratch, as far as nothing else is said."""
+    if _said(args, configs, "model", "backbone", "weights") is not None:
+        return []
+    words = [] if _said(args, configs, "model", "head") else ["--model.head", "torch.nn.Linear"]
+    if _said(args, configs, "model", "optimizer") is None:
+        options = [(f"--model.optimizer.{name}", str(value).lower()) for name, value in ROWS.items()]
+        words += ["--model.optimizer", "SGD", *(word for pair in options for word in pair)]
+    return words
 
 
 def _backbone(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:

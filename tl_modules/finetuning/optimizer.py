@@ -6,9 +6,10 @@ stages, pretrained           1/30 of that; 1/10 if little trains --model.finetun
 stages, random               as the head                         --model.finetuning.backbone_lr
 a stage below another one    x lr_decay                          --model.finetuning.lr_decay
 each step                    warm-up 5 %, then a cosine to 0     --model.lr_scheduler, null: constant
+rows to classes, random      1e-2 (SGD, Nesterov momentum 0.9)   --model.optimizer
 
 part                         weight decay                        changed by
-weights                      0.01 (AdamW)                        --model.optimizer.weight_decay
+weights                      0.01 (AdamW), 1e-3 (SGD)            --model.optimizer.weight_decay
 biases, norms, embeddings    0, in groups `.../no_decay`         a callable as --model.optimizer
 
 data                         epochs                              changed by
@@ -36,6 +37,8 @@ from tl_modules.errors import UserError
 __all__ = ["WarmupCosine"]
 
 NO_DECAY = "/no_decay"
+# of networks for rows of numbers, as Long et al. (JMLR 2018 and before) train a bottleneck on features
+ROWS = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
 EPOCHS, SAMPLES, SAMPLES_BESIDE_A_SOURCE = 10, 10_000, 30_000
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "configured_lr")
 

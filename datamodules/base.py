@@ -13,9 +13,7 @@ makes batches of samples.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -387,19 +385,3 @@ class TransferDataModule(LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """Ends them too where a run ends early."""
         self.teardown("")
-
-
-def expand_path(path: str | os.PathLike[str] | None, field: str) -> Path | None:
-    """A path with ~ and $VARIABLES filled in.
-
-    Raises:
-        DataError: A variable is not set, or nothing is there.
-    """
-    if path is None:
-        return None
-    full = Path(os.path.expandvars(path)).expanduser()
-    if "$" in str(full):
-        raise DataError(f"{field}: {path} uses a variable that is not set; export it, or pass --data.{field} PATH")
-    if not full.exists():
-        raise DataError(f"{field}: there is no file or folder {full}")
-    return full

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from datamodules.base import expand_path
 from datamodules.errors import DataError
 from datamodules.image import ImageFolders, class_folders
+from datamodules.paths import expand_path
 
 
 def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule, expand_path
+from datamodules.base import TransferDataModule
 from datamodules.decoding import EXTENSIONS, FolderImages, ImageReader
 from datamodules.errors import DataError
+from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, SPLITS, complete_splits, content_hash
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule, expand_path
+from datamodules.base import TransferDataModule
 from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import check_fractions
+from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, Subset, complete_splits, content_hash
 
 Array = np.ndarray[Any, Any]

@@ -72,8 +72,7 @@ class TransferModule(QuickNames, StagedModule):
         target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `WeightSchedule`.
         source_weight: The weight of L_S; with 0 the source's labels train nothing.
         bottleneck: The width (often 256) of a layer that trains between the backbone's pooled features and the head:
-            Linear, BatchNorm, ReLU. Head and methods see what it gives, so that methods such as `DANN` have something
-            to move where the backbone is frozen. None: no such layer.
+            Linear, BatchNorm, ReLU. Head and methods see what it gives, and move it where the backbone is frozen.
         save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
             backbone's pretrained weights again (a fingerprint makes sure that they are the same).
     """

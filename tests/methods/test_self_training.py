@@ -51,7 +51,7 @@ def test_mean_teacher_is_the_authors():
     method = module.methods[0]
     q = torch.tensor([[0.5, 0.3, 0.2], [0.34, 0.33, 0.33], [0.1, 0.1, 0.8], [0.2, 0.6, 0.2]])
     method.update_teacher(module)
-    method.teacher = nn.Sequential(nn.Identity(), nn.Identity())
+    method.teacher = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
     target.x = q.log()
     p = torch.tensor([[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1]])
     module.forward_extra = lambda x: DomainOutput(module, x, None, x, p.log())

@@ -115,7 +115,7 @@ def _hub(name: str) -> str | None:
 
 
 @cache
-def _parser() -> Parser:
+def _arguments() -> Parser:
     parser = Parser(exit_on_error=False)
     parser.add_subclass_arguments(Backbone, "backbone")
     return parser
@@ -123,11 +123,11 @@ def _parser() -> Parser:
 
 def _parsed(config: Mapping[str, Any]) -> Backbone:
     try:
-        parsed = _parser().parse_object({"backbone": dict(config)})
+        parsed = _arguments().parse_object({"backbone": dict(config)})
     except ArgumentError as error:
         raise UserError(explain(str(error), [], [], KNOWN)) from error
     absolute_paths(parsed.backbone)  # as in a fit, whose features these then are too
-    return cast(Backbone, _parser().instantiate_classes(parsed).backbone)
+    return cast(Backbone, _arguments().instantiate_classes(parsed).backbone)
 
 
 def source_classifier(backbone: Backbone) -> nn.Module | None:

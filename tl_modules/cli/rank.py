@@ -60,7 +60,7 @@ def rank(args: Sequence[str]) -> None:
         SystemExit: With 1 if a candidate has failed.
     """
     importable(True)
-    parser = _parser()
+    parser = _arguments()
     config = parser.parse_args(nested_nulls(args))
     if config.budget_ms is not None and config.budget_ms <= 0:
         raise UserError(f"budget_ms: {config.budget_ms:g} must be above 0")
@@ -92,7 +92,7 @@ def rank(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _parser() -> Parser:
+def _arguments() -> Parser:
     parser = Parser(
         prog="tl rank",
         description="Orders backbones and their weights by how well they promise to transfer to the data's labelled "

@@ -14,7 +14,6 @@ unlabelled target is adaptation. The batch alone says which it is; there is no s
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -49,7 +48,6 @@ from tl_modules.methods.terms import LossMeans
 
 # ours leaves the batches of a datamodule of ours as they are
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
-log = logging.getLogger(__name__)
 HeadCallable = Callable[[Any, int], Head]
 Domains = Mapping[str, Batch]
 

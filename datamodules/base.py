@@ -51,7 +51,7 @@ class TransferDataModule(LightningDataModule):
     sample or label does, cached features of it serve later runs too.
 
     Args:
-        batch_size: Samples per domain in a step.
+        batch_size: Samples per domain in a step; a few less where the last batch would be tiny.
         num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
         shots_per_class: Keeps that many labelled target training samples of each class.
         labelled: How many of the target's training samples have labels, spread over the classes; the others are there
@@ -249,7 +249,7 @@ class TransferDataModule(LightningDataModule):
             views[name] = IndexedSubset(dataset, rows, augment, label="none" if without else "y")
         longest = max(map(len, views.values()))
         for name, view in views.items():
-            sampler = EpochSampler(view, longest, self.batch_size, self.seed, name)
+            sampler = EpochSampler(view, longest, self.batch_size, self.seed, name, not self.drop_last)
             # the CombinedLoader names the batches
             loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
         return CombinedLoader(loaders, "min_size")  # all are of one length

@@ -204,19 +204,25 @@ class EpochSampler(DistributedSampler[Any]):
         batch_size: Samples in a step of this process.
         seed: The run's seed.
         domain: The name of the domain.
+        even: Makes the batches of an epoch smaller rather than the last one tiny, whose statistics would be noise to
+            BatchNorm and whose samples would count more than others.
 
     Attributes:
-        batch_size: The same, or less where the longest domain has less.
+        batch_size: What it comes to.
         skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
     """
 
-    def __init__(self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str) -> None:
+    def __init__(
+        self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str, even: bool = True
+    ) -> None:
         rank, world = _world()
         super().__init__(dataset, num_replicas=world, rank=rank, shuffle=True, seed=seed)
         self.domain = domain
         self.num_samples = math.ceil(longest / world)
         self.total_size = self.num_samples * world
         self.batch_size = min(batch_size, self.num_samples)
+        if even:
+            self.batch_size = math.ceil(self.num_samples / math.ceil(self.num_samples / self.batch_size))
         if 1 < self.batch_size < self.num_samples and self.num_samples % self.batch_size == 1:
             self.num_samples -= 1
         self.skip = (-1, 0)

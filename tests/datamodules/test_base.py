@@ -222,15 +222,23 @@ def test_domains_are_augmented_apart():
     assert loaders["target"].domain == "target"
 
 
+def test_batches_are_even():
+    """No tiny last one: 33 samples in batches of 8 are 7, 7, 7, 7, 5 rather than 8, 8, 8, 8, 1."""
+    loader = Two(names=("target",), sizes=(33,)).train_dataloader().iterables["target"]
+    assert [len(x) for x, *_ in loader] == [7, 7, 7, 7, 5]
+    dropped = Two(names=("target",), sizes=(33,), drop_last=True).train_dataloader().iterables["target"]
+    assert [len(x) for x, *_ in dropped] == [8] * 4
+
+
 def test_a_last_batch_of_one_is_left_out():
-    loader = Two(names=("target",), sizes=(41,)).train_dataloader().iterables["target"]
+    loader = Two(names=("target",), sizes=(57,)).train_dataloader().iterables["target"]
     seen = []
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        assert [len(x) for x, *_ in loader] == [8] * 5
-        assert len(loader) == 5
+        assert [len(x) for x, *_ in loader] == [8] * 7
+        assert len(loader) == 7
         seen.append({place for place, _ in loader.sampler})
-    assert len(set.union(*seen)) == 41
+    assert len(set.union(*seen)) == 57
     assert len(Two(names=("target",), sizes=(1,)).train_dataloader().iterables["target"]) == 1
 
 

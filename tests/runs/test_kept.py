@@ -100,7 +100,8 @@ def test_they_go_on(name, epochs, ok):
     before = torch.load(f"runs/{name}/version_0/checkpoints/last.ckpt", weights_only=True)
     ok(f"fit --run runs/{name} --resume --trainer.max_epochs {epochs + 1} {QUIET}")
     after = torch.load(f"runs/{name}/version_0/checkpoints/last.ckpt", weights_only=True)
-    assert after["global_step"] * epochs == before["global_step"] * (epochs + 1)
+    # a last batch of one was left out of their epochs; now it is shared among the others
+    assert after["global_step"] - before["global_step"] - before["global_step"] // epochs in (0, 1)
     moved = [
         key for key, then in before["state_dict"].items() if not torch.equal(then, after["state_dict"].get(key, then))
     ]

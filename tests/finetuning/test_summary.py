@@ -30,7 +30,7 @@ def test_what_trains_from_when_and_how_fast(options, stages, ok):
     assert [found[f"stage_{number}"] for number in range(3)] == stages
     assert found["head"] == ("yes", "0.003")
     assert "samples   target: 40 train, 144 val" in printed
-    assert "3 epochs of 2 batches, 32 samples: 6 steps" in printed
+    assert "3 epochs of 2 batches, 20 samples: 6 steps" in printed
     assert "AdamW, constant" in printed
 
 
@@ -58,4 +58,4 @@ def test_hidden_labels_methods_and_parts_of_stages(ok):
     assert found["dann"][0] == "yes"
     assert re.fullmatch(r"yes, \d+ of them", found["stage_0"][0])
     assert re.search(r"source: [\d,]+ train, [\d,]+ val; target: [\d,]+ train without labels", printed)
-    assert "32 samples of each domain: 1 steps" in printed
+    assert "30 samples of each domain: 1 steps" in printed

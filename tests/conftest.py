@@ -99,7 +99,8 @@ def two_ranks(tmp_path):
         port = 10000 + os.getpid() % 50 * 400
         common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": name}
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        here = Path(__file__).parent  # behind the root, whose packages have rooms of the same name here
+        common["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-W", "ignore", file],

@@ -55,10 +55,20 @@ def test_rows_are_trained_as_features_are():
     line = "fit --data TabularData --model.backbone TabularMLP"
     assert f"--model Classification --model.head torch.nn.Linear {sgd}" in added(line)
     assert "SGD" not in added(f"{line} --model.optimizer AdamW")
+    assert added(f"{line} --model Classification").startswith("--model Classification --model.head")
     assert "Linear" not in added(f"{line} --model.head MLPHead")
     assert "SGD" in added(f"{line} --model.optimizer.lr 0.1")  # a later word, which wins
     for other in ("--model Regression", "--model.backbone.weights runs/a"):
         assert "SGD" not in added(f"{line} {other}")
+
+
+def test_rows_and_a_named_task_train(ok, tmp_path):
+    table = "\n".join(f"{i % 7},{i % 5},{'ab'[i % 7 > 3]}" for i in range(40))
+    (tmp_path / "rows.csv").write_text(f"u,v,kind\n{table}\n")
+    ok("fit --data TabularData --data.target rows.csv --model Classification --model.backbone TabularMLP "
+       "--trainer.max_epochs 1 --name rows")  # fmt: skip
+    config = yaml.safe_load((tmp_path / "runs/rows/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.SGD"
 
 
 def test_data_within_data_and_configs_count(tmp_path, monkeypatch):

@@ -52,7 +52,8 @@ def with_defaults(args: list[str]) -> list[str]:
     elif task is None:
         new += ["--model", "Classification"]
     if _class(_said(args, configs, "model", "backbone") or "", "tl_modules") is TabularMLP and task in CLASSES:
-        new += _for_rows(args, configs)
+        rows = _for_rows(args, configs)
+        new += ["--model", task, *rows] if rows and task else rows  # a class comes before its arguments
     if data is None:
         new += ["--data", "Digits"]
     return [args[0], *new, *args[1:]]

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from tl_modules.errors import UserError
+
 
 def values(args: Sequence[str], *options: str) -> list[str]:
     """What is given to an option, as `--x V` or `--x=V`, in order."""
@@ -43,9 +45,29 @@ def own_config(args: Sequence[str]) -> list[Any]:
     """All that a command line says itself: its words, and what its configs hold, as far as they can be read."""
     said: list[Any] = [word.partition("=")[2] or word for word in args]
     for config in values(args, "-c", "--config"):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
-            said.append(yaml.safe_load(Path(config).read_text() if "\n" not in config else config))
+        with contextlib.suppress(UserError):
+            said.append(read_yaml(config, "config"))
     return said
+
+
+def read_yaml(source: str | Path, field: str) -> Any:
+    """What a YAML file holds, or a text of several lines.
+
+    Args:
+        source: The file or the text.
+        field: What messages call it.
+
+    Raises:
+        UserError: It cannot be read, or is no YAML.
+    """
+    is_text = isinstance(source, str) and "\n" in source
+    try:
+        return yaml.safe_load(str(source) if is_text else Path(source).read_text())
+    except OSError as error:
+        raise UserError(f"{field}: {source} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError) as error:  # also what is no text
+        name = "its text" if is_text else source
+        raise UserError(f"{field}: {name} is no YAML ({' '.join(str(error).split())})") from error
 
 
 def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:

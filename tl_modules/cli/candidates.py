@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import ArgumentError
 from torch import nn
 
 import tl_modules
 from tl_modules.backbones.base import Backbone
 from tl_modules.checkpoints.files import find_run
+from tl_modules.cli.arguments import read_yaml
 from tl_modules.cli.messages import explain
 from tl_modules.cli.parser import KNOWN, Parser
 from tl_modules.cli.paths import absolute_paths
@@ -46,12 +46,7 @@ def candidates(words: Sequence[str]) -> dict[str, Entry]:
 
 
 def _of_file(file: Path) -> dict[str, Entry]:
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"backbones: {file} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"backbones: {file} is no YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(file, "backbones")
     if not isinstance(content, dict) or not content:
         raise UserError(f"backbones: {file} is no mapping of names to backbones")
     for name, entry in content.items():

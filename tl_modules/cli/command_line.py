@@ -60,12 +60,13 @@ class TransferCLI(OneCommand, LightningCLI):
         self.trusted: list[str] = []
         self.command = next((word for word in args if word in COMMANDS), None)
         words = nested_nulls(help_last(args))
-        if self.command and not {"-h", "--help"} & set(words):
+        runs = self.command is not None and not {"-h", "--help"} & set(words)
+        if runs:
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
             words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
-        if self.command and not {"-h", "--help"} & set(words):
+        if runs and not self.configured:  # a run's config says everything
             words = with_defaults(words)
         super().__init__(
             model_class=LightningModule,

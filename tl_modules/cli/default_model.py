@@ -12,14 +12,11 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 import tl_modules
 from tl_modules.backbones import TabularMLP
-from tl_modules.cli.arguments import values
+from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.cli.precision import on_gpu
 from tl_modules.errors import UserError
 from tl_modules.finetuning.optimizer import ROWS
@@ -114,12 +111,7 @@ def _said(args: Sequence[str], configs: Sequence[Mapping[str, Any]], *path: str)
 
 def _mapping(config: str) -> dict[str, Any]:
     """A config, a file or its text."""
-    try:
-        content = yaml.safe_load(Path(config).read_text() if "\n" not in config else config) or {}
-    except OSError as error:
-        raise UserError(f"config: {config} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config: {config} is no YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml(config, "config") or {}
     if not isinstance(content, dict):
         raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
     return content

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
@@ -74,7 +75,7 @@ def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folde
         )
     rate = float(f"{rates[rule]:.2g}")
     others = ", ".join(f"{name} {other:.2g}" for name, other in rates.items() if name != rule)
-    line = f"model: {{init_args: {{{_argument(module)}: {rate:.2g}}}}}}}}}"
+    line = yaml.safe_dump({"model": {"init_args": _config(module, rate)}}, default_flow_style=True, width=200).strip()
     write_whole(config, line + "\n")
     return (
         f"learning rate: {rate:.2g} by {rule} ({others})\n{line}\n"
@@ -82,9 +83,9 @@ def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folde
     )
 
 
-def _argument(module: TransferModule) -> str:
-    """Where a config says the rate, up to the name of the argument; with a cycle it is the scheduler's."""
+def _config(module: TransferModule, rate: float) -> dict[str, Any]:
+    """The model's arguments with that rate; with a cycle it is the scheduler's."""
     built: Any = configure(module)
     scheduler = built["lr_scheduler"]["scheduler"] if isinstance(built, dict) else None
     owner, name = ("lr_scheduler", "max_lr") if isinstance(scheduler, OneCycleLR | CyclicLR) else ("optimizer", "lr")
-    return f"{owner}: {{init_args: {{{name}"
+    return {owner: {"init_args": {name: rate}}}

@@ -164,9 +164,7 @@ class LearningRateSweep(Callback):
         means = smoothed(self.losses)
         axes.plot(self.rates, self.losses, ".", color="0.75", markersize=4, label="loss of a step")
         axes.plot(self.rates, means, color="tab:blue", label="smoothed")
-        for (name, rate), colour in zip(
-            self.suggestions().items(), ("tab:red", "tab:green", "tab:orange"), strict=False
-        ):
+        for (name, rate), colour in zip(self.suggestions().items(), COLOURS, strict=False):
             axes.axvline(rate, color=colour, linewidth=1, label=f"{name}: {rate:.2g}")
         if means:
             low, high = min(means), max(means[0], *means[: max(1, 9 * len(means) // 10)])

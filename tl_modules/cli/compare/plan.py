@@ -15,9 +15,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tl_modules.cli.arguments import values
+from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.errors import UserError, closest
 
 KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better")
@@ -69,13 +67,7 @@ def read_plan(file: Path) -> Plan:
     Raises:
         UserError: Something in it is missing, unknown or of the wrong kind.
     """
-    try:
-        content = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"compare: {file} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"compare: {file} is no YAML ({' '.join(str(error).split())})") from error
-    content = _mapping(content, KEYS, str(file))
+    content = _mapping(read_yaml(file, "compare"), KEYS, str(file))
     names = [str(name) for name in _mapping(content.get("ways"), None, f"{file}: ways")]
     if not names:
         raise UserError(f"{file}: ways: name at least one way and its words")

@@ -43,6 +43,15 @@ def test_features_of_a_network_are_divided_by_one_number():
     assert by_column.train()(x).std(0).allclose(torch.ones(3), atol=0.05)
 
 
+def test_a_column_is_cut_unless_told_otherwise():
+    rows, far = torch.randn(500, 2), torch.tensor([[1e4, 0.0]])
+    for clip, most in ((5.0, 5.0), (2.0, 2.0), (None, 9e3)):
+        backbone = TabularMLP(2, [], scale="each", clip=clip)
+        backbone(rows)
+        found = backbone.eval()(far)[0, 0]
+        assert found == pytest.approx(most) if clip else found > most
+
+
 @pytest.mark.parametrize("widths", [[8], [8, 6], [8, 6, 4]])
 def test_a_stage_for_each_width(widths):
     backbone = TabularMLP(3, widths, dropout=0.5)

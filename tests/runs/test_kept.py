@@ -22,10 +22,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tl_modules import load_run
 from tl_modules.evaluation import ModelSelection, TensorBoardFigures
 from tl_modules.runs import RunFiles
+from tl_modules.runs.directory import read_config
 
 KEPT = Path(__file__).parent / "kept"
 RUNS = sorted(path.parent.name for path in KEPT.glob("*/version_0"))
@@ -155,3 +157,17 @@ def test_they_are_weights_to_start_from(name, model, ok):
     kept = [key for key in then if key.startswith(("backbone", "head")) and not key.endswith("num_batches_tracked")]
     assert any(key.startswith("head") for key in kept)
     assert all(torch.equal(then[key], now[key]) for key in kept)
+
+
+def test_what_earlier_runs_left_unsaid_is_said(tmp_path):
+    methods = [{"class_path": f"tl_modules.{name}"} for name in ("DANN", "PADA", "MDD", "CDAN")]
+    methods.append({"class_path": "mine.DANN"})
+    methods.append({"class_path": "tl_modules.DANN", "init_args": {"hidden": 8}})
+    model = {"class_path": "tl_modules.Classification", "init_args": {"methods": methods}}
+    model["init_args"]["backbone"] = {"class_path": "tl_modules.TabularMLP"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    found = read_config(tmp_path, ["mine"])["model"]["init_args"]
+    critic = {"layers": 1, "hidden": 256, "batch_norm": False}
+    said = [method.get("init_args", {}) for method in found["methods"]]
+    assert said == [critic, critic, {"dropout": 0.0}, {}, {}, critic | {"hidden": 8}]
+    assert found["backbone"]["init_args"] == {"scale": "each", "clip": None, "widths": [64, 64]}

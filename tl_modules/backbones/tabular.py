@@ -24,20 +24,21 @@ class Standardise(nn.BatchNorm1d):
 
     Args:
         columns: D.
-        scale: "each": a column's own deviation; what is farther than 5 of them is cut, since a column that hardly ever
-            moves in training may reach thousands in another domain. "all": the root of the columns' mean variance.
+        scale: "each": a column's own deviation. "all": the root of the columns' mean variance.
+        clip: With "each", how many deviations a value keeps at most; a column that hardly ever moves in training may
+            reach thousands in another domain. None: as many as it has.
     """
 
-    def __init__(self, columns: int, scale: Scale) -> None:
+    def __init__(self, columns: int, scale: Scale, clip: float | None) -> None:
         # momentum None: the average over all batches, so that columns of any scale are right from the first step on
         super().__init__(columns, affine=False, momentum=None)
-        self.scale = scale
+        self.scale, self.clip = scale, clip
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, D) -> (B, D)."""
         each = super().forward(input)
         if self.scale == "each":
-            return each.clamp(-5, 5)
+            return each if self.clip is None else each.clamp(-self.clip, self.clip)
         if self.training or self.running_mean is None or self.running_var is None:
             mean, variance = input.mean(0), input.var(0, unbiased=False)
         else:
@@ -61,9 +62,10 @@ class TabularMLP(Backbone):
         scale: "each" column is divided by its own deviation, or "all" by one number, which keeps what the channels of
             a network say by their size. None: "all" where the data says that its columns have one unit, as
             `TabularData` does of arrays and of what `tl embed` wrote; else "each".
+        clip: Of a column that is divided by its own deviation, how many of them a value keeps at most; None: all.
 
     Raises:
-        UserError: A width is not positive, or the weights do not fit.
+        UserError: A width or `clip` is not positive, or the weights do not fit.
     """
 
     def __init__(
@@ -74,10 +76,14 @@ class TabularMLP(Backbone):
         weights: PretrainedWeights = None,
         strict: bool = True,
         scale: Scale | None = None,
+        clip: float | None = 5.0,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise UserError(f"dropout: {dropout} must lie in [0, 1)")
+        if clip is not None and clip <= 0:
+            raise UserError(f"clip: {clip:g} must be above 0, or null")
+        self.clip = clip
         self.widths, self.scale, self.dropout, self.weights, self.strict = widths, scale, dropout, weights, strict
         if in_features is not None:
             self._build(in_features)
@@ -103,7 +109,7 @@ class TabularMLP(Backbone):
     def _build(self, in_features: int) -> None:
         if min([in_features, *self.widths]) < 1:
             raise UserError(f"in_features, widths: {in_features} and {self.widths} must be at least 1 each")
-        standardise = Standardise(in_features, self.scale or "each")
+        standardise = Standardise(in_features, self.scale or "each", self.clip)
         stages: list[list[nn.Module]] = [[standardise]]
         for inputs, outputs in pairwise([in_features, *self.widths]):
             norm, dropout = nn.BatchNorm1d(outputs), nn.Dropout(self.dropout)

@@ -26,6 +26,17 @@ __all__ = ["load_run"]
 
 MAPPINGS = ("trainer", "model", "data", "cache", "select")
 SECTIONS = ("seed_everything", "name", *MAPPINGS)
+# what arguments were before they existed, or before their defaults changed
+CRITIC = {"layers": 1, "hidden": 256, "batch_norm": False}
+ROWS = {"scale": "each", "clip": None, "widths": [64, 64]}
+LEFT_UNSAID: dict[str, dict[str, Any]] = {
+    "MLPHead": {"normalize": False},
+    "TabularMLP": ROWS,
+    "VectorBackbone": ROWS,
+    "DANN": CRITIC,
+    "PADA": CRITIC,
+    "MDD": {"dropout": 0.0},
+}
 TAKEN = {"GroupDRO": "weight", "Mixup": "weight", "SHOT": "momentum"}  # by methods of version 0.1, and no more
 
 
@@ -79,25 +90,24 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 def _keep_earlier_defaults(config: dict[str, Any]) -> None:
     """Writes out what a run of version 0.1 left unsaid, and what would mean something else now."""
     arguments = (config.get("model") or {}).get("init_args") or {}
-    head = arguments.get("head")
-    if isinstance(head, dict) and str(head.get("class_path")).endswith("MLPHead"):
-        head["init_args"] = {"normalize": False} | (head.get("init_args") or {})
-    backbone = arguments.get("backbone")
-    if isinstance(backbone, dict) and str(backbone.get("class_path")).endswith(("TabularMLP", "VectorBackbone")):
-        backbone["init_args"] = {"scale": "each", "widths": [64, 64]} | (backbone.get("init_args") or {})
-    for method in arguments.get("methods") or []:
-        if isinstance(method, dict) and str(method.get("class_path")).endswith(("DANN", "PADA")):
-            # runs of before have one hidden layer in the critic, or say how many
-            method["init_args"] = {"layers": 1, "hidden": 256, "batch_norm": False} | (method.get("init_args") or {})
-        path = str(method.get("class_path")) if isinstance(method, dict) else ""
-        module, _, name = path.rpartition(".")
-        if module.partition(".")[0] in ("", "tl_modules") and name in TAKEN:
+    methods = arguments.get("methods") or []
+    for part in (arguments.get("head"), arguments.get("backbone"), *methods):
+        if said := LEFT_UNSAID.get(_our_class(part)):
+            part["init_args"] = said | (part.get("init_args") or {})
+    for method in methods:
+        if (name := _our_class(method)) in TAKEN:
             given = (method.get("init_args") or {}).pop(TAKEN[name], None)
             if name == "Mixup" and given is not None and arguments.get("source_weight") == 0:
                 arguments["source_weight"] = given  # what it mixes takes the place of the source's samples
     if "num_outputs" in arguments and "schema" not in arguments:
         count, names = arguments.pop("num_outputs"), arguments.pop("class_names", None)
         arguments["schema"] = count if names is None else {"x": {}, "y": {"classes": names}}
+
+
+def _our_class(part: Any) -> str:
+    """The name of a class of ours that a config's part names, or nothing."""
+    module, _, name = str(part.get("class_path") if isinstance(part, dict) else "").rpartition(".")
+    return name if module.partition(".")[0] in ("", "tl_modules") else ""
 
 
 def without_weights(model: Any) -> Any:

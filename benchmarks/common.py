@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine's name, timed commands and steps, a table of ratios."""
 
+import argparse
 import json
 import os
 import statistics
@@ -53,6 +54,22 @@ def report(rows, out=None):
         print(f"| {case} | {ours:.4g} | {theirs:.4g} | {ratio:.2f} | {own[0]['wanted']} |")
     if out:
         Path(out).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def training_options(description, out, seeds, size):
+    """The options of a benchmark that trains on real data: a parser, to which others can be added."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TL_DATA_DIR"))
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--size", type=int, default=size, help="Of the images, in pixels.")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def rows_of(file):
+    """The lines of JSON that are there already, whose runs need not be run again."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class Leave(Callback):

@@ -8,12 +8,10 @@ python benchmarks/defaults.py --data $TL_DATA_DIR --out defaults.jsonl
 Runs that are in the file are not run again; the table at the end is of all that are.
 """
 
-import argparse
 import csv
 import itertools
 import json
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import rows_of, training_options
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
@@ -197,17 +196,11 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TL_DATA_DIR"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=96, help="Of the images, in pixels.")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("defaults.jsonl"))
-    args = parser.parse_args()
+    args = training_options(__doc__, "defaults.jsonl", 3, 96).parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     root = args.data.resolve()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = rows_of(args.out)
     with tempfile.TemporaryDirectory() as folder:
         write(root, Path(folder), args.size)
         for (name, count), seed, backbone in itertools.product(SETS, range(args.seeds), BACKBONES):

@@ -10,13 +10,11 @@ python benchmarks/untuned.py --data $TL_DATA_DIR --out untuned.jsonl     # pip i
 Runs that are in the file are not run again; the table at the end is of all that are.
 """
 
-import argparse
 import csv
 import itertools
 import json
 import logging
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -27,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import rows_of, training_options
 from defaults import BACKBONES, NanoDet
 from lightning.pytorch import Trainer, seed_everything
 from PIL import Image
@@ -285,18 +284,13 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("TL_DATA_DIR"))
+    parser = training_options(__doc__, "untuned.jsonl", 3, 128)
     parser.add_argument("--sets", nargs="*", default=list(SETS))
     parser.add_argument("--backbones", nargs="*", default=list(BACKBONES))
-    parser.add_argument("--ways", nargs="*", default=list(WAYS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=128, help="Of the images, in pixels.")
-    parser.add_argument("--epochs", type=int, default=10, help="0: ours as `tl fit` chooses them.")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), help="With --epochs 0 ours train as long as `tl fit`.")
     parser.add_argument("--jobs", type=int, default=1, help="Processes, one thread each.")
-    parser.add_argument("--out", type=Path, default=Path("untuned.jsonl"))
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = rows_of(args.out)
     with tempfile.TemporaryDirectory() as folder:
         write(args.data.resolve(), Path(folder), args.sets)
         settings = {"size": args.size, "epochs": args.epochs}

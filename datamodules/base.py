@@ -228,7 +228,7 @@ class TransferDataModule(LightningDataModule):
             )
         if self.augmentation == "auto":
             self.resolve({})
-        if self.augment == "auto" and self.photos:
+        if self.augment == "auto" and self.photos and self.trainer is not None:  # who only counts has none
             why = "photos train the whole backbone" if self.augmentation != "none" else "some of the backbone is frozen"
             log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)
         views, loaders = {}, {}

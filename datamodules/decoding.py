@@ -1,4 +1,10 @@
-"""Image files become tensors, or are refused."""
+"""Image files become tensors, or are refused.
+
+    evaluation   decode -> short side to `resize` -> centre cropped to `size`
+    training     decode -> augmentation at the image's own size -> `fit`, the same two steps unless it has the size
+
+`ImageFolders.resolve` decides on the sizes: those of the weights, otherwise 224.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@
 
 Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
 in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
-wraps the module, so that DDP sees it. `StagedModule.train` (staged.py) applies the strategy again whenever Lightning
-calls `train()`, as it does after each validation; the strategies themselves are in freezing.py.
+wraps the module, so that DDP sees it. The strategy is applied at each epoch's start and whenever something calls
+`train()` (`StagedModule`, staged.py); after a validation Lightning gives every submodule the mode that it had before.
+The strategies themselves are in freezing.py.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ rows to classes, random      1e-2 (SGD, Nesterov momentum 0.9)   --model.optimiz
 
 part                         weight decay                        changed by
 weights                      0.01 (AdamW), 1e-3 (SGD)            --model.optimizer.weight_decay
-biases, norms, embeddings    0, in groups `.../no_decay`         a callable as --model.optimizer
+biases, norms, embeddings    0, in groups `.../no_decay`         nothing
 
 data                         epochs                              changed by
 fine-tuning                  10, or more up to 10,000 samples    --trainer.max_epochs
 beside a source              10, or more up to 30,000 samples    --trainer.max_epochs
 
-Gradients are not clipped: on seven small image sets that changed nothing (--trainer.gradient_clip_val).
+Gradients are not clipped (--trainer.gradient_clip_val). 3e-3 and 0.01 stand in `TransferModule.__init__`, 1/30 and 1/10
+in finetuning/base.py and freezing.py; the rows' optimizer and the number of epochs are decided here, and only `tl` asks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What every method is: one weighted term of the loss."""
+"""What every method is: one weighted term of the loss.
+
+An author reads the class. What follows are the module's checks, of which `check_trains` and `check_head` serve methods.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ fine-tuning                  10, or more up to 10,000 samples    --trainer.max_e
 beside a source              10, or more up to 30,000 samples    --trainer.max_epochs
 
 Gradients are not clipped (--trainer.gradient_clip_val). 3e-3 and 0.01 stand in `TransferModule.__init__`, 1/30 and 1/10
-in finetuning/base.py and freezing.py; the rows' optimizer and the number of epochs are decided here, and only `tl` asks.
+in finetuning/base.py and freezing.py; the rows' optimizer and the epochs are decided here, and only `tl` asks.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def write(features, folder):
                 csv.writer(file).writerows([["row", "domain", "split", "id", "label"], *rows])
 
 
-def fit(pair, name, seed, steps, weights=None, **options):
+def fit(pair, name, seed, steps, weights=None):
     """Trains on a pair; returns trainer, module and data."""
     seed_everything(seed, verbose=False)
     alone = name == "source only"
@@ -88,7 +88,7 @@ def fit(pair, name, seed, steps, weights=None, **options):
     data = TabularData(pair / "target", **source, **hidden, classes=classes, batch_size=BATCH, seed=seed)
     methods = [] if alone else [getattr(tl_modules, name)()]
     # what `tl fit` takes for rows
-    options |= {"head": torch.nn.Linear, "optimizer": partial(torch.optim.SGD, **ROWS)}
+    options = {"head": torch.nn.Linear, "optimizer": partial(torch.optim.SGD, **ROWS)}
     module = Classification(TabularMLP(weights=weights), data.schema, methods=methods, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, enable_checkpointing=False, **quiet)
@@ -103,13 +103,12 @@ def run(job):
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "tl_modules", "datamodules"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    weights, options = None, {}
+    weights = None
     if name in ("SHOT", "ADDA"):  # which go on from a run of the source
         trainer, *_ = fit(folder / pair, "source only", seed, steps)
         weights = Path(tempfile.mkdtemp(dir=folder)) / "source.ckpt"
         trainer.save_checkpoint(weights)
-        options = {"source_weight": 0.0} if name == "ADDA" else {}
-    _, module, data = fit(folder / pair, name, seed, steps, weights, **options)
+    _, module, data = fit(folder / pair, name, seed, steps, weights)
     module.eval()
     with torch.no_grad():
         hits = [module(x).argmax(1) == y for batch in data.test_dataloader() for x, y, _ in batch.values()]

@@ -142,10 +142,11 @@ class TransferModule(QuickNames, StagedModule):
         parts = [Batch(x, part.y, part.index) for part, x in zip(parts, xs, strict=True)]
         owners = [name.partition("/")[0] for name in names]
         rows = list(zip(owners, map(samples.count, xs), strict=True))
-        if samples.alike(xs):
+        apart = any(method.separate_domains for _, method in self.named_methods())
+        if samples.alike(xs) and not apart:
             with passing(rows):
                 features = samples.split(self.encode(samples.concat(xs)), [count for _, count in rows])
-        else:  # inputs that cannot be concatenated pass one after the other
+        else:  # one after the other
             if any(method.needs_raw_input for _, method in self.named_methods()):
                 check_sources(names, xs)
             features = []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, LastStages, TabularMLP, UserError
@@ -123,6 +124,21 @@ def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
 def test_mistakes(arguments, match):
     with pytest.raises(UserError, match=match):
         TabularMLP(**{"in_features": 3, **arguments})
+
+
+@pytest.mark.parametrize(("schema", "scale", "widths"), [({}, "each", [256, 256]), ({"one_unit": True}, "all", [256])])
+def test_a_table_has_two_layers_and_features_one(schema, scale, widths):
+    backbone = TabularMLP()
+    backbone.bind_schema({"numeric": ["0", "1", "2"], **schema})
+    assert (backbone.scale, backbone.widths, len(backbone.stages())) == (scale, widths, len(widths))
+
+
+def test_a_runs_config_says_what_the_schema_decided(ok, tmp_path):
+    (tmp_path / "a.csv").write_text("\n".join(f"{i % 5},{i % 7},{'ab'[i % 2]}" for i in range(60)))
+    ok("fit --model.backbone TabularMLP --data TabularData --data.target a.csv --trainer.max_epochs 1 --name a")
+    config = yaml.safe_load((tmp_path / "runs/a/version_0/config.yaml").read_text())
+    said = config["model"]["init_args"]["backbone"]["init_args"]
+    assert (said["scale"], said["widths"]) == ("each", [256, 256])
 
 
 def test_runs_from_the_command_line(ok, tmp_path):

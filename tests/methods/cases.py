@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 from datamodules import TransferDataModule
 from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
 from tl_modules.backbones.weights import Pretrained
+from tl_modules.batch.samples import Batch
 
 KINDS = ("image", "vector")
 
@@ -122,6 +123,7 @@ def made(method, **kwargs):
     x, y = torch.randn(12, 5), torch.arange(8) % 3
     batch = {"source/a": (x[:4], y[:4]), "source/b": (x[4:8], y[4:]), "target": (x[8:], None, torch.arange(4))}
     views = module.forward_domains(batch)
+    method.transform_batch(module, {name: Batch(*part) for name, part in batch.items()})
     return module, views["source"], views["target"]
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import made
+from cases import build, made
+from torch import nn
 from torch.nn import functional as F
 
 from tl_modules import (
     ADDA,
     CDAN,
+    CORAL,
     DANN,
     MCD,
     MDD,
@@ -17,6 +19,8 @@ from tl_modules import (
     ConvNet,
     DomainOutput,
 )
+from tl_modules.batch.samples import Batch
+from tl_modules.errors import UserError
 
 
 def test_dann_is_the_critics_loss_and_its_reversal():
@@ -97,3 +101,25 @@ def test_pada_weighs_absent_classes_down():
     critic = ((F.softplus(-here) * weights).mean() + F.softplus(there).mean()) / 2
     assert float(term) == pytest.approx(float(critic), rel=1e-5)
     assert float(source.mean_loss) == pytest.approx(float((weights * each).sum() / weights.sum()), rel=1e-5)
+
+
+def test_adda_moves_the_targets_encoder_by_the_target_alone():
+    """Source and target differ in mean, and the backbone's BatchNorm is to see the target's only."""
+    module = build([ADDA], "vector")
+    module.methods[0].check = lambda *args: None  # its start is random here
+    module.adapts = True
+    module.train()
+    batch = {"source": Batch(torch.randn(8, 5) + 9.0, torch.arange(8) % 3), "target": Batch(torch.randn(8, 5), None)}
+    [norm, *_] = [m for m in module.backbone.modules() if isinstance(m, nn.BatchNorm1d)]
+    seen = []
+    norm.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
+    module.training_step(batch, 0)
+    assert torch.equal(
+        torch.cat(seen), batch["target"].x @ module.backbone.layers[0][0].weight.T + module.backbone.layers[0][0].bias
+    )
+
+
+def test_adda_refuses_what_needs_the_sources_features():
+    module = build([ADDA, CORAL], "vector")
+    with pytest.raises(UserError, match=r"CORAL needs the source's features, and beside ADDA"):
+        module.methods[0].check(module, ["source", "target"])

@@ -51,3 +51,13 @@ def test_afn_and_bss_by_hand():
     features = torch.cat([source.pooled, target.pooled]).detach().numpy()
     values = np.linalg.svd(features, compute_uv=False)
     assert float(BSS(k=2)(module, source, target)) == pytest.approx((values[-2:] ** 2).sum(), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("method", "passes"), [(AFN, [8, 8, 4]), (DAN, [20])])
+def test_afn_lets_each_domain_pass_by_itself(method, passes):
+    module, _, _ = made(method())
+    seen = []
+    module.backbone.register_forward_hook(lambda layer, inputs, output: seen.append(len(inputs[0])))
+    module.forward_domains({"source/a": (torch.randn(8, 5), None), "source/b": (torch.randn(8, 5), None),
+                            "target": (torch.randn(4, 5), None)})  # fmt: skip
+    assert seen == passes

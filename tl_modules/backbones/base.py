@@ -37,6 +37,7 @@ class Backbone(BaseBackbone):
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
+        decided_by_schema: The arguments whose None `bind_schema` replaces; a run's config has what they became.
         bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
@@ -48,6 +49,7 @@ class Backbone(BaseBackbone):
     pretrained: Pretrained | None = None
     random: bool = False
     data_defaults: Mapping[str, Any] = {}
+    decided_by_schema: tuple[str, ...] = ()
     bf16_devices: tuple[str, ...] = ()
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:

@@ -55,7 +55,8 @@ class TabularMLP(Backbone):
 
     Args:
         in_features: D, the number of columns; None takes it from the data's schema.
-        widths: Of each stage; [] leaves the standardised columns as they are.
+        widths: Of each stage; [] leaves the standardised columns as they are. None: [256, 256], and [256] where all
+            columns have one scale, since the network that they come from has layers of its own.
         dropout: Share of each stage's outputs that is dropped in training.
         weights: A local file or a run of ours; None starts at random.
         strict: Refuse weights that lack a tensor or have one of another shape.
@@ -68,10 +69,12 @@ class TabularMLP(Backbone):
         UserError: A width or `clip` is not positive, or the weights do not fit.
     """
 
+    decided_by_schema = ("scale", "widths")
+
     def __init__(
         self,
         in_features: int | None = None,
-        widths: list[int] = [256],  # noqa: B006 - what the help shows
+        widths: list[int] | None = None,
         dropout: float = 0.0,
         weights: PretrainedWeights = None,
         strict: bool = True,
@@ -107,6 +110,8 @@ class TabularMLP(Backbone):
             raise UserError(f"in_features: {self.in_features} for data with {columns} columns")
 
     def _build(self, in_features: int) -> None:
+        if self.widths is None:
+            self.widths = [256] if self.scale == "all" else [256, 256]
         if min([in_features, *self.widths]) < 1:
             raise UserError(f"in_features, widths: {in_features} and {self.widths} must be at least 1 each")
         standardise = Standardise(in_features, self.scale or "each", self.clip)

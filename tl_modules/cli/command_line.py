@@ -288,6 +288,9 @@ class TransferCLI(OneCommand, LightningCLI):
         arguments = resolved["model"].setdefault("init_args", {})
         if "schema" not in arguments and hasattr(self.model, "schema"):
             arguments["schema"] = dict(self.model.schema)
+        backbone = (arguments.get("backbone") or {}).get("init_args", {})
+        for name in getattr(getattr(self.model, "backbone", None), "decided_by_schema", ()):
+            backbone[name] = getattr(self.model.backbone, name)
         strategy = (arguments.get("finetuning") or {}).get("init_args", {})
         if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
             strategy["backbone_lr"] = self.model.backbone_lr

@@ -6,7 +6,7 @@ features --x--> critic        x: the gradient is reversed, so one optimizer does
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar, cast
@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.batch import samples
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import BaseTransferModule
+from tl_modules.batch.samples import Batch
+from tl_modules.errors import UserError
 from tl_modules.heads import MLPHead
 from tl_modules.methods.base import Method, check_head
 from tl_modules.methods.functional import certainty_weights, detached_call, ramp, reverse_gradient
@@ -305,9 +308,9 @@ class MCD(Method):
 class ADDA(WithPretrainedCopy):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
-    Start from a run that was trained on the source (`--model.backbone.weights RUN`) and leave the source's labels out
-    (`--model.source_weight 0`). A copy of the start stays the source's encoder; the backbone becomes the target's, and
-    learns what a critic takes for the source: labels are inverted where gradient reversal would vanish. The head stays.
+    Start from a run that was trained on the source (`--model.backbone.weights RUN`). A copy of the start stays the
+    source's encoder; the backbone becomes the target's, sees the target alone, and learns what a critic takes for the
+    source: labels are inverted where gradient reversal would vanish. The head stays, and no label trains anything.
 
     Args:
         weight: Of the term.
@@ -315,6 +318,7 @@ class ADDA(WithPretrainedCopy):
     """
 
     required_domains = ("source", "target")
+    source_x: Any
 
     def __init__(self, weight: LossWeight = 1.0, hidden: int = 256) -> None:
         super().__init__(weight)
@@ -335,13 +339,23 @@ class ADDA(WithPretrainedCopy):
         """
         super().check(module, domains)
         check_head(self, module)
+        for _, method in module.named_methods():
+            if method is not self and {"source", "domains"} & set(method.required_domains):
+                raise UserError(
+                    f"methods: {type(method).__name__} needs the source's features, and beside ADDA the backbone sees "
+                    "the target alone; leave one of them out"
+                )
+
+    def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
+        """Keeps the source's inputs for the critic; the backbone's BatchNorm is to see the target alone."""
+        self.source_x = samples.concat([part.x for name, part in batch.items() if name != "target"])
+        return {"target": batch["target"]}
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """The critic's cross-entropy, and the backbone's with the inverted label."""
-        assert source is not None
         assert target is not None
         with torch.no_grad():
-            here = self.bottleneck.eval()(self.before(source.x))
+            here = self.bottleneck.eval()(self.before(self.source_x))
         critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
         return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
 

@@ -33,6 +33,8 @@ class Method(nn.Module):
             "sources" (at least two of them).
         needs_classes: Whether it works on class probabilities, that is, only in classification.
         needs_raw_input: Whether it looks at inputs, `x`; features are then not cached.
+        separate_domains: Whether each domain passes through the backbone by itself, so that BatchNorm normalises it by
+            its own statistics in training, and by running statistics of all domains afterwards.
         full_pass: The domains, of "source" and "target", over whose training samples it is given a pass before each
             epoch, by `on_full_pass`.
         changes_backbone: Whether `attach` changes the backbone; it then comes before that of the others.
@@ -47,6 +49,7 @@ class Method(nn.Module):
     required_domains: ClassVar[tuple[str, ...]] = ()
     needs_classes: ClassVar[bool] = False
     needs_raw_input: ClassVar[bool] = False
+    separate_domains: ClassVar[bool] = False
     full_pass: ClassVar[tuple[str, ...]] = ()
     changes_backbone: ClassVar[bool] = False
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)

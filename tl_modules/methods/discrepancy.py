@@ -155,16 +155,19 @@ OptimalTransport = DeepJDOT  # earlier name, which a config may hold
 class AFN(Method):
     """Adaptive feature norm, stepwise (Xu et al., ICCV 2019): features of larger norm transfer better.
 
-    `mean (||f|| - (||f||_detached + step))^2` over all samples of both domains.
+    `mean (||f|| - (||f||_detached + step))^2` over all samples of both domains. As in the authors' code each domain
+    passes through the network by itself: in a common batch, BatchNorm's statistics would tie the norms of one domain to
+    those of the other.
 
     Args:
-        weight: Of the term; the paper takes 0.05.
+        weight: Of the term; the paper takes 0.05 for each of two domains.
         step: By how much a norm is to grow; the paper takes 1.
     """
 
+    separate_domains = True
     supported_settings = ("several sources", "generalisation", "partial", "source-free")
 
-    def __init__(self, weight: LossWeight = 0.05, step: float = 1.0) -> None:
+    def __init__(self, weight: LossWeight = 0.1, step: float = 1.0) -> None:
         super().__init__(weight)
         self.step = step
 

@@ -44,7 +44,7 @@ from tl_modules import (
     (OSBP(), {"backbone", "head"}),
     (MDD(), {"method"}),  # at the run's start nothing is reversed yet
     (MCD(), {"backbone", "head", "method"}),
-    (ADDA(), {"backbone", "method"}),
+    (ADDA(gamma=0), {"backbone", "method"}),
     (DAN(), {"backbone"}),
     (JAN(), {"backbone", "head"}),
     (CORAL(), {"backbone"}),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -27,6 +26,15 @@ from tl_modules.methods.regularization import WithPretrainedCopy
 from tl_modules.methods.schedules import LossWeight
 
 __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
+
+
+def critic(width: int, hidden: int, layers: int, batch_norm: bool) -> nn.Sequential:
+    """Builds a critic, features (B, width) -> logits (B, 1), with so many hidden layers."""
+    inner: list[nn.Module] = []
+    for inputs in [width, *[hidden] * (layers - 2)][: layers - 1]:
+        inner += [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.ReLU()]
+    last = MLPHead(hidden if inner else width, 1, hidden, batch_norm=batch_norm, normalize=False)
+    return nn.Sequential(*inner, *last)
 
 
 class DANN(Method):
@@ -60,18 +68,7 @@ class DANN(Method):
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
-        widths = [self.width(module), *[self.hidden] * (self.layers - 1)]
-        hidden = [
-            layer
-            for inputs, outputs in pairwise(widths)
-            for layer in (
-                nn.Linear(inputs, outputs),
-                *([nn.BatchNorm1d(outputs)] if self.batch_norm else []),
-                nn.ReLU(),
-            )
-        ]
-        last = MLPHead(widths[-1], 1, self.hidden, batch_norm=self.batch_norm, normalize=False)
-        self.critic = nn.Sequential(*hidden, *last)
+        self.critic = critic(self.width(module), self.hidden, self.layers, self.batch_norm)
 
     def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
@@ -314,22 +311,32 @@ class ADDA(WithPretrainedCopy):
 
     Args:
         weight: Of the term.
-        hidden: Width of the critic's hidden layer (the paper: 500).
+        hidden: Width of the critic's hidden layers (the paper takes 500).
+        gamma: How steep the inverted label's part grows, as the reversal in `DANN`; 0 is fully there from the start.
+        batch_norm: Normalises the critic's hidden units over the rows of both domains.
+        layers: How many hidden layers the critic has.
     """
 
     required_domains = ("source", "target")
     source_x: Any
 
-    def __init__(self, weight: LossWeight = 1.0, hidden: int = 256) -> None:
+    def __init__(
+        self,
+        weight: LossWeight = 1.0,
+        hidden: int = 1024,
+        gamma: float = 10.0,
+        batch_norm: bool = True,
+        layers: int = 2,
+    ) -> None:
         super().__init__(weight)
-        self.hidden = hidden
+        self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
 
     def attach(self, module: BaseTransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.bottleneck = copy.deepcopy(module.bottleneck).requires_grad_(False)
-        self.critic = MLPHead(module.width, 1, self.hidden, normalize=False)
+        self.critic = critic(module.width, self.hidden, self.layers, self.batch_norm)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -356,8 +363,11 @@ class ADDA(WithPretrainedCopy):
         assert target is not None
         with torch.no_grad():
             here = self.bottleneck.eval()(self.before(self.source_x))
-        critic = [_bce(self.critic(here), 1.0), _bce(self.critic(target.pooled.detach()), 0.0)]
-        return (critic[0] + critic[1]) / 2 + _bce(detached_call(self.critic, target.pooled), 1.0)
+        sizes = [len(here), len(target)]
+        seen = self.critic(torch.cat([here, target.pooled.detach()])).split(sizes)
+        taken = detached_call(self.critic, torch.cat([here, target.pooled])).split(sizes)[1]
+        scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
+        return (_bce(seen[0], 1.0) + _bce(seen[1], 0.0)) / 2 + scale * _bce(taken, 1.0)
 
 
 def _bce(logits: Tensor, label: float, reduction: str = "mean") -> Tensor:

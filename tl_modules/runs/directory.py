@@ -33,6 +33,7 @@ LEFT_UNSAID: dict[str, dict[str, Any]] = {
     "MLPHead": {"normalize": False},
     "TabularMLP": ROWS,
     "VectorBackbone": ROWS,
+    "ADDA": CRITIC | {"gamma": 0.0},
     "DANN": CRITIC,
     "PADA": CRITIC,
     "MDD": {"dropout": 0.0},

@@ -206,7 +206,8 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in BEFORE or not first_process():
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
-            path = self.run or new_run(trainer.default_root_dir or ".", name)
+            name = config.out if self.command == "compress" else name
+            path = (self.command != "compress" and self.run) or new_run(trainer.default_root_dir or ".", name)
         self.directory = path
         if trainer.precision is None:
             precision = best_precision(self.model, trainer.accelerator)
@@ -342,6 +343,14 @@ class TransferCLI(OneCommand, LightningCLI):
         self._say(f"metrics: {self.directory / 'metrics.json'}")
 
     after_validate = after_test
+
+    def after_compress(self) -> None:
+        """Writes the new run's config, which is that of the old one; its checkpoint is whole by then."""
+        config = self._resolved()
+        if "save" in config["model"]["init_args"]:
+            config["model"]["init_args"]["save"] = "all"
+        self.files.write(config)
+        self._say(f"tl test --run {self.directory}{self.trust}")
 
     @rank_zero_only
     def _say(self, text: str) -> None:

@@ -31,9 +31,9 @@ def prune(
 ) -> None:
     """Removes channels, in place, until a share of the multiply-accumulates (MACs) is gone.
 
-    "magnitude": the L2 norm of a group's weights (Li et al., ICLR 2017; groups as in Fang et al., CVPR 2023), each layer
-    loses the same share of its channels. "taylor": |weight * gradient| (Molchanov et al., CVPR 2019), likewise. "lamp":
-    magnitudes that are scaled so that layers compare (Lee et al., ICLR 2021), the least ones of all layers go.
+    "magnitude": the L2 norm of a group's weights (Li et al., ICLR 2017; groups as in Fang et al., CVPR 2023), each
+    layer loses the same share of its channels. "taylor": |weight * gradient| (Molchanov et al., CVPR 2019), likewise.
+    "lamp": magnitudes that are scaled so that layers compare (Lee et al., ICLR 2021), the least ones of all layers go.
 
     Args:
         module: A trained one, on the CPU, in eval mode; its backbone is then `pruned`.

@@ -52,7 +52,7 @@ def test_a_config_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
         "config: all.yaml\ntasks: {t: {config: task.yaml, options: --y 1}}\nways: {a: {config: [way.yaml, all.yaml]}}"
     )
     ((_, cell),) = make_trials(read_plan(file), Path("x"), [0]).items()
-    found = [word if word == "--config" else Path(word).name for word in cell.fit[:10]]
+    found = [word if word == "--config" else Path(word).name for word in cell.make[:10]]
     assert found == ["--config", "all.yaml", "--config", "task.yaml", "--y", "1",
                      "--config", "way.yaml", "--config", "all.yaml"]  # fmt: skip
     assert set(cell.words["configs"]) == {str(tmp_path / "sub" / f"{name}.yaml") for name in ("all", "task", "way")}
@@ -132,7 +132,7 @@ def test_the_words_of_a_cell(tmp_path):
     cell = cells["c", "SHOT", 3]
     shared = ["--config", str(tmp_path / "shared.yaml"), "--x", "1 2", "--home", "${HOME}", "--data.source", "c d"]
     seeds = ["--seed_everything", "3", "--data.seed", "3"]
-    assert cell.fit == [*shared, "--w", "{source-only}", "--y", "{lr:", "1}", *seeds]
+    assert cell.make == [*shared, "--w", "{source-only}", "--y", "{lr:", "1}", *seeds]
     assert cell.test == ["--t", "1", "--u"]
     assert cell.needs == {"source-only": ("c", "source only", 3)}
     assert cells["A -> B", "SHOT", 0].folder == Path("out/runs/a-b/shot/seed-0")

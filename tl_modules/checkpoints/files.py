@@ -95,6 +95,12 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     return dequantized(content)
 
 
+def weight_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of the tensors that a network takes of a checkpoint, as they are stored; without an optimizer's."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return _size(content["state_dict"]) + _size(content.get("quantized"))
+
+
 def find_corruption(path: str | os.PathLike[str]) -> str | None:
     """Says what is wrong with a checkpoint file as a file; None if nothing is."""
     try:

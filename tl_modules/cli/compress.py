@@ -84,7 +84,7 @@ def _labelled(module: TransferModule, data: LightningDataModule) -> Iterator[Bat
     """A few batches of labelled training samples, drawn over all of them."""
     if not isinstance(data, TransferDataModule):
         raise UserError(f"data: {type(data).__name__} is no TransferDataModule, which taylor could ask for labels")
+    data.collate = module.collate
     loader = data.labelled_dataloader()
-    loader.dataset.label, data.collate = module.label, module.collate
     rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(data.seed))[:SAMPLES]
     return (Batch(*batch) for batch in loader.read(rows.tolist(), BATCH))

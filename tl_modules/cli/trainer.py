@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.compressed import Kind
-from tl_modules.checkpoints.files import load_checkpoint, write_whole
+from tl_modules.checkpoints.files import load_checkpoint, weight_bytes, write_whole
 from tl_modules.cli.compress import compress_run
 from tl_modules.cli.lr_find import report, sweep_rates
 from tl_modules.deployment.pruning import Importance
@@ -129,6 +129,7 @@ class TransferTrainer(QuickHooks, Trainer):
             "parameters": sum(p.numel() for p in module.parameters()),
             "macs": macs(module, x),
             "file": Path(ckpt_path).stat().st_size if ckpt_path else None,
+            "weights": weight_bytes(ckpt_path) if ckpt_path else None,
             "eager": {},
         }
         for size in batch_sizes:
@@ -305,7 +306,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _report(found: dict[str, Any]) -> str:
-    file = f", file {found['file'] / 1e6:.1f} MB" if found["file"] else ""
+    file = f", file {found['file'] / 1e6:.1f} MB, weights {found['weights'] / 1e6:.1f} MB" if found["file"] else ""
     lines = [
         f"{found['machine']}, {found['precision']}: {found['parameters']:,} parameters, "
         f"{found['macs'] / 1e6:,.1f} million MACs a sample{file}",

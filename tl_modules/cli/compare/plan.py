@@ -284,10 +284,10 @@ def _identity(trial: Trial, trials: Mapping[Key, Trial]) -> dict[str, Any]:
     """All that a trial's result hangs on: its words, what their configs say, and the same of the trials it needs."""
     words = [*(trial.make or []), *(trial.test or [])]
     configs = [Path(config) for config in values(words, "-c", "--config")]
-    return {
-        "make": trial.make,
+    command, *made = trial.make or ["fit"]
+    asked = {command: made if trial.make else None} | ({"benchmark": trial.benchmark} if trial.benchmark else {})
+    return asked | {
         "test": trial.test,
-        "benchmark": trial.benchmark,
         "configs": {str(path): _digest(path.read_bytes()) for path in configs if path.is_file()},
         "needs": {s: _digest(json.dumps(trials[key].words).encode()) for s, key in trial.needs.items()},
     }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -97,20 +98,9 @@ def test_dynamic(run, ok):
     ok(f"fit --model.backbone.width 4 --model.backbone.weights runs/small {ON} --name b")
 
 
-def test_taylor_asks_for_labels(run, ok, tl):
+def test_taylor_looks_at_labels(run, ok):
     ok("compress --run runs/a --prune 0.3 --importance taylor --out small")
-    result = tl(
-        "compress --run runs/a --prune 0.3 --importance taylor --out hidden --data.source true --data.shots_per_class null"
-    )
-    assert result.code == 2
-    assert "labels of its training samples are needed, and they are hidden" in result.err
-
-
-def test_no_training_goes_on_within_it(run, tl, ok):
-    ok("compress --run runs/a --quantize int8 --out small")
-    result = tl("fit --run runs/small --resume --trainer.max_epochs 9 --trainer.logger false")
-    assert result.code == 2
-    assert "it has no optimizer's state" in result.err
+    assert load_run(run / "small").backbone.pruned
 
 
 def test_shapes_are_taken_only_where_the_checkpoint_says_pruned(run, ok):
@@ -120,3 +110,27 @@ def test_shapes_are_taken_only_where_the_checkpoint_says_pruned(run, ok):
     torch.save({key: value for key, value in content.items() if key != "pruned"}, file)
     with pytest.raises(UserError, match="and this model's are not the same"):
         load_run(run / "small")
+
+
+def test_a_run_of_somebody_says_neither_what_is_imported_nor_where_to_write(run, tl, ok, tmp_path):
+    file = run / "a/version_0/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["trainer"]["default_root_dir"] = str(tmp_path / "outside")
+    file.write_text(yaml.safe_dump(config))
+    ok("compress --run runs/a --quantize int8 --out small")
+    assert (run / "small/version_0/config.yaml").is_file()
+    assert not (tmp_path / "outside").exists()
+    config["model"]["init_args"]["head"] = {"class_path": "os.system"}
+    file.write_text(yaml.safe_dump(config))
+    result = tl("compress --run runs/a --quantize int8 --out other")
+    assert result.code == 2
+    assert "names os.system" in result.err
+    assert not (run / "other").exists()
+
+
+@pytest.mark.parametrize(("package", "option"), [("torch_pruning", "--prune 0.5"), ("torchao.quantization.quant_primitives", "--quantize int8")])  # fmt: skip
+def test_a_missing_package(package, option, run, tl, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = tl(f"compress --run runs/a {option} --out small")
+    assert result.code == 2
+    assert "pip install 'lightning-transfer[compress]'" in result.err

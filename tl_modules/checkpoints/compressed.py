@@ -62,12 +62,20 @@ def _resize(module: nn.Module) -> None:
 
 
 def dequantized(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with its int8 tensors as floats; any other content as it is."""
-    scales = (checkpoint.get("quantized") or {}).get("scales") or {}
-    state = dict(checkpoint["state_dict"]) if scales else {}
-    for key, scale in scales.items():
-        state[key] = state[key] * scale.view(-1, *[1] * (state[key].ndim - 1))
-    return checkpoint | {"state_dict": state} if scales else checkpoint
+    """A checkpoint with its int8 tensors as floats; any other content as it is.
+
+    Raises:
+        UserError: What it says of its int8 tensors does not fit them.
+    """
+    if not checkpoint.get("quantized"):
+        return checkpoint
+    try:
+        state = dict(checkpoint["state_dict"])
+        for key, scale in checkpoint["quantized"]["scales"].items():
+            state[key] = state[key] * scale.view(-1, *[1] * (state[key].ndim - 1))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError("checkpoint: its int8 tensors and the scales in its `quantized` do not fit") from error
+    return checkpoint | {"state_dict": state}
 
 
 def run_dynamic(network: nn.Module) -> None:

@@ -81,7 +81,7 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
         for network in (module, *averages(module)):
             fit_shapes(network, checkpoint["state_dict"])
     if (checkpoint.get("quantized") or {}).get("kind") == "int8_dynamic":
-        module.register_load_state_dict_post_hook(lambda loaded, keys: run_dynamic(loaded))
+        module.register_load_state_dict_post_hook(lambda loaded, keys: run_dynamic(loaded))  # type: ignore[no-untyped-call]
     given, own = checkpoint["state_dict"], module.state_dict()
     for key in [k for k in given if k not in own and k.startswith("methods.") and k.endswith(EARLIER)]:
         del given[key]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch import samples
 from tl_modules.batch.compat import tree_leaves
 from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints.compressed import fit_shapes
@@ -37,7 +38,7 @@ def prune(
 
     Args:
         module: A trained one, on the CPU, in eval mode; its backbone is then `pruned`.
-        x: Prepared inputs of at least one sample.
+        x: Prepared inputs, the first two samples of which the network is followed with.
         share: Of the MACs of a sample that is to go, in (0, 1).
         importance: What keeps a channel.
         batches: Labelled samples of the target, which "taylor" takes gradients of.
@@ -54,7 +55,7 @@ def prune(
         raise UserError(f"prune: {share:g} must be above 0 and below 1, the share of the MACs that goes")
     scores = {"magnitude": tp.importance.MagnitudeImportance, "taylor": tp.importance.TaylorImportance,
               "lamp": tp.importance.LAMPImportance}  # fmt: skip
-    fresh = copy.deepcopy(module)
+    fresh, x = copy.deepcopy(module), samples.take(x, slice(0, 2))
     module.requires_grad_(True)  # it is followed along its gradients
     kept = _kept(module)
     try:
@@ -71,7 +72,7 @@ def prune(
     except Exception as error:  # whatever it meets in a network that it cannot follow
         raise _cannot(module, error) from error
     for batch in batches if importance == "taylor" else ():
-        module.forward_domains({"target": batch})["target"].mean_loss.backward()
+        module.forward_domains({"target": batch})["target"].mean_loss.backward()  # type: ignore[no-untyped-call]
     before = now = macs(module, x)
     for _ in range(STEPS):
         if now <= (1 - share) * before:

@@ -1,5 +1,6 @@
 """Each mistake: one clear sentence that names its place, an exit code that is not 0, no traceback."""
 
+import shutil
 import struct
 import zlib
 
@@ -110,12 +111,24 @@ CASES = {
     "rank of a missing file": ("rank nowhere.yaml --data Digits", "backbones: nowhere.yaml cannot be read"),
     "rank of a list": ("rank bad.yaml --data Digits", "backbones: bad.yaml is no mapping of names to backbones"),
     "rank of a number": ("rank bad.yaml --data Digits", "backbones: bad.yaml: a: 3 is neither a word nor a class_path with init_args"),
+    "compress of nothing": ("compress --out x --prune 0.5", "run: `tl compress` needs a trained model; pass --run DIR"),
+    "compress by nothing": ("compress --run trained --out x", "compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both"),
+    "compress to nowhere": ("compress --run trained --prune 0.5", "missing: out"),
+    "all of the MACs": ("compress --run trained --out x --prune 1", "prune: 1 must be above 0 and below 1"),
+    "more MACs than can go": ("compress --run trained --out x --prune 0.99", "and 0.99 was asked for; ask for less"),
+    "unknown importance": ("compress --run trained --out x --prune 0.5 --importance size", "importance: size is not one of 'magnitude', 'taylor'"),
+    "unknown quantization": ("compress --run trained --out x --quantize int4", "quantize: int4 is not one of 'int8', 'int8_dynamic'"),
+    "importance by hidden labels": ("compress --run trained --out x --prune 0.5 --importance taylor --data.shots_per_class null --data.source true", "labels of its training samples are needed, and they are hidden"),
+    "resume of what is compressed": ("fit --run trained --resume", "checkpoint: it has no optimizer's state"),
+    "scales that do not fit": ("test --run trained", "its int8 tensors and the scales in its `quantized` do not fit"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 
 
-def prepare(case, root):
+def prepare(case, root, trained):
     """Makes the bad thing that a case speaks of."""
+    if "--run trained" in CASES[case][0]:
+        shutil.copytree(trained, root / "trained")
     tree = root / "tree"
     bad = tree / "train" / "red" / "bad.jpg"
     if "--data.target tree" in CASES[case][0]:
@@ -166,6 +179,13 @@ def prepare(case, root):
             (root / "w.safetensors").write_bytes(b"nothing")
         case "unwritable run directory" | "a folder that is a file":
             (root / "file").touch()
+        case "resume of what is compressed" | "scales that do not fit":
+            files = root / "trained" / "checkpoints"
+            content = {k: v for k, v in torch.load(files / "best.ckpt").items() if k != "optimizer_states"}
+            if case == "scales that do not fit":
+                content["quantized"] = {"kind": "int8", "scales": {"no.such.weight": torch.ones(1)}}
+            for name in ("best", "last"):
+                torch.save(content, files / f"{name}.ckpt")
         case "a method without its domain":
             (root / "plugin.py").write_text(PLUGIN)
         case "float images outside [0, 1]":
@@ -175,8 +195,8 @@ def prepare(case, root):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_sentence(case, tl, tmp_path):
-    prepare(case, tmp_path)
+def test_one_sentence(case, tl, tmp_path, trained):
+    prepare(case, tmp_path, trained)
     line, sentence = CASES[case]
     result = tl(line)
     assert result.code == 2
@@ -188,7 +208,7 @@ def test_one_sentence(case, tl, tmp_path):
 
 
 def test_skip_counts_the_bad_images(tl, tmp_path, caplog):
-    prepare("truncated image", tmp_path)
+    prepare("truncated image", tmp_path, None)
     result = tl(FOLDERS + "--data.on_bad_image skip")
     assert result.code == 0, result.err
     assert "skipped 1 of 17 images" in caplog.text

@@ -52,7 +52,7 @@ def test_a_config_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
         "config: all.yaml\ntasks: {t: {config: task.yaml, options: --y 1}}\nways: {a: {config: [way.yaml, all.yaml]}}"
     )
     ((_, cell),) = make_trials(read_plan(file), Path("x"), [0]).items()
-    found = [word if word == "--config" else Path(word).name for word in cell.fit[:10]]
+    found = [word if word == "--config" else Path(word).name for word in cell.make[1:11]]
     assert found == ["--config", "all.yaml", "--config", "task.yaml", "--y", "1",
                      "--config", "way.yaml", "--config", "all.yaml"]  # fmt: skip
     assert set(cell.words["configs"]) == {str(tmp_path / "sub" / f"{name}.yaml") for name in ("all", "task", "way")}
@@ -81,6 +81,8 @@ BAD = {
     WAYS + "tasks: {t: {config: nowhere.yaml}}": "f.yaml: tasks: t: config: there is no file nowhere.yaml",
     "ways: {a: {of: b, config: f.yaml}, b: }": "put its words into test instead of options",
     WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
+    "ways: {a: {compress: --run x, options: --x}}": "ways: a: compress makes its run of another one; leave of, options and",
+    WAYS + "benchmark: 3": "benchmark: 3 is neither a text nor a list of words",
     "ways: [": "is no YAML",
     "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",
 }
@@ -132,7 +134,7 @@ def test_the_words_of_a_cell(tmp_path):
     cell = cells["c", "SHOT", 3]
     shared = ["--config", str(tmp_path / "shared.yaml"), "--x", "1 2", "--home", "${HOME}", "--data.source", "c d"]
     seeds = ["--seed_everything", "3", "--data.seed", "3"]
-    assert cell.fit == [*shared, "--w", "{source-only}", "--y", "{lr:", "1}", *seeds]
+    assert cell.make == ["fit", *shared, "--w", "{source-only}", "--y", "{lr:", "1}", *seeds]
     assert cell.test == ["--t", "1", "--u"]
     assert cell.needs == {"source-only": ("c", "source only", 3)}
     assert cells["A -> B", "SHOT", 0].folder == Path("out/runs/a-b/shot/seed-0")
@@ -205,6 +207,29 @@ def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
     assert "1 of 3 cells are done already" in third.out
     assert {p.name for p in file.parents[1].iterdir()} == {"seed-0", "seed-0.old-1"}
     assert {row["way"] for row in results(folder, "table.csv")} == {"tuned", "again", "broken", "after"}
+
+
+def test_compressed_and_measured(ok, tmp_path):
+    pytest.importorskip("torchao")
+    write(
+        tmp_path / "g.yaml",
+        options=QUICK,
+        benchmark="--batch_sizes [2,1] --seconds 0.01",
+        ways={
+            "whole": "",
+            "small": {"compress": "--run {whole} --quantize int8"},
+            "hidden": {"compress": "--run {small} --quantize int8", "report": False},
+            "again": "--model.backbone.weights {hidden}",
+        },
+    )
+    ok("compare g.yaml --processes 2")
+    whole, small, again = results(tmp_path / "runs/g", "table.csv")
+    assert whole["parameters"] == small["parameters"] == again["parameters"]
+    assert float(whole["macs"]) == float(small["macs"]) > 0 < float(small["p50_ms"])
+    assert float(small["megabytes"]) < 0.5 * float(whole["megabytes"])
+    assert (tmp_path / "runs/g/pareto.png").stat().st_size > 5000
+    assert "| p50_ms |" in (tmp_path / "runs/g/table.md").read_text()
+    assert "2 of 2 cells are done already" in ok("compare g.yaml --only small")
 
 
 def test_a_crash_takes_nothing_along_and_a_metric_must_be_there(tl, tmp_path):

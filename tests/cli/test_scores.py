@@ -271,3 +271,21 @@ def test_only_what_hid_the_labels_is_a_candidate():
     (row,) = scores.choice_table()
     assert row["b chosen"] == 1
     assert "c chosen" not in row
+
+
+def test_the_front_is_what_nobody_beats_at_the_same_cost():
+    numbers = {
+        "cheap": (0.7, 1.0),
+        "good": (0.9, 3.0),
+        "dear": (0.9, 4.0),
+        "bad": (0.6, 2.0),
+        "unmeasured": (1.0, None),
+    }
+    rows = [
+        {"task": "", "way": way, "seed": 0, "status": "done", "cpu_seconds": 1.0, "metrics": {"m": value} | ({} if cost is None else {"cost/p50_ms": cost})}
+        for way, (value, cost) in numbers.items()
+    ]  # fmt: skip
+    scores = Scores(rows, dict.fromkeys(numbers, "m"))
+    assert scores.front("p50_ms") == ["cheap", "good"]
+    assert scores.front("macs") == []
+    assert Scores(rows, dict.fromkeys(numbers, "m"), lower=True).front("p50_ms") == ["cheap", "bad"]

@@ -35,6 +35,7 @@ class Backbone(BaseBackbone):
         out_features: Width of the features; of a pyramid, of each level.
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
+        pruned: Whether its layers are smaller than its arguments say, as pruning has left them.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
         decided_by_schema: The arguments whose None `bind_schema` replaces; a run's config has what they became.
@@ -48,6 +49,7 @@ class Backbone(BaseBackbone):
     prepare: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)
     pretrained: Pretrained | None = None
     random: bool = False
+    pruned: bool = False
     data_defaults: Mapping[str, Any] = {}
     decided_by_schema: tuple[str, ...] = ()
     bf16_devices: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ class Backbone(BaseBackbone):
             self.pretrained = Pretrained(str(weights), hub(str(weights)))
         else:
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
+        self.pruned = self.pretrained.pruned
         load_weights(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
         head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_modules.checkpoints.compressed import dequantized, fit_shapes
 from tl_modules.checkpoints.files import find_corruption, find_run
 from tl_modules.errors import UserError
 
@@ -36,12 +37,14 @@ class Pretrained:
         head: The head's tensors, and those of a bottleneck, `bottleneck.*`; of foreign weights those of the
             classifier's last layer, if it is linear and there.
         task: The run's task and class names; empty for foreign weights.
+        pruned: Whether the network takes the shapes of these tensors.
     """
 
     origin: str
     state: StateDict
     head: StateDict = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
+    pruned: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
             f"weights: {path} was saved with save: trainable, so the frozen part of its backbone is not in it; train "
             "that run with --model.save all to start others from it"
         )
+    content = dequantized(content) if isinstance(content, dict) and "quantized" in content else content
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
+    pruned = bool(task) and bool(content.get("pruned"))
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -116,7 +121,8 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
         raise UserError(f"weights: {path} holds no tensors by name")
     if task:
         head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith(("head.", "bottleneck."))}
-        return Pretrained(str(path), {k: v for k, v in tensors.items() if k.startswith("backbone.")}, head, task)
+        backbone = {k: v for k, v in tensors.items() if k.startswith("backbone.")}
+        return Pretrained(str(path), backbone, head, task, pruned)
     return Pretrained(str(path), tensors)
 
 
@@ -146,6 +152,8 @@ def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, 
     if len(own) < len(model.state_dict()):  # it has parts of such names itself
         own = {key: key for key in model.state_dict()}
     given = {key if key in own else _PREFIX.sub("", key): value for key, value in pretrained.state.items()}
+    if pretrained.pruned:
+        fit_shapes(model, {own[key]: value for key, value in given.items() if key in own})
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]

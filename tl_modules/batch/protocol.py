@@ -21,6 +21,7 @@ class BaseBackbone(nn.Module, ABC):
 
     out_features: Any
     random: bool
+    pruned: bool
     pretrained: Any
     prepare: Callable[[Sequence[Any]], Any]
     data_defaults: Mapping[str, Any] = {}

@@ -6,6 +6,8 @@ current_model_state                        Lightning's WeightAveraging        th
 transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
 random_backbone                            this file                          this file, when a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
+pruned                                     this file                          this file, backbones/weights.py: shapes
+quantized                                  deployment/quantization.py         files.py: int8 becomes float again
 callbacks                                  each callback, by its `state_key`
 ranks                                      runs/resume.py: generators and         the same, when a run resumes
                                            running means of each process
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from tl_modules.batch.compat import attached
 from tl_modules.batch.protocol import BaseTransferModule
+from tl_modules.checkpoints.compressed import fit_shapes, run_dynamic
 from tl_modules.errors import UserError, short
+from tl_modules.finetuning.averaging import averages
 from tl_modules.finetuning.optimizer import resume_rates
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,8 @@ def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     """
     checkpoint["transfer"] = module.task_description()
     checkpoint["random_backbone"] = module.backbone.random
+    if module.backbone.pruned:
+        checkpoint["pruned"] = True
     if module.save == "trainable":
         left_out = module.finetuning.never_trains(module)
         module.left_out = module.left_out or fingerprint(left_out)  # what never trains never changes
@@ -64,6 +70,18 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
             )
         for key in STATES & checkpoint.keys():
             checkpoint[key] = left_out | checkpoint[key]
+    resumes = attached(module) and module.trainer.training
+    if resumes and not checkpoint.get("optimizer_states"):
+        raise UserError(
+            "checkpoint: it has no optimizer's state, as of a compressed run, so that training cannot go on from it; "
+            "start a run from it with --model.backbone.weights RUN"
+        )
+    if checkpoint.get("pruned"):
+        module.backbone.pruned = True
+        for network in (module, *averages(module)):
+            fit_shapes(network, checkpoint["state_dict"])
+    if (checkpoint.get("quantized") or {}).get("kind") == "int8_dynamic":
+        module.register_load_state_dict_post_hook(lambda loaded, keys: run_dynamic(loaded))  # type: ignore[no-untyped-call]
     given, own = checkpoint["state_dict"], module.state_dict()
     for key in [k for k in given if k not in own and k.startswith("methods.") and k.endswith(EARLIER)]:
         del given[key]
@@ -76,7 +94,6 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
             f"checkpoint: its {short(sorted(wrong))} and this model's are not the same; take the backbone, head "
             "and methods that it was trained with, or start a new run with --model.backbone.weights"
         )
-    resumes = bool(checkpoint.get("optimizer_states")) and attached(module) and module.trainer.training
     # what the checkpoint fills looks random; runs of version 0.1 treated all alike
     module.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)

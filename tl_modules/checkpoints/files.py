@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
+from tl_modules.checkpoints.compressed import dequantized
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint after its checksums.
+    """Reads a checkpoint after its checksums; what is int8 in it becomes float.
 
     Raises:
         UserError: It is missing, damaged, or holds more than tensors and plain data.
@@ -91,7 +92,13 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
             f"checkpoint: {path} holds Python objects besides tensors and plain data, which could run code; "
             "it is not loaded"
         ) from error
-    return content
+    return dequantized(content)
+
+
+def weight_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes of the tensors that a network takes of a checkpoint, as they are stored; without an optimizer's."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return _size(content["state_dict"]) + _size(content.get("quantized"))
 
 
 def find_corruption(path: str | os.PathLike[str]) -> str | None:

@@ -125,6 +125,7 @@ class TransferCLI(OneCommand, LightningCLI):
         # what the command line names itself is the user's own
         named = [name for text in values(args, "--trust") for name in text.split(",")]
         self.trusted = named + to_trust(own_config(args))
+        self.root = (values(args, "--trainer.default_root_dir") or ["."])[-1]
         resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
         self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
         if self.run is None:
@@ -155,7 +156,7 @@ class TransferCLI(OneCommand, LightningCLI):
             return find_run(runs[-1])
         if not names:
             raise UserError("resume: pass --run DIR, or --name NAME for the newest run of that name (or its first one)")
-        folder = Path((values(args, "--trainer.default_root_dir") or ["."])[-1]) / "runs" / names[-1]
+        folder = Path(self.root) / "runs" / names[-1]
         return find_run(folder) if any((p / "config.yaml").is_file() for p in versions(folder).values()) else None
 
     def _trained_run(self, args: list[str]) -> Path | None:
@@ -206,7 +207,9 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in BEFORE or not first_process():
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
-            path = self.run or new_run(trainer.default_root_dir or ".", name)
+            new = self.command == "compress"  # where to is the user's to say, not the run's config's
+            root = self.root if new else trainer.default_root_dir or "."
+            path = (not new and self.run) or new_run(root, config.out if new else name)
         self.directory = path
         if trainer.precision is None:
             precision = best_precision(self.model, trainer.accelerator)
@@ -345,6 +348,14 @@ class TransferCLI(OneCommand, LightningCLI):
         self._say(f"metrics: {self.directory / 'metrics.json'}")
 
     after_validate = after_test
+
+    def after_compress(self) -> None:
+        """Writes the new run's config, which is that of the old one; its checkpoint is whole by then."""
+        config = self._resolved()
+        if "save" in config["model"]["init_args"]:
+            config["model"]["init_args"]["save"] = "all"
+        self.files.write(config)
+        self._say(f"tl test --run {self.directory}{self.trust}")
 
     @rank_zero_only
     def _say(self, text: str) -> None:

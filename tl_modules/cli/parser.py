@@ -49,13 +49,14 @@ COMMANDS = {
     "predict": "Label data with a run and write a CSV.",
     "embed": "Write a backbone's features of your data.",
     "benchmark": "Measure what predicting with a run costs here.",
+    "compress": "Prune and quantize a run; the result is one too.",
     "lr-find": "Find a learning rate for a run, before it.",
     "show-batch": "Draw what a run will see first, augmented.",
     "rank": "Order backbones for your data before any training.",
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself
-OWN = {"embed", "benchmark", "lr-find", "show-batch"}
+OWN = {"embed", "benchmark", "compress", "lr-find", "show-batch"}
 # commands that look at a run before it is trained: they take no checkpoint and make no version
 BEFORE = {"lr-find", "show-batch"}
 

@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader
 
 from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
-from tl_modules.checkpoints.files import load_checkpoint, write_whole
+from tl_modules.checkpoints.compressed import Kind
+from tl_modules.checkpoints.files import load_checkpoint, weight_bytes, write_whole
+from tl_modules.cli.compress import compress_run
 from tl_modules.cli.lr_find import report, sweep_rates
+from tl_modules.deployment.pruning import Importance
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
 from tl_modules.evaluation.figures import batch_figure, save_figure
@@ -118,11 +121,7 @@ class TransferTrainer(QuickHooks, Trainer):
             load_state_into(module, load_checkpoint(ckpt_path))
         device = self.strategy.root_device
         module = module.to(device).eval()
-        datamodule.setup("test")
-        cast(Any, datamodule).collate = module.collate
-        (batch,) = next(iter(datamodule.test_dataloader())).values()
-        x = batch.x
-        x = self.precision_plugin.convert_input(x.to(device))
+        x = self.precision_plugin.convert_input(_test_inputs(module, datamodule).to(device))
         context = self.precision_plugin.forward_context
         found: dict[str, Any] = {
             "machine": machine(device),
@@ -130,6 +129,7 @@ class TransferTrainer(QuickHooks, Trainer):
             "parameters": sum(p.numel() for p in module.parameters()),
             "macs": macs(module, x),
             "file": Path(ckpt_path).stat().st_size if ckpt_path else None,
+            "weights": weight_bytes(ckpt_path) if ckpt_path else None,
             "eager": {},
         }
         for size in batch_sizes:
@@ -142,6 +142,41 @@ class TransferTrainer(QuickHooks, Trainer):
         print(_report(found))
         if self.is_global_zero:
             write_whole(Path(self.default_root_dir) / "benchmark.json", json.dumps(found, indent=2) + "\n")
+
+    def compress(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        out: str,
+        ckpt_path: str | None = None,
+        prune: float | None = None,
+        importance: Importance = "magnitude",
+        quantize: Kind | None = None,
+    ) -> None:
+        """Makes a run smaller: channels are pruned, weights become int8; the result is a run like any other.
+
+        `tl test`, `predict` and `benchmark` take it, and `tl fit --model.backbone.weights` starts from it, e.g. to
+        fine-tune what pruning has left: `tl fit -c runs/OUT/version_0/config.yaml --model.backbone.weights runs/OUT`.
+
+        Args:
+            model: What is compressed.
+            datamodule: Its first test batch is what the network is followed with; "taylor" takes gradients of labelled
+                training samples.
+            out: The new run is runs/OUT/version_N.
+            ckpt_path: A checkpoint.
+            prune: The share of the multiply-accumulates of a sample that goes.
+            importance: What keeps a channel: the size of its weights, in each layer ("magnitude") or in all layers
+                together ("lamp"), or what the loss would change by ("taylor").
+            quantize: Weights as int8; with "int8_dynamic" linear layers also compute in it.
+
+        Raises:
+            UserError: Nothing is asked for, or the network cannot be compressed so.
+        """
+        module = _ours(model).eval()
+        load_state_into(module, load_checkpoint(str(ckpt_path)))
+        if self.is_global_zero:
+            x = _test_inputs(module, datamodule)
+            print(compress_run(module, datamodule, x, self.default_root_dir, prune, importance, quantize))
 
     def lr_find(
         self,
@@ -211,6 +246,14 @@ for _name in ("lr_find", "show_batch"):
     setattr(TransferTrainer, _name.replace("_", "-"), getattr(TransferTrainer, _name))
 
 
+def _test_inputs(module: TransferModule, data: LightningDataModule) -> Any:
+    """The prepared inputs of the first test batch."""
+    data.setup("test")
+    cast(Any, data).collate = module.collate
+    (batch,) = next(iter(data.test_dataloader())).values()
+    return batch.x
+
+
 class _Features(LightningModule):
     """Gives the backbone's features and the row numbers."""
 
@@ -263,7 +306,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _report(found: dict[str, Any]) -> str:
-    file = f", file {found['file'] / 1e6:.1f} MB" if found["file"] else ""
+    file = f", file {found['file'] / 1e6:.1f} MB, weights {found['weights'] / 1e6:.1f} MB" if found["file"] else ""
     lines = [
         f"{found['machine']}, {found['precision']}: {found['parameters']:,} parameters, "
         f"{found['macs'] / 1e6:,.1f} million MACs a sample{file}",

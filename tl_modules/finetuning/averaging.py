@@ -12,11 +12,18 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
-from tl_modules.batch.compat import average_of
+from tl_modules.batch.compat import attached, average_of
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
+
+
+def averages(module: BaseTransferModule) -> list[nn.Module]:
+    """The networks that the run's averaging callbacks keep."""
+    callbacks = cast(Any, module.trainer).callbacks if attached(module) else []
+    found = [average_of(callback) for callback in callbacks if isinstance(callback, WeightAveraging)]
+    return [average.module for average in found if average is not None]
 
 
 def keep_exact(module: BaseTransferModule) -> None:

@@ -43,9 +43,12 @@ class RunFiles(Callback):
         Raises:
             UserError: The directory cannot be written.
         """
-        if not self.config or not trainer.is_global_zero:
-            return
-        write_whole(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        if self.config and trainer.is_global_zero:
+            self.write(self.config)
+
+    def write(self, config: dict[str, Any]) -> None:
+        """Writes config.yaml."""
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """There is something to train."""

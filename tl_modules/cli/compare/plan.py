@@ -18,8 +18,8 @@ from typing import Any
 from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.errors import UserError, closest
 
-KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better")
-WAY_KEYS = ("config", "options", "test", "of", "report", "metric")
+KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better", "benchmark")
+WAY_KEYS = ("config", "options", "compress", "test", "of", "report", "metric")
 TASK_KEYS = ("config", "options", "test")
 METRICS = ("test/accuracy", "test/rmse")  # what runs are compared by, the first that they have
 # ${HOME} is the shell's, {lr: 1} a mapping
@@ -38,6 +38,7 @@ class Variant:
         of: The way whose runs it tests; it then trains none.
         report: Whether it is tested and stands in the tables.
         metric: Its own key in metrics.json.
+        compress: Its words for `tl compress`, which then makes its run in place of `tl fit`.
     """
 
     fit: list[str]
@@ -45,6 +46,7 @@ class Variant:
     of: str | None = None
     report: bool = True
     metric: str | None = None
+    compress: list[str] | None = None
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Plan:
     baseline: str | None = None
     metric: str | None = None
     lower_is_better: bool | None = None
+    benchmark: list[str] | None = None
 
 
 def read_plan(file: Path) -> Plan:
@@ -91,6 +94,7 @@ def read_plan(file: Path) -> Plan:
         lower_is_better=_of_type(
             content.get("lower_is_better"), bool | None, f"{file}: lower_is_better", "true or false"
         ),
+        benchmark=_words(content["benchmark"], names, f"{file}: benchmark") if "benchmark" in content else None,
     )
     _slugs([task for task in plan.tasks if task], f"{file}: tasks")
     reported = [name for name, way in plan.ways.items() if way.report]
@@ -112,12 +116,15 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
         raise UserError(
             f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
         )
+    if entry.get("compress") and (of or entry.get("options") or entry.get("config")):
+        raise UserError(f"{where}: compress makes its run of another one; leave of, options and config out")
     return Variant(
         _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
         of,
         _of_type(entry.get("report", True), bool, f"{where}: report", "true or false"),
         _of_type(entry.get("metric"), str | None, f"{where}: metric", "a key of metrics.json"),
+        _words(entry["compress"], names, f"{where}: compress") if entry.get("compress") else None,
     )
 
 
@@ -201,8 +208,9 @@ class Trial:
     Attributes:
         root: The comparison's folder.
         folder: The trial's own: its run's versions, log.txt and result.json.
-        fit: The words of `tl fit`, None if it only tests.
+        make: The command that makes its run, "fit" or "compress", and its words; None if it only tests.
         test: The words of `tl test`, None if it is not tested.
+        benchmark: The words of `tl benchmark`, None if it is not measured.
         needs: Other trials by the slug of their way.
         metric: The key that its metrics must have.
     """
@@ -210,8 +218,9 @@ class Trial:
     key: Key
     root: Path
     folder: Path
-    fit: list[str] | None
+    make: list[str] | None
     test: list[str] | None
+    benchmark: list[str] | None
     needs: dict[str, Key]
     of: str | None
     metric: str | None
@@ -249,15 +258,18 @@ def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Tri
         for task_name, task in plan.tasks.items():
             for name, way in plan.ways.items():
                 seeded = ["--seed_everything", str(seed), "--data.seed", str(seed)]
-                fit = None if way.of else [*plan.options, *task.fit, *way.fit, *seeded]
+                make = None if way.of else ["fit", *plan.options, *task.fit, *way.fit, *seeded]
+                make = ["compress", *way.compress] if way.compress else make
                 test = [*task.test, *way.test] if way.report else None
-                used = {found for word in [*(fit or []), *(test or [])] for found in REFERENCE.findall(word)}
+                benchmark = plan.benchmark if way.report else None
+                words = [*(make or []), *(test or []), *(benchmark or [])]
+                used = {found for word in words for found in REFERENCE.findall(word)}
                 used = (used & set(by_slug)) | ({slug(way.of)} if way.of else set())
                 place = folder / "runs" / slug(task_name) / slug(name) / f"seed-{seed}"
                 needs = {short: (task_name, by_slug[short], seed) for short in sorted(used)}
                 key = (task_name, name, seed)
                 metric = (way.metric or plan.metric) if way.report else None
-                trials[key] = Trial(key, folder, place, fit, test, needs, way.of and slug(way.of), metric)
+                trials[key] = Trial(key, folder, place, make, test, benchmark, needs, way.of and slug(way.of), metric)
     try:
         order = list(TopologicalSorter({key: trial.needs.values() for key, trial in trials.items()}).static_order())
     except CycleError as error:
@@ -270,10 +282,11 @@ def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Tri
 
 def _identity(trial: Trial, trials: Mapping[Key, Trial]) -> dict[str, Any]:
     """All that a trial's result hangs on: its words, what their configs say, and the same of the trials it needs."""
-    words = [*(trial.fit or []), *(trial.test or [])]
+    words = [*(trial.make or []), *(trial.test or [])]
     configs = [Path(config) for config in values(words, "-c", "--config")]
-    return {
-        "fit": trial.fit,
+    command, *made = trial.make or ["fit"]
+    asked = {command: made if trial.make else None} | ({"benchmark": trial.benchmark} if trial.benchmark else {})
+    return asked | {
         "test": trial.test,
         "configs": {str(path): _digest(path.read_bytes()) for path in configs if path.is_file()},
         "needs": {s: _digest(json.dumps(trials[key].words).encode()) for s, key in trial.needs.items()},

@@ -1,4 +1,4 @@
-"""Writes and prints what the trials' numbers say: results.csv, table.csv, table.md, choice.csv and plot.png."""
+"""Writes and prints what the trials' numbers say: results.csv, table.csv, table.md, choice.csv and the plots."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ def report(rows: list[dict[str, Any]], scores: Scores, folder: Path, title: str)
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     write_whole(folder / "table.md", table + (f"\n{caption}\n" if caption else ""))
     plot(scores, folder / "plot.png", title)
+    if any("p50_ms" in row for row in scores.table()):
+        plot_fronts(scores, folder / "pareto.png", title)
     _print(f"{title}, mean (std) of {count(scores.seeds, 'seed')}", texts, caption)
     _print(
         f"{title}, chosen by what needs no label of the target",
@@ -105,4 +107,26 @@ def plot(scores: Scores, file: Path, title: str) -> None:
         axes.set_ylim(len(ways) - 0.5, -0.5)
         axes.set_title(name, fontsize=10)
     figure.suptitle(f"{title}\nlines: 95 % interval of the mean, dots: seeds", fontsize=10)
+    figure.savefig(file, dpi=120)
+
+
+def plot_fronts(scores: Scores, file: Path, title: str) -> None:
+    """A panel per cost: each way's mean metric over its cost, and a line through those that no other way beats."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    rows = {row["way"]: row for row in scores.table() if row["mean"] is not None}
+    for number, (cost, name) in enumerate({"p50_ms": "p50 latency, ms", "megabytes": "weights, MB"}.items()):
+        axes = figure.add_subplot(1, 2, number + 1)
+        there = {way: row for way, row in rows.items() if row.get(cost) is not None}
+        front = [there[way] for way in scores.front(cost)]
+        axes.step([row[cost] for row in front], [row["mean"] for row in front], where="post", color="#3b7dd8")
+        for place, (way, row) in enumerate(there.items()):
+            axes.plot(row[cost], row["mean"], "o", color="#3b7dd8" if row in front else "#999999")
+            axes.annotate(f"{place + 1}", (row[cost], row["mean"]), (4, 4), textcoords="offset points", fontsize=8)
+            axes.plot([], [], " ", label=f"{place + 1}  {way}")
+        axes.set_xscale("log")
+        axes.set_xlabel(name)
+    axes.legend(fontsize=7, loc="lower right", handlelength=0)
+    figure.suptitle(f"{title}; line: Pareto front", fontsize=10)
     figure.savefig(file, dpi=120)

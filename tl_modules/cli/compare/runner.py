@@ -1,6 +1,6 @@
 """Runs trials: a process for each command, several at a time, and a result.json for each trial.
 
-    ready trial -> tl fit --resume -> tl test -> result.json -> the trials that waited for it
+    ready trial -> tl fit --resume, or compress -> tl test -> tl benchmark, if asked -> result.json -> those that waited
 
 The processes are forked from a server that has imported everything once, which is most of the time of a small run;
 one that crashes takes nothing along.
@@ -202,11 +202,12 @@ class Runner:
         def filled(words: list[str]) -> list[str]:
             return [REFERENCE.sub(lambda found: str(runs.get(found[1], found[0])), word) for word in words]
 
-        if trial.fit is not None:
-            # an interrupted attempt at the same words goes on; without one, --resume begins
-            place = ["--trainer.default_root_dir", str(trial.root), "--resume"]
-            place += ["--name", trial.folder.relative_to(trial.root / "runs").as_posix()]
-            _check((yield ["fit", *filled(trial.fit), *place]), trial)
+        if trial.make is not None:
+            place = ["--trainer.default_root_dir", str(trial.root)]
+            name = trial.folder.relative_to(trial.root / "runs").as_posix()
+            # an interrupted fit with the same words goes on; without one, --resume begins
+            place += ["--name", name, "--resume"] if trial.make[0] == "fit" else ["--out", name]
+            _check((yield [*filled(trial.make), *place]), trial)
             run = find_run(trial.folder)
         else:  # a copy, because several tests of one run would write into one metrics.json
             assert trial.of is not None
@@ -215,12 +216,15 @@ class Runner:
             shutil.copytree(
                 runs[trial.of], run, ignore=shutil.ignore_patterns("last.ckpt", "*.json", "*.csv", "events*", "*.pt")
             )
-        if trial.test is not None:
-            own = to_trust(yaml.safe_load((run / "config.yaml").read_text()))
-            trust = ["--trust", ",".join(own)] if own else []
-            _check((yield ["test", "--run", str(run), *trust, *filled(trial.test)]), trial)
+        own = to_trust(yaml.safe_load((run / "config.yaml").read_text()))
+        trust = ["--trust", ",".join(own)] if own else []
+        for command, words in (("test", trial.test), ("benchmark", trial.benchmark)):
+            if words is not None:
+                _check((yield [command, "--run", str(run), *trust, *filled(words)]), trial)
         file = run / "metrics.json"
         metrics: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        if trial.benchmark is not None:
+            metrics |= costs(json.loads((run / "benchmark.json").read_text()))
         if trial.test is not None and not any(key.startswith("test/") for key in metrics):
             raise UserError("the test wrote no metrics")
         if trial.metric is not None and trial.metric not in metrics:
@@ -278,6 +282,17 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def costs(found: Mapping[str, Any]) -> dict[str, float]:
+    """What benchmark.json says, by the names of the table's columns; the latency is that of the smallest batch."""
+    first = min(found["eager"], key=int)
+    return {
+        "cost/parameters": found["parameters"],
+        "cost/macs": found["macs"],
+        "cost/p50_ms": found["eager"][first]["p50"],
+        "cost/megabytes": found["weights"] / 1e6,
+    }
 
 
 def _check(code: int, trial: Trial) -> None:

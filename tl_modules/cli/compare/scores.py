@@ -13,6 +13,8 @@ from tl_modules.evaluation.criteria import CRITERIA
 
 LOWER_IS_BETTER = ("rmse", "mae", "loss")
 CRITERION_METRICS = tuple(f"val/target_{name}" for name in CRITERIA)
+# what `benchmark` adds, and how the table writes it
+COSTS = {"parameters": ",.0f", "macs": ",.0f", "p50_ms": ".2f", "megabytes": ".3f"}
 BY_LABELS = ("val/target_few", "val/target_oracle")  # they choose an epoch by labels of the target
 
 
@@ -244,13 +246,26 @@ class Scores:
             row["gap"] = _mean(few.get("test/oracle_gap") for few in done)
             times = _times(way, infomax)
             row["chosen by infomax"] = None if times is None else f"{times} of {len(infomax)}"
+            row |= {cost: _mean(few.get(f"cost/{cost}") for few in done) for cost in COSTS}
             row["missing"] = len(mine) - len(self.values[way])
             table.append(row)
-        for column in ("oracle", "gap", "chosen by infomax"):
+        for column in ("oracle", "gap", "chosen by infomax", *COSTS):
             if all(row[column] is None for row in table):
                 for row in table:
                     del row[column]
         return table
+
+    def front(self, cost: str) -> list[str]:
+        """The ways that no other one beats in the metric at the same cost or less, the cheapest first (Pareto)."""
+        known = [row for row in self.table() if row["mean"] is not None and row.get(cost) is not None]
+        sign = 1 if self.lower else -1
+        front: list[str] = []
+        best = math.inf
+        for row in sorted(known, key=lambda row: (row[cost], sign * row["mean"])):
+            if sign * row["mean"] < best:
+                best = sign * row["mean"]
+                front.append(row["way"])
+        return front
 
     def texts(self) -> list[dict[str, str]]:
         """The same for reading."""
@@ -272,6 +287,7 @@ class Scores:
             )
             texts["negative transfer"] = row["negative transfer"]
         texts |= {column: _number(row[column]) for column in ("oracle", "gap") if column in row}
+        texts |= {cost: _number(row[cost], form) for cost, form in COSTS.items() if cost in row}
         if "chosen by infomax" in row:
             texts["chosen by infomax"] = row["chosen by infomax"] or ""
         if self._incomplete():

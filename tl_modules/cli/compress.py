@@ -1,0 +1,90 @@
+"""`tl compress`: a trained module becomes a smaller one, in a run of its own.
+
+module -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, checkpoints/best.ckpt
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import __version__
+from lightning.pytorch import LightningDataModule
+
+from datamodules import TransferDataModule
+from tl_modules.batch.samples import Batch
+from tl_modules.checkpoints.compressed import Kind
+from tl_modules.checkpoints.files import AtomicCheckpointIO
+from tl_modules.deployment.pruning import Importance, prune
+from tl_modules.deployment.quantization import quantize
+from tl_modules.errors import UserError
+from tl_modules.evaluation.cost import macs
+from tl_modules.module import TransferModule
+
+SAMPLES, BATCH = 256, 32  # labelled training samples for gradients
+
+
+def compress_run(
+    module: TransferModule,
+    data: LightningDataModule,
+    x: Any,
+    run: str | os.PathLike[str],
+    share: float | None,
+    importance: Importance,
+    kind: Kind | None,
+) -> str:
+    """Prunes and quantises a module, in place, and writes best.ckpt.
+
+    Args:
+        module: A trained one, on the CPU, in eval mode.
+        data: Its labelled training samples are what "taylor" looks at.
+        x: Prepared inputs.
+        run: The new run's directory.
+        share: Of the MACs that goes; None prunes nothing.
+        importance: What keeps a channel.
+        kind: How weights are quantised; None leaves them floats.
+
+    Returns:
+        A line of what it was and is.
+
+    Raises:
+        UserError: Neither is asked for, or the network cannot be compressed so.
+        DataError: The labels that "taylor" needs are hidden.
+    """
+    if share is None and kind is None:
+        raise UserError("compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both")
+    before = _size(module, x)
+    if share is not None:
+        prune(module, x, share, importance, _labelled(module, data) if importance == "taylor" else ())
+    after = _size(module, x)
+    module.save = "all"  # its pretrained weights are not these any more
+    checkpoint: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": __version__}
+    checkpoint["state_dict"] = module.state_dict()
+    module.on_save_checkpoint(checkpoint)
+    if kind is not None:
+        quantize(module, checkpoint, kind)
+    file = Path(run) / "checkpoints" / "best.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, file)
+    floats = 4 * before["parameters"]
+    return (
+        f"{before['parameters']:,} -> {after['parameters']:,} parameters, {before['macs'] / 1e6:,.1f} -> "
+        f"{after['macs'] / 1e6:,.1f} million MACs a sample, file {file.stat().st_size / 1e6:.2f} MB, "
+        f"{file.stat().st_size / floats:.0%} of the original's parameters"
+    )
+
+
+def _size(module: TransferModule, x: Any) -> dict[str, int]:
+    return {"parameters": sum(p.numel() for p in module.parameters()), "macs": macs(module, x)}
+
+
+def _labelled(module: TransferModule, data: LightningDataModule) -> Iterator[Batch]:
+    """A few batches of labelled training samples, drawn over all of them."""
+    if not isinstance(data, TransferDataModule):
+        raise UserError(f"data: {type(data).__name__} is no TransferDataModule, which taylor could ask for labels")
+    data.collate = module.collate
+    loader = data.labelled_dataloader()
+    rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(data.seed))[:SAMPLES]
+    return (Batch(*batch) for batch in loader.read(rows.tolist(), BATCH))

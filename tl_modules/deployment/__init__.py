@@ -1,0 +1,1 @@
+"""What makes a trained network smaller and faster before it is used."""

@@ -1,0 +1,47 @@
+"""Post-training quantisation to int8: weights as int8 and a scale for each output channel, by torchao."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_modules.checkpoints.compressed import Kind
+from tl_modules.errors import UserError
+
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def quantize(network: nn.Module, checkpoint: dict[str, Any], kind: Kind) -> None:
+    """Writes a checkpoint's weights of convolutions and linear layers as int8, in place.
+
+    A weight w of output channel c becomes round(w / s_c), s_c = max |w_c| / 127.5, a quarter of the bytes; biases,
+    norms and statistics stay floats. "int8": what is read are floats again, so that the network computes as before.
+    "int8_dynamic": the linear layers also compute in int8, their inputs quantised as they come (in `tl test`,
+    `predict`, `benchmark` and `load_run`); a run that starts from it trains floats.
+
+    Args:
+        network: The state dict's.
+        checkpoint: With a `state_dict` of floats.
+        kind: "int8" or "int8_dynamic".
+
+    Raises:
+        UserError: torchao is missing, or there is no linear layer for "int8_dynamic".
+    """
+    try:
+        from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+    except ImportError as error:
+        raise UserError("quantize: it needs torchao: pip install 'lightning-transfer[compress]'") from error
+    modules = {name: part for name, part in network.named_modules() if isinstance(part, _WEIGHTED)}
+    if kind == "int8_dynamic" and not any(isinstance(part, nn.Linear) for part in modules.values()):
+        raise UserError("quantize: int8_dynamic runs linear layers in int8, and this network has none; take int8")
+    state = dict(checkpoint["state_dict"])
+    scales: dict[str, Tensor] = {}
+    for key in (f"{name}.weight" for name in modules):
+        weight = state[key].float()
+        block = (1, *weight.shape[1:])
+        scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, eps=1e-12)
+        state[key] = quantize_affine(weight, block, scale, zero, torch.int8)
+        scales[key] = scale.flatten().float()
+    checkpoint["state_dict"], checkpoint["quantized"] = state, {"kind": kind, "scales": scales}

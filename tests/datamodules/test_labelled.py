@@ -265,6 +265,8 @@ def test_the_front_door(ok, tl):
     assert json.loads(metrics)["chosen_by"] == "val/accuracy, highest"  # as a labelled target's
     header = Path("runs/half/version_0/metrics.csv").read_text().partition("\n")[0].split(",")
     assert {"train/task/target", "train/fixmatch", "val/accuracy"} <= {*header}
+    said = ok(f"{FRONT} --name more --data.batch_size 4 --data.unlabelled_ratio 7")
+    assert "batches, 4 samples of target/labelled and 27 samples of target:" in said
     ok("test --run runs/half --trainer.enable_progress_bar false")
     refused = tl(f"{FRONT} --select.by infomax")
     assert refused.code

@@ -23,10 +23,10 @@ from datamodules import TransferDataModule
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
-from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, without
+from tl_modules.cli.arguments import given, help_last, merge, named_runs, nested_nulls, own_config, values, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.default_model import with_defaults
-from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, Parser
+from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, QUIET, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import first_process, importable
@@ -64,6 +64,7 @@ class TransferCLI(OneCommand, LightningCLI):
         if runs:
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
+            words = named_runs(words) if self.command == "soup" else words
             words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
         if runs and not self.configured:  # a run's config says everything
@@ -217,7 +218,9 @@ class TransferCLI(OneCommand, LightningCLI):
             epochs = default_epochs([len(loader.dataset) for loader in loaders])
             kwargs["max_epochs"] = trainer.max_epochs = self.saved["trainer"]["max_epochs"] = epochs
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
-        if trainer.logger in (None, True):
+        if self.command in QUIET:
+            kwargs["logger"] = False
+        elif trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
         given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
         kwargs["plugins"] = [
@@ -234,6 +237,8 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in BEFORE:
             self.trust = ""
             return [FeatureCache(**config.cache)]
+        if self.command in QUIET:
+            return []
         selection = ModelSelection(**config.select, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)

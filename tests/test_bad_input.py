@@ -110,6 +110,11 @@ CASES = {
     "rank of a missing file": ("rank nowhere.yaml --data Digits", "backbones: nowhere.yaml cannot be read"),
     "rank of a list": ("rank bad.yaml --data Digits", "backbones: bad.yaml is no mapping of names to backbones"),
     "rank of a number": ("rank bad.yaml --data Digits", "backbones: bad.yaml: a: 3 is neither a word nor a class_path with init_args"),
+    "a soup of nothing": ("soup --out x", "soup: name the runs first: `tl soup RUN RUN --out NAME`"),
+    "a soup of a missing run": ("soup nowhere other --out x", "run: nowhere is no run directory"),
+    "several runs where one is taken": ("benchmark --run a --run b", "run: `tl benchmark` takes one run; `tl test` and `tl predict` take several"),
+    "calibrate of nothing": ("calibrate", "run: `tl calibrate` needs a trained model; pass --run DIR"),
+    "a ratio without labelled ones": (FIT + "--data Digits --data.unlabelled_ratio 7", "unlabelled_ratio: 7 must be at least 1, and above 1 only beside --data.labelled N"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 

@@ -29,7 +29,8 @@ from tl_modules.runs.directory import load_state_into, new_run
 How = Literal["greedy", "uniform"]
 State = dict[str, Tensor]
 Shares = dict[Path, float]
-NETWORK = ("backbone.", "bottleneck.", "head.")  # what is mixed; a method's critic or teacher stays that of the first run
+# what is mixed; a method's critic or teacher stays that of the first run
+NETWORK = ("backbone.", "bottleneck.", "head.")
 
 
 class Soup:

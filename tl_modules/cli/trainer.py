@@ -112,7 +112,7 @@ class TransferTrainer(QuickHooks, Trainer):
         Args:
             model: Of the first run.
             datamodule: Of the first run; its validation split chooses.
-            runs: The directories, which may stand behind `tl soup` without this option.
+            runs: The directories; they stand behind `tl soup` without this option.
             out: The new run goes to runs/OUT/version_N.
             how: greedy: from the best run on, each next one stays if the mean with it is no worse on the validation
                 split. uniform: the mean of all.
@@ -122,9 +122,7 @@ class TransferTrainer(QuickHooks, Trainer):
         """
         soup(self, _ours(model), datamodule, runs, out, how, start, alpha)
 
-    def calibrate(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None
-    ) -> None:
+    def calibrate(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None) -> None:
         """Fits a temperature on the validation split, so that a run's probabilities are as often right as they say.
 
         It goes into the checkpoint; `tl test` and `tl predict` divide the logits by it, and decide as before.

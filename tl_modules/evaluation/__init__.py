@@ -2,6 +2,7 @@
 
 from tl_modules.evaluation.calibration import *
 from tl_modules.evaluation.cost import *
+from tl_modules.evaluation.ensembles import *
 from tl_modules.evaluation.figures import *
 from tl_modules.evaluation.model_selection import *
 from tl_modules.evaluation.predictions import *

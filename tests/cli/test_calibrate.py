@@ -7,15 +7,28 @@ import shutil
 import pytest
 import torch
 
+from datamodules import Digits
 from tl_modules import load_run
 from tl_modules.checkpoints.files import load_checkpoint
+from tl_modules.cli.main import main
 
 QUIET = "--trainer.enable_progress_bar false --trainer.logger false"
 
 
+@pytest.fixture(scope="module")
+def knows(tmp_path_factory):
+    """A run that knows something, unlike one of an epoch."""
+    folder = tmp_path_factory.mktemp("knows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(f"fit --data Digits --data.source true --data.target false --model.backbone ConvNet --model.backbone.width 4 "
+             f"--trainer.max_epochs 4 --name a {QUIET}".split())  # fmt: skip
+    return folder / "runs" / "a" / "version_0"
+
+
 @pytest.fixture
-def run(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "a")
+def run(knows, tmp_path):
+    shutil.copytree(knows, tmp_path / "a")
     return tmp_path / "a"
 
 
@@ -46,7 +59,10 @@ def test_a_run_is_calibrated(ok, run):
 
     # everything that loads the run has it
     module = load_run(run)
-    x = next(iter(_test_batches(module)))
+    data = Digits(source=True, target=False)
+    data.collate = module.collate
+    (batch,) = next(iter(data.test_dataloader())).values()
+    x = batch.x
     logits = module(x)
     module.temperature = 1.0
     assert torch.allclose(logits * temperature, module(x), atol=1e-5)
@@ -64,20 +80,11 @@ def test_a_run_is_calibrated(ok, run):
     assert load_checkpoint(run / "checkpoints" / "best.ckpt")["temperature"] == pytest.approx(temperature)
 
 
-def _test_batches(module):
-    from datamodules import Digits
-
-    data = Digits()
-    data.collate = module.collate
-    for batch in data.test_dataloader():
-        yield batch["target"].x
-
-
 def test_a_run_that_goes_on_does_not_train_with_it(ok, run):
     """It belongs to the checkpoint that it was fitted to."""
     file = run / "checkpoints" / "last.ckpt"
     torch.save(torch.load(file) | {"temperature": 5.0}, file)
-    ok("fit --run a --resume --trainer.max_epochs 2 --trainer.enable_progress_bar false")
+    ok("fit --run a --resume --trainer.max_epochs 5 --trainer.enable_progress_bar false")
     assert "temperature" not in load_checkpoint(file)
 
 
@@ -92,6 +99,6 @@ def test_values_have_no_probabilities(ok, tl):
 
 
 def test_it_needs_labels(ok, tl, run):
-    refused = tl("calibrate --run a --data.target_labels false --data.shots_per_class null")
+    refused = tl("calibrate --run a --data.source false --data.target true --data.target_labels false")
     assert refused.code == 2
     assert "calibrate: the validation split has no labels" in refused.err

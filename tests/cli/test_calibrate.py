@@ -68,8 +68,9 @@ def test_a_run_is_calibrated(ok, run):
     assert torch.allclose(logits * temperature, module(x), atol=1e-5)
     scaled = predicted(ok, "scaled.csv")
     assert [row["label"] for row in scaled] == [row["label"] for row in plain]
-    odds = [[torch.tensor(float(row["p_0"]) / float(row["p_1"])).log() for row in rows[:5]] for rows in (plain, scaled)]
-    assert torch.allclose(torch.stack(odds[0]), torch.stack(odds[1]) * temperature, atol=1e-3)
+    p, q = (torch.tensor([[float(row[f"p_{c}"]) for c in range(10)] for row in rows]) for rows in (plain, scaled))
+    assert torch.allclose((p.log() / temperature).softmax(1), q, atol=1e-3)
+    assert not torch.allclose(p, q, atol=1e-2)
     ok(f"validate --run a {QUIET}")
     assert json.loads((run / "metrics.json").read_text())["val/loss"] == pytest.approx(
         written["calibration/nll"], rel=1e-3

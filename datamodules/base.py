@@ -13,6 +13,7 @@ makes batches of samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -54,8 +55,11 @@ class TransferDataModule(LightningDataModule):
         batch_size: Samples per domain in a step; a few less where the last batch would be tiny.
         num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
         shots_per_class: Keeps that many labelled target training samples of each class.
-        labelled: How many of the target's training samples have labels, spread over the classes; the others are there
-            without (semi-supervised). None: all of them, or where the labels are hidden none.
+        labelled: How many of the target's training samples have labels, as many of each class as can be; the others
+            are there without (semi-supervised). The draw, by `seed`, looks at all labels of the training split; nothing
+            after it does. None: all of them, or where the labels are hidden none.
+        unlabelled_ratio: How many unlabelled target samples a step has for each labelled one, beside `labelled`: mu of
+            FixMatch, which takes 7. A step has `batch_size` labelled samples and mu times as many unlabelled ones.
         target_labels: Whether training and model selection see the target's labels; None shows those of a target alone
             (fine-tuning) and hides them beside a source (adaptation). False hides them also of a target alone
             (source-free adaptation).
@@ -91,6 +95,7 @@ class TransferDataModule(LightningDataModule):
         num_workers: int | None = 0,
         shots_per_class: int | None = None,
         labelled: int | None = None,
+        unlabelled_ratio: int = 1,
         target_labels: bool | None = None,
         target_unseen: bool = False,
         selection_labels: int | Literal["all"] | None = None,
@@ -113,7 +118,11 @@ class TransferDataModule(LightningDataModule):
                 "labelled: it says itself which labels of the target training sees; leave shots_per_class, "
                 "target_labels and target_unseen out"
             )
-        self.labelled = labelled
+        if unlabelled_ratio < 1 or (unlabelled_ratio > 1 and labelled is None):
+            raise DataError(
+                f"unlabelled_ratio: {unlabelled_ratio} must be at least 1, and above 1 only beside --data.labelled N"
+            )
+        self.labelled, self.unlabelled_ratio = labelled, unlabelled_ratio
         if isinstance(selection_labels, int) and selection_labels < 1:
             raise DataError(f"selection_labels: {selection_labels} must be at least 1, or all")
         if target_labels and target_unseen:
@@ -247,12 +256,14 @@ class TransferDataModule(LightningDataModule):
                     )
             without = name == "target" and (hidden or self.labelled is not None)
             views[name] = IndexedSubset(dataset, rows, augment, label="none" if without else "y")
-        longest = max(map(len, views.values()))
+        shares = {name: self.unlabelled_ratio if name == "target" else 1 for name in views}
+        longest = max(math.ceil(len(view) / shares[name]) for name, view in views.items())
         for name, view in views.items():
-            sampler = EpochSampler(view, longest, self.batch_size, self.seed, name, not self.drop_last)
+            samples, size = longest * shares[name], self.batch_size * shares[name]
+            sampler = EpochSampler(view, samples, size, self.seed, name, not self.drop_last)
             # the CombinedLoader names the batches
             loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
-        return CombinedLoader(loaders, "min_size")  # all are of one length
+        return CombinedLoader(loaders, "min_size")  # of one length, but for a last batch of one that is left out
 
     def labelled_dataloader(self) -> Loader:
         """The target's labelled training samples (a source's, where there is no target), in order, not augmented.

@@ -121,6 +121,11 @@ CASES = {
     "importance by hidden labels": ("compress --run trained --out x --prune 0.5 --importance taylor --data.shots_per_class null --data.source true", "labels of its training samples are needed, and they are hidden"),
     "resume of what is compressed": ("fit --run trained --resume", "checkpoint: it has no optimizer's state"),
     "scales that do not fit": ("test --run trained", "its int8 tensors and the scales in its `quantized` do not fit"),
+    "a soup of nothing": ("soup --out x", "soup: name the runs first: `tl soup RUN RUN --out NAME`"),
+    "a soup of a missing run": ("soup nowhere other --out x", "run: nowhere is no run directory"),
+    "several runs where one is taken": ("benchmark --run a --run b", "run: `tl benchmark` takes one run; `tl test` and `tl predict` take several"),
+    "calibrate of nothing": ("calibrate", "run: `tl calibrate` needs a trained model; pass --run DIR"),
+    "a ratio without labelled ones": (FIT + "--data Digits --data.unlabelled_ratio 7", "unlabelled_ratio: 7 must be at least 1, and above 1 only beside --data.labelled N"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 

@@ -10,6 +10,8 @@ from tl_modules.batch.output import DomainOutput as DomainOutput
 from tl_modules.batch.samples import Batch as Batch
 from tl_modules.batch.samples import Padded as Padded
 from tl_modules.errors import UserError as UserError
+from tl_modules.evaluation.ensembles import DeepEnsemble as DeepEnsemble
+from tl_modules.evaluation.ensembles import MCDropout as MCDropout
 from tl_modules.evaluation.test_time import T3A as T3A
 from tl_modules.evaluation.test_time import TENT as TENT
 from tl_modules.evaluation.test_time import AdaBN as AdaBN

@@ -12,13 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 
 from datamodules import DataError, Digits, TransferDataModule
-from tl_modules import MCC, SHOT, Classification, ConvNet, FixMatch, MeanTeacher, Method, Mixup
+from tl_modules import MCC, SHOT, Classification, ConvNet, FixMatch, MeanTeacher, Method, Mixup, PseudoLabel
 from tl_modules.batch.samples import Batch
 from tl_modules.runs import ExactResume
 
 METHODS = {
     "FixMatch": lambda: FixMatch(threshold=0.0),
     "MeanTeacher": lambda: MeanTeacher(threshold=0.0),
+    "PseudoLabel": lambda: PseudoLabel(threshold=0.0),
     "MCC": lambda: MCC(),
 }
 methods = pytest.mark.parametrize("name", METHODS)
@@ -60,12 +61,12 @@ def rows(data):
     return loaders["target/labelled"].dataset.rows, loaders["target"].dataset.rows
 
 
-def fit(name, data, folder=None, epochs=2, **options):
+def fit(name, data, folder=None, epochs=2, every=10, **options):
     """The module after a run; with `folder`, a step within the second epoch leaves a checkpoint there."""
     seed_everything(0, verbose=False)
     made = METHODS[name]() if isinstance(name, str) else name
     module = Classification(ConvNet(2), data.schema, methods=[made])
-    keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=10, save_top_k=-1)] if folder else []
+    keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)] if folder else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = Trainer(max_epochs=epochs, callbacks=[ExactResume(), *keep], enable_checkpointing=bool(folder), **quiet)
     trainer.fit(module, data, **options)
@@ -116,6 +117,23 @@ def test_an_epoch_is_the_rest_s():
     assert all(len(batch["target/labelled"][2]) == len(batch["target"][2]) for batch in batches)
 
 
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("ratio", [1, 3, 7])
+def test_a_step_has_so_many_unlabelled_for_each_labelled(ratio, source):
+    """And an epoch is still one pass over the rest, or a source that is longer."""
+    data = Images(source, batch_size=4, unlabelled_ratio=ratio)
+    batches = [batch for batch, *_ in data.train_dataloader()]
+    longest = 60 if source else -(-51 // ratio)
+    assert abs(len(batches) - longest / 4) <= 1
+    for batch in batches[:-1]:
+        sizes = {name: len(part[2]) for name, part in batch.items()}
+        assert sizes["target/labelled"] <= 4
+        assert abs(sizes["target"] - ratio * sizes["target/labelled"]) < ratio
+        assert not source or sizes["source"] == sizes["target/labelled"]
+    seen = torch.cat([batch["target"][2] for batch in batches]).unique()
+    assert len(seen) >= 51 - ratio * 4
+
+
 @methods
 @pytest.mark.parametrize("source", [False, True])
 def test_a_method_trains_with_it(name, source):
@@ -149,6 +167,14 @@ def test_a_run_resumed_within_an_epoch_is_the_undisturbed_one(name, source, tmp_
     assert differ(whole, resumed) == []
     early, _ = fit(name, Images(source), epochs=1)
     assert differ(whole, early) != []
+
+
+def test_and_with_more_unlabelled_than_labelled_in_a_step(tmp_path):
+    whole, _ = fit("FixMatch", Images(batch_size=3, unlabelled_ratio=3), tmp_path, every=8)
+    checkpoint = tmp_path / "step=8.ckpt"
+    assert torch.load(checkpoint, weights_only=False)["epoch"] == 1
+    resumed, _ = fit("FixMatch", Images(batch_size=3, unlabelled_ratio=3), ckpt_path=checkpoint)
+    assert differ(whole, resumed) == []
 
 
 def test_the_task_s_loss_is_that_of_the_labelled():
@@ -217,6 +243,8 @@ def test_beside_a_source_it_is_validated_like_adaptation_and_alone_like_fine_tun
     ({"labelled": 5, "target_unseen": True, "source": True}, "labelled: it says itself"),
     ({"labelled": 449}, "labelled: the target has 449 training samples, so none is left unlabelled"),
     ({"labelled": 9999}, "labelled: the target has 449 training samples, so none is left unlabelled"),
+    ({"unlabelled_ratio": 7}, "unlabelled_ratio: 7 must be at least 1, and above 1 only beside --data.labelled"),
+    ({"labelled": 5, "unlabelled_ratio": 0}, "unlabelled_ratio: 0 must be at least 1"),
     ({"labelled": 5, "target": False, "source": True}, "labelled: .* there is none; give --data.target"),
 ])  # fmt: skip
 def test_mistakes(given, match):
@@ -237,6 +265,8 @@ def test_the_front_door(ok, tl):
     assert json.loads(metrics)["chosen_by"] == "val/accuracy, highest"  # as a labelled target's
     header = Path("runs/half/version_0/metrics.csv").read_text().partition("\n")[0].split(",")
     assert {"train/task/target", "train/fixmatch", "val/accuracy"} <= {*header}
+    said = ok(f"{FRONT} --name more --data.batch_size 4 --data.unlabelled_ratio 7")
+    assert "batches, 4 samples of target/labelled and 27 samples of target:" in said
     ok("test --run runs/half --trainer.enable_progress_bar false")
     refused = tl(f"{FRONT} --select.by infomax")
     assert refused.code

@@ -28,6 +28,7 @@ class Task(LightningModule):
     Attributes:
         monitor: The metric that chooses the best epoch, and "min" or "max".
         is_classification: Whether there are probabilities of classes.
+        temperature: What a classification's logits are divided by, once `tl calibrate` has found it.
         uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the features as the
             backbone gives them, e.g. a pyramid of maps or the states of all tokens.
         label: Raw labels -> a tree, in a loader's worker; small, so that it can be sent there.
@@ -36,6 +37,7 @@ class Task(LightningModule):
     monitor: tuple[str, str] = ("val/loss", "min")
     is_classification: ClassVar[bool] = False
     uses_pooled_features: ClassVar[bool] = True
+    temperature: float = 1.0
     schema: Schema
     head: nn.Module
     label: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)

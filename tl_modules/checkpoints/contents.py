@@ -5,6 +5,7 @@ state_dict, optimizer_states, loops, ...   Lightning
 current_model_state                        Lightning's WeightAveraging        the same, when a run resumes
 transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
 random_backbone                            this file                          this file, when a run resumes
+temperature                                cli/calibrate.py                   this file, unless a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
 pruned                                     this file                          this file, backbones/weights.py: shapes
 quantized                                  deployment/quantization.py         files.py: int8 becomes float again
@@ -45,6 +46,8 @@ def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     checkpoint["random_backbone"] = module.backbone.random
     if module.backbone.pruned:
         checkpoint["pruned"] = True
+    if module.temperature != 1:
+        checkpoint["temperature"] = module.temperature
     if module.save == "trainable":
         left_out = module.finetuning.never_trains(module)
         module.left_out = module.left_out or fingerprint(left_out)  # what never trains never changes
@@ -97,6 +100,7 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     # what the checkpoint fills looks random; runs of version 0.1 treated all alike
     module.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)
+    module.temperature = 1.0 if resumes else float(checkpoint.get("temperature", 1.0))
     if resumes:
         resume_rates(module, checkpoint)
 

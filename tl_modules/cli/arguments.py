@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,19 @@ def without(args: Sequence[str], *options: str) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def named_runs(args: Sequence[str]) -> list[str]:
+    """`soup A B --out N` -> `soup --run A --runs [A, B] --out N`.
+
+    Raises:
+        UserError: There is no run behind the command.
+    """
+    count = next((number for number, word in enumerate(args[1:]) if word.startswith("-")), len(args) - 1)
+    runs = list(args[1 : 1 + count])
+    if not runs:
+        raise UserError(f"{args[0]}: name the runs first: `tl {args[0]} RUN RUN --out NAME`")
+    return [args[0], "--run", runs[0], f"--runs={json.dumps(runs)}", *args[1 + count :]]
 
 
 def own_config(args: Sequence[str]) -> list[Any]:

@@ -23,24 +23,25 @@ from datamodules import TransferDataModule
 from tl_modules.batch.compat import OneCommand
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
-from tl_modules.cli.arguments import given, help_last, merge, nested_nulls, own_config, values, without
+from tl_modules.cli.arguments import given, help_last, merge, named_runs, nested_nulls, own_config, values, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.default_model import with_defaults
-from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, Parser
+from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, QUIET, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.process import first_process, importable
 from tl_modules.cli.trainer import TransferTrainer, compile_backbone
 from tl_modules.errors import UserError
-from tl_modules.evaluation import ModelSelection, PredictionWriter, TensorBoardFigures
+from tl_modules.evaluation import DeepEnsemble, ModelSelection, PredictionWriter, TensorBoardFigures
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
-from tl_modules.runs.directory import SECTIONS, new_run, read_config, without_weights
+from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
+ENSEMBLES = {"test", "predict"}  # commands that take several runs
 UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of an object
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class TransferCLI(OneCommand, LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.helps = COMMANDS
         self.run: Path | None = None
+        self.others: list[Path] = []
         self.configured = False
         self.trusted: list[str] = []
         self.command = next((word for word in args if word in COMMANDS), None)
@@ -64,6 +66,7 @@ class TransferCLI(OneCommand, LightningCLI):
         if runs:
             if words[0] != self.command:
                 raise UserError(f"write the command first: `tl {self.command} ...`")
+            words = named_runs(words) if self.command == "soup" else words
             words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
         if runs and not self.configured:  # a run's config says everything
@@ -101,7 +104,8 @@ class TransferCLI(OneCommand, LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
         parser.add_argument("--name", type=str | None, default=None, help="The run goes to runs/NAME/version_N.")
-        parser.add_argument("--run", type=str | None, default=None, help="A run's directory: its config and best.ckpt.")
+        what = "A run's directory: its config and best.ckpt. Several, in test and predict: an ensemble."
+        parser.add_argument("--run", type=str | None, default=None, help=what)
         parser.add_argument(
             "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
         )
@@ -172,7 +176,10 @@ class TransferCLI(OneCommand, LightningCLI):
             and not given(args, "--print_config")
         ):
             raise UserError(f"run: `tl {self.command}` needs a trained model; pass --run DIR or --ckpt_path FILE")
-        return find_run(runs[-1]) if runs else None
+        if len(runs) > 1 and self.command not in ENSEMBLES:
+            raise UserError(f"run: `tl {self.command}` takes one run; `tl test` and `tl predict` take several")
+        self.others = [find_run(run) for run in runs[1:]]
+        return find_run(runs[0]) if runs else None
 
     # Objects
 
@@ -220,7 +227,9 @@ class TransferCLI(OneCommand, LightningCLI):
             epochs = default_epochs([len(loader.dataset) for loader in loaders])
             kwargs["max_epochs"] = trainer.max_epochs = self.saved["trainer"]["max_epochs"] = epochs
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
-        if trainer.logger in (None, True):
+        if self.command in QUIET:
+            kwargs["logger"] = False
+        elif trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
         given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
         kwargs["plugins"] = [
@@ -237,6 +246,8 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in BEFORE:
             self.trust = ""
             return [FeatureCache(**config.cache)]
+        if self.command in QUIET:
+            return []
         selection = ModelSelection(**config.select, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)
@@ -246,6 +257,8 @@ class TransferCLI(OneCommand, LightningCLI):
             callbacks.append(TensorBoardFigures({key: self.saved.get(key) for key in SECTIONS if key != "trainer"}))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(EpochProgressBar() if sys.stdout.isatty() else LineProgress())
+        if self.others:
+            callbacks.append(DeepEnsemble([load_run(other, trust=self.trusted) for other in self.others]))
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(Path(config.out) if config.out else path / "predictions.csv"))
         if self.subcommand == "fit":

@@ -48,6 +48,8 @@ COMMANDS = {
     "test": "Measure a run on the test split.",
     "predict": "Label data with a run and write a CSV.",
     "embed": "Write a backbone's features of your data.",
+    "soup": "Average the weights of runs into one; WiSE-FT.",
+    "calibrate": "Give a run probabilities that can be believed.",
     "benchmark": "Measure what predicting with a run costs here.",
     "compress": "Prune and quantize a run; the result is one too.",
     "lr-find": "Find a learning rate for a run, before it.",
@@ -56,9 +58,11 @@ COMMANDS = {
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
 # commands that are methods of our Trainer, and what the CLI gives them itself
-OWN = {"embed", "benchmark", "compress", "lr-find", "show-batch"}
+OWN = {"embed", "soup", "calibrate", "benchmark", "compress", "lr-find", "show-batch"}
 # commands that look at a run before it is trained: they take no checkpoint and make no version
 BEFORE = {"lr-find", "show-batch"}
+# commands that validate for themselves, and leave a run's metrics and curves as they are
+QUIET = {"soup", "calibrate"}
 
 
 class Parser(LightningArgumentParser):

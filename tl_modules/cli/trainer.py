@@ -19,8 +19,10 @@ from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.compressed import Kind
 from tl_modules.checkpoints.files import load_checkpoint, weight_bytes, write_whole
+from tl_modules.cli.calibrate import calibrate
 from tl_modules.cli.compress import compress_run
 from tl_modules.cli.lr_find import report, sweep_rates
+from tl_modules.cli.soup import How, soup
 from tl_modules.deployment.pruning import Importance
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
@@ -91,6 +93,50 @@ class TransferTrainer(QuickHooks, Trainer):
                     writer.writerow([number, domain, split, ids[row], labels[row]])
                     number += 1
         print(f"{len(features):,} samples, {features.shape[1]} features each, in {folder}")
+
+    def soup(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        runs: list[str],
+        out: str,
+        how: How = "greedy",
+        start: str | None = None,
+        alpha: float = 0.5,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Averages the weights of runs of one architecture into a run of its own; nothing is trained.
+
+        `tl soup RUN RUN RUN --out NAME` is a model soup, `tl soup RUN --start PROBE --out NAME` WiSE-FT: half way
+        back from a fine-tuned model to the one that it began with, which is better on data that are not like those of
+        the training. The start is a run too, since weights without a head decide nothing: a `FeatureExtraction` from
+        the same weights, best the one whose head and backbone the run has taken over.
+
+        Args:
+            model: Of the first run.
+            datamodule: Of the first run; its validation split chooses.
+            runs: The directories; they stand behind `tl soup` without this option.
+            out: The new run goes to runs/OUT/version_N.
+            how: greedy: from the best run on, each next one stays if the mean with it is no worse on the validation
+                split. uniform: the mean of all.
+            start: A run that the others began with.
+            alpha: The share of the runs beside the start, `alpha runs + (1 - alpha) start`.
+            ckpt_path: The first run's best.ckpt.
+        """
+        soup(self, _ours(model), datamodule, runs, out, how, start, alpha)
+
+    def calibrate(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None) -> None:
+        """Fits a temperature on the validation split, so that a run's probabilities are as often right as they say.
+
+        It goes into the checkpoint; `tl test` and `tl predict` divide the logits by it, and decide as before.
+
+        Args:
+            model: Of the run.
+            datamodule: Its labelled validation split is read.
+            ckpt_path: The checkpoint, which is written anew.
+        """
+        assert ckpt_path is not None
+        calibrate(self, _ours(model), datamodule, Path(ckpt_path))
 
     def benchmark(
         self,

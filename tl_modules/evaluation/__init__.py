@@ -1,6 +1,8 @@
 """What a model is worth: metrics, predictions, pictures, the choice of one, its cost, what it promises untrained."""
 
+from tl_modules.evaluation.calibration import *
 from tl_modules.evaluation.cost import *
+from tl_modules.evaluation.ensembles import *
 from tl_modules.evaluation.figures import *
 from tl_modules.evaluation.model_selection import *
 from tl_modules.evaluation.predictions import *

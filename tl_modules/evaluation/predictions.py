@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.batch import samples
 from tl_modules.errors import UserError
+from tl_modules.evaluation.ensembles import Ensemble
 from tl_modules.evaluation.gather import Gathering
 from tl_modules.module import TransferModule
 
@@ -17,7 +18,7 @@ __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(Callback):
-    """A row per sample: id (a path, where there is one), then the task's columns.
+    """A row per sample: id (a path, where there is one), the task's columns, and those of an ensemble's uncertainty.
 
     Args:
         file: The CSV.
@@ -46,7 +47,10 @@ class PredictionWriter(Callback):
         """Keeps the batch's rows."""
         assert isinstance(pl_module, TransferModule)
         prediction, rows = outputs
-        self.found.add(pl_module.prediction_columns(samples.move(prediction, "cpu")), rows)
+        columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            columns |= callback.columns(pl_module) if isinstance(callback, Ensemble) else {}
+        self.found.add(columns, rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows of all processes and writes them in the data's order."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, ClassVar, cast
 
@@ -132,18 +134,13 @@ class AdaBN(TestTimeAdaptation):
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
         """Runs the pass."""
         layers = [layer for layer in _batch_norms(module, self) if layer.running_mean is not None]
+        with taking_statistics(layers):
+            for loader, batches in loaders:
+                for batch in _mixed(loader, batches):
+                    ((domain, part),) = module.on_before_batch_transfer(batch, 0).items()
+                    x = samples.move(part.x, module.device)
+                    module.forward_extra(trainer.precision_plugin.convert_input(x), domain)
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # an average over all batches
-            layer.train()
-            cast(Any, layer).p = 0.0  # StochNorm would mix in the statistics that are being taken
-        for loader, batches in loaders:
-            for batch in _mixed(loader, batches):
-                ((domain, part),) = module.on_before_batch_transfer(batch, 0).items()
-                x = samples.move(part.x, module.device)
-                module.forward_extra(trainer.precision_plugin.convert_input(x), domain)
-        for layer in layers:
-            layer.eval()
             for statistic in (layer.running_mean, layer.running_var):
                 assert statistic is not None
                 statistic.copy_(cast(Tensor, trainer.strategy.reduce(statistic, reduce_op="mean")))
@@ -302,6 +299,24 @@ class _Prototypes(nn.Module):
     def _surest(self, c: int) -> Tensor:
         rows = (self.classes == c).nonzero().squeeze(1)
         return rows[self.entropies[rows].argsort(stable=True)[: self.filter_k]]
+
+
+@contextmanager
+def taking_statistics(layers: Sequence[BatchNorm]) -> Iterator[None]:
+    """Inside, passes give BatchNorm layers running statistics anew: the mean over batches of those of each batch.
+
+    The layers are those of a module in eval mode, and are in it again afterwards.
+    """
+    before = [{name: getattr(layer, name) for name in ("momentum", "p") if hasattr(layer, name)} for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # an average over all batches
+        layer.train()
+        cast(Any, layer).p = 0.0  # StochNorm would mix in the statistics that are being taken
+    yield
+    for layer, settings in zip(layers, before, strict=True):
+        layer.eval()
+        vars(layer).update(settings)
 
 
 def _batch_norms(module: TransferModule, adaptation: TestTimeAdaptation) -> list[BatchNorm]:

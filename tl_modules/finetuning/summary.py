@@ -97,12 +97,15 @@ def _count(loader: Any) -> str:
 def _steps(module: BaseTransferModule, trainer: Trainer) -> str:
     """Epochs, batches and optimizer steps."""
     loaders = by_domain(trainer.train_dataloader, DataLoader)
-    size = getattr(next(iter(loaders.values())), "batch_size", None) or "?"
+    sizes = {name: getattr(loader, "batch_size", None) or "?" for name, loader in loaders.items()}
     end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
     epochs = f"{end} epochs of" if end is not None else "epochs of"
-    apart = " of each domain" if len(loaders) > 1 else ""
+    size, *others = set(sizes.values())
+    each = f"{size} samples{' of each domain' if len(loaders) > 1 else ''}"
+    if others:
+        each = " and ".join(f"{count} samples of {name}" for name, count in sizes.items())
     total = f": {module.total_steps:,.0f} steps" if math.isfinite(module.total_steps) else ""
-    return f"training  {epochs} {trainer.num_training_batches} batches, {size} samples{apart}{total}"
+    return f"training  {epochs} {trainer.num_training_batches} batches, {each}{total}"
 
 
 def _schedule(trainer: Trainer) -> str:

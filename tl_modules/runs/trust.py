@@ -47,9 +47,9 @@ KINDS = (nn.Module, FineTuning, WeightSchedule, Optimizer, LRScheduler, Lightnin
 # of these kinds, only some are harmless
 HARMLESS = {
     "AdaBN", "DDPStrategy", "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping",
-    "GradientAccumulationScheduler", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary",
-    "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT", "TQDMProgressBar",
-    "Timer", "WeightAveraging",
+    "GradientAccumulationScheduler", "LearningRateMonitor", "MCDropout", "ModelCheckpoint", "ModelSummary",
+    "RichModelSummary", "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT",
+    "TQDMProgressBar", "Timer", "WeightAveraging",
 }  # fmt: skip
 RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of a repository that its arguments name; the same class twice
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory

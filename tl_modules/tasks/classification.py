@@ -56,6 +56,11 @@ class Classification(TransferModule):
         self.label_smoothing = label_smoothing
         self.said: set[str] = set()
 
+    def decode(self, features: Any) -> Tensor:
+        """Features -> logits (B, C), divided by the temperature."""
+        logits: Tensor = super().decode(features)
+        return logits if self.temperature == 1 else logits / self.temperature
+
     def loss(self, out: DomainOutput) -> Tensor:
         """Cross-entropy (B,) of logits (B, C) and class numbers (B,), or shares of the classes (B, C)."""
         return F.cross_entropy(out.output, out.y, label_smoothing=self.label_smoothing, reduction="none")

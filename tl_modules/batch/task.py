@@ -30,12 +30,14 @@ class Task(LightningModule):
         is_classification: Whether there are probabilities of classes.
         uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the features as the
             backbone gives them, e.g. a pyramid of maps or the states of all tokens.
+        needs_labels: Whether there is no loss without labels.
         label: Raw labels -> a tree, in a loader's worker; small, so that it can be sent there.
     """
 
     monitor: tuple[str, str] = ("val/loss", "min")
     is_classification: ClassVar[bool] = False
     uses_pooled_features: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
     schema: Schema
     head: nn.Module
     label: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)

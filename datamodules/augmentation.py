@@ -21,8 +21,8 @@ def transforms_of(
                  flip
         strong   a part of 25 to 100 %, a flip, TrivialAugment (Mueller and Hutter, ICCV 2021), random erasing (Zhong et
                  al., AAAI 2020)
-        views    for pretraining, as MoCo v2 (Chen et al., 2020): a part of 20 to 100 %, a flip, other colours, grey, and
-                 from 64 px on blur; where images are no photos, which a flip may turn into something else, a turn, a
+        views    for pretraining, as MoCo v2 (Chen et al., 2020): a part of 20 to 100 %, a flip, other colours, grey, from
+                 64 px on blur; of images that are no photos, and that a flip may turn into something else, a turn, a
                  shift, a shear and a scale, a part of 50 to 100 %, other brightness and contrast
 
     Args:

@@ -234,7 +234,9 @@ class TransferDataModule(LightningDataModule):
             )
         if self.augmentation == "auto":
             self.resolve({})
-        if self.augment == "auto" and (self.photos or self.views > 1) and self.trainer is not None:  # who only counts has none
+        if (
+            self.augment == "auto" and (self.photos or self.views > 1) and self.trainer is not None
+        ):  # who only counts has none
             whole = "views are compared" if self.views > 1 else "photos train the whole backbone"
             why = whole if self.augmentation != "none" else "some of the backbone is frozen"
             log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)

@@ -54,7 +54,9 @@ def build(pretraining, kind="image", schema=None, **kwargs):
     seed_everything(0, verbose=False)
     backbone = ConvNet(4) if kind == "image" else TabularMLP(5, [8, 8])
     options = SMALL.get(pretraining, {}) if kind == "image" else {}
-    return pretraining(backbone, schema={"y": {"classes": ["a", "b", "c"]}} if schema is None else schema, **options, **kwargs)
+    return pretraining(
+        backbone, schema={"y": {"classes": ["a", "b", "c"]}} if schema is None else schema, **options, **kwargs
+    )
 
 
 def one_rank():

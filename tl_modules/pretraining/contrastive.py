@@ -148,10 +148,10 @@ class DINO(Pretraining):
             features = backbone.pooled_features(backbone(samples.concat(list(views))))
             with full_precision(self.device):
                 taught = head(samples.to_float32(features)).chunk(len(views))
-        center = self.criterion.center
+        center = self.criterion.center.clone()
         loss = self.criterion(list(taught), self.project(views), teacher_temp=self.teacher_temperature)
         if not self.training:  # which moves nothing
-            self.criterion.center = center
+            self.criterion.center.copy_(center)
         return {"dino": loss}
 
 

@@ -22,6 +22,19 @@ from tl_modules.pretraining.layers import upsampler
 __all__ = ["GAN"]
 
 
+class DCGANAdam(torch.optim.Adam):
+    """Adam with less momentum, as DCGAN needs it to be stable.
+
+    Args:
+        params: The parameters or groups of them.
+        lr: The learning rate.
+        betas: Of the averages of the gradient and of its square.
+    """
+
+    def __init__(self, params: Any, lr: float = 2e-4, betas: tuple[float, float] = (0.5, 0.999)) -> None:
+        super().__init__(params, lr=lr, betas=betas)
+
+
 class GAN(Pretraining):
     """A DCGAN whose discriminator is the backbone and a linear layer (Radford, Metz and Chintala, ICLR 2016).
 
@@ -49,14 +62,18 @@ class GAN(Pretraining):
         latent: int = 100,
         image_size: int = 28,
         channels: int = 3,
-        width: int = 64,
+        width: int = 32,
         smoothing: float = 0.1,
-        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=2e-4, betas=[0.5, 0.999]),
+        optimizer: OptimizerCallable = lambda params: DCGANAdam(params, lr=2e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *args, head=lambda features: nn.Linear(features, 1), optimizer=optimizer, lr_scheduler=lr_scheduler, **kwargs
+            *args,
+            head=lambda features: nn.Linear(features, 1),
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            **kwargs,
         )
         if channels not in (1, 3):
             raise UserError(f"channels: {channels} must be 1 or 3")

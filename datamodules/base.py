@@ -63,9 +63,9 @@ class TransferDataModule(LightningDataModule):
         target_unseen: Keeps the target out of training altogether (domain generalisation).
         selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
             choice of the model, `--select.by few` or `oracle`; to nothing else.
-        augment: none, light, strong, views (see `augmentation.transforms_of`), or transforms of a training x, in this order,
-            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole backbone
-            trains from the start, views for pretraining that compares views, otherwise none.
+        augment: none, light, strong, views (see `augmentation.transforms_of`), or transforms of a training x, in their
+            order, e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole
+            backbone trains from the start, views for pretraining that compares views, otherwise none.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
@@ -234,9 +234,7 @@ class TransferDataModule(LightningDataModule):
             )
         if self.augmentation == "auto":
             self.resolve({})
-        if (
-            self.augment == "auto" and (self.photos or self.views > 1) and self.trainer is not None
-        ):  # who only counts has none
+        if self.augment == "auto" and (self.photos or self.views > 1) and self.trainer:  # who only counts has none
             whole = "views are compared" if self.views > 1 else "photos train the whole backbone"
             why = whole if self.augmentation != "none" else "some of the backbone is frozen"
             log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)

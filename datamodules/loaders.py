@@ -53,8 +53,8 @@ class IndexedSubset(Dataset[Any]):
 class Views(IndexedSubset):
     """Several views of each sample, x = (view, ...), each augmented by itself.
 
-    Indexed by (index, seed), the views follow from that seed. Indexed by a number alone, as in validation, x begins with
-    the sample as it is, (plain, view, ...), and its views are the same each time.
+    Indexed by (index, seed), the views follow from that seed. Indexed by a number alone, as in validation, x begins
+    with the sample as it is, (plain, view, ...), and its views are the same each time.
 
     Args:
         dataset: What has the samples.

@@ -90,7 +90,7 @@ def test_its_loss_falls(pretraining, kind):
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 @every_case
 def test_its_backbone_goes_on_with_every_strategy(pretraining, kind, strategy, runs):
-    module, _, folder, _ = runs(pretraining, kind)
+    folder = runs(pretraining, kind)[2]
     weights = str(folder / "step=5.ckpt")
     backbone = ConvNet(4, weights) if kind == "image" else TabularMLP(5, [8, 8], weights=weights)
     kept = torch.load(weights, weights_only=True)["state_dict"]

@@ -228,8 +228,8 @@ class Pretraining(TransferModule):
             self.warned = True
             if self.trainer.is_global_zero:
                 log.warning(
-                    "epoch %d: the features have collapsed to one direction (%s/spread %.2g; spread evenly it is 1), so "
-                    "they tell samples apart no more; lower --model.optimizer.lr, augment more, or take another "
+                    "epoch %d: the features have collapsed to one direction (%s/spread %.2g; spread evenly it is 1), "
+                    "so they tell samples apart no more; lower --model.optimizer.lr, augment more, or take another "
                     "pretraining",
                     self.current_epoch,
                     split,
@@ -270,7 +270,7 @@ class CollateViews(Collate):
 
 
 def input_kind(backbone: Backbone, schema: Mapping[str, Any]) -> str:
-    """ "image" or "numeric", by the schema, or by the backbone where nothing is said.
+    """What inputs are, image or numeric, by the schema, or by the backbone where nothing is said.
 
     Raises:
         UserError: It is neither.
@@ -281,7 +281,7 @@ def input_kind(backbone: Backbone, schema: Mapping[str, Any]) -> str:
         kind = "numeric" if hasattr(backbone, "in_features") else "image" if hasattr(backbone, "preprocess") else None
     if kind is None:
         raise UserError(
-            f"model: this pretraining takes images or rows of numbers, and the data's inputs are {', '.join(x) or 'unknown'}"
-            "; take SimCLR, VICReg or DINO with transforms of your own, --data.augment"
+            f"model: this pretraining takes images or rows of numbers, not {', '.join(x) or 'what nobody knows'}; take "
+            "SimCLR, VICReg or DINO with transforms of your own, --data.augment"
         )
     return kind

@@ -38,16 +38,12 @@ def upsampler(inputs: int, channels: int, size: int, width: int) -> nn.Sequentia
     doublings = max(0, round(math.log2(size / 7)))
     start = math.ceil(size / 2**doublings)
     widths = [min(512, width * 2**step) for step in reversed(range(doublings + 1))]
-    layers: list[nn.Module] = [
-        nn.Linear(inputs, widths[0] * start**2, bias=False),
-        nn.Unflatten(1, (widths[0], start, start)),
-    ]
+    grid = widths[0], start, start
+    layers: list[nn.Module] = [nn.Linear(inputs, math.prod(grid), bias=False), nn.Unflatten(1, grid)]
     layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for before, after in pairwise(widths):
         layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-    spare = start * 2**doublings - size  # what is too much is cut from the right and the bottom
-    layers += [
-        nn.Conv2d(widths[-1], channels, 3, padding=1),
-        *([nn.ZeroPad2d((0, -spare, 0, -spare))] if spare else []),
-    ]
+    layers.append(nn.Conv2d(widths[-1], channels, 3, padding=1))
+    if spare := start * 2**doublings - size:
+        layers.append(nn.ZeroPad2d((0, -spare, 0, -spare)))  # cuts from the right and the bottom
     return nn.Sequential(*layers)

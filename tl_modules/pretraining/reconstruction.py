@@ -18,21 +18,21 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(Pretraining):
-    """Restores an input of which a part was destroyed from its features (Vincent et al., JMLR 2010; He et al., CVPR 2022).
+    """Restores an input from the features of what is left of it (Vincent et al., JMLR 2010; He et al., CVPR 2022).
 
         image, convolutions   Gaussian noise on all pixels
         image, transformer    patches are blank, and only they are compared, as in masked autoencoders
         row of numbers        values are those of other rows in the same column
 
-    `mean (decoder(features(destroyed x)) - x)^2`, of images normalised as the backbone does, of rows standardised column by
-    column. The decoder gets the pooled features, which the next run will get too; transposed convolutions make an
-    image of them.
+    `mean (decoder(features(destroyed x)) - x)^2`, of images normalised as the backbone does, of rows standardised
+    column by column. The decoder gets the pooled features, which the next run will get too; transposed convolutions
+    make an image of them.
 
     Args:
         *args: As for `Pretraining`.
         noise: Standard deviation of the noise, on the [0, 1] scale.
-        masked: Share of the patches that are blank, or of the values that are swapped. None is 0.5 for transformers, 0.3
-            for rows, otherwise 0.
+        masked: Share of the patches that are blank, or of the values that are swapped. None is 0.5 for transformers,
+            0.3 for rows, otherwise 0.
         patch: Side of a patch in pixels.
         image_size: Side of what is restored, in pixels; larger images are compared at this size.
         width: Channels of the decoder's last layer but one, or of rows half the width of its hidden layer.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
+from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch import samples
 from tl_modules.batch.output import by_domain, check_sources, full_precision
 from tl_modules.batch.ranks import every_rank
@@ -171,7 +172,7 @@ class Pretraining(TransferModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Keeps the features of the first loader, and measures the objective on held-out samples."""
         if dataloader_idx > 0:
             return
@@ -181,7 +182,7 @@ class Pretraining(TransferModule):
         self._keep(plain, part.y)
         self._measure({name: Batch(rest)}, batch_idx, "val")
 
-    def test_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Keeps the features; the objective is measured where it takes samples as they are."""
         ((name, part),) = batch.items()
         part = Batch(*part)
@@ -277,8 +278,10 @@ def input_kind(backbone: Backbone, schema: Mapping[str, Any]) -> str:
     """
     x = schema.get("x") or {}
     kind = next((kind for kind in ("image", "numeric") if kind in x), None)
-    if kind is None and not x:
-        kind = "numeric" if hasattr(backbone, "in_features") else "image" if hasattr(backbone, "preprocess") else None
+    if not x and isinstance(backbone, ImageBackbone):
+        kind = "image"
+    elif not x and hasattr(backbone, "in_features"):
+        kind = "numeric"
     if kind is None:
         raise UserError(
             f"model: this pretraining takes images or rows of numbers, not {', '.join(x) or 'what nobody knows'}; take "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.output import full_precision
 from tl_modules.errors import UserError
@@ -28,7 +29,7 @@ class SimCLR(Pretraining):
     views are compared. Larger batches have more to compare with.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         temperature: T; the paper takes 0.5 for small images, 0.1 for ImageNet.
         hidden: Width of the projection's hidden layer; None is that of the features, as in the paper.
         dim: Width of z.
@@ -38,12 +39,12 @@ class SimCLR(Pretraining):
     views: ClassVar[int] = 2
 
     def __init__(
-        self, *args: Any, temperature: float = 0.5, hidden: int | None = None, dim: int = 128, **kwargs: Any
+        self, backbone: Backbone, temperature: float = 0.5, hidden: int | None = None, dim: int = 128, **kwargs: Any
     ) -> None:
         def head(width: int) -> nn.Module:
             return projector([width, hidden or width, dim], last_norm=True)
 
-        super().__init__(*args, head=head, **kwargs)
+        super().__init__(backbone, head=head, **kwargs)
         if temperature <= 0:
             raise UserError(f"temperature: {temperature} must be above 0")
         self.criterion = lightly_loss(self, "NTXentLoss", temperature=temperature, gather_distributed=True)
@@ -61,7 +62,7 @@ class VICReg(Pretraining):
     lightly's `VICRegLoss`; z is an expansion of the features, C its covariance over the batch.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         invariance: Weight of the first part; 25 in the paper, as the next.
         variance: Weight of the second part.
         covariance: Weight of the third part.
@@ -73,14 +74,14 @@ class VICReg(Pretraining):
 
     def __init__(
         self,
-        *args: Any,
+        backbone: Backbone,
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
         dim: int = 512,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, head=lambda width: projector([width, dim, dim, dim]), **kwargs)
+        super().__init__(backbone, head=lambda width: projector([width, dim, dim, dim]), **kwargs)
         weights = {"lambda_param": invariance, "mu_param": variance, "nu_param": covariance}
         self.criterion = lightly_loss(self, "VICRegLoss", **weights, gather_distributed=True)
 
@@ -98,7 +99,7 @@ class DINO(Pretraining):
     teacher's momentum rises to 1 along a cosine. What is kept and transferred is the student.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         dim: How many outputs; the paper takes 65,536 for ImageNet.
         hidden: Width of the head's two hidden layers.
         bottleneck_dim: Width of what is normalised before the last layer.
@@ -111,7 +112,7 @@ class DINO(Pretraining):
 
     def __init__(
         self,
-        *args: Any,
+        backbone: Backbone,
         dim: int = 1024,
         hidden: int = 512,
         bottleneck_dim: int = 128,
@@ -122,7 +123,7 @@ class DINO(Pretraining):
         def head(width: int) -> nn.Module:
             return PrototypeHead([width, hidden, hidden, bottleneck_dim], dim)
 
-        super().__init__(*args, head=head, **kwargs)
+        super().__init__(backbone, head=head, **kwargs)
         if not 0 <= momentum <= 1:
             raise UserError(f"momentum: {momentum} must lie in [0, 1]")
         self.momentum, self.teacher_temperature = momentum, teacher_temperature
@@ -183,7 +184,7 @@ class SCARF(Pretraining):
     values were replaced, each with probability `corruption`, by those of other rows in the same column.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         corruption: Share of the values that are replaced; the paper takes 0.6.
         temperature: T; the paper takes 1.
         dim: Width of z and of the layer before it; 256 in the paper.
@@ -191,9 +192,9 @@ class SCARF(Pretraining):
     """
 
     def __init__(
-        self, *args: Any, corruption: float = 0.6, temperature: float = 1.0, dim: int = 256, **kwargs: Any
+        self, backbone: Backbone, corruption: float = 0.6, temperature: float = 1.0, dim: int = 256, **kwargs: Any
     ) -> None:
-        super().__init__(*args, head=lambda width: projector([width, dim, dim]), **kwargs)
+        super().__init__(backbone, head=lambda width: projector([width, dim, dim]), **kwargs)
         if not 0 < corruption < 1:
             raise UserError(f"corruption: {corruption} must lie between 0 and 1")
         if temperature <= 0:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.compat import finds_unused_parameters
 from tl_modules.batch.output import full_precision, statistics_kept
@@ -45,7 +46,7 @@ class GAN(Pretraining):
     vectors z after each epoch are in TensorBoard. Running statistics are those of real images alone.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         latent: Length of z, standard normal.
         image_size: Side of the images that are generated, in pixels; real ones are scaled to it.
         channels: Of generated images, 1 for grey ones, or 3.
@@ -58,7 +59,7 @@ class GAN(Pretraining):
 
     def __init__(
         self,
-        *args: Any,
+        backbone: Backbone,
         latent: int = 100,
         image_size: int = 28,
         channels: int = 3,
@@ -68,13 +69,10 @@ class GAN(Pretraining):
         lr_scheduler: LRSchedulerCallable | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            head=lambda features: nn.Linear(features, 1),
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            **kwargs,
-        )
+        def head(features: int) -> nn.Module:
+            return nn.Linear(features, 1)
+
+        super().__init__(backbone, head=head, optimizer=optimizer, lr_scheduler=lr_scheduler, **kwargs)
         if channels not in (1, 3):
             raise UserError(f"channels: {channels} must be 1 or 3")
         if input_kind(self.backbone, self.schema) != "image":
@@ -95,7 +93,7 @@ class GAN(Pretraining):
     def judge(self, images: Tensor) -> Tensor:
         """Images -> logits (B,) of being real."""
         (logits,) = self.project([images])
-        return logits.squeeze(1).float()
+        return cast(Tensor, logits).squeeze(1).float()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         """Of real and generated images, (B, C, H, W) each."""
@@ -113,11 +111,11 @@ class GAN(Pretraining):
         """The discriminator's loss; the generator's is computed in `training_step`."""
         return {"discriminator": self.discriminator_loss(views[0], self.generate(len(views[0])).detach())}
 
-    def training_step(self, batch: Domains, batch_idx: int) -> None:
+    def training_step(self, batch: Domains, batch_idx: int) -> Any:
         """Moves the generator, then the discriminator."""
         (real,) = self.views_of({name: Batch(*part) for name, part in batch.items()})
         count = samples.count(real)
-        mine, its = self.optimizers()  # type: ignore[misc, attr-defined]
+        mine, its = self.optimizers()  # type: ignore[attr-defined]
         its = its.optimizer  # without Lightning's wrapper, whose steps count as the run's
         with full_precision(self.device):
             fake = self.generate(count)

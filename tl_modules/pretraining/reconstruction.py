@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tl_modules.backbones.base import Backbone
 from tl_modules.backbones.tabular import Standardise
+from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch.output import full_precision
 from tl_modules.errors import UserError
 from tl_modules.pretraining.base import Pretraining, input_kind
@@ -29,7 +31,7 @@ class Autoencoder(Pretraining):
     make an image of them.
 
     Args:
-        *args: As for `Pretraining`.
+        backbone: Raw samples -> features.
         noise: Standard deviation of the noise, on the [0, 1] scale.
         masked: Share of the patches that are blank, or of the values that are swapped. None is 0.5 for transformers,
             0.3 for rows, otherwise 0.
@@ -41,7 +43,7 @@ class Autoencoder(Pretraining):
 
     def __init__(
         self,
-        *args: Any,
+        backbone: Backbone,
         noise: float = 0.3,
         masked: float | None = None,
         patch: int = 4,
@@ -50,12 +52,12 @@ class Autoencoder(Pretraining):
         **kwargs: Any,
     ) -> None:
         def head(features: int) -> nn.Module:
-            if hasattr(self.backbone, "mean"):
-                return upsampler(features, len(self.backbone.mean), image_size, width)
-            columns = getattr(self.backbone, "in_features", None) or len(self.schema["x"].get("numeric", ()))
+            if isinstance(backbone, ImageBackbone):
+                return upsampler(features, len(backbone.mean), image_size, width)
+            columns = getattr(backbone, "in_features", None) or len(self.schema["x"].get("numeric", ()))
             return projector([features, 2 * width, columns])
 
-        super().__init__(*args, head=head, **kwargs)
+        super().__init__(backbone, head=head, **kwargs)
         self.kind = input_kind(self.backbone, self.schema)
         attends = any("Attention" in type(module).__name__ for module in self.backbone.modules())
         usual = 0.3 if self.kind == "numeric" else 0.5 if attends else 0.0
@@ -64,7 +66,7 @@ class Autoencoder(Pretraining):
             raise UserError(f"noise, masked: {noise} must be at least 0, and {self.masked} in [0, 1)")
         self.noise, self.patch, self.image_size = 0.0 if self.masked else noise, patch, image_size
         if self.kind == "numeric":
-            self.scale = Standardise(self.head[-1].out_features, "each", 5.0)
+            self.scale = Standardise(cast(Any, self.head)[-1].out_features, "each", 5.0)
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
         """The squared error, over what was masked where something was."""
@@ -79,16 +81,17 @@ class Autoencoder(Pretraining):
         """The input for the backbone, what is to be restored, and a mask (B, 1, H, W) of where; None: everywhere."""
         if self.kind == "numeric":
             return swap(x, self.masked)[0], self.scale(x), None
+        backbone = cast(ImageBackbone, self.backbone)
         images = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-        images = images.expand(-1, len(self.backbone.mean), -1, -1)
-        target = self._at_size(self.backbone.preprocess(images))
+        images = images.expand(-1, len(backbone.mean), -1, -1)
+        target = self._at_size(backbone.preprocess(images))
         if not self.masked:
             return images + self.noise * torch.randn_like(images[:, :1]), target, None
         height, width = (-(-side // self.patch) for side in images.shape[-2:])
         hidden = (torch.rand(len(images), 1, height, width, device=x.device) < self.masked).float()
         hidden = hidden.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
         hidden = hidden[..., : images.shape[-2], : images.shape[-1]]
-        return images + hidden * (self.backbone.mean - images), target, self._at_size(hidden)
+        return images + hidden * (backbone.mean - images), target, self._at_size(hidden)
 
     def _at_size(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
@@ -110,7 +113,8 @@ class Autoencoder(Pretraining):
             torch.manual_seed(0)
             destroyed, _, _ = self.destroy(x)
         (restored,) = self.project([destroyed])
-        restored = self._at_size(restored) * self.backbone.std + self.backbone.mean
+        backbone = cast(ImageBackbone, self.backbone)
+        restored = restored * backbone.std + backbone.mean
         self.show("restored: destroyed above", torch.cat([self._at_size(destroyed), restored]))
 
 

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from datamodules.errors import DataError
 
-Augmentation = Literal["auto", "none", "light", "strong"]
+Augmentation = Literal["auto", "none", "light", "strong", "views"]
 
 
-def transforms_of(augment: list[nn.Module] | str | None, dataset: Any, data: str) -> nn.Module | None:
+def transforms_of(
+    augment: list[nn.Module] | str | None, dataset: Any, data: str, photos: bool = True
+) -> nn.Module | None:
     """Returns what a training image goes through; None where it is left as it is.
 
         none     nothing
@@ -19,11 +21,15 @@ def transforms_of(augment: list[nn.Module] | str | None, dataset: Any, data: str
                  flip
         strong   a part of 25 to 100 %, a flip, TrivialAugment (Mueller and Hutter, ICCV 2021), random erasing (Zhong et
                  al., AAAI 2020)
+        views    for pretraining, as MoCo v2 (Chen et al., 2020): a part of 20 to 100 %, a flip, other colours, grey,
+                 from 64 px on blur; of images that are no photos, and that a flip may turn into something else, a turn,
+                 a shift, a shear and a scale, a part of 50 to 100 %, and of coloured ones brightness and contrast
 
     Args:
         augment: The name, or the transforms themselves in their order.
         dataset: The named ones end with the size of its first image.
         data: What messages call it.
+        photos: Whether its images are.
 
     Raises:
         DataError: A named one is asked for what is no image.
@@ -43,5 +49,20 @@ def transforms_of(augment: list[nn.Module] | str | None, dataset: Any, data: str
     size = tuple(like.shape[-2:])
     if augment == "light":
         return nn.Sequential(v2.RandomResizedCrop(size, scale=(0.5, 1.0)), v2.RandomHorizontalFlip())
+    if augment == "views":
+        return nn.Sequential(*_views(size, len(like), photos))
     crop = v2.RandomResizedCrop(size, scale=(0.25, 1.0))
     return nn.Sequential(crop, v2.RandomHorizontalFlip(), v2.TrivialAugmentWide(), v2.RandomErasing(0.25))
+
+
+def _views(size: tuple[int, ...], channels: int, photos: bool) -> list[nn.Module]:
+    from torchvision.transforms import v2
+
+    if not photos:
+        affine = v2.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=10)
+        colour = [v2.ColorJitter(0.4, 0.4)] if channels == 3 else []
+        return [affine, v2.RandomResizedCrop(size, scale=(0.5, 1.0)), *colour]
+    colour = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0))
+    blur = [v2.RandomApply([v2.GaussianBlur(min(size) // 20 * 2 + 1, (0.1, 2.0))], 0.5)] if min(size) >= 64 else []
+    return [crop, v2.RandomHorizontalFlip(), colour, v2.RandomGrayscale(0.2), *blur]

@@ -36,6 +36,7 @@ from datamodules.loaders import (
     cores,
     even_batch_size,
     ignore_signals,
+    views_of,
 )
 from datamodules.splits import SPLITS, Joined, few_shots, ids_of, log, some_of_each, targets_of
 
@@ -66,9 +67,9 @@ class TransferDataModule(LightningDataModule):
         target_unseen: Keeps the target out of training altogether (domain generalisation).
         selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
             choice of the model, `--select.by few` or `oracle`; to nothing else.
-        augment: none, light, strong (see `augmentation.transforms_of`), or transforms of a training x, in this order,
-            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole backbone
-            trains from the start, otherwise none.
+        augment: none, light, strong, views (see `augmentation.transforms_of`), or transforms of a training x, in their
+            order, e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole
+            backbone trains from the start, views for pretraining that compares views, otherwise none.
         drop_last: Drops the last training batch where it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
@@ -80,6 +81,8 @@ class TransferDataModule(LightningDataModule):
         num_outputs: How many values a real-valued label has.
         photos: Whether x are photos: they suit a network pretrained on such, and may be flipped and cropped.
         collate: Makes a batch of samples (x, y, number); None takes the model's.
+        views: So many augmented views of a sample are handed out together; the model's wish, in `resolve`.
+        unlabelled: Whether training sees no label at all, also the model's wish.
     """
 
     x_schema: Mapping[str, Any] = {}
@@ -134,6 +137,7 @@ class TransferDataModule(LightningDataModule):
         self.drop_last = drop_last
         self.seed = seed
         self.blind = False
+        self.views, self.unlabelled = 1, False
         self.resolved: dict[str, Any] = {}
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
         self._loaders: list[Loader] = []
@@ -158,8 +162,10 @@ class TransferDataModule(LightningDataModule):
             What they are now, by name; of data that this wraps, as its `data`, {"data": {"init_args": ...}}.
         """
         found: dict[str, Any] = {}
+        self.views, self.unlabelled = defaults.get("views", 1), defaults.get("unlabelled", False)
         if self.augment == "auto":
-            self.augmentation = defaults.get("augment", "light") if self.photos else "none"
+            wanted = defaults.get("augment", "light")
+            self.augmentation = wanted if self.photos or self.views > 1 else "none"
             found["augment"] = self.augmentation
         if isinstance(inner := getattr(self, "data", None), TransferDataModule):
             found["data"] = {"init_args": inner.resolve(defaults)}
@@ -237,25 +243,25 @@ class TransferDataModule(LightningDataModule):
             )
         if self.augmentation == "auto":
             self.resolve({})
-        if self.augment == "auto" and self.photos and self.trainer is not None:  # who only counts has none
-            why = "photos train the whole backbone" if self.augmentation != "none" else "some of the backbone is frozen"
+        if self.augment == "auto" and (self.photos or self.views > 1) and self.trainer:  # who only counts has none
+            whole = "views are compared" if self.views > 1 else "photos train the whole backbone"
+            why = whole if self.augmentation != "none" else "some of the backbone is frozen"
             log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)
         views, loaders = {}, {}
         for name, dataset in domains.items():
-            augment = transforms_of(self.augmentation, dataset, type(self).__name__)
             rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
             if name == "target" and self.shots_per_class:
                 rows = few_shots(dataset, self.shots_per_class, self.class_names, self.seed)
-            if name == "target" and self.labelled is not None:
+            if name == "target" and self.labelled is not None and not self.unlabelled:
                 shown = some_of_each(dataset, self.labelled, self.seed)
-                views["target/labelled"] = IndexedSubset(dataset, shown, augment)
+                views["target/labelled"] = self._augmented(dataset, shown)
                 rows = sorted(set(rows) - set(shown))
                 if not rows:
                     raise DataError(
                         f"labelled: the target has {len(shown)} training samples, so none is left unlabelled"
                     )
-            without = name == "target" and (hidden or self.labelled is not None)
-            views[name] = IndexedSubset(dataset, rows, augment, label="none" if without else "y")
+            without = self.unlabelled or (name == "target" and (hidden or self.labelled is not None))
+            views[name] = self._augmented(dataset, rows, "none" if without else "y")
         shares = {name: self.unlabelled_ratio if name == "target" else 1 for name in views}
         longest = max(math.ceil(len(view) / shares[name]) for name, view in views.items())
         for name, view in views.items():
@@ -292,13 +298,13 @@ class TransferDataModule(LightningDataModule):
         hidden = self.labels_hidden("val")
         loaders: list[DataLoader[Any]] = []
         if not (hidden and name == "target"):
-            loaders.append(self._rows(dataset, name, "y", "val"))
+            loaders.append(self._rows(dataset, name, "y", "val", self.views))
         if hidden:
             seen: list[Dataset[Any]] = []
             for split in ("val", "test"):
                 target = self.split_domains(split)["target"]
                 if not any(target is other for other in seen):
-                    loaders.append(self._rows(target, "target", "none", f"target {split}"))
+                    loaders.append(self._rows(target, "target", "none", f"target {split}", self.views))
                     seen.append(target)
         return loaders[0] if len(loaders) == 1 else loaders
 
@@ -359,8 +365,14 @@ class TransferDataModule(LightningDataModule):
         name, dataset = self._evaluation_domain(split)
         return self._rows(dataset, name, label, split)
 
-    def _rows(self, dataset: Dataset[Any], domain: str, label: str, purpose: str) -> DataLoader[Any]:
-        view = IndexedSubset(dataset, range(len(dataset)), label=label)  # type: ignore[arg-type]
+    def _augmented(self, dataset: Dataset[Any], rows: Sequence[int], label: str = "y") -> IndexedSubset:
+        """Rows as training sees them."""
+        augment = transforms_of(self.augmentation, dataset, type(self).__name__, self.photos)
+        return views_of(dataset, rows, augment, label, self.views)
+
+    def _rows(self, dataset: Dataset[Any], domain: str, label: str, purpose: str, views: int = 1) -> DataLoader[Any]:
+        rows = range(len(dataset))  # type: ignore[arg-type]
+        view = IndexedSubset(dataset, rows, label=label) if views == 1 else self._augmented(dataset, rows, label)
         sampler = EvalSampler(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)
         loader = self._loader(view, size, sampler, domain)

@@ -50,6 +50,52 @@ class IndexedSubset(Dataset[Any]):
         return x, y if self.label == "y" else None, row
 
 
+class Views(IndexedSubset):
+    """Several views of each sample, x = (view, ...), each augmented by itself.
+
+    Indexed by (index, seed), the views follow from that seed. Indexed by a number alone, as in validation, x begins
+    with the sample as it is, (plain, view, ...), and its views are the same each time.
+
+    Args:
+        dataset: What has the samples.
+        rows: Which of them.
+        transform: What augments a view.
+        label: "y", or "none" where labels are hidden.
+        count: How many views.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module, label: str = "y", count: int = 2
+    ) -> None:
+        super().__init__(dataset, rows, transform, label)
+        self.count = count
+
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
+        index, seed = place if isinstance(place, tuple) else (place, None)
+        seeds = generator_of("views", index if seed is None else seed).integers(2**62, size=self.count).tolist()
+        plain: list[SampleIndex] = [index] if seed is None else []
+        found = [super(Views, self).__getitem__(each) for each in [*plain, *((index, each) for each in seeds)]]
+        return tuple(x for x, *_ in found), *found[0][1:]
+
+
+def views_of(
+    dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None, label: str, count: int
+) -> IndexedSubset:
+    """Rows of a data set as training sees them: augmented, in so many views.
+
+    Raises:
+        DataError: Several views would all be the same.
+    """
+    if count == 1:
+        return IndexedSubset(dataset, rows, transform, label)
+    if transform is None:
+        raise DataError(
+            "augment: views of a sample are compared, and without augmentation they are all the same; leave it out, or "
+            "pass views, strong, or transforms of your own"
+        )
+    return Views(dataset, rows, transform, label, count)
+
+
 def generator_of(*parts: int | str) -> np.random.Generator:
     """Random numbers that follow from numbers and names, each of which tells one stream from another."""
     return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts])
@@ -136,7 +182,10 @@ class Loader(DataLoader[Any]):
     def first(self, count: int) -> list[Any]:
         """Reads the raw (x, y) of the next epoch's first batch, augmented as that will be; at most so many."""
         places = list(self.sampler)[: min(count, self.batch_size or 1)]
-        return [self.dataset[place][:2] for place in places]
+        found = [self.dataset[place][:2] for place in places]
+        if isinstance(self.dataset, Views):  # side by side
+            found = [(view, y) for views, y in found for view in views][:count]
+        return found
 
     def stop(self) -> None:
         """Ends its worker processes, which would otherwise live until the interpreter waits for them."""

@@ -16,7 +16,7 @@ FLOORS = [
     {"checkpoints"},
     {"backbones"},
     {"module"},
-    {"tasks", "evaluation"},
+    {"tasks", "pretraining", "evaluation"},
     {"runs", "deployment"},
     {"cache"},
     {"cli"},

@@ -19,6 +19,7 @@ from tl_modules.finetuning import *
 from tl_modules.heads import *
 from tl_modules.methods import *
 from tl_modules.module import TransferModule as TransferModule
+from tl_modules.pretraining import *
 from tl_modules.runs import load_run as load_run
 from tl_modules.tasks import *
 

@@ -31,6 +31,7 @@ class Task(LightningModule):
         temperature: What a classification's logits are divided by, once `tl calibrate` has found it.
         uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the features as the
             backbone gives them, e.g. a pyramid of maps or the states of all tokens.
+        needs_labels: Whether there is no loss without labels.
         label: Raw labels -> a tree, in a loader's worker; small, so that it can be sent there.
     """
 
@@ -38,6 +39,7 @@ class Task(LightningModule):
     is_classification: ClassVar[bool] = False
     uses_pooled_features: ClassVar[bool] = True
     temperature: float = 1.0
+    needs_labels: ClassVar[bool] = True
     schema: Schema
     head: nn.Module
     label: Callable[[Sequence[Any]], Any] = staticmethod(samples.collate)

@@ -255,6 +255,11 @@ class TransferTrainer(QuickHooks, Trainer):
             UserError: There is no range, or the folder cannot be written.
         """
         module, sweep = _ours(model), LearningRateSweep(min_lr, max_lr, steps)
+        if not module.automatic_optimization:
+            raise UserError(
+                f"lr-find: {type(module).__name__} trains two networks against each other, and neither loss says which "
+                "rate is good; keep the one that you have"
+            )
         folder = _writable(Path(out or self.default_root_dir))
         solved = sweep_rates(module, datamodule, self, sweep)
         print(report(module, sweep, solved, folder, rule))

@@ -75,6 +75,9 @@ class ModelSelection(Callback):
                 )
             return
         source = data.has_source()
+        if not module.needs_labels:
+            module.monitor = module.monitor if source else ("val/loss", "min")
+            return
         metric = type(module).monitor[0].removeprefix("val/")
         if metric not in module.metrics():
             if self.by is not None:

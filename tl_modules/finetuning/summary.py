@@ -26,6 +26,8 @@ def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
         shown.add_column(column, justify="right" if column in ("parameters", "peak lr") else "left")
     parts: dict[str, nn.Module] = {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
     parts |= {"bottleneck": module.bottleneck, "head": module.head} | dict(module.named_methods())
+    # what a module has beside these, e.g. a generator or a teacher
+    parts |= {n: each for n, each in module.named_children() if n not in {*parts, "backbone", "methods"}}
     held = {id(p): group for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     for name, part in parts.items():
         is_stage = name.startswith("stage_")

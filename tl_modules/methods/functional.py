@@ -196,13 +196,13 @@ def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Ten
         classes: C; one that no sample has is never chosen.
 
     Returns:
-        Weight (C, D) and bias (C,) of the log posteriors; None where fewer than two classes have samples, features are
-        not finite, or it would take minutes.
+        Weight (C, D) and bias (C,) of the log posteriors; None where fewer than two classes have samples, no
+        class has two, features are not finite, or it would take minutes.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     there = torch.unique(y)
-    if len(there) < 2 or not features.isfinite().all() or len(there) * features.shape[1] ** 2 > MOST:
+    if not 2 <= len(there) < len(y) or not features.isfinite().all() or len(there) * features.shape[1] ** 2 > MOST:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of columns that never change

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,15 +26,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from tl_modules.batch import samples
-from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import by_domain
-from tl_modules.batch.samples import Batch
 from tl_modules.cache.columns import Table
 from tl_modules.cache.cut import CannotCut, Cut
-from tl_modules.cache.entry import Builder, batch_size, converted, evaluating
+from tl_modules.cache.entry import Builder, batch_size, evaluating
 from tl_modules.cache.fingerprints import Unnamed, named
 from tl_modules.cache.frozen import divide
 from tl_modules.cache.recorder import Answers, Recorder
+from tl_modules.cache.rows import Beside, Memory, view_seeds
 from tl_modules.cache.schedule import MANY, epochs_ahead, epochs_left, frozen_stages, share
 from tl_modules.cache.store import Store, default_folder
 from tl_modules.cache.together import all_agree, together
@@ -43,7 +41,7 @@ from tl_modules.errors import UserError
 from tl_modules.evaluation.gather import eval_dataloaders
 from tl_modules.evaluation.test_time import TestTimeAdaptation
 from tl_modules.methods.base import Method
-from tl_modules.methods.distillation import Distillation
+from tl_modules.methods.teacher import Distillation
 from tl_modules.module import TransferModule
 
 __all__ = ["FeatureCache"]
@@ -150,8 +148,9 @@ class FeatureCache(Callback):
         for domain, loader in loaders.items():
             fixed = tables[domain] and loader.dataset.transform is not None
             loader.sampler.views = self._view_seeds(loader) if fixed else None
-            loader.beside = _Beside(loader, tables[domain], self.views if fixed else 1, module.dtype)
-            loader.stop()
+            loader.beside = (
+                Beside(loader, tables[domain], self._views(loader), module.dtype) if tables[domain] else None
+            )
 
     def _taught(self, trainer: Trainer, module: TransferModule, loader: Any, domain: str, name: str) -> Table | None:
         """What the teacher of a method says of a loader's samples; None where it is to be asked."""
@@ -162,7 +161,7 @@ class FeatureCache(Callback):
         table = None
         if views:
             teachers = [(type(t), t.backbone, t.bottleneck, t.head, t.schema) for t in method.teachers(module)]
-            what = type(method), method.of_outputs, vars(method).get("stage"), owner, module.backbone.prepare, *teachers
+            what = type(method).ask, vars(method).get("stage"), owner, module.backbone.prepare, *teachers
             passes = epochs_left(trainer) * share(trainer.limit_train_batches, len(loader))
 
             def recorder(x: Any) -> Answers:
@@ -216,9 +215,7 @@ class FeatureCache(Callback):
             return "the loaders are not those of a TransferDataModule"
         return None
 
-    def _source(
-        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
-    ) -> _Memory | None:
+    def _source(self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float) -> Memory | None:
         frozen = frozen_stages(trainer, module)
         if frozen == 0:
             return None
@@ -249,7 +246,7 @@ class FeatureCache(Callback):
                 self.entries[loader, frozen] = None
                 self._say(trainer, f"{name}: {who} in every epoch: {reason}")
         entry = self.entries[loader, frozen]
-        return None if entry is None else _Memory(loader, *entry, views, module.dtype if self.dtype else None)
+        return None if entry is None else Memory(loader, *entry, views, module.dtype if self.dtype else None)
 
     def _views(self, loader: Any) -> int:
         """How many views of each sample are cached."""
@@ -258,7 +255,7 @@ class FeatureCache(Callback):
     def _view_seeds(self, loader: Any) -> list[list[int]]:
         """The seeds of each view but the first, the sample as it is; the same in every run."""
         count, views = len(loader.dataset), self._views(loader)
-        return [_seeds(view, views, loader.domain, count) for view in range(1, views)]
+        return [view_seeds(view, views, loader.domain, count) for view in range(1, views)]
 
     def _cut(self, trainer: Trainer, module: TransferModule, frozen: int, x: Any) -> Cut | None:
         key = frozen, samples.kind(x)
@@ -363,82 +360,6 @@ class FeatureCache(Callback):
         if trainer.is_global_zero and text not in self.said:
             self.said.add(text)
             log.info("cache: %s", text)
-
-
-class _Rows:
-    """Takes what an entry has of places: row numbers, or row numbers with the seeds that choose a view.
-
-    Args:
-        loader: Whose data the entry holds.
-        views: How many views of each sample there are.
-        dtype: What converted numbers are computed with; None leaves them.
-    """
-
-    def __init__(self, loader: Any, views: int, dtype: torch.dtype | None) -> None:
-        self.loader, self.views, self.dtype = loader, views, dtype
-
-    def take(self, table: Table, pairs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
-        """What was recorded, and the labels."""
-        rows = len(self.loader.dataset)
-        tree, y = table.take(torch.tensor([row + rows * (seed % self.views) for row, seed in pairs]))
-        return samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree), y
-
-
-class _Memory(_Rows):
-    """Gives a batch of an entry in place of a batch that is read.
-
-    Args:
-        loader: Whose data the entry holds.
-        table: The activations and labels.
-        cut: What recorded them.
-        views: How many views of each sample there are.
-        dtype: What converted activations are computed with; None leaves them.
-    """
-
-    def __init__(self, loader: Any, table: Table, cut: Cut, views: int, dtype: torch.dtype | None) -> None:
-        super().__init__(loader, views, dtype)
-        self.table, self.cut = table, cut
-
-    def __call__(self, places: Sequence[Any]) -> Batch:
-        """The batch at these places."""
-        pairs = _pairs(places)
-        tree, y = self.take(self.table, pairs)
-        index = torch.tensor([self.loader.dataset.rows[row] for row, _ in pairs])
-        return Batch(CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count])), y, index)
-
-    def _read(self, pairs: Sequence[tuple[int, int]]) -> Any:
-        return next(iter(self.loader.read(pairs, len(pairs))))[0]
-
-
-class _Beside(_Rows):
-    """Adds to a batch what teachers say of its samples.
-
-    Args:
-        loader: Whose data the entries hold.
-        tables: What is said, by the method's name.
-        views: How many views of each sample there are.
-        dtype: The model's.
-    """
-
-    def __init__(self, loader: Any, tables: Mapping[str, Table], views: int, dtype: torch.dtype) -> None:
-        super().__init__(loader, views, dtype)
-        self.tables = tables
-
-    def __call__(self, batch: Any, places: Sequence[Any]) -> Batch:
-        """The batch, and what is said."""
-        said = {name: self.take(table, _pairs(places))[0] for name, table in self.tables.items()}
-        return Batch(*batch)._replace(taught=said or None)
-
-
-def _pairs(places: Sequence[Any]) -> list[tuple[int, int]]:
-    return [place if isinstance(place, tuple) else (place, 0) for place in places]
-
-
-def _seeds(view: int, views: int, domain: str, samples: int) -> list[int]:
-    """The seeds of one view of each sample, which differ between domains; the remainder says which view it is."""
-    drawn = np.random.default_rng([view, zlib.crc32(domain.encode())]).integers(2**62 // views, size=samples)
-    seeds: list[int] = (drawn * views + view).tolist()
-    return seeds
 
 
 def _size(table: Table) -> str:

@@ -12,7 +12,7 @@ from tl_modules.batch import samples
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Padded
 from tl_modules.cache.leaves import CannotCut, difference, tensors, tolerance
-from tl_modules.methods.distillation import Distillation
+from tl_modules.methods.teacher import Distillation
 
 
 class Recorder(ABC):

@@ -37,7 +37,7 @@ from tl_modules.evaluation import ModelSelection, PredictionWriter, TensorBoardF
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
-from tl_modules.methods.distillation import Distillation
+from tl_modules.methods.teacher import Distillation
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
 from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust

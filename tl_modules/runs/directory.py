@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule
 
 from tl_modules.checkpoints.files import find_run, load_checkpoint, versions
 from tl_modules.errors import UserError
-from tl_modules.methods.distillation import Distillation
+from tl_modules.methods.teacher import Distillation
 from tl_modules.runs.trust import check_config, imports_only
 
 __all__ = ["load_run"]

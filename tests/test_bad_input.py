@@ -88,6 +88,8 @@ CASES = {
     "unknown hub weights": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name squeezenet1_0 --model.backbone.weights IMAGENET1K_V9", "(did you mean IMAGENET1K_V1?)"),
     "unwritable run directory": (FIT + "--trainer.default_root_dir file", "cannot be written (Not a directory)"),
     "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
+    "no teacher": (FIT + "--model.methods+=Distill", "Distill needs teacher"),
+    "a teacher that is no run": (FIT + "--model.methods+=Distill --model.methods.teacher nowhere", "teacher: nowhere is no run directory"),
     "batches of one": (FIT + "--data.batch_size 1 --data.drop_last true", "in batches of 1 leave a batch of one"),
     "too few shots": (FIT + "--data.shots_per_class 100", "training samples, fewer than 100"),
     "shots without labels": (FIT + "--data.source true --data.shots_per_class 3", "hidden beside a source"),

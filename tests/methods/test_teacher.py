@@ -25,6 +25,7 @@ from tl_modules import (
     UserError,
     load_run,
 )
+from tl_modules.cache import FeatureCache
 from tl_modules.methods.teacher import Distillation
 
 CLASSES = {"y": {"classes": ["a", "b", "c"]}}
@@ -65,7 +66,7 @@ def test_a_student_is_tested_without_its_teacher(method, tmp_path):
     shutil.rmtree(run)
     again = load_run(here)
     assert same(again.state_dict(), module.state_dict()) == []
-    with pytest.raises(UserError, match=r"teacher: .* is no run directory|run: .*teacher is no run directory"):
+    with pytest.raises(UserError, match=r"teacher: .*teacher is no run directory"):
         fit(again, Several("image", ("target",)))
 
 
@@ -141,8 +142,6 @@ def test_frozen_stages_and_teacher_are_both_cached(counted, said):
 
 
 def test_fixed_views_of_a_student_that_trains(counted, monkeypatch, said, tmp_path):
-    from tl_modules.cache import FeatureCache
-
     def trained(live):
         torch.manual_seed(0)
         counted.count = 0
@@ -150,7 +149,7 @@ def test_fixed_views_of_a_student_that_trains(counted, monkeypatch, said, tmp_pa
         if live:  # the views stay as they are, and the teacher is asked anew
             monkeypatch.setattr(Distill, "taught", lambda m, module, domain, out: m.answer(module, out.x, domain))
         data = Several("image", ("target",), augment=[RandomAffine(30)])
-        fit(module, data, epochs=6, cached=False, callbacks=[FeatureCache(views=3, folder=str(tmp_path))])
+        fit(module, data, epochs=6, cached=FeatureCache(views=3, folder=str(tmp_path)))
         return module.state_dict(), counted.count
 
     (one, asked), (other, both) = trained(False), trained(True)

@@ -149,7 +149,7 @@ class FeatureCache(Callback):
             fixed = tables[domain] and loader.dataset.transform is not None
             loader.sampler.views = self._view_seeds(loader) if fixed else None
             loader.beside = (
-                Beside(loader, tables[domain], self._views(loader), module.dtype) if tables[domain] else None
+                Beside(loader, tables[domain], self._views(loader), cast(Any, module.dtype)) if tables[domain] else None
             )
 
     def _taught(self, trainer: Trainer, module: TransferModule, loader: Any, domain: str, name: str) -> Table | None:
@@ -246,7 +246,8 @@ class FeatureCache(Callback):
                 self.entries[loader, frozen] = None
                 self._say(trainer, f"{name}: {who} in every epoch: {reason}")
         entry = self.entries[loader, frozen]
-        return None if entry is None else Memory(loader, *entry, views, module.dtype if self.dtype else None)
+        dtype = cast(Any, module.dtype) if self.dtype else None
+        return None if entry is None else Memory(loader, *entry, views, dtype)
 
     def _views(self, loader: Any) -> int:
         """How many views of each sample are cached."""

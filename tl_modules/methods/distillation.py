@@ -228,14 +228,13 @@ class Hint(Distillation):
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the projection; without the teacher it has the size that it has in a checkpoint."""
         super().attach(module)
-        width = 0
+        network = None
         with suppress(UserError):  # said when training starts; a student that is tested needs no teacher
             (network,) = self.teachers(module)
-            width = self._width(network)
-        if width:
-            self.projection = nn.Linear(self._width(module), width)
+        if network is not None:
+            self.projection = nn.Linear(self._width(module), self._width(network))
         else:
-            self.projection = nn.utils.skip_init(nn.Linear, self._width(module), 0)
+            self.projection = nn.utils.skip_init(nn.Linear, self._width(module), 0)  # type: ignore[no-untyped-call]
             sized_by_checkpoint(self.projection, "weight", "bias")
 
     def _width(self, module: Any) -> int:

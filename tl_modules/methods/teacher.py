@@ -69,7 +69,7 @@ class Distillation(Method):
         """
         if not self.networks:
             with torch.random.fork_rng([]):  # the student's random numbers are what they are without a teacher
-                networks = [type(self).read_run(path) for path in self.paths]
+                networks = [self._read(path) for path in self.paths]
             for path, network in zip(self.paths, networks, strict=True):
                 self.check_teacher(module, network, path)
                 network.requires_grad_(False).eval()
@@ -78,6 +78,12 @@ class Distillation(Method):
             if (network.device, network.dtype) != (module.device, module.dtype):
                 network.to(module.device, module.dtype)
         return self.networks
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return type(self).read_run(path)
+        except UserError as error:
+            raise UserError(f"teacher: {str(error).removeprefix('run: ')}") from error
 
     def check_teacher(self, module: BaseTransferModule, network: Any, path: Path) -> None:
         """Refuses a teacher that reads other inputs, or means something else by its outputs.

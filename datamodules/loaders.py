@@ -139,6 +139,7 @@ class Loader(DataLoader[Any]):
 
     Attributes:
         batch_source: Gives the batch of some indices without reading the data set, e.g. cached features; None reads.
+        beside: Adds to a batch what is known of its indices, e.g. what a teacher has said of them.
         domain: Whose samples it gives.
         purpose: In validation, what its samples are for: "val", or without labels "target val" and "target test".
     """
@@ -146,12 +147,16 @@ class Loader(DataLoader[Any]):
     domain: str = "target"
     purpose: str = "train"
     batch_source: Callable[[Sequence[SampleIndex]], Any] | None = None
+    beside: Callable[[Any, Sequence[SampleIndex]], Any] | None = None
     dataset: IndexedSubset
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
         self.batches_done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
-        for batch in super().__iter__() if self.batch_source is None else self._from_source(self.batch_source):
+        batches = super().__iter__() if self.batch_source is None else self._from_source(self.batch_source)
+        if self.beside is not None:  # the sampler says the same twice
+            batches = map(self.beside, batches, cast(Any, self.batch_sampler))
+        for batch in batches:
             self.batches_done += 1
             yield batch
 
@@ -259,7 +264,11 @@ class EpochSampler(DistributedSampler[Any]):
     Attributes:
         batch_size: What it comes to.
         skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
+        views: Seeds of each sample's fixed views, (views - 1, samples): an epoch draws one of these or the sample as
+            it is. None: each epoch draws a new seed.
     """
+
+    views: Sequence[Sequence[int]] | None = None
 
     def __init__(
         self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str, even: bool = True
@@ -288,7 +297,13 @@ class EpochSampler(DistributedSampler[Any]):
             order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
             parts.append(np.stack([order, seeds[order]], 1))
         mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas][: self.num_samples]
-        return iter([(place, seed) for place, seed in mine[self.start :].tolist()])
+        return iter([self._drawn(place, seed) for place, seed in mine[self.start :].tolist()])
+
+    def _drawn(self, place: int, seed: int) -> SampleIndex:
+        if self.views is None:
+            return place, seed
+        view = seed % (len(self.views) + 1)
+        return (place, self.views[view - 1][place]) if view else place
 
 
 class EvalSampler(DistributedSampler[Any]):

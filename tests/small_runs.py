@@ -17,13 +17,17 @@ def exported(base):
 
 
 def fit(module, data, folder=None, ckpt_path=None, callbacks=(), epochs=2, cached=True, **options):
-    """Trains it with what `tl` adds; with `folder`, a step within the second epoch leaves a checkpoint there."""
+    """Trains it with what `tl` adds; with `folder`, a step within the second epoch leaves a checkpoint there.
+
+    `cached` may be a FeatureCache of one's own.
+    """
+    cache = cached if isinstance(cached, FeatureCache) else FeatureCache(enabled=cached)
     at = 3 if options.get("devices") == 2 else 5  # an epoch has 24 samples of each domain in batches of 8
     keep = [ModelCheckpoint(folder, "{step}", every_n_train_steps=at, save_top_k=-1)] if folder else []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=epochs,
-        callbacks=[*callbacks, FeatureCache(enabled=cached), FreezeAudit(), ExactResume(), *keep],
+        callbacks=[*callbacks, cache, FreezeAudit(), ExactResume(), *keep],
         enable_checkpointing=bool(folder),
         accelerator="cpu",
         num_sanity_val_steps=0,

@@ -93,6 +93,8 @@ CASES = {
     "pretraining of rows on images": (FIT + "--data Digits --model SCARF --model.backbone ConvNet", "SCARF swaps values of columns, so it takes rows of numbers"),
     "rates of two networks": ("lr-find --data Digits --model GAN --model.backbone ConvNet", "lr-find: GAN trains two networks against each other"),
     "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
+    "no teacher": (FIT + "--model.methods+=Distill", "Distill needs teacher"),
+    "a teacher that is no run": (FIT + "--model.methods+=Distill --model.methods.teacher nowhere", "teacher: nowhere is no run directory"),
     "batches of one": (FIT + "--data.batch_size 1 --data.drop_last true", "in batches of 1 leave a batch of one"),
     "too few shots": (FIT + "--data.shots_per_class 100", "training samples, fewer than 100"),
     "shots without labels": (FIT + "--data.source true --data.shots_per_class 3", "hidden beside a source"),

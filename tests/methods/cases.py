@@ -3,30 +3,40 @@
 As a program it is one rank of two: `RANK=0 WORLD_SIZE=2 ... python cases.py` runs every method on every kind of data.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import os
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch import seed_everything
 from small_runs import exported, fit, same
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from datamodules import TransferDataModule
-from tl_modules import Backbone, Classification, ConvNet, LinearHead, Method
+from tl_modules import AttentionTransfer, Backbone, Classification, ConvNet, LinearHead, Method, TabularMLP
 from tl_modules.backbones.weights import Pretrained
 from tl_modules.batch.samples import Batch
+from tl_modules.checkpoints import contents
 
 KINDS = ("image", "vector")
 
 
 METHODS = exported(Method)
+PRODUCT = [(m, kind) for m, kind in itertools.product(METHODS, KINDS) if m is not AttentionTransfer or kind == "image"]
+
+
+def kind_of(method):
+    """Vectors, which are fast, but for a method that needs maps."""
+    return "image" if method is AttentionTransfer else "vector"
 
 
 class Vectors(Backbone):
@@ -68,10 +78,39 @@ class Several(TransferDataModule):
         return found
 
 
-def arguments(method):
+def saved_run(module, folder, backbone, **init):
+    """Leaves a run of a module as `tl fit` would; `backbone` and `init` are its arguments."""
+    (folder / "checkpoints").mkdir(parents=True)
+    arguments = {"backbone": backbone, "schema": dict(module.schema), **init}
+    task = f"tl_modules.{type(module).__name__}"
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"class_path": task, "init_args": arguments}}))
+    checkpoint = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.6"}
+    contents.save(module, checkpoint)
+    torch.save(checkpoint, folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+def schema_of(task, names=("a", "b", "c")):
+    return {"y": {"classes": list(names)} if task.is_classification else {"values": 1}}
+
+
+@functools.cache
+def teacher(kind, task=Classification, seed=0, names=("a", "b", "c")):
+    """The run of a network that is wider than the student, whose classes may be in another order."""
+    torch.manual_seed(seed)
+    image = kind == "image"
+    backbone = ConvNet(6) if image else TabularMLP(5, [12, 12])
+    given = {"width": 6} if image else {"in_features": 5, "widths": [12, 12], "scale": "each"}
+    spec = {"class_path": f"tl_modules.{type(backbone).__name__}", "init_args": given}
+    module = task(backbone, schema_of(task, names))
+    torch.nn.init.normal_(module.head[1].weight)  # LinearHead's are near zero
+    return saved_run(module, Path(tempfile.mkdtemp()) / "run", spec)
+
+
+def arguments(method, kind="vector", task=Classification):
     """What a method cannot do without."""
-    required = {"source_classes": 3}
-    return {name: required[name] for name in inspect.signature(method.__init__).parameters if name in required}
+    required = {"source_classes": lambda: 3, "teacher": lambda: teacher(kind, task)}
+    return {name: required[name]() for name in inspect.signature(method.__init__).parameters if name in required}
 
 
 def build(methods, kind, task=Classification, **kwargs):
@@ -82,7 +121,7 @@ def build(methods, kind, task=Classification, **kwargs):
     head = LinearHead(backbone.out_features, outputs)
     known = {"task": task.__name__, "class_names": names, "num_outputs": outputs}
     backbone.pretrained = Pretrained("made up", {}, task=known, head=head.state_dict())
-    methods = [method(**arguments(method)) for method in methods]
+    methods = [method(**arguments(method, kind, task)) for method in methods]
     return task(backbone, {"y": {"classes": names} if names else {"values": outputs}}, methods=methods, **kwargs)
 
 
@@ -101,7 +140,7 @@ def one_rank():
                 torch.distributed.destroy_process_group()
         return module
 
-    for number, (method, kind) in enumerate(itertools.product(METHODS, KINDS)):
+    for number, (method, kind) in enumerate(PRODUCT):
         name = f"{method.__name__} {kind}"
         try:
             whole = two(2 * number, build([method], kind), kind, folder=Path(name))
@@ -112,6 +151,14 @@ def one_rank():
         except Exception:
             found[name] = traceback.format_exc()
     return found
+
+
+def student(method, kind="vector", **options):
+    """A small network with one method that has a teacher."""
+    torch.manual_seed(0)
+    return Classification(
+        ConvNet(4) if kind == "image" else Vectors(), schema_of(Classification), methods=[method], **options
+    )
 
 
 def made(method, **kwargs):

@@ -8,7 +8,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import KINDS, METHODS, Several, arguments, build, exported, fit, same
+from cases import METHODS, PRODUCT, Several, arguments, build, exported, fit, kind_of, same
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torchvision.models import resnet18
 
@@ -46,8 +46,7 @@ from tl_modules import (
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda c: c.__name__)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@every_method
+@pytest.mark.parametrize(("method", "kind"), PRODUCT, ids=lambda value: getattr(value, "__name__", value))
 def test_a_resumed_run_is_the_undisturbed_one(method, kind, tmp_path):
     whole = build([method], kind)
     fit(whole, Several(kind), tmp_path)
@@ -79,8 +78,8 @@ def test_every_method_on_every_task(method, task):
 
 # what they act on is the features alone, or layers within the backbone
 FEATURES_ONLY = {
-    "ADDA", "AFN", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DomainBatchNorm", "LwF", "MDD", "MixStyle",
-    "PADA", "SHOT", "StochNorm", "SWD",
+    "ADDA", "AFN", "AttentionTransfer", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DomainBatchNorm", "Hint", "LwF", "MDD",
+    "MixStyle", "PADA", "RKD", "SHOT", "StochNorm", "SWD",
 }  # fmt: skip
 
 
@@ -88,24 +87,25 @@ FEATURES_ONLY = {
 @every_method
 def test_no_method_does_nothing_in_silence(method, strategy):
     """Either it moves something that trains, or one sentence says that it cannot, and what to change."""
-    module = build([method], "vector", finetuning=strategy())
+    kind = kind_of(method)
+    module = build([method], kind, finetuning=strategy())
     before = {k: v.clone() for k, v in module.backbone.state_dict().items()}
-    opens_later = strategy().opens_later(2)
+    opens_later = strategy().opens_later(module.num_stages)
     if (strategy is FeatureExtraction and method.__name__ in FEATURES_ONLY) or (opens_later and method is SHOT):
         with pytest.raises(
             UserError, match=f"nothing trains|{method.__name__} (would do nothing|works in).*{strategy.__name__}"
         ):
-            fit(module, Several("vector"), epochs=1, limit_val_batches=0)
+            fit(module, Several(kind), epochs=1, limit_val_batches=0)
         return
-    fit(module, Several("vector"), epochs=1, limit_val_batches=0)
+    fit(module, Several(kind), epochs=1, limit_val_batches=0)
     if strategy is FeatureExtraction:
         assert same({k: module.backbone.state_dict()[k] for k in before}, before) == []
 
 
 @every_method
 def test_every_method_on_cached_activations(method):
-    module = build([method], "vector", finetuning=LastStages(1))
-    fit(module, Several("vector"), epochs=2)
+    module = build([method], kind_of(method), finetuning=LastStages(1))
+    fit(module, Several(kind_of(method)), epochs=2)
     assert all(p.isfinite().all() for p in module.parameters())
 
 
@@ -140,7 +140,7 @@ def test_methods_stack():
 def test_every_method_on_two_processes(two_ranks):
     """Both ranks have the same parameters after each method, and again after an interruption."""
     one, two = two_ranks(Path(cases.__file__), "methods", 1200)
-    assert len(one) == len(METHODS) * len(KINDS)
+    assert len(one) == len(PRODUCT)
     assert {name: value for name, value in one.items() if isinstance(value, str)} == {}
     assert one == two
     assert np.isfinite(list(one.values())).all()
@@ -207,8 +207,8 @@ def test_unlabelled_data_without_a_method_teach_nothing():
     "method", [m for m in METHODS if "source-free" in m.supported_settings], ids=lambda c: c.__name__
 )
 def test_source_free(method):
-    module = build([InfoMax, method], "vector")
-    trainer = fit(module, Several("vector", ("target",), target_labels=False), epochs=1)
+    module = build([InfoMax, method], kind_of(method))
+    trainer = fit(module, Several(kind_of(method), ("target",), target_labels=False), epochs=1)
     assert "train/task/target" not in trainer.callback_metrics
 
 

@@ -18,6 +18,7 @@ from small_runs import exported, fit, same
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, FineTuning, LastStages, Method, Regression, UserError
+from tl_modules.methods.teacher import Distillation
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -88,9 +89,12 @@ REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would do noth
 
 @every_plugin
 @pytest.mark.parametrize("method", exported(Method), ids=lambda c: c.__name__)
-def test_every_method(name, method):
-    """It trains, or one sentence says why it cannot."""
+def test_every_method(name, method, monkeypatch):
+    """It trains, or one sentence says why it cannot; a teacher is another network of the plug-in's."""
     options = {"source_classes": 3} if issubclass(method, tl_modules.LwF | tl_modules.CoTuning) else {}
+    if issubclass(method, Distillation):
+        options["teacher"] = "another"
+        monkeypatch.setattr(Distillation, "read_run", staticmethod(lambda path: build(name, data_of(name))))
     refused = ""
     try:
         data = data_of(name)

@@ -246,6 +246,21 @@ def test_torch_hub(spec, received, try_all):
         load_run(received.run)
 
 
+def test_a_teacher_is_read_by_the_same_rules(received, try_all):
+    """`Hint` reads its teacher when the model is built."""
+    import shutil
+
+    teacher = received.run.parent / "teacher"
+    shutil.copytree(received.run, teacher)
+    evil = yaml.safe_load((teacher / "config.yaml").read_text())
+    evil["model"]["init_args"]["methods"] = [{"class_path": NAME}]
+    (teacher / "config.yaml").write_text(yaml.safe_dump(evil))
+    hint = {"class_path": "tl_modules.Hint", "init_args": {"teacher": str(teacher)}}
+    received.model["init_args"]["methods"] = [hint]
+    received.write()
+    try_all(commands=("test", "fit --resume"))
+
+
 def loggers(outside):
     return {
         "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": outside}},

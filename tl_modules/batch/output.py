@@ -31,6 +31,7 @@ class DomainOutput:
         index: The samples' numbers in their data set, (B,).
         parts: How many samples each of several domains has, which follow one another.
         labelled: An output of the labelled samples alone, if the target has labelled and unlabelled ones; else None.
+        taught: What the teachers of methods have said of the samples before, a tree by the method's name, or None.
     """
 
     module: Any = field(repr=False)  # a BaseTransferModule, whose file imports this one
@@ -41,6 +42,7 @@ class DomainOutput:
     index: Tensor | None = None
     parts: tuple[int, ...] = ()
     labelled: DomainOutput | None = None
+    taught: Any = None
 
     @property
     def with_labels(self) -> DomainOutput | None:
@@ -103,6 +105,7 @@ class DomainOutput:
         """Returns the output for some of the samples, with the weights that methods have given them."""
         trees = (self.x, self.y, self.features, self.output, self.index)
         found = DomainOutput(self.module, *(samples.take(tree, index) for tree in trees))
+        found.taught = samples.take(self.taught, index)
         if "loss" in vars(self):
             found.loss = self.loss[index]
         if self.y is not None:
@@ -132,11 +135,12 @@ def joined(module: Any, owner: str, batches: Sequence[Batch], features: Any, out
         features: Of all of them, one after the other.
         output: The head's, likewise.
     """
-    xs, ys, index = zip(*batches, strict=True)
+    xs, ys, index, taught = zip(*batches, strict=True)
     # samples of several sources may have unequal shapes, which only a method that reads them would mind
     x = samples.concat(xs) if samples.alike(xs) else None
     sizes = tuple(map(samples.count, xs))
     found = DomainOutput(module, x, samples.concat(ys), features, output, samples.concat(index), sizes)
+    found.taught = samples.concat(taught)
     if owner == "target" and len(batches) > 1:  # a labelled and an unlabelled part, which are no domains of their own
         for part, batch in zip(found.split(), batches, strict=True):
             if batch.y is not None:

@@ -31,11 +31,13 @@ class Batch(NamedTuple):
         x: The prepared inputs of B samples, a tree.
         y: Their labels, a tree, or None where they are hidden.
         index: The samples' numbers in their data set, (B,).
+        taught: What the teachers of methods have said of them before, a tree by the method's name; None: nothing.
     """
 
     x: Any
     y: Any = None
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
+    taught: Any = None
 
 
 @dataclass(eq=False)  # Lightning reaches into it where a run's precision casts its inputs

@@ -15,7 +15,7 @@ training, e.g. which layers LayerDrop skips, is no part of this. What they compu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
@@ -38,7 +38,8 @@ from tl_modules.cache.frozen import (
     listen,
     run,
 )
-from tl_modules.cache.leaves import CannotCut, Leaf, device_of, difference, filled, tensors, tolerance
+from tl_modules.cache.leaves import CannotCut, Leaf, device_of, difference, filled, tolerance
+from tl_modules.cache.recorder import Recorder
 from tl_modules.errors import UserError
 
 __all__ = ["CannotCut", "Cut"]
@@ -48,7 +49,7 @@ class _Stop(BaseException):
     """All is recorded; not an Exception, which a foreign forward might catch."""
 
 
-class Cut:
+class Cut(Recorder):
     """The frozen and the trainable part of a backbone; they share its modules.
 
     Args:
@@ -65,9 +66,9 @@ class Cut:
     """
 
     def __init__(self, backbone: Backbone, closed: int, x: Any, pooled: bool = False) -> None:
+        super().__init__(x)
         self.backbone, self.division, self.pooled = backbone, divide(backbone, closed), pooled
         self.whole = closed == len(backbone.stages())
-        self.ragged = any(isinstance(leaf, Padded) for leaf in samples.leaves(x))
         self.leaves: list[Leaf] = []
         x = samples.take(x, slice(0, 4))
         # an inference tensor could not be part of a graph later
@@ -156,35 +157,6 @@ class Cut:
             leaf.written = isinstance(after, Tensor) and times_written(after) != version
 
     # Recording
-
-    def record(self, x: Any) -> Any:
-        """Gives what is kept of prepared samples, a tree.
-
-        Raises:
-            CannotCut: They do not go through the backbone as those did that the plan was made with.
-        """
-        groups = list(self.groups(x))
-        parts = [self.record_group(group) for _, group in groups]
-        if len(parts) == 1:
-            return parts[0]
-        if not samples.alike(parts):
-            raise CannotCut("its features have another shape for each sample; let the backbone give them as Padded")
-        order = torch.tensor([row for rows, _ in groups for row in rows])
-        return samples.take(samples.concat(parts), order.argsort())
-
-    def groups(self, x: Any, size: int = 32) -> Iterator[tuple[list[int], Any]]:
-        """Yields those samples together that have one shape, so that none is padded, and their places in x."""
-        if not self.ragged:
-            yield list(range(samples.count(x))), x
-            return
-        alone = samples.unbind(x)
-        by_shape: dict[Any, list[int]] = {}
-        for row, one in enumerate(alone):
-            by_shape.setdefault(tuple(leaf.shape for leaf in tensors(one)), []).append(row)
-        for rows in by_shape.values():
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                yield part, samples.concat([alone[row] for row in part])
 
     def record_group(self, x: Any) -> Any:
         """Gives what is kept of samples of one shape, a tree."""

@@ -1,4 +1,4 @@
-"""Builds an entry: what the frozen part gives for all samples of a loader, and their labels."""
+"""Builds an entry: what a recorder keeps of all samples of a loader, and their labels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from tl_modules.batch import samples
 from tl_modules.batch.samples import Padded
 from tl_modules.cache.columns import Column, Ragged, Table, Uniform
-from tl_modules.cache.cut import CannotCut, Cut
+from tl_modules.cache.cut import CannotCut
 from tl_modules.cache.memory import free_memory
+from tl_modules.cache.recorder import Recorder
 from tl_modules.cache.schedule import DISK, Pace, pays
 from tl_modules.cache.store import Growing, Spec, Store, size_of
 from tl_modules.cache.together import all_agree, together
@@ -57,7 +58,7 @@ class Builder:
         """Reads x and y of a few samples from all over the data."""
         return next(self._read([self.places[i] for i in self.few], len(self.few)))
 
-    def earlier(self, cut: Cut, key: str) -> Table | None:
+    def earlier(self, cut: Recorder, key: str) -> Table | None:
         """Opens what an earlier run left, if a few samples still give it, whatever the key cannot know."""
         tensors = self.store.open(key)
         if tensors is None:
@@ -72,7 +73,7 @@ class Builder:
             return None
         return table
 
-    def build(self, cut: Cut, key: str | None, passes: float) -> Table:
+    def build(self, cut: Recorder, key: str | None, passes: float) -> Table:
         """Sends all samples through the frozen stages, each process of a machine its part; all go on, or none.
 
         Args:
@@ -87,7 +88,7 @@ class Builder:
         self.rank, self.world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
         token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
         name = key or "0" * 32  # never finished, so never found
-        self.pace = Pace(overlaps=self.loader.num_workers > 0)
+        self.pace = Pace(overlaps=self.loader.num_workers > 0 or not cut.spares_reading)
         # samples of unequal shapes: the more at once, the more of them have one
         self.size = batch_size(self.loader) * (8 if cut.ragged else 1)
         with evaluating(self.module):
@@ -120,7 +121,7 @@ class Builder:
             x = samples.move(x, self.module.device, non_blocking=True)
             yield self.trainer.precision_plugin.convert_input(x), y
 
-    def _batches(self, cut: Cut) -> Iterator[list[tuple[list[int], Any]]]:
+    def _batches(self, cut: Recorder) -> Iterator[list[tuple[list[int], Any]]]:
         """Yields rows of the entry and what goes there, those of a batch in groups of one shape."""
         mine, done = range(self.rank, len(self.places), self.world), 0
         batches, size = self._read([self.places[row] for row in mine], self.size), self.size
@@ -143,7 +144,7 @@ class Builder:
             done += count
             yield found
 
-    def _record(self, cut: Cut, x: Any) -> Any:
+    def _record(self, cut: Recorder, x: Any) -> Any:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return samples.move(self._stored(cut.record_group(x)), "cpu")
 

@@ -34,7 +34,8 @@ OURS = ("tl_modules", "datamodules")
 TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
 # attributes of a module that do not change what it computes in eval mode
-PASSING = ("training", COMPILED)
+HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+PASSING = ("training", COMPILED, *HOOKS)
 
 
 class Unnamed(Exception):

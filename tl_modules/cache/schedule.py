@@ -36,9 +36,14 @@ def epochs_ahead(trainer: Trainer, module: TransferModule) -> int:
     """Counts the epochs, from the present one on, that have the same stages frozen."""
     if trainer.state.fn != "fit":
         return MANY  # the pass that fills the entry is the evaluation itself
-    end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else MANY
-    frozen, left = frozen_stages(trainer, module), max(1, end - trainer.current_epoch)
+    frozen, left = frozen_stages(trainer, module), epochs_left(trainer)
     return next((n for n in range(1, left) if frozen_stages(trainer, module, n) != frozen), left)
+
+
+def epochs_left(trainer: Trainer) -> int:
+    """Counts the epochs from the present one on."""
+    end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else MANY
+    return max(1, end - trainer.current_epoch)
 
 
 def share(limit: float | int | None, batches: int) -> float:

@@ -91,7 +91,8 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     for key in [k for k in own if k not in given and k.startswith("methods.") and k.endswith(".labels")]:
         given[key] = own[key]  # SHOT's, of the next full pass
     wrong = given.keys() ^ own.keys()
-    wrong |= {k for k, p in module.named_parameters() if k in given and given[k].shape != p.shape}
+    # an empty parameter takes the size that it has here
+    wrong |= {k for k, p in module.named_parameters() if k in given and p.numel() and given[k].shape != p.shape}
     if wrong:
         raise UserError(
             f"checkpoint: its {short(sorted(wrong))} and this model's are not the same; take the backbone, head "

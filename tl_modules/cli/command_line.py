@@ -9,6 +9,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tl_modules.evaluation import DeepEnsemble, ModelSelection, PredictionWriter
 from tl_modules.evaluation.monitor import monitor_of
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
+from tl_modules.methods.teacher import Distillation
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
 from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
@@ -130,6 +132,7 @@ class TransferCLI(OneCommand, LightningCLI):
         named = [name for text in values(args, "--trust") for name in text.split(",")]
         self.trusted = named + to_trust(own_config(args))
         self.root = (values(args, "--trainer.default_root_dir") or ["."])[-1]
+        Distillation.read_run = staticmethod(partial(load_run, trust=self.trusted))  # teachers may name the same
         resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
         self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
         if self.run is None:

@@ -33,6 +33,8 @@ def absolute_paths(config: Any) -> None:
             config.init_args[key] = _absolute(value)
         elif isinstance(value, dict) and "Path" in str(hints.get(key)):
             config.init_args[key] = {name: _absolute(each) for name, each in value.items()}
+        elif isinstance(value, list) and "Path" in str(hints.get(key)):
+            config.init_args[key] = [_absolute(each) for each in value]
         else:
             absolute_paths(value)
 

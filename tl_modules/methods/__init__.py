@@ -3,6 +3,7 @@
 from tl_modules.methods.adversarial import *
 from tl_modules.methods.base import *
 from tl_modules.methods.discrepancy import *
+from tl_modules.methods.distillation import *
 from tl_modules.methods.entropy import *
 from tl_modules.methods.generalization import *
 from tl_modules.methods.normalization import *

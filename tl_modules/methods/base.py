@@ -121,14 +121,19 @@ def named(methods: Iterable[Any]) -> list[tuple[str, Any]]:
     return found
 
 
-def sized_by_checkpoint(method: Method, buffer: str) -> None:
-    """Lets a buffer take the size that it has in a checkpoint."""
+def sized_by_checkpoint(part: nn.Module, *names: str) -> None:
+    """Lets buffers, and parameters that are still empty, take the size that they have in a checkpoint."""
 
     def resize(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        own = module.get_buffer(buffer)
-        setattr(module, buffer, torch.zeros_like(state.get(f"{prefix}{buffer}", own), device=own.device))
+        for name in names:
+            own = getattr(module, name)
+            given = torch.zeros_like(state.get(f"{prefix}{name}", own), device=own.device)
+            if not isinstance(own, nn.Parameter):
+                setattr(module, name, given)
+            elif not own.numel():
+                setattr(module, name, nn.Parameter(given))
 
-    method.register_load_state_dict_pre_hook(resize)  # type: ignore[no-untyped-call]
+    part.register_load_state_dict_pre_hook(resize)  # type: ignore[no-untyped-call]
 
 
 def reaches(term: Tensor, parameters: Iterable[nn.Parameter]) -> bool:

@@ -182,6 +182,82 @@ def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
     return -(p * logits.log_softmax(1)).sum(1)
 
 
+# A student beside its teacher
+
+
+def tempered_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T^2 mean KL(softmax(teacher / T) || softmax(student / T))` of logits (Hinton et al., 2015).
+
+    T^2 keeps the gradient's size, whatever the temperature.
+    """
+    return temperature**2 * _divergence(student / temperature, teacher / temperature)
+
+
+def decoupled_divergence(
+    student: Tensor, teacher: Tensor, y: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> Tensor:
+    """The same in two parts, of which each has a weight of its own (Zhao et al., DKD, CVPR 2022).
+
+    `T^2 (alpha KL of (p_y, 1 - p_y) + beta KL of the probabilities among the other classes)`.
+
+    Args:
+        student: Logits.
+        teacher: Logits.
+        y: Class numbers (B,).
+        alpha: Weight of the first part.
+        beta: Weight of the second one, which is 0 for two classes.
+        temperature: T.
+    """
+    one = F.one_hot(y, student.shape[1]).bool()
+    binary, others = [], []
+    for logits in (student / temperature, teacher / temperature):
+        rest = logits[~one].view(len(logits), -1)
+        binary.append(torch.stack([logits[one], rest.logsumexp(1)], 1))
+        others.append(rest)
+    return temperature**2 * (alpha * _divergence(*binary) + beta * _divergence(*others))
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def correlation_distance(x: Tensor, y: Tensor) -> Tensor:
+    """`mean (1 - r(x_i, y_i))` with Pearson's r of rows, (N, D) each; a constant row is correlated with nothing."""
+    x, y = (each - each.mean(1, keepdim=True) for each in (x, y))
+    return 1 - F.cosine_similarity(x, y, dim=1).mean()
+
+
+def energy(maps: Tensor) -> Tensor:
+    """`mean_c x_c^2` at each position, (B, C, *positions) -> (B, *positions): where a network looks."""
+    return maps.square().mean(1)
+
+
+def attention_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of energies (B, *positions), those of a sample of length 1 (Zagoruyko and Komodakis)."""
+    one, other = (F.normalize(each.flatten(1)) for each in smaller(x[:, None], y[:, None]))
+    return F.mse_loss(one, other)
+
+
+def smaller(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Averages maps (B, C, *positions) over regions, so that both have as many positions as the one with fewer."""
+    size = [min(one, other) for one, other in zip(x.shape[2:], y.shape[2:], strict=True)]
+    pool: Any = F.adaptive_avg_pool1d if len(size) == 1 else F.adaptive_avg_pool2d
+    return [each if list(each.shape[2:]) == size else pool(each, size) for each in (x, y)]
+
+
+def relative_distances(x: Tensor) -> Tensor:
+    """`||x_i - x_j||` divided by its mean over the pairs, (N, D) -> (N, N)."""
+    distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distances.sum() / max(1, len(x) * (len(x) - 1))
+    return distances / mean.clamp(min=1e-12)
+
+
+def angles(x: Tensor) -> Tensor:
+    """Cosines of the angles at x_i between x_j and x_k, (N, D) -> (N, N, N); 0 where two of them are one point."""
+    directions = F.normalize(x[None] - x[:, None], dim=2)
+    return directions @ directions.transpose(1, 2)
+
+
 # Heads in closed form
 
 MOST = 4_000_000_000  # numbers in all classes' covariances; more would take minutes

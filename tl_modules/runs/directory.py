@@ -20,6 +20,7 @@ from lightning.pytorch import LightningModule
 
 from tl_modules.checkpoints.files import find_run, load_checkpoint, versions
 from tl_modules.errors import UserError
+from tl_modules.methods.teacher import Distillation
 from tl_modules.runs.trust import check_config, imports_only
 
 __all__ = ["load_run"]
@@ -152,3 +153,6 @@ def load_state_into(module: LightningModule, content: dict[str, Any]) -> Lightni
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     return module
+
+
+Distillation.read_run = staticmethod(load_run)  # of teachers, whose room is below this one

@@ -223,8 +223,8 @@ def test_from_teacher_to_student(ok, tl, tmp_path):
 
 def test_a_teacher_runs_no_code_that_is_not_trusted(ok, tl, module_file, tmp_path):
     module_file("mynet", "from tl_modules import ConvNet\nclass Net(ConvNet):\n    pass\n")
-    small = "--data Digits --trainer.max_epochs 1 --data.shots_per_class 3 --model.backbone.width 4 "
-    ok(f"fit --name large {small} --model.backbone mynet.Net --model.backbone.width 4")
+    small = "--model.backbone.width 4 --data Digits --trainer.max_epochs 1 --data.shots_per_class 3"
+    ok(f"fit --name large --model.backbone mynet.Net {small}")
     line = f"fit --model.backbone ConvNet {small} --model.methods+=Distill --model.methods.teacher runs/large"
     result = tl(line)
     assert result.code == 2

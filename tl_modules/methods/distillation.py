@@ -252,11 +252,15 @@ class Hint(Distillation):
         return maps.shape[1]
 
     def _maps(self, backbone: BaseBackbone, run: Callable[[Any], Any], x: Any) -> Tensor:
-        outputs = stage_outputs(backbone, run, x)
+        return positions_last(stage_outputs(backbone, run, x)[self._place(backbone)])
+
+    def _place(self, backbone: BaseBackbone) -> int:
+        """The stage, counted from the end: where the first ones are cached, they don't run."""
         assert self.stage is not None
-        if not -len(outputs) <= self.stage < len(outputs):
-            raise UserError(f"stage: {self.stage} is none of the {len(outputs)} stages of {type(backbone).__name__}")
-        return positions_last(outputs[self.stage])
+        count = len(backbone.stages())
+        if not -count <= self.stage < count:
+            raise UserError(f"stage: {self.stage} is none of the {count} stages of {type(backbone).__name__}")
+        return self.stage if self.stage < 0 else self.stage - count
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses a stage that never trains.
@@ -279,6 +283,8 @@ class Hint(Distillation):
         """The squared error."""
         if self.stage is None:
             return F.mse_loss(self.projection(out.pooled), said)
+        if len(module.backbone.stages()) + self._place(module.backbone) not in module.trainable:
+            return nothing(module)
         maps = self._maps(module.backbone, lambda x: module.forward_extra(x, domain), out.x).to(said.dtype)
         student, teacher = smaller(maps, said)
         return F.mse_loss(self.projection(student.movedim(1, -1)), teacher.movedim(1, -1))
@@ -312,27 +318,39 @@ class AttentionTransfer(Distillation):
     def ask(self, module: BaseTransferModule, network: Any, x: Any, domain: str) -> tuple[Tensor, ...]:
         """Where it looks after each stage, (B, *positions) each."""
         with passing([(domain, samples.count(x))]):
-            return tuple(_energies(network.backbone, network.backbone, x))
+            outputs = stage_outputs(network.backbone, network.backbone, x)
+        return tuple(energy_of(network.backbone, output) for output in outputs)
 
     def distance(self, module: BaseTransferModule, domain: str, out: DomainOutput, said: Sequence[Tensor]) -> Tensor:
         """The sum over the stages that are open."""
-        mine = _energies(module.backbone, lambda x: module.forward_extra(x, domain), out.x)
-        pairs = list(zip(reversed(range(len(mine))), reversed(mine), reversed(said), strict=False))
-        if any(one.ndim != other.ndim for _, one, other in pairs):
+        outputs = stage_outputs(module.backbone, lambda x: module.forward_extra(x, domain), out.x)
+        stages = reversed(range(len(module.backbone.stages())))
+        pairs = [
+            (energy_of(module.backbone, output), other)
+            for stage, output, other in zip(stages, reversed(outputs), reversed(said), strict=False)
+            if stage in module.trainable
+        ]
+        if any(one.ndim != other.ndim for one, other in pairs):
             raise UserError("methods: AttentionTransfer needs maps of one kind from both networks, images' or tokens'")
-        open_pairs = [attention_distance(one, other) for stage, one, other in pairs if stage in module.trainable]
-        if not open_pairs:
-            return 0 * next(p for p in module.network_parameters() if p.requires_grad).sum()
-        return torch.stack(open_pairs).sum()
+        return torch.stack([attention_distance(*pair) for pair in pairs]).sum() if pairs else nothing(module)
 
 
-def _energies(backbone: BaseBackbone, run: Callable[[Any], Any], x: Any) -> list[Tensor]:
-    maps = [positions_last(output) for output in stage_outputs(backbone, run, x)]
-    if not maps or any(each.ndim < 3 for each in maps):
-        raise UserError(
-            f"methods: AttentionTransfer needs maps from each stage, which {type(backbone).__name__} does not give"
-        )
-    return [energy(each.float()) for each in maps]
+def energy_of(backbone: BaseBackbone, output: Tensor) -> Tensor:
+    """Where a backbone looks after a stage, (B, *positions).
+
+    Raises:
+        UserError: It gives vectors there.
+    """
+    maps = positions_last(output)
+    if maps.ndim < 3:
+        kind = type(backbone).__name__
+        raise UserError(f"methods: AttentionTransfer needs maps from each stage, which {kind} does not give")
+    return energy(maps.float())
+
+
+def nothing(module: BaseTransferModule) -> Tensor:
+    """0 with a gradient, for steps in which what a term is about is closed."""
+    return 0 * next(p for p in module.network_parameters() if p.requires_grad).sum()
 
 
 def positions_last(features: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 from tl_modules import ConvNet, TorchvisionBackbone
 
 FIT = "fit --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 "
+PRETRAIN = "fit --trainer.max_epochs 1 --data Digits --model "
 FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
 PLUGIN = """
 from tl_modules import Method
@@ -88,9 +89,9 @@ CASES = {
     "hub weights of ConvNet": (FIT + "--model.backbone.weights DEFAULT", "ConvNet has no hub entry DEFAULT"),
     "unknown hub weights": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name squeezenet1_0 --model.backbone.weights IMAGENET1K_V9", "(did you mean IMAGENET1K_V1?)"),
     "unwritable run directory": (FIT + "--trainer.default_root_dir file", "cannot be written (Not a directory)"),
-    "pretraining of nothing": (FIT + "--data Digits --model SimCLR --model.backbone ConvNet --model.finetuning FeatureExtraction", "finetuning: FeatureExtraction keeps the whole backbone frozen"),
-    "views that are all the same": (FIT + "--data Digits --data.augment none --model SimCLR --model.backbone ConvNet", "augment: views of a sample are compared"),
-    "pretraining of rows on images": (FIT + "--data Digits --model SCARF --model.backbone ConvNet", "SCARF swaps values of columns, so it takes rows of numbers"),
+    "pretraining of nothing": (PRETRAIN + "SimCLR --model.backbone ConvNet --model.finetuning FeatureExtraction", "finetuning: FeatureExtraction keeps the whole backbone frozen"),
+    "views that are all the same": (PRETRAIN + "SimCLR --model.backbone ConvNet --data.augment none", "augment: views of a sample are compared"),
+    "pretraining of rows on images": (PRETRAIN + "SCARF --model.backbone ConvNet", "SCARF swaps values of columns, so it takes rows of numbers"),
     "rates of two networks": ("lr-find --data Digits --model GAN --model.backbone ConvNet", "lr-find: GAN trains two networks against each other"),
     "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
     "no teacher": (FIT + "--model.methods+=Distill", "Distill needs teacher"),

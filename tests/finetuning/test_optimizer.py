@@ -165,6 +165,10 @@ def test_adaptation_moves_the_statistics():
 # A head that starts in closed form
 
 
+def test_one_sample_of_each_class_has_no_discriminant():
+    assert discriminant(torch.randn(4, 3), torch.arange(4), 4) is None
+
+
 def test_discriminant_is_scikit_learns():
     random = np.random.default_rng(0)
     y = np.repeat([0, 1, 3], 20)

@@ -23,6 +23,8 @@ from tl_modules import (
     LastStages,
     SimCLR,
     TabularMLP,
+    TimmBackbone,
+    TorchvisionBackbone,
     UserError,
     VICReg,
 )
@@ -154,6 +156,21 @@ def test_a_part_of_the_stages_can_be_pretrained():
     assert {name.split(".")[1] for name in same(before, module.backbone.state_dict())} == {"2"}
     with pytest.raises(UserError, match="finetuning: FeatureExtraction keeps the whole backbone frozen"):
         build(SimCLR, finetuning=FeatureExtraction())
+
+
+@pytest.mark.parametrize("backbone", ["transformer of timm", "network of torchvision"])
+@pytest.mark.parametrize("pretraining", [p for p, kind in CASES if kind == "image"], ids=lambda c: c.__name__)
+def test_foreign_backbones(pretraining, backbone):
+    of_timm = backbone == "transformer of timm"
+    network = TimmBackbone("test_vit") if of_timm else TorchvisionBackbone("shufflenet_v2_x0_5")
+    size = 160 if of_timm else 32
+    options = {"image_size": size, "width": 2} if pretraining in unlabelled.SMALL else {}
+    module = pretraining(network, schema={"x": {"image": {}}, "y": {"values": 1}}, **options)
+    if pretraining is Autoencoder:
+        assert module.masked == (0.5 if of_timm else 0)
+    views = [torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8) for _ in range(module.views)]
+    sum(module.objective(*views).values()).backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_a_collapse_is_said_once(caplog):

@@ -120,7 +120,7 @@ CASES = {
     "rank of a number": ("rank bad.yaml --data Digits", "backbones: bad.yaml: a: 3 is neither a word nor a class_path with init_args"),
     "compress of nothing": ("compress --out x --prune 0.5", "run: `tl compress` needs a trained model; pass --run DIR"),
     "compress by nothing": ("compress --run trained --out x", "compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both"),
-    "compress to nowhere": ("compress --run trained --prune 0.5", "missing: out"),
+    "compress to nowhere": ("compress --run trained --prune 0.5", "missing: compress.out"),
     "all of the MACs": ("compress --run trained --out x --prune 1", "prune: 1 must be above 0 and below 1"),
     "more MACs than can go": ("compress --run trained --out x --prune 0.99", "and 0.99 was asked for; ask for less"),
     "unknown importance": ("compress --run trained --out x --prune 0.5 --importance size", "importance: size is not one of 'magnitude', 'taylor'"),

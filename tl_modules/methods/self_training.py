@@ -23,7 +23,8 @@ class FixMatch(Method):
     """What is certain of a sample is to hold for a strongly changed copy of it (Sohn et al., NeurIPS 2020).
 
     `mean 1[max p >= threshold] CE(output(strong(x)), argmax p)` on the target; the weak view is the batch itself, with
-    the data's `augment`.
+    the data's `augment`. With few labels the paper has 7 unlabelled samples in a step for each labelled one,
+    `--data.unlabelled_ratio 7`.
 
     Args:
         weight: Of the term.

@@ -137,7 +137,7 @@ class TransferModule(QuickNames, StagedModule):
 
     def forward_domains(self, batch: Domains) -> dict[str, DomainOutput]:
         """Runs all domains as one batch; returns one output for the source(s) and one for the target."""
-        names, parts = list(batch), [Batch(*part) for part in batch.values()]
+        names, parts = list(batch), [samples.as_batch(part) for part in batch.values()]
         xs = align_cached(self.backbone.align([part.x for part in parts]))
         parts = [part._replace(x=x) for part, x in zip(parts, xs, strict=True)]
         owners = [name.partition("/")[0] for name in names]
@@ -178,7 +178,7 @@ class TransferModule(QuickNames, StagedModule):
     def training_step(self, batch: Domains, batch_idx: int) -> Tensor:
         """Computes the sum of the task's and the methods' terms."""
         methods = self.named_methods()
-        batch = {name: Batch(*part) for name, part in batch.items()}
+        batch = {name: samples.as_batch(part) for name, part in batch.items()}
         for _, method in methods:
             batch = method.transform_batch(self, batch)
         outputs = self.forward_domains(batch)

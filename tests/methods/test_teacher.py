@@ -25,9 +25,11 @@ from tl_modules import (
     UserError,
     load_run,
 )
+from tl_modules.batch.samples import Batch, TaughtBatch
 from tl_modules.cache import FeatureCache
 from tl_modules.methods.teacher import Distillation
 
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 CLASSES = {"y": {"classes": ["a", "b", "c"]}}
 
 # It is no part of the student
@@ -156,6 +158,19 @@ def test_fixed_views_of_a_student_that_trains(counted, monkeypatch, said, tmp_pa
     assert same(one, other) == []
     assert asked < 3 * 24 + 12
     assert both == asked + 6 * 24
+
+
+def test_what_is_said_goes_with_the_samples():
+    """Of several domains side by side, of some of the samples, and not with a batch that is another one."""
+    module = student(Distill(teacher("vector")))
+    said = {"distill": torch.arange(12.0).view(4, 3)}
+    batch = {"source/a": TaughtBatch(X[:4], None, None, said), "source/b": TaughtBatch(X[:4], None, None, said)}
+    source = module.forward_domains(batch)["source"]
+    assert torch.equal(source.taught["distill"], said["distill"].repeat(2, 1))
+    assert torch.equal(source.split()[1].taught["distill"], said["distill"])
+    assert module.forward_domains(batch | {"source/b": (X[:4], None)})["source"].taught is None
+    mixed = Mixup().mix(module, TaughtBatch(X[:4], torch.arange(4) % 3, None, said), Batch(X[:4], torch.arange(4) % 3))
+    assert not hasattr(mixed, "taught")
 
 
 @pytest.mark.parametrize(("options", "why"), [

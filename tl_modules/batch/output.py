@@ -135,12 +135,12 @@ def joined(module: Any, owner: str, batches: Sequence[Batch], features: Any, out
         features: Of all of them, one after the other.
         output: The head's, likewise.
     """
-    xs, ys, index, taught = zip(*batches, strict=True)
+    xs, ys, index = zip(*(batch[:3] for batch in batches), strict=True)
     # samples of several sources may have unequal shapes, which only a method that reads them would mind
     x = samples.concat(xs) if samples.alike(xs) else None
     sizes = tuple(map(samples.count, xs))
     found = DomainOutput(module, x, samples.concat(ys), features, output, samples.concat(index), sizes)
-    found.taught = samples.concat(taught)
+    found.taught = samples.concat([getattr(batch, "taught", None) for batch in batches])
     if owner == "target" and len(batches) > 1:  # a labelled and an unlabelled part, which are no domains of their own
         for part, batch in zip(found.split(), batches, strict=True):
             if batch.y is not None:
@@ -185,10 +185,8 @@ def _is_batch(given: Any) -> bool:
     return isinstance(given[0], Tensor | samples.Padded | dict | samples.Node)
 
 
-def _as_batch(part: Any) -> Batch:
-    if isinstance(part, Batch):
-        return part
-    return Batch(*part) if isinstance(part, list | tuple) else Batch(part)
+def _as_batch(part: Any) -> Any:
+    return samples.as_batch(part) if isinstance(part, list | tuple) else Batch(part)
 
 
 def check_sources(names: Sequence[str], xs: Sequence[Any]) -> None:

@@ -31,13 +31,32 @@ class Batch(NamedTuple):
         x: The prepared inputs of B samples, a tree.
         y: Their labels, a tree, or None where they are hidden.
         index: The samples' numbers in their data set, (B,).
-        taught: What the teachers of methods have said of them before, a tree by the method's name; None: nothing.
     """
 
     x: Any
     y: Any = None
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
-    taught: Any = None
+
+
+class TaughtBatch(NamedTuple):
+    """A `Batch`, and what the teachers of methods have said of its samples before.
+
+    Attributes:
+        x: As of a `Batch`.
+        y: As of a `Batch`.
+        index: As of a `Batch`.
+        taught: A tree by the method's name.
+    """
+
+    x: Any
+    y: Any
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    taught: dict[str, Any]
+
+
+def as_batch(part: Any) -> Any:
+    """A `Batch` of a sequence (x, y, index), and what is one as it is."""
+    return part if isinstance(part, Batch | TaughtBatch) else Batch(*part)
 
 
 @dataclass(eq=False)  # Lightning reaches into it where a run's precision casts its inputs

@@ -11,7 +11,7 @@ import torch
 
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
-from tl_modules.batch.samples import Batch
+from tl_modules.batch.samples import Batch, TaughtBatch
 from tl_modules.cache.columns import Table
 from tl_modules.cache.cut import Cut
 from tl_modules.cache.entry import converted
@@ -76,10 +76,11 @@ class Beside(Rows):
         super().__init__(loader, views, dtype)
         self.tables = tables
 
-    def __call__(self, batch: Any, places: Sequence[Any]) -> Batch:
+    def __call__(self, batch: Any, places: Sequence[Any]) -> TaughtBatch:
         """The batch, and what is said."""
         said = {name: self.take(table, _pairs(places))[0] for name, table in self.tables.items()}
-        return Batch(*batch)._replace(taught=said or None)
+        x, y, index = batch
+        return TaughtBatch(x, y, index, said)
 
 
 def _pairs(places: Sequence[Any]) -> list[tuple[int, int]]:

@@ -70,7 +70,8 @@ class TensorBoardFigures(Callback):
         writer = _writer(trainer)
         if writer is None:
             return
-        for domain, (x, y, _) in batch.items():
+        for domain, part in batch.items():
+            x, y = part[:2]
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
             if isinstance(x, Tensor) and _is_image(x[0]):
                 few = samples.move(samples.take(y, slice(SHOWN)), "cpu")

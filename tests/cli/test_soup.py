@@ -90,8 +90,8 @@ def test_wise_ft_is_a_run_half_way(ok, here):
 
 
 def test_alpha_at_its_ends(ok, here):
-    for alpha, name in ((1, "a"), (0, "start")):
-        ok(f"soup runs/a --start runs/start --alpha {alpha} --out end{alpha}")
+    for alpha, name in ((1, "moved"), (0, "start")):  # their BatchNorm's statistics too
+        ok(f"soup runs/moved --start runs/start --alpha {alpha} --out end{alpha}")
         new, own = state(f"end{alpha}"), state(name)
         assert all(torch.equal(new[key], own[key]) for key in new if new[key].is_floating_point())
 

@@ -60,7 +60,8 @@ class Soup:
         if content.get("transfer") != self.module.task_description():
             raise UserError(f"soup: {run} and {first} tell other classes or values apart; take runs of one task")
         network = {k: v for k, v in content["state_dict"].items() if k.startswith(NETWORK)}
-        self.rest = self.rest or {k: v for k, v in content["state_dict"].items() if not k.startswith(NETWORK)}
+        if run == first:
+            self.rest = {k: v for k, v in content["state_dict"].items() if not k.startswith(NETWORK)}
         try:
             load_state_into(self.module, content | {"state_dict": self.rest | network})
         except UserError as error:
@@ -96,6 +97,7 @@ class Soup:
         layers = [layer for key, layer in keys if any(not torch.equal(s[key], states[0][key]) for s in states)]
         if not layers:
             return
+        self.data.prepare_data()
         self.data.setup("fit")
         self.data.collate = self.module.collate  # type: ignore[attr-defined]
         device, plugin = self.trainer.strategy.root_device, self.trainer.precision_plugin
@@ -183,6 +185,7 @@ def soup(
     if origin is not None:
         shares = {run: alpha * share for run, share in shares.items()}
         shares[origin] = shares.get(origin, 0.0) + 1 - alpha
+        shares = {run: share for run, share in shares.items() if share > 0}
     score = pot.measure(shares)
     folder = new_run(".", out)
     config = yaml.safe_load((paths[0] / "config.yaml").read_text()) | {"name": out}

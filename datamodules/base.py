@@ -107,36 +107,28 @@ class TransferDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise DataError(f"batch_size: {batch_size} must be at least 1")
-        if shots_per_class is not None and shots_per_class < 1:
-            raise DataError(f"shots_per_class: {shots_per_class} must be at least 1")
-        self.batch_size = batch_size
+        counts = {"batch_size": batch_size, "shots_per_class": shots_per_class, "labelled": labelled}
+        for name, count in (counts | {"unlabelled_ratio": unlabelled_ratio}).items():
+            if count is not None and count < 1:
+                raise DataError(f"{name}: {count} must be at least 1")
+        self.batch_size, self.shots_per_class = batch_size, shots_per_class
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
-        self.shots_per_class = shots_per_class
-        if labelled is not None and labelled < 1:
-            raise DataError(f"labelled: {labelled} must be at least 1")
         if labelled is not None and (shots_per_class is not None or target_labels is not None or target_unseen):
             raise DataError(
                 "labelled: it says itself which labels of the target training sees; leave shots_per_class, "
                 "target_labels and target_unseen out"
             )
-        if unlabelled_ratio < 1 or (unlabelled_ratio > 1 and labelled is None):
-            raise DataError(
-                f"unlabelled_ratio: {unlabelled_ratio} must be at least 1, and above 1 only beside --data.labelled N"
-            )
+        if unlabelled_ratio > 1 and labelled is None:
+            raise DataError(f"unlabelled_ratio: {unlabelled_ratio} needs --data.labelled N beside it")
         self.labelled, self.unlabelled_ratio = labelled, unlabelled_ratio
         if isinstance(selection_labels, int) and selection_labels < 1:
             raise DataError(f"selection_labels: {selection_labels} must be at least 1, or all")
         if target_labels and target_unseen:
             raise DataError("target_labels, target_unseen: a target that training does not see has no labels for it")
-        self.target_labels = target_labels
-        self.target_unseen = target_unseen
+        self.target_labels, self.target_unseen = target_labels, target_unseen
         self.selection_labels = selection_labels
         self.augment, self.augmentation = augment, augment
-        self.drop_last = drop_last
-        self.seed = seed
-        self.blind = False
+        self.drop_last, self.seed, self.blind = drop_last, seed, False
         self.views, self.unlabelled = 1, False
         self.resolved: dict[str, Any] = {}
         self._domains: dict[str, Mapping[str, Dataset[Any]]] = {}
@@ -257,9 +249,7 @@ class TransferDataModule(LightningDataModule):
                 views["target/labelled"] = self._augmented(dataset, shown)
                 rows = sorted(set(rows) - set(shown))
                 if not rows:
-                    raise DataError(
-                        f"labelled: the target has {len(shown)} training samples, so none is left unlabelled"
-                    )
+                    raise DataError(f"labelled: none of the target's {len(shown)} training samples is left unlabelled")
             without = self.unlabelled or (name == "target" and (hidden or self.labelled is not None))
             views[name] = self._augmented(dataset, rows, "none" if without else "y")
         shares = {name: self.unlabelled_ratio if name == "target" else 1 for name in views}

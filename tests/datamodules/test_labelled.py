@@ -241,9 +241,9 @@ def test_beside_a_source_it_is_validated_like_adaptation_and_alone_like_fine_tun
     ({"labelled": 5, "target_labels": True}, "labelled: it says itself"),
     ({"labelled": 5, "target_labels": False}, "labelled: it says itself"),
     ({"labelled": 5, "target_unseen": True, "source": True}, "labelled: it says itself"),
-    ({"labelled": 449}, "labelled: the target has 449 training samples, so none is left unlabelled"),
-    ({"labelled": 9999}, "labelled: the target has 449 training samples, so none is left unlabelled"),
-    ({"unlabelled_ratio": 7}, "unlabelled_ratio: 7 must be at least 1, and above 1 only beside --data.labelled"),
+    ({"labelled": 449}, "labelled: none of the target's 449 training samples is left unlabelled"),
+    ({"labelled": 9999}, "labelled: none of the target's 449 training samples is left unlabelled"),
+    ({"unlabelled_ratio": 7}, "unlabelled_ratio: 7 needs --data.labelled N beside it"),
     ({"labelled": 5, "unlabelled_ratio": 0}, "unlabelled_ratio: 0 must be at least 1"),
     ({"labelled": 5, "target": False, "source": True}, "labelled: .* there is none; give --data.target"),
 ])  # fmt: skip

@@ -363,9 +363,8 @@ class ADDA(WithPretrainedCopy):
         assert target is not None
         with torch.no_grad():
             here = self.bottleneck.eval()(self.before(self.source_x))
-        sizes = [len(here), len(target)]
-        seen = self.critic(torch.cat([here, target.pooled.detach()])).split(sizes)
-        taken = detached_call(self.critic, torch.cat([here, target.pooled])).split(sizes)[1]
+        seen = self.critic(torch.cat([here, target.pooled.detach()])).split([len(here), len(target)])
+        taken = detached_call(self.critic, torch.cat([here, target.pooled]))[len(here) :]
         scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
         return (_bce(seen[0], 1.0) + _bce(seen[1], 0.0)) / 2 + scale * _bce(taken, 1.0)
 

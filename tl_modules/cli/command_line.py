@@ -371,6 +371,10 @@ class TransferCLI(OneCommand, LightningCLI):
         if "save" in config["model"]["init_args"]:
             config["model"]["init_args"]["save"] = "all"
         self.files.write(config)
+        if self.model.backbone.pruned:
+            self._say(
+                f"tl fit -c {self.directory / 'config.yaml'} --model.backbone.weights {self.directory}{self.trust}"
+            )
         self._say(f"tl test --run {self.directory}{self.trust}")
 
     @rank_zero_only

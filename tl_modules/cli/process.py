@@ -42,6 +42,7 @@ def quiet() -> None:
         logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers is news to nobody
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")

@@ -70,9 +70,10 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    if not float(inverse) > 1e-3:
+    found = float(inverse.detach())
+    if not found > 1e-3:
         raise UserError(
             "calibrate: the model's probabilities are no better than chance on the validation split, so that no "
             "temperature helps; train it longer"
         )
-    return 1 / float(inverse)
+    return 1 / found

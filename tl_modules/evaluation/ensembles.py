@@ -177,7 +177,8 @@ def uncertainty(opinions: Tensor, classes: bool) -> dict[str, list[float]]:
     """
     if classes:
         total, own = entropy(opinions.mean(0)), entropy(opinions.flatten(0, 1)).view(opinions.shape[:2])
-        return {"entropy": total.tolist(), "mutual_information": (total - own.mean(0)).clamp(min=0).tolist()}
+        found = {"entropy": total, "mutual_information": (total - own.mean(0)).clamp(min=0)}
+        return {name: each.double().round(decimals=6).tolist() for name, each in found.items()}  # as probabilities are
     std = opinions.std(0)
     return {"std" if std.shape[1] == 1 else f"std_{i}": column.tolist() for i, column in enumerate(std.unbind(1))}
 

@@ -139,7 +139,7 @@ class TransferModule(QuickNames, StagedModule):
         """Runs all domains as one batch; returns one output for the source(s) and one for the target."""
         names, parts = list(batch), [samples.as_batch(part) for part in batch.values()]
         xs = align_cached(self.backbone.align([part.x for part in parts]))
-        parts = [part._replace(x=x) for part, x in zip(parts, xs, strict=True)]
+        parts = [type(part)(x, *part[1:]) for part, x in zip(parts, xs, strict=True)]
         owners = [name.partition("/")[0] for name in names]
         rows = list(zip(owners, map(samples.count, xs), strict=True))
         apart = any(method.separate_domains for _, method in self.named_methods())

@@ -51,7 +51,7 @@ CASES = {
     "truncated image in a worker": (FOLDERS.replace("workers 0", "workers 1"), "bad.jpg: it cannot be decoded"),
     "CMYK image": (FOLDERS, "bad.jpg: its CMYK colours have no exact RGB"),
     "huge header": (FOLDERS, "than max_pixels 50000000"),
-    "more labelled than there are": (FIT + "--data Digits --data.labelled 500", "labelled: the target has 449 training samples"),
+    "more labelled than there are": (FIT + "--data Digits --data.labelled 500", "labelled: none of the target's 449 training samples is left unlabelled"),
     "labelled of no target": (FIT + "--data Digits --data.source true --data.target false --data.labelled 5", "give --data.target"),
     "labelled and few shots": (FIT + "--data Digits --data.labelled 5 --data.shots_per_class 1", "labelled: it says itself"),
     "no range of rates": ("lr-find --min_lr 1 --max_lr 0.1", "min_lr, max_lr: 1.0 must be above 0 and below 0.1"),

@@ -25,7 +25,9 @@ def public(thing):
     return {name for name in dir(thing) if not name.startswith("_")}
 
 
-def test_torch_has_no_public_base_of_batchnorm():
+def test_torch_has_no_public_base_of_batchnorm_and_convolutions():
+    assert {nn.Conv1d, nn.Conv2d, nn.Conv3d} <= set(compat.Convolution.__subclasses__())
+    assert not {base for base in nn.Conv2d.__mro__[1:-2] if not base.__name__.startswith("_")}
     assert {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm} <= set(compat.BatchNorm.__subclasses__())
     assert not {base for base in nn.BatchNorm2d.__mro__[1:-2] if not base.__name__.startswith("_")}
 

@@ -17,6 +17,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import call
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 # trees of arguments and outputs of any module (pytorch issue 65761)
 from torch.utils import _pytree as pytree_
@@ -46,8 +47,8 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-# BatchNorm of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py
-BatchNorm = _BatchNorm
+# layers of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py, conv.py
+BatchNorm, Convolution = _BatchNorm, _ConvNd
 
 # what an LRScheduler's state must hold to go on; no upstream issue known: torch/optim/lr_scheduler.py
 SCHEDULER_STATE = ("last_epoch", "base_lrs", "_step_count", "_last_lr")

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_modules.batch.compat import Convolution
 from tl_modules.checkpoints.compressed import Kind
 from tl_modules.errors import UserError
 
-_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+_WEIGHTED = (nn.Linear, Convolution)
 
 
 def quantize(network: nn.Module, checkpoint: dict[str, Any], kind: Kind) -> None:

@@ -48,7 +48,8 @@ def times_written(tensor: Tensor) -> int:
 
 
 # layers of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py, conv.py
-BatchNorm, Convolution = _BatchNorm, _ConvNd
+BatchNorm = _BatchNorm
+Convolution = _ConvNd
 
 # what an LRScheduler's state must hold to go on; no upstream issue known: torch/optim/lr_scheduler.py
 SCHEDULER_STATE = ("last_epoch", "base_lrs", "_step_count", "_last_lr")

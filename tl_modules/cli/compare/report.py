@@ -114,7 +114,7 @@ def plot_fronts(scores: Scores, file: Path, title: str) -> None:
     """A panel per cost: each way's mean metric over its cost, and a line through those that no other way beats."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     rows = {row["way"]: row for row in scores.table() if row["mean"] is not None}
     for number, (cost, name) in enumerate({"p50_ms": "p50 latency, ms", "megabytes": "weights, MB"}.items()):
         axes = figure.add_subplot(1, 2, number + 1)
@@ -127,6 +127,6 @@ def plot_fronts(scores: Scores, file: Path, title: str) -> None:
             axes.plot([], [], " ", label=f"{place + 1}  {way}")
         axes.set_xscale("log")
         axes.set_xlabel(name)
-    axes.legend(fontsize=7, loc="lower right", handlelength=0)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper", handlelength=0)
     figure.suptitle(f"{title}; line: Pareto front", fontsize=10)
     figure.savefig(file, dpi=120)

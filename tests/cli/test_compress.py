@@ -128,6 +128,11 @@ def test_a_run_of_somebody_says_neither_what_is_imported_nor_where_to_write(run,
     assert not (run / "other").exists()
 
 
+def test_a_mistake_leaves_no_run(run, tl):
+    assert tl("compress --run runs/a --prune 2 --out small").code == 2
+    assert not (run / "small").exists()
+
+
 @pytest.mark.parametrize(("package", "option"), [("torch_pruning", "--prune 0.5"), ("torchao.quantization.quant_primitives", "--quantize int8")])  # fmt: skip
 def test_a_missing_package(package, option, run, tl, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

@@ -96,6 +96,12 @@ def test_alpha_at_its_ends(ok, here):
         assert all(torch.equal(new[key], own[key]) for key in new if new[key].is_floating_point())
 
 
+def test_it_goes_where_the_command_line_says(ok, here):
+    ok("soup runs/a runs/b --out elsewhere --trainer.default_root_dir other")
+    assert Path("other/runs/elsewhere/version_0/checkpoints/best.ckpt").is_file()
+    assert not Path("runs/elsewhere").exists()
+
+
 def test_a_uniform_soup_is_the_mean(ok, here):
     ok("soup runs/a runs/b --how uniform --out both")
     new, a, b = state("both"), state("a"), state("b")

@@ -144,6 +144,25 @@ def test_linear_probe_of_values_and_rare_classes():
     assert math.isnan(linear_probe(x, torch.zeros(60, dtype=torch.long)))
 
 
+def test_knn_of_twins():
+    features = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.1, 1.0], [0.2, 1.0]])
+    assert knn(features, torch.tensor([0, 0, 1, 1]), k=1, temperature=0.07) == 1.0
+    assert knn(features, torch.tensor([0, 0, 0, 1]), k=1, temperature=0.07) == 0.5
+    # each is given its twin's value, off by 1; the variance of 0, 1, 10, 11 is 25.25
+    found = knn(features, torch.tensor([0.0, 1.0, 10.0, 11.0]), k=1, temperature=0.07)
+    assert found == pytest.approx(1 - 1 / 25.25)
+
+
+def test_knn_weighs_by_the_cosine():
+    features = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)], [0.0, 2.0]])
+    near, far = math.exp(math.sqrt(0.75) / 0.5), math.exp(0.5 / 0.5)  # cosines between the second and its neighbours
+    predicted = [(far * 1 + 3) / (far + 1), (near * 3 + far * 0) / (near + far), (near * 1 + 0) / (near + 1)]
+    values = [0.0, 1.0, 3.0]
+    errors = sum((p - v) ** 2 for p, v in zip(predicted, values, strict=True))
+    variance = sum((v - 4 / 3) ** 2 for v in values)
+    assert knn(features, torch.tensor(values), k=2, temperature=0.5) == pytest.approx(1 - errors / variance)
+
+
 @pytest.mark.parametrize("score", [logme, h_score, knn, linear_probe])
 def test_better_features_score_higher(score):
     good, y = data(90, 20, noise=0.7)

@@ -106,7 +106,6 @@ def test_pada_weighs_absent_classes_down():
 def test_adda_moves_the_targets_encoder_by_the_target_alone():
     """Source and target differ in mean, and the backbone's BatchNorm is to see the target's only."""
     module = build([ADDA], "vector")
-    module.methods[0].check = lambda *args: None  # its start is random here
     module.adapts = True
     module.train()
     batch = {"source": Batch(torch.randn(8, 5) + 9.0, torch.arange(8) % 3), "target": Batch(torch.randn(8, 5), None)}

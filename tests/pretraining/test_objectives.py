@@ -1,4 +1,4 @@
-"""Objectives and probes against values computed by hand."""
+"""Objectives against values computed by hand."""
 
 import math
 
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from unlabelled import build
 
 from tl_modules import DINO, GAN, SCARF, Autoencoder, SimCLR, VICReg
+from tl_modules.pretraining.base import spread
 from tl_modules.pretraining.layers import projector, upsampler
-from tl_modules.pretraining.probe import knn_accuracy, knn_r2, neighbours, spread
 from tl_modules.pretraining.reconstruction import swap
 
 
@@ -22,22 +22,6 @@ def projecting(module, *embeddings):
 
 def total(terms):
     return float(sum(terms.values()))
-
-
-def test_neighbours_are_the_others():
-    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-    rows, weights = neighbours(features, 2, 0.5)
-    assert rows[:, 0].tolist() == [1, 0, 3, 2]
-    assert weights[0].tolist() == pytest.approx([math.exp(2) / (math.exp(2) + 1), 1 / (math.exp(2) + 1)])
-    assert neighbours(features, 20, 0.07)[0].shape == (4, 3)
-
-
-def test_knn():
-    features = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.1, 1.0], [0.2, 1.0]])
-    assert knn_accuracy(features, torch.tensor([0, 0, 1, 1]), k=1) == 1.0
-    assert knn_accuracy(features, torch.tensor([0, 0, 0, 1]), k=1) == 0.5
-    # each is given its twin's value, off by 1; the variance of 0, 1, 10, 11 is 25.25
-    assert knn_r2(features, torch.tensor([0.0, 1.0, 10.0, 11.0]), k=1) == pytest.approx(1 - 1 / 25.25)
 
 
 def test_spread():

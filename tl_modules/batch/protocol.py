@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,6 +44,13 @@ class BaseBackbone(nn.Module, ABC):
     @abstractmethod
     def align(self, xs: list[Any]) -> list[Any]:
         """Brings the inputs of several domains into one form."""
+
+    def prepares_like(self, other: BaseBackbone) -> bool:
+        """Whether another backbone prepares inputs in the same way, so that it can be given this one's."""
+        one, two = (getattr(each.prepare, "__func__", each.prepare) for each in (self, other))
+        with suppress(Exception):  # whatever cannot be pickled is another one
+            return bool(one == two or pickle.dumps(one) == pickle.dumps(two))
+        return False
 
 
 class BaseTransferModule(EvaluatedTask, ABC):

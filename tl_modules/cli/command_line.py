@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -39,7 +39,7 @@ from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.methods.teacher import Distillation
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
-from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights
+from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights, write_config
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
@@ -217,9 +217,7 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in BEFORE or not first_process():
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
-            new = self.command == "compress"  # where to is the user's to say, not the run's config's
-            root = self.root if new else trainer.default_root_dir or "."
-            path = (not new and self.run) or new_run(root, config.out if new else name)
+            path = self.run or new_run(trainer.default_root_dir or ".", name)
         self.directory = path
         if trainer.precision is None:
             precision = best_precision(self.model, trainer.accelerator)
@@ -240,7 +238,9 @@ class TransferCLI(OneCommand, LightningCLI):
             AtomicCheckpointIO(),
         ]
         kwargs.setdefault("default_root_dir", str(path))
-        return super().instantiate_trainer(**kwargs)
+        built = cast(TransferTrainer, super().instantiate_trainer(**kwargs))
+        built.root = Path(self.root)  # of what it makes of runs: the user's to say, not a run's config's
+        return built
 
     def _callbacks(self, path: Path) -> list[Callback]:
         config = self.config[str(self.subcommand)]
@@ -367,15 +367,16 @@ class TransferCLI(OneCommand, LightningCLI):
 
     def after_compress(self) -> None:
         """Writes the new run's config, which is that of the old one; its checkpoint is whole by then."""
-        config = self._resolved()
+        run = cast(TransferTrainer, self.trainer).made
+        if run is None:  # another process has it
+            return
+        config = self._resolved() | {"name": run.parent.name}
         if "save" in config["model"]["init_args"]:
             config["model"]["init_args"]["save"] = "all"
-        self.files.write(config)
+        write_config(run, config)
         if self.model.backbone.pruned:
-            self._say(
-                f"tl fit -c {self.directory / 'config.yaml'} --model.backbone.weights {self.directory}{self.trust}"
-            )
-        self._say(f"tl test --run {self.directory}{self.trust}")
+            self._say(f"tl fit -c {run / 'config.yaml'} --model.backbone.weights {run}{self.trust}")
+        self._say(f"tl test --run {run}{self.trust}")
 
     @rank_zero_only
     def _say(self, text: str) -> None:

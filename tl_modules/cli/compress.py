@@ -5,7 +5,6 @@ module -> deployment/pruning.py -> state dict -> deployment/quantization.py -> c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tl_modules.deployment.quantization import quantize
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import macs
 from tl_modules.module import TransferModule
+from tl_modules.runs.directory import new_run
 
 SAMPLES, BATCH = 256, 32  # labelled training samples for gradients
 
@@ -31,24 +31,26 @@ def compress_run(
     module: TransferModule,
     data: LightningDataModule,
     x: Any,
-    run: str | os.PathLike[str],
+    root: Path,
+    out: str,
     share: float | None,
     importance: Importance,
     kind: Kind | None,
-) -> str:
-    """Prunes and quantises a module, in place, and writes best.ckpt.
+) -> Path:
+    """Prunes and quantises a module, in place, and writes best.ckpt into a run of its own.
 
     Args:
         module: A trained one, on the CPU, in eval mode.
         data: Its labelled training samples are what "taylor" looks at.
         x: Prepared inputs.
-        run: The new run's directory.
+        root: The new run is root/runs/OUT/version_N.
+        out: Its name.
         share: Of the MACs that goes; None prunes nothing.
         importance: What keeps a channel.
         kind: How weights are quantised; None leaves them floats.
 
     Returns:
-        A line of what it was and is.
+        The new run's directory, which still needs a config.
 
     Raises:
         UserError: Neither is asked for, or the network cannot be compressed so.
@@ -66,14 +68,16 @@ def compress_run(
     module.on_save_checkpoint(checkpoint)
     if kind is not None:
         quantize(module, checkpoint, kind)
-    file = Path(run) / "checkpoints" / "best.ckpt"
+    run = new_run(root, out)  # only now, so that a mistake leaves none
+    file = run / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint, file)
     floats = 4 * before["parameters"]
-    return (
+    print(
         f"{before['parameters']:,} -> {after['parameters']:,} parameters, {before['macs'] / 1e6:,.1f} -> "
         f"{after['macs'] / 1e6:,.1f} million MACs a sample, file {file.stat().st_size / 1e6:.2f} MB, "
         f"{file.stat().st_size / floats:.0%} of the original's parameters"
     )
+    return run
 
 
 def _size(module: TransferModule, x: Any) -> dict[str, int]:

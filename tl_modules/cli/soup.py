@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tl_modules.batch import samples
 from tl_modules.batch.compat import BatchNorm
-from tl_modules.checkpoints.files import find_run, load_checkpoint, write_metrics, write_whole
+from tl_modules.checkpoints.files import find_run, load_checkpoint, write_metrics
 from tl_modules.errors import UserError
 from tl_modules.evaluation.monitor import floats, monitor_of
 from tl_modules.evaluation.test_time import taking_statistics
 from tl_modules.module import TransferModule
-from tl_modules.runs.directory import load_state_into, new_run
+from tl_modules.runs.directory import load_state_into, new_run, write_config
 
 How = Literal["greedy", "uniform"]
 State = dict[str, Tensor]
@@ -149,6 +149,7 @@ def soup(
     module: TransferModule,
     data: LightningDataModule,
     runs: Sequence[str],
+    root: Path,
     out: str,
     how: How = "greedy",
     start: str | None = None,
@@ -161,7 +162,8 @@ def soup(
         module: Of the first run.
         data: The first run's, as the command line has it.
         runs: Directories.
-        out: The name of the new run.
+        root: The new run is root/runs/OUT/version_N.
+        out: Its name.
         how: Which of the runs are taken.
         start: A run that the others began with; None: there is no way back.
         alpha: The share of the runs, `alpha runs + (1 - alpha) start`.
@@ -187,9 +189,8 @@ def soup(
         shares[origin] = shares.get(origin, 0.0) + 1 - alpha
         shares = {run: share for run, share in shares.items() if share > 0}
     score = pot.measure(shares)
-    folder = new_run(".", out)
-    config = yaml.safe_load((paths[0] / "config.yaml").read_text()) | {"name": out}
-    write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    folder = new_run(root, out)
+    write_config(folder, yaml.safe_load((paths[0] / "config.yaml").read_text()) | {"name": out})
     trainer.save_checkpoint(folder / "checkpoints" / "best.ckpt", weights_only=True)
     write_metrics(folder, floats(trainer, "val/") | {"soup": {str(run): share for run, share in shares.items()}})
     print(f"{' + '.join(f'{share:.3g} {run}' for run, share in shares.items())}: {pot.metric} {score:.4g}\n{folder}")

@@ -34,8 +34,15 @@ from tl_modules.runs.directory import load_state_into
 
 
 class TransferTrainer(QuickHooks, Trainer):
-    """The Trainer of `tl`."""
+    """The Trainer of `tl`.
 
+    Attributes:
+        root: Where a run that is made of others goes: root/runs/NAME/version_N.
+        made: That run.
+    """
+
+    root = Path()
+    made: Path | None = None
     callbacks: list[Callback]
     profiler: Any
 
@@ -123,7 +130,7 @@ class TransferTrainer(QuickHooks, Trainer):
             alpha: The share of the runs beside the start, `alpha runs + (1 - alpha) start`.
             ckpt_path: The first run's best.ckpt.
         """
-        soup(self, _ours(model), datamodule, runs, out, how, start, alpha)
+        self.made = soup(self, _ours(model), datamodule, runs, self.root, out, how, start, alpha)
 
     def calibrate(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None) -> None:
         """Fits a temperature on the validation split, so that a run's probabilities are as often right as they say.
@@ -222,7 +229,7 @@ class TransferTrainer(QuickHooks, Trainer):
         load_state_into(module, load_checkpoint(str(ckpt_path)))
         if self.is_global_zero:
             x = _test_inputs(module, datamodule)
-            print(compress_run(module, datamodule, x, self.default_root_dir, prune, importance, quantize))
+            self.made = compress_run(module, datamodule, x, self.root, out, prune, importance, quantize)
 
     def lr_find(
         self,

@@ -152,11 +152,9 @@ class DeepEnsemble(Ensemble):
                 raise UserError(
                     "run: the runs of an ensemble tell other classes or values apart; take runs of one task"
                 )
-            ours, theirs = type(module.backbone), type(other.backbone)
-            if ours is not theirs and other.backbone.prepare is not module.backbone.prepare:
-                raise UserError(
-                    f"run: {ours.__name__} and {theirs.__name__} take other inputs, so their runs make no ensemble"
-                )
+            if not module.backbone.prepares_like(other.backbone):
+                ours, theirs = (type(each.backbone).__name__ for each in (module, other))
+                raise UserError(f"run: {ours} and {theirs} take other inputs, so their runs make no ensemble")
 
     def members(self, module: TransferModule, forward: Forward) -> Iterator[Forward]:
         """The pass of each network."""

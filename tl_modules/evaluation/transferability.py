@@ -122,21 +122,23 @@ def leep(source: Tensor, labels: Tensor) -> float:
     return float((p * given[y]).sum(1).clamp(min=1e-300).log().mean())
 
 
-def knn(features: Tensor, labels: Tensor, k: int = 5) -> float:
+def knn(features: Tensor, labels: Tensor, k: int = 5, temperature: float = math.inf) -> float:
     """What the k nearest other samples by cosine say of a sample: accuracy, or R2 of values.
 
     Args:
         features: (N, D).
         labels: Classes (N,), or values (N,) or (N, K).
         k: How many neighbours; fewer where there are not so many.
+        temperature: A neighbour counts by `exp(cos / temperature)` (Wu et al., CVPR 2018, take 0.07); inf: all alike.
     """
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=min(k, len(features) - 1), metric="cosine").fit(features.double().numpy())
-    near = labels[torch.from_numpy(search.kneighbors(return_distance=False))]  # (N, k): without the sample itself
+    distances, rows = map(torch.from_numpy, search.kneighbors())  # (N, k) each: without the sample itself
+    near, weights = labels[rows], (-distances / temperature).softmax(1)
     if labels.is_floating_point():
-        return _r2(near.mean(1), labels)
-    votes = F.one_hot(near, int(labels.max()) + 1).sum(1).double()
+        return _r2((weights.reshape(*weights.shape, *[1] * (near.ndim - 2)) * near).sum(1), labels)
+    votes = (weights[..., None] * F.one_hot(near, int(labels.max()) + 1)).sum(1) * weights.shape[1]
     nearest = F.one_hot(near[:, 0], votes.shape[1])  # which breaks a tie
     return float(((votes + nearest / 2).argmax(1) == labels).double().mean())
 

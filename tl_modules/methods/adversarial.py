@@ -28,16 +28,46 @@ from tl_modules.methods.schedules import LossWeight
 __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
 
 
-def critic(width: int, hidden: int, layers: int, batch_norm: bool) -> nn.Sequential:
-    """Builds a critic, features (B, width) -> logits (B, 1), with so many hidden layers."""
-    inner: list[nn.Module] = []
-    for inputs in [width, *[hidden] * (layers - 2)][: layers - 1]:
-        inner += [nn.Linear(inputs, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.ReLU()]
-    last = MLPHead(hidden if inner else width, 1, hidden, batch_norm=batch_norm, normalize=False)
-    return nn.Sequential(*inner, *last)
+class Adversarial(Method):
+    """A critic of features, and how fast the backbone begins to play against it.
+
+    Args:
+        weight: lambda, the term's weight.
+        hidden: Width of the critic's hidden layers.
+        gamma: How steep the backbone's part grows, as `2 / (1 + exp(-gamma p)) - 1` of the run's progress p; 0 is fully
+            there from the start.
+        batch_norm: Normalises the critic's hidden units over the rows of both domains.
+        layers: How many hidden layers the critic has.
+    """
+
+    required_domains = ("source", "target")
+
+    def __init__(
+        self,
+        weight: LossWeight = 1.0,
+        hidden: int = 1024,
+        gamma: float = 10.0,
+        batch_norm: bool = True,
+        layers: int = 2,
+    ) -> None:
+        super().__init__(weight)
+        self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
+
+    def build_critic(self, width: int) -> nn.Sequential:
+        """Features (B, width) -> logits (B, 1) of being the source's."""
+        inner: list[nn.Module] = []
+        for inputs in [width, *[self.hidden] * (self.layers - 2)][: self.layers - 1]:
+            norm = [nn.BatchNorm1d(self.hidden)] if self.batch_norm else []
+            inner += [nn.Linear(inputs, self.hidden), *norm, nn.ReLU()]
+        inputs = self.hidden if inner else width
+        return nn.Sequential(*inner, *MLPHead(inputs, 1, self.hidden, batch_norm=self.batch_norm, normalize=False))
+
+    def reversal(self, module: BaseTransferModule) -> float:
+        """How much of the backbone's part counts now."""
+        return ramp(module.progress, self.gamma) if self.gamma else 1.0
 
 
-class DANN(Method):
+class DANN(Adversarial):
     """Domain-adversarial training (Ganin et al., JMLR 2016).
 
     A critic learns `BCE(critic(features), domain)`; the backbone gets its gradient reversed, times
@@ -52,23 +82,11 @@ class DANN(Method):
         layers: How many hidden layers the critic has.
     """
 
-    required_domains = ("source", "target")
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
-
-    def __init__(
-        self,
-        weight: LossWeight = 1.0,
-        hidden: int = 1024,
-        gamma: float = 10.0,
-        batch_norm: bool = True,
-        layers: int = 2,
-    ) -> None:
-        super().__init__(weight)
-        self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
 
     def attach(self, module: BaseTransferModule) -> None:
         """Builds the critic."""
-        self.critic = critic(self.width(module), self.hidden, self.layers, self.batch_norm)
+        self.critic = self.build_critic(self.width(module))
 
     def width(self, module: BaseTransferModule) -> int:
         """Of what the critic sees."""
@@ -86,7 +104,7 @@ class DANN(Method):
         """The critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
-        scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
+        scale = self.reversal(module)
         seen = torch.cat([self.critic_input(module, view) for view in (source, target)])
         logits = self.critic(reverse_gradient(seen, scale)).squeeze(1).split([len(source), len(target)])
         each = (_bce(logits[0], 1.0, "none"), _bce(logits[1], 0.0, "none"))
@@ -302,7 +320,7 @@ class MCD(Method):
         return weighted_mean(loss, source.weight) - cast(Tensor, discrepancy)
 
 
-class ADDA(WithPretrainedCopy):
+class ADDA(WithPretrainedCopy, Adversarial):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
     Start from a run that was trained on the source (`--model.backbone.weights RUN`). A copy of the start stays the
@@ -317,26 +335,14 @@ class ADDA(WithPretrainedCopy):
         layers: How many hidden layers the critic has.
     """
 
-    required_domains = ("source", "target")
     source_x: Any
-
-    def __init__(
-        self,
-        weight: LossWeight = 1.0,
-        hidden: int = 1024,
-        gamma: float = 10.0,
-        batch_norm: bool = True,
-        layers: int = 2,
-    ) -> None:
-        super().__init__(weight)
-        self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
 
     def attach(self, module: BaseTransferModule) -> None:
         """Copies the encoder, closes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.bottleneck = copy.deepcopy(module.bottleneck).requires_grad_(False)
-        self.critic = critic(module.width, self.hidden, self.layers, self.batch_norm)
+        self.critic = self.build_critic(module.width)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
         """Also refuses to start from a head that knows nothing.
@@ -365,8 +371,7 @@ class ADDA(WithPretrainedCopy):
             here = self.bottleneck.eval()(self.before(self.source_x))
         seen = self.critic(torch.cat([here, target.pooled.detach()])).split([len(here), len(target)])
         taken = detached_call(self.critic, torch.cat([here, target.pooled]))[len(here) :]
-        scale = ramp(module.progress, self.gamma) if self.gamma else 1.0
-        return (_bce(seen[0], 1.0) + _bce(seen[1], 0.0)) / 2 + scale * _bce(taken, 1.0)
+        return (_bce(seen[0], 1.0) + _bce(seen[1], 0.0)) / 2 + self.reversal(module) * _bce(taken, 1.0)
 
 
 def _bce(logits: Tensor, label: float, reduction: str = "mean") -> Tensor:

@@ -7,10 +7,9 @@ of parameters holds it. Where samples are the same in every epoch, `FeatureCache
 
 from __future__ import annotations
 
-import pickle
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -97,7 +96,7 @@ class Distillation(Method):
         if student and teacher and student != teacher:
             raise UserError(f"teacher: {path} reads {_words(teacher)}, and the data are {_words(student)}; take a "
                             "teacher of such data")  # fmt: skip
-        if not _alike(module.backbone.prepare, network.backbone.prepare):
+        if not module.backbone.prepares_like(network.backbone):
             raise UserError(
                 f"teacher: {path} prepares its inputs in another way than {type(module.backbone).__name__}; take a "
                 "teacher and a student of one kind, e.g. two image backbones"
@@ -200,14 +199,6 @@ def _owners(domains: Collection[str]) -> list[str]:
 
 def _words(schema: Any) -> str:
     return short(f"{len(value)} {key} columns" if isinstance(value, list) else key for key, value in schema.items())
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two functions or small objects prepare inputs in the same way."""
-    one, other = (getattr(each, "__func__", each) for each in (one, other))
-    with suppress(Exception):  # whatever cannot be pickled is another one
-        return bool(one == other or pickle.dumps(one) == pickle.dumps(other))
-    return False
 
 
 def _checksum(networks: Sequence[nn.Module]) -> int:

@@ -20,6 +20,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
@@ -29,16 +30,17 @@ from tl_modules.batch.output import by_domain, check_sources, full_precision
 from tl_modules.batch.ranks import every_rank
 from tl_modules.batch.samples import Batch, Collate
 from tl_modules.errors import UserError
+from tl_modules.evaluation.transferability import knn
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.finetuning.freezing import Full
 from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
 from tl_modules.module import Domains, TransferModule
-from tl_modules.pretraining.probe import knn_accuracy, knn_r2, spread
 
 __all__ = ["Pretraining"]
 
 log = logging.getLogger(__name__)
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of `val/knn`
 COLLAPSED = 0.01  # a spread below it
 SHOWN = 64  # images of a grid in TensorBoard
 
@@ -223,7 +225,9 @@ class Pretraining(TransferModule):
         features, y = samples.concat([features for features, _ in parts]), samples.concat([y for _, y in parts])
         found = {"spread": spread(features)}
         if isinstance(y, Tensor) and {"classes", "values"} & self.schema["y"].keys():
-            found["knn"] = (knn_r2 if self.class_names is None else knn_accuracy)(features, y)
+            y = y.float() if self.class_names is None else y
+            sound = bool(features.isfinite().all())
+            found["knn"] = knn(features, y, NEIGHBOURS, TEMPERATURE) if sound else float("nan")
         self.log_dict({f"{split}/{name}": value for name, value in found.items()}, batch_size=1)
         if found["spread"] < COLLAPSED and not (self.warned or self.trainer.sanity_checking):
             self.warned = True
@@ -256,6 +260,15 @@ class Pretraining(TransferModule):
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
                 grid = make_grid(images[:SHOWN].float().cpu().clamp(0, 1))
                 logger.experiment.add_image(title, grid, self.trainer.global_step)
+
+
+def spread(features: Tensor) -> float:
+    """`sqrt(D) mean_d std(f_d / |f|)` of (N, D): 1 where directions are spread evenly, 0 where all are one.
+
+    As Chen and He (SimSiam, CVPR 2021) watch for collapse.
+    """
+    unit = F.normalize(features.float())
+    return float(unit.std(0, unbiased=False).mean() * unit.shape[1] ** 0.5)
 
 
 class CollateViews(Collate):

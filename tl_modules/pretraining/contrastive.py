@@ -21,7 +21,19 @@ from tl_modules.pretraining.reconstruction import swap
 __all__ = ["DINO", "SCARF", "SimCLR", "VICReg"]
 
 
-class SimCLR(Pretraining):
+class Compared(Pretraining):
+    """Two views of each sample, compared by a loss of lightly's, `criterion`."""
+
+    views: ClassVar[int] = 2
+    criterion: Any
+
+    def objective(self, *views: Any) -> dict[str, Tensor]:
+        """The loss of the two views' projections."""
+        self.criterion.gather_distributed = self.training  # evaluation's batches differ in size
+        return {"views": self.criterion(*self.project(views))}
+
+
+class SimCLR(Compared):
     """Finds a sample's other view among all views of the batch (Chen et al., ICML 2020).
 
     `-log exp(cos(z_i, z_j) / T) / sum_(k != i) exp(cos(z_i, z_k) / T)`, the mean over the 2 B views i, with j the other
@@ -36,8 +48,6 @@ class SimCLR(Pretraining):
         **kwargs: As for `Pretraining`.
     """
 
-    views: ClassVar[int] = 2
-
     def __init__(
         self, backbone: Backbone, temperature: float = 0.5, hidden: int | None = None, dim: int = 128, **kwargs: Any
     ) -> None:
@@ -49,13 +59,8 @@ class SimCLR(Pretraining):
             raise UserError(f"temperature: {temperature} must be above 0")
         self.criterion = lightly_loss(self, "NTXentLoss", temperature=temperature, gather_distributed=True)
 
-    def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The contrastive loss of two views."""
-        self.criterion.gather_distributed = self.training  # evaluation's batches differ in size
-        return {"contrast": self.criterion(*self.project(views))}
 
-
-class VICReg(Pretraining):
+class VICReg(Compared):
     """Two views agree, and no dimension dies or repeats another (Bardes, Ponce and LeCun, ICLR 2022).
 
     `invariance |z - z'|^2 / dim + variance mean_d max(0, 1 - std z_d) + covariance sum_(c != d) C_cd^2 / dim`, as
@@ -70,8 +75,6 @@ class VICReg(Pretraining):
         **kwargs: As for `Pretraining`.
     """
 
-    views: ClassVar[int] = 2
-
     def __init__(
         self,
         backbone: Backbone,
@@ -84,11 +87,6 @@ class VICReg(Pretraining):
         super().__init__(backbone, head=lambda width: projector([width, dim, dim, dim]), **kwargs)
         weights = {"lambda_param": invariance, "mu_param": variance, "nu_param": covariance}
         self.criterion = lightly_loss(self, "VICRegLoss", **weights, gather_distributed=True)
-
-    def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The weighted sum of the three parts."""
-        self.criterion.gather_distributed = self.training  # evaluation's batches differ in size
-        return {"vicreg": self.criterion(*self.project(views))}
 
 
 class DINO(Pretraining):
@@ -166,10 +164,7 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, widths: list[int], outputs: int) -> None:
         super().__init__()
-        self.layers = projector(widths)
-        for place, layer in enumerate(self.layers):
-            if isinstance(layer, nn.ReLU):
-                self.layers[place] = nn.GELU()
+        self.layers = projector(widths, activation=nn.GELU)
         self.directions = nn.Parameter(nn.init.trunc_normal_(torch.empty(outputs, widths[-1]), std=0.02))
 
     def forward(self, features: Tensor) -> Tensor:

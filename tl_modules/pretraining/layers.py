@@ -8,19 +8,20 @@ from itertools import pairwise
 from torch import nn
 
 
-def projector(widths: list[int], last_norm: bool = False) -> nn.Sequential:
-    """Linear layers of these widths with BatchNorm and ReLU between them.
+def projector(widths: list[int], last_norm: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers of these widths with BatchNorm and an activation between them.
 
     Args:
         widths: Of the input, the hidden layers and the output.
         last_norm: Puts BatchNorm also behind the last one, as SimCLR does.
+        activation: A class.
     """
     layers: list[nn.Module] = []
     for place, (inputs, outputs) in enumerate(pairwise(widths), 2):
         last = place == len(widths)
         norm = not last or last_norm
         layers += [nn.Linear(inputs, outputs, bias=not norm), *([nn.BatchNorm1d(outputs)] if norm else [])]
-        layers += [] if last else [nn.ReLU()]
+        layers += [] if last else [activation()]
     return nn.Sequential(*layers)
 
 

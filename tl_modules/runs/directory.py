@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 
-from tl_modules.checkpoints.files import find_run, load_checkpoint, versions
+from tl_modules.checkpoints.files import find_run, load_checkpoint, versions, write_whole
 from tl_modules.errors import UserError
 from tl_modules.methods.teacher import Distillation
 from tl_modules.runs.trust import check_config, imports_only
@@ -28,15 +28,15 @@ __all__ = ["load_run"]
 MAPPINGS = ("trainer", "model", "data", "cache", "select")
 SECTIONS = ("seed_everything", "name", *MAPPINGS)
 # what arguments were before they existed, or before their defaults changed
-CRITIC = {"layers": 1, "hidden": 256, "batch_norm": False}
-ROWS = {"scale": "each", "clip": None, "widths": [64, 64]}
+EARLIER_CRITIC = {"layers": 1, "hidden": 256, "batch_norm": False}
+EARLIER_ROWS = {"scale": "each", "clip": None, "widths": [64, 64]}
 LEFT_UNSAID: dict[str, dict[str, Any]] = {
     "MLPHead": {"normalize": False},
-    "TabularMLP": ROWS,
-    "VectorBackbone": ROWS,
-    "ADDA": CRITIC | {"gamma": 0.0},
-    "DANN": CRITIC,
-    "PADA": CRITIC,
+    "TabularMLP": EARLIER_ROWS,
+    "VectorBackbone": EARLIER_ROWS,
+    "ADDA": EARLIER_CRITIC | {"gamma": 0.0},
+    "DANN": EARLIER_CRITIC,
+    "PADA": EARLIER_CRITIC,
     "MDD": {"dropout": 0.0},
 }
 TAKEN = {"GroupDRO": "weight", "Mixup": "weight", "SHOT": "momentum"}  # by methods of version 0.1, and no more
@@ -63,6 +63,11 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
             f"default_root_dir: the run directory {parent} cannot be written ({error.strerror}); "
             "pass --trainer.default_root_dir DIR"
         ) from error
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Writes a run's config.yaml."""
+    write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import io
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.checkpoints.files import write_metrics, write_whole
 from tl_modules.evaluation.monitor import BestMetrics, floats
 from tl_modules.evaluation.test_time import TestTimeAdaptation
 from tl_modules.finetuning.optimizer import NO_DECAY
+from tl_modules.runs.directory import write_config
 
 __all__ = ["RunFiles"]
 
@@ -44,11 +44,7 @@ class RunFiles(Callback):
             UserError: The directory cannot be written.
         """
         if self.config and trainer.is_global_zero:
-            self.write(self.config)
-
-    def write(self, config: dict[str, Any]) -> None:
-        """Writes config.yaml."""
-        write_whole(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            write_config(self.path, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """There is something to train."""

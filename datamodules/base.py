@@ -49,8 +49,8 @@ class TransferDataModule(LightningDataModule):
     what the model says of the target's validation and test samples without their labels.
 
     A data set is map-style and gives (x, y). For few shots and stratified splits it has `targets`, the labels of all
-    samples; for predictions it may have `ids`, a name per sample; with `fingerprint()`, a text that changes whenever a
-    sample or label does, cached features of it serve later runs too.
+    samples; it may have `ids`, a name per sample, and `groups`, e.g. speakers, which no split tears apart; with
+    `fingerprint()`, a text that changes whenever a sample or label does, cached features of it serve later runs too.
 
     Args:
         batch_size: Samples per domain in a step; a few less where the last batch would be tiny.

@@ -37,6 +37,11 @@ def ids_of(dataset: Dataset[Any]) -> list[str]:
     return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
 
 
+def groups_of(dataset: Dataset[Any]) -> Sequence[Any] | None:
+    """The group of each sample, such as its speaker; None where the data set has no `groups`."""
+    return getattr(dataset, "groups", None)
+
+
 def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
     """The labels of all samples: the data set's `targets`, or, where it has none, read one by one."""
     targets = getattr(dataset, "targets", None)
@@ -113,13 +118,14 @@ class Joined(ConcatDataset[Any]):
 
 
 class Subset(Dataset[Any]):
-    """Some rows of a data set, with its `targets` and `ids`."""
+    """Some rows of a data set, with its `targets`, `ids` and `groups`."""
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self.dataset, self.rows = dataset, rows
         self.targets = targets_of(dataset)[list(rows)]
-        ids = getattr(dataset, "ids", None)
+        ids, groups = getattr(dataset, "ids", None), groups_of(dataset)
         self.ids = [ids[row] for row in rows] if ids is not None else None
+        self.groups = [groups[row] for row in rows] if groups is not None else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,15 +143,46 @@ class Subset(Dataset[Any]):
         return augmented(self.dataset, self.rows[index], transform)
 
 
+def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Disjoint rows for each fraction and, last, the rest, where rows of one group stay together.
+
+    Every part whose fraction is not zero gets one group at least.
+
+    Raises:
+        DataError: There are fewer groups than parts.
+    """
+    names, numbers = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    wanted = [fraction for fraction in fractions if fraction > 0]
+    if len(names) <= len(wanted):
+        raise DataError(f"group: {len(names)} groups ({', '.join(names)}) cannot be split in {len(wanted) + 1} parts")
+    order = np.random.default_rng(seed).permutation(len(names)).tolist()
+    sizes = np.bincount(numbers)
+    parts: list[list[int]] = []
+    for fraction in fractions:
+        missing, part = fraction * len(numbers), list[int]()
+        others = sum(later > 0 for later in fractions[len(parts) + 1 :]) + 1
+        while fraction > 0 and len(order) > others and (not part or sizes[order[0]] / 2 <= missing):
+            part.append(order.pop(0))
+            missing -= sizes[part[-1]]
+        parts.append(part)
+    return [np.flatnonzero(np.isin(numbers, part)).tolist() for part in (*parts, order)]
+
+
 def split_rows(
-    targets: np.ndarray[Any, Any], fractions: Sequence[float], seed: int, stratified: bool = True
+    targets: np.ndarray[Any, Any],
+    fractions: Sequence[float],
+    seed: int,
+    stratified: bool = True,
+    groups: Sequence[Any] | None = None,
 ) -> list[list[int]]:
     """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
 
-    Without `stratified` the labels are not looked at.
+    Without `stratified` the labels are not looked at. With `groups`, one for each row, see `split_groups`.
 
     Every class with at least two samples gets one or more in each part whose fraction is not zero, as far as they go.
     """
+    if groups is not None:
+        return split_groups(groups, fractions, seed)
     generator = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
     real = targets.dtype.kind == "f" or not stratified
@@ -170,17 +207,20 @@ def complete_splits(
 ) -> dict[str, Dataset[Any]]:
     """Completes what was found to train, val and test.
 
-    From "unsplit" seeded parts are cut, stratified unless the labels are hidden. A missing validation split is cut from
-    the training split; without a test split the validation split is used, with a warning.
+    From "unsplit" seeded parts are cut, stratified unless the labels are hidden; a data set with `groups`, one for each
+    sample, is cut between groups. A missing validation split is cut from the training split; without a test split the
+    validation split is used, with a warning.
     """
     splits = dict(found)
     if "unsplit" in splits:
         pool = splits.pop("unsplit")
-        val, test, train = split_rows(targets_of(pool), (val_fraction, test_fraction), seed, stratified)
+        val, test, train = split_rows(
+            targets_of(pool), (val_fraction, test_fraction), seed, stratified, groups_of(pool)
+        )
         return {"train": Subset(pool, train), "val": Subset(pool, val), "test": Subset(pool, test)}
     if "val" not in splits and "train" in splits:
         pool = splits["train"]
-        val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified)
+        val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified, groups_of(pool))
         splits |= {"train": Subset(pool, train), "val": Subset(pool, val)}
     if "test" not in splits and "val" in splits:
         log.warning("%s has no test split: `tl test` uses its validation split, which also chooses the epoch", where)

@@ -90,6 +90,24 @@ def test_real_valued_targets_are_split_too():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_not_torn_apart_and_fill_the_fractions(seed):
+    groups = [f"speaker {n}" for n in np.random.default_rng(seed).integers(0, 20, 400)]
+    parts = split_rows(np.arange(400) % 3, (0.2, 0.3), seed, groups=groups)
+    assert sorted(row for part in parts for row in part) == list(range(400))
+    names = [{groups[row] for row in part} for part in parts]
+    assert sum(map(len, names)) == len(set(groups))
+    assert abs(len(parts[0]) - 80) < 40
+    assert abs(len(parts[1]) - 120) < 40
+
+
+def test_each_part_has_a_group_even_where_one_is_large():
+    parts = split_rows(np.zeros(100), (0.2, 0.2), 0, groups=["a"] * 98 + ["b", "c"])
+    assert all(parts)
+    with pytest.raises(DataError, match=r"group: 2 groups \(a, b\) cannot be split in 3 parts"):
+        split_rows(np.zeros(4), (0.2, 0.2), 0, groups=["a", "a", "b", "b"])
+
+
 def test_every_process_runs_as_many_batches_and_every_sample_once(world, batch_size):
     for samples in range(world, 80):
         size = even_batch_size(samples, world, batch_size)

@@ -88,8 +88,6 @@ def test_real_valued_targets_are_split_too():
     assert [len(p) for p in parts] == [2, 2, 6]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_are_not_torn_apart_and_fill_the_fractions(seed):
     groups = [f"speaker {n}" for n in np.random.default_rng(seed).integers(0, 20, 400)]
@@ -108,6 +106,8 @@ def test_each_part_has_a_group_even_where_one_is_large():
         split_rows(np.zeros(4), (0.2, 0.2), 0, groups=["a", "a", "b", "b"])
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
 def test_every_process_runs_as_many_batches_and_every_sample_once(world, batch_size):
     for samples in range(world, 80):
         size = even_batch_size(samples, world, batch_size)

@@ -164,3 +164,11 @@ def test_layers_take_the_shapes_of_a_state():
     assert torch.equal(large(x), small(x))
     assert all(one is other for one, other in zip(parameters, large.parameters(), strict=True))
     assert repr(large) == repr(small)
+
+
+def test_whole_blocks_of_channels_are_left_in_wide_layers():
+    module = Classification(ConvNet(32), 3).eval()
+    prune(module, images(), 0.5)
+    widths = [len(part.weight) for part in module.backbone.modules() if isinstance(part, nn.Conv2d)]
+    assert all(width % 8 == 0 for width in widths)
+    assert widths[:-1] != [32, 64]

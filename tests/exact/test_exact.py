@@ -27,6 +27,12 @@ def test_a_resumed_run_on_the_cache_is_the_undisturbed_one(folder):
     assert check("GradualUnfreezing:fraction", folder, points=[BATCHES + 3], more="--cache.views 2") == {}
 
 
+def test_a_resumed_run_whose_steps_take_two_passes_is_the_undisturbed_one(folder):
+    assert (
+        check("LastStages", folder, points=[BATCHES + 3], more="--model.optimizer SAM --model.optimizer.rho 0.1") == {}
+    )
+
+
 # in the main process, in two workers, and from cached views where stages are closed
 cases = pytest.mark.parametrize(
     ("strategy", "workers"),

@@ -3,3 +3,4 @@
 from tl_modules.finetuning.base import *
 from tl_modules.finetuning.freezing import *
 from tl_modules.finetuning.optimizer import *
+from tl_modules.finetuning.sam import *

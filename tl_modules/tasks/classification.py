@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,7 +11,6 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
-    MulticlassAUROC,
     MulticlassCalibrationError,
     MulticlassF1Score,
 )
@@ -21,6 +19,7 @@ from tl_modules.batch.output import DomainOutput
 from tl_modules.errors import UserError
 from tl_modules.methods.functional import discriminant
 from tl_modules.module import TransferModule
+from tl_modules.tasks.auroc import MacroAUROC
 
 __all__ = ["Classification"]
 
@@ -83,7 +82,7 @@ class Classification(TransferModule):
             {
                 "accuracy": MulticlassAccuracy(average="micro", **common),
                 "f1": MacroF1(**common),
-                "auroc": MacroAUROC(thresholds=200, **common),
+                "auroc": MacroAUROC(self.num_outputs),
                 "calibration_error": MulticlassCalibrationError(n_bins=15, **common),
             }
         )
@@ -135,20 +134,6 @@ class MacroF1(MulticlassF1Score):
         present = cast(Tensor, self.tp) + cast(Tensor, self.fn) > 0
         self.absent = (~present).nonzero().flatten().tolist()
         return super().compute()[present].mean()
-
-
-class MacroAUROC(MulticlassAUROC):
-    """The mean one-vs-rest AUROC of the classes that the labels hold; torchmetrics counts an absent one as 0."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(average="none", **kwargs)
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        """A scalar; nan where all labels are of one class."""
-        negative, positive = self.confmat[0].sum(-1).unbind(1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the classes that are left out
-            return super().compute()[(positive > 0) & (negative > 0)].mean()
 
 
 def _rounded(values: Tensor) -> list[float]:

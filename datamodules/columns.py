@@ -4,7 +4,10 @@ number, truth value     float32; a gap is the column's mean, and where training 
 date                    days since 1970, and sine and cosine of the place in year and week, and of a time in the day
 text                    a category, 1, 2, ...; a gap is a category of its own, "", and what training had not is 0
 
-    {"numeric": {"age": {"mean": 38.6}, "debt": {"mean": 7.1, "gaps": True}}, "categorical": {"job": ["", "clerk"]}}
+    {"numeric": [{"name": "age", "mean": 38.6}, {"name": "debt", "mean": 7.1, "gaps": True}],
+     "categorical": {"job": ["", "clerk"]}}
+
+Columns of numbers keep their order, categories are in the order of their names: a config keeps that of lists only.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from polars import DataType, Expr, LazyFrame
 
 Array = np.ndarray[Any, Any]
-Columns = dict[str, dict[str, Any]]
+Columns = dict[str, Any]
 FEW_GAPS = 0.05  # share of gaps in the labelled rows below which nothing could be learnt of them
 
 
@@ -129,15 +132,16 @@ def learn(tables: Sequence[Cells], rows: Sequence[Sequence[int]], labelled: Coll
     Raises:
         DataError: A column of text has too many texts for categories.
     """
-    columns: Columns = {"numeric": {}, "categorical": {}}
+    columns: Columns = {"numeric": [], "categorical": {}}
     for name in tables[0].numbers:
         date = {"of": tables[0].dates[name]} if name in tables[0].dates else {}
         parts = [cells.numbers[name][own] for cells, own in zip(tables, rows, strict=True)]
         there = np.concatenate([part[~np.isnan(part)] for part in parts])
-        columns["numeric"][name] = {"mean": float(there.mean(dtype=np.float64)) if len(there) else 0.0} | date
+        mean = float(there.mean(dtype=np.float64)) if len(there) else 0.0
+        columns["numeric"].append({"name": name, "mean": mean} | date)
         gaps = np.mean([np.isnan(part).mean() for place, part in enumerate(parts) if place in labelled] or [0])
         if FEW_GAPS <= gaps < 1:
-            columns["numeric"][name]["gaps"] = True
+            columns["numeric"][-1]["gaps"] = True
     for name in tables[0].texts:
         found: set[str] = set()
         for cells, own in zip(tables, rows, strict=True):
@@ -155,9 +159,10 @@ def learn(tables: Sequence[Cells], rows: Sequence[Sequence[int]], labelled: Coll
 
 def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
     """The numeric columns, float32 (N, D), and the categories, int64 (N, K); says once what training had not."""
-    gaps = [name for name, known in columns["numeric"].items() if known.get("gaps")]
+    gaps = [known["name"] for known in columns["numeric"] if known.get("gaps")]
     numeric = np.empty((cells.count, len(columns["numeric"]) + len(gaps)), np.float32)
-    for place, (name, known) in enumerate(columns["numeric"].items()):
+    for place, known in enumerate(columns["numeric"]):
+        name = known["name"]
         column = cells.numbers.get(name, np.full(cells.count, np.nan, np.float32))
         missing = np.isnan(column)
         numeric[:, place] = np.where(missing, np.float32(known["mean"]), column)
@@ -165,7 +170,7 @@ def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
             numeric[:, len(columns["numeric"]) + gaps.index(name)] = missing
     categorical = np.zeros((cells.count, len(columns["categorical"])), np.int64)
     unseen: dict[str, list[str]] = {}
-    for place, (name, known) in enumerate(columns["categorical"].items()):
+    for place, (name, known) in enumerate(sorted(columns["categorical"].items())):
         codes, values = cells.texts.get(name, (np.full(cells.count, -1), []))
         number = {value: n for n, value in enumerate(known, 1)}
         numbers = np.array([*(number.get(value, 0) for value in values), number.get("", 0)])  # -1 is the last
@@ -203,7 +208,7 @@ def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Ar
 def numeric_names(columns: Columns) -> list[str]:
     """The names of the numeric columns that `encode` gives."""
     known = columns["numeric"]
-    return [*known, *(f"{name} is missing" for name, column in known.items() if column.get("gaps"))]
+    return [each["name"] for each in known] + [f"{each['name']} is missing" for each in known if each.get("gaps")]
 
 
 def some(names: Collection[str]) -> str:

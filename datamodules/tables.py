@@ -176,7 +176,7 @@ def read_columns(
             )
         else:
             texts = columns["categorical"]
-            known = [*dict.fromkeys(each.get("of", n) for n, each in columns["numeric"].items()), *texts]
+            known = [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *texts]
             own = [column for column in known if column in kind]
             if absent := [column for column in known if column not in kind]:
                 log.warning(

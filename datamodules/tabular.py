@@ -120,7 +120,7 @@ class TabularData(TransferDataModule):
         check_fractions(val_fraction, test_fraction)
         self.fractions, self.has_label = (val_fraction, test_fraction), label is not None
         tables = {name: read_table(what, name, label, group, drop or []) for name, what in given.items()}
-        self.columns, self.categories = columns, categories
+        self._columns, self.categories = columns, categories
         read_columns(tables, categorical or [], missing or {}, columns, categories)
         y: Mapping[str, Array] = {name: np.zeros(table.cells.count, np.int64) for name, table in tables.items()}
         self.class_names = classes
@@ -138,15 +138,21 @@ class TabularData(TransferDataModule):
             self._found[name] = splits or {"unsplit": whole}
 
     @property
+    def columns(self) -> Columns | None:
+        """What the columns are, see columns.py; None beside `categories`."""
+        self._learn()
+        return self._columns
+
+    @property
     def x_schema(self) -> Mapping[str, Any]:  # type: ignore[override]
         """What x is; learns it where it is not known."""
         self._learn()
         if self.categories is not None:
             return {"numeric": list(map(str, range(next(iter(self._whole.values())).numeric.shape[1])))}
-        columns = cast(Columns, self.columns)
+        columns = cast(Columns, self._columns)
         schema: dict[str, Any] = {"numeric": numeric_names(columns)}
         if columns["categorical"]:
-            schema["categorical"] = columns["categorical"]
+            schema["categorical"] = dict(sorted(columns["categorical"].items()))
         return schema | ({"one_unit": True} if self._one_unit else {})  # of a network's features
 
     def _learn(self) -> None:
@@ -154,20 +160,20 @@ class TabularData(TransferDataModule):
         if self._known:
             return
         self._known = True
-        if self.columns is None and self.categories is None:
+        if self._columns is None and self.categories is None:
             rows = {name: split["train"] for name, split in self._split().items() if "train" in split}
             shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
             hidden = self.would_hide_labels(self.wheres)
             labelled = [place for place, name in enumerate(shown) if name != "target" or not hidden]
             parts = [cast(Subset, part).rows for part in shown.values()]
             cells = [self._whole[name].cells for name in shown]
-            self.columns = learn(cells, parts, labelled, ", ".join(self.wheres[name] for name in shown))
+            self._columns = learn(cells, parts, labelled, ", ".join(self.wheres[name] for name in shown))
         for name, whole in self._whole.items():
             if self.categories is not None:
                 numeric = one_hot(whole.cells, self.categories, self.wheres[name])
                 whole.encode(numeric, np.zeros((len(whole), 0), np.int64))
             else:
-                whole.encode(*encode(whole.cells, cast(Columns, self.columns), self.wheres[name]))
+                whole.encode(*encode(whole.cells, cast(Columns, self._columns), self.wheres[name]))
 
     def wrapped(self, seed: int, blind: bool) -> None:
         """Takes both; splits by another seed are made anew."""

@@ -134,7 +134,7 @@ class TabularBackbone(Backbone):
             if columns is None:
                 kind = type(self).__name__
                 raise UserError(f"in_features: the data does not say how many columns it has; {kind} takes TabularData")
-            self.build(columns, [len(known) for known in x.get("categorical", {}).values()])
+            self.build(columns, [len(known) for _, known in sorted(x.get("categorical", {}).items())])
         elif columns not in (None, self.in_features) or x.get("categorical"):
             others = f" and {len(x['categorical'])} of categories" if x.get("categorical") else ""
             raise UserError(f"in_features: {self.in_features} for data with {columns} columns{others}")

@@ -189,7 +189,7 @@ def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Ar
         DataError: A cell is empty, or a category is unknown.
     """
     parts: list[Array] = []
-    for name in cells.order:
+    for name in cells.order or cells.numbers:
         if name not in categories:
             parts.append(cells.numbers[name])
             for row in np.flatnonzero(np.isnan(parts[-1])):

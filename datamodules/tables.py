@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, log
 
 if TYPE_CHECKING:
-    from polars import LazyFrame
+    from polars import DataType, Expr, LazyFrame
 
 Array = np.ndarray[Any, Any]
 
@@ -69,7 +69,7 @@ def read_table(
         name: The domain.
         label: The label's column in a file; None: there are no labels.
         group: The column of groups, or None.
-        drop: Columns to leave out.
+        drop: Columns to leave out; those by number are, see `read_columns` for the others.
 
     Raises:
         DataError: It cannot be read or is not as it should be.
@@ -98,7 +98,7 @@ def _read_frame(
 
     kinds = frame.collect_schema()
     names = kinds.names()
-    apart = [names[each % len(names)] if isinstance(each, int) else each for each in drop]
+    apart = [_column("drop", each, names, where) for each in drop if isinstance(each, int)]
     count = frame.select(polars.len()).collect().item()
     table = Table(where, np.zeros(count), RowNumbers(count), Cells(count))
     if label is not None:
@@ -131,6 +131,7 @@ def _column(field: str, wanted: int | str, names: list[str], where: str) -> str:
 
 def read_columns(
     tables: Mapping[str, Table],
+    drop: Sequence[int | str],
     categorical: Sequence[int | str],
     missing: Mapping[str, float | str],
     columns: Columns | None,
@@ -148,42 +149,46 @@ def read_columns(
             raise DataError(f"source, target: their columns differ: {' and '.join(map(str, sorted(widths)))}")
     if not frames:
         return
+
+    frames = _same_names(frames)
+    all_names = list(dict.fromkeys(column for frame in frames.values() for column in frame.collect_schema()))
+    wanted, unwanted = list(map(str, categorical)), [column for column in drop if isinstance(column, str)]
+    for argument, names in (("drop", unwanted), ("categorical", wanted), ("missing", missing)):
+        for column in names:
+            if columns is None:
+                check_known(argument, column, all_names, "column")
+    for name, frame in frames.items():
+        for column in missing:
+            if column in frame.collect_schema():
+                frame = frame.with_columns(_without(column, frame.collect_schema()[column], missing[column]))
+        frames[name] = frame.drop(unwanted, strict=False)
+    kinds = {name: frame.collect_schema() for name, frame in frames.items()}
+    if columns is None:
+        shared = _shared(kinds)
+        text = (column for column in shared if any(is_text(kind[column]) for kind in kinds.values()))
+        texts: Collection[str] = {*wanted, *text} if categories is None else categories
+        known = shared
+    else:
+        texts = columns["categorical"]
+        known = [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *texts]
+    for table in tables.values():
+        if table.frame is None:  # arrays beside a file
+            table.cells.numbers = dict(zip(known, table.cells.numbers.values(), strict=False))
+    for name, kind in kinds.items():
+        own, where = [column for column in known if column in kind], tables[name].where
+        if absent := [column for column in known if column not in kind]:
+            log.warning("%s lacks what training had: %s; these cells count as missing", where, some(absent))
+        numbers = [column for column in own if column not in texts]
+        tables[name].cells = read_cells(frames[name], [c for c in own if c in texts], numbers, where)
+
+
+def _without(column: str, kind: DataType, value: float | str) -> Expr:
+    """A column whose cells of this value are gaps."""
     import polars
 
-    for name, frame in _same_names(frames).items():
-        for column, value in missing.items():
-            if column in frame.collect_schema():
-                cell = polars.col(column)
-                frame = frame.with_columns(polars.when(cell != value).then(cell))
-        frames[name] = frame
-    kinds = {name: frame.collect_schema() for name, frame in frames.items()}
-    all_names = list(dict.fromkeys(column for kind in kinds.values() for column in kind))
-    wanted = [str(column) for column in categorical]
-    for argument, names in (("categorical", wanted), ("missing", missing)):
-        for column in names:
-            check_known(argument, column, all_names, "column")
-    for name, kind in kinds.items():
-        if columns is None:
-            own = _shared(kinds, tables)
-            texts = (
-                categories
-                if categories is not None
-                else {
-                    column
-                    for column in own
-                    if column in wanted or any(is_text(other[column]) for other in kinds.values())
-                }
-            )
-        else:
-            texts = columns["categorical"]
-            known = [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *texts]
-            own = [column for column in known if column in kind]
-            if absent := [column for column in known if column not in kind]:
-                log.warning(
-                    "%s lacks what training had: %s; these cells count as missing", tables[name].where, some(absent)
-                )
-        numbers = [column for column in own if column not in texts]
-        tables[name].cells = read_cells(frames[name], [c for c in own if c in texts], numbers, tables[name].where)
+    cell = polars.col(column)
+    same = cell == value if kind.is_numeric() and not isinstance(value, str) else as_text(column, kind) == str(value)
+    return polars.when(~same).then(cell)
 
 
 def _names(table: Table) -> list[str]:
@@ -202,7 +207,7 @@ def _same_names(frames: Mapping[str, LazyFrame]) -> dict[str, LazyFrame]:
     }
 
 
-def _shared(kinds: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Table]) -> list[str]:
+def _shared(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The columns that all files have; says which only one has."""
     one, *others = kinds.values()
     shared = [column for column in one if all(column in other for other in others)]

@@ -82,7 +82,7 @@ class TabularData(TransferDataModule):
         threshold: Makes two classes of values, below it, and from it upwards.
         classes: The classes and their order; None gathers them over both domains.
         drop: Columns to leave out, by name or number.
-        categorical: Columns of numbers that are categories.
+        categorical: Columns of numbers that are categories, by name.
         missing: What else is a gap, by column, e.g. {chol: 0}.
         group: The column of groups, such as patients, which no split tears apart; it is no part of x.
         columns: What the columns are, as a run's config has it; None learns it.
@@ -119,9 +119,11 @@ class TabularData(TransferDataModule):
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
         self.fractions, self.has_label = (val_fraction, test_fraction), label is not None
-        tables = {name: read_table(what, name, label, group, drop or []) for name, what in given.items()}
+        tables = {
+            name: read_table(what, name, label, group, [] if columns else drop or []) for name, what in given.items()
+        }
         self._columns, self.categories = columns, categories
-        read_columns(tables, categorical or [], missing or {}, columns, categories)
+        read_columns(tables, drop or [], categorical or [], missing or {}, columns, categories)
         y: Mapping[str, Array] = {name: np.zeros(table.cells.count, np.int64) for name, table in tables.items()}
         self.class_names = classes
         if label is not None:
@@ -147,11 +149,10 @@ class TabularData(TransferDataModule):
     def x_schema(self) -> Mapping[str, Any]:  # type: ignore[override]
         """What x is; learns it where it is not known."""
         self._learn()
-        if self.categories is not None:
-            return {"numeric": list(map(str, range(next(iter(self._whole.values())).numeric.shape[1])))}
-        columns = cast(Columns, self._columns)
-        schema: dict[str, Any] = {"numeric": numeric_names(columns)}
-        if columns["categorical"]:
+        columns = self._columns
+        width = next(iter(self._whole.values())).numeric.shape[1]
+        schema: dict[str, Any] = {"numeric": numeric_names(columns) if columns else list(map(str, range(width)))}
+        if columns and columns["categorical"]:
             schema["categorical"] = dict(sorted(columns["categorical"].items()))
         return schema | ({"one_unit": True} if self._one_unit else {})  # of a network's features
 

@@ -188,7 +188,7 @@ def test_columns_that_only_one_domain_has(write, caplog):
     target = write(table(30, c=lambda i: i, b=lambda i: 2 * i, y=lambda i: i), "t.csv")
     data = TabularData(target, source)
     assert data.x_schema == {"numeric": ["b"]}
-    assert "the 1 columns that both have are taken; only source has a; only target has c" in caplog.text
+    assert caplog.text.count("the 1 columns that both have are taken; only source has a; only target has c") == 1
     later = TabularData(target, columns=TabularData(source).columns)
     assert "lacks what training had: a" in caplog.text
     assert rows(later)["3"][0].tolist()[1] == 6
@@ -215,6 +215,9 @@ def test_arrays(tmp_path):
     assert data.x_schema == {"numeric": ["0", "1"], "one_unit": True}
     assert data.class_names == ["0", "1"]
     assert rows(data)["3"][0].tolist() == [6, 7]
+    earlier = TabularData(tmp_path / "a.npz", categories={})  # as a run of version 0.1 has it
+    assert earlier.x_schema == data.x_schema
+    assert torch.equal(rows(earlier)["3"][0], rows(data)["3"][0])
     np.savez(tmp_path / "b.npz", features=np.zeros((10, 2)), labels=np.linspace(0, 1, 10))
     assert TabularData(tmp_path / "b.npz").class_names is None
     np.savez(tmp_path / "c.npz", features=np.zeros((10, 2)), labels=np.array(["x", "y"] * 5))
@@ -278,6 +281,8 @@ def test_embeddings(ok, tmp_path, format):
         ("1,2\n1,x\n", {"kind": "values"}, "row 1: its label 'x' is no number; mend it, or pass --data.kind classes"),
         ("1,a\n1,b\n", {"threshold": 1}, "row 0: its label 'a' is no number"),
         ("a,b\n1,2\n", {"missing": {"c": 0}}, "missing: there is no column c"),
+        ("a,b\n1,2\n", {"drop": ["c"]}, "drop: there is no column c"),
+        ("a,b\n1,2\n", {"drop": [2]}, "drop: there is no column 2"),
         ("a,b\n1,2\n", {"categorical": ["c"]}, "categorical: there is no column c"),
         ("a,b\n1,2\n", {"group": "c"}, "group: there is no column c"),
         (

@@ -62,10 +62,10 @@ def test_weights_come_back_with_the_means_of_the_present_rows(name, tmp_path):
 
 
 def test_scarf_swaps_categories_too_and_an_autoencoder_refuses_them():
-    module = SCARF(TabularMLP(widths=[8]), {"x": SCHEMA, "y": {"outputs": 0}}, dim=4)
+    module = SCARF(TabularMLP(widths=[8]), schema={"x": SCHEMA}, dim=4)
     assert torch.isfinite(module.objective(rows())["contrast"])
     with pytest.raises(UserError, match="Autoencoder restores numbers, and the data has categories"):
-        Autoencoder(TabularMLP(widths=[8]), {"x": SCHEMA, "y": {"outputs": 0}})
+        Autoencoder(TabularMLP(widths=[8]), schema={"x": SCHEMA})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from tl_modules import ConvNet, TorchvisionBackbone
 
 FIT = "fit --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 "
 PRETRAIN = "fit --trainer.max_epochs 1 --data Digits --model "
+TABLE = "fit --model Regression --model.backbone TabularMLP --data TabularData --data.target table.csv "
 FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
 PLUGIN = """
 from tl_modules import Method
@@ -133,6 +134,10 @@ CASES = {
     "several runs where one is taken": ("benchmark --run a --run b", "run: `tl benchmark` takes one run; `tl test` and `tl predict` take several"),
     "calibrate of nothing": ("calibrate", "run: `tl calibrate` needs a trained model; pass --run DIR"),
     "a ratio without labelled ones": (FIT + "--data Digits --data.unlabelled_ratio 7", "unlabelled_ratio: 7 needs --data.labelled N beside it"),
+    "two columns of one name": (TABLE, "table.csv has 2 columns of the name a; rename or remove all but one"),
+    "a table with a line too short": (TABLE, "table.csv line 3 has 1 cells, not 3 as the lines before"),
+    "an unknown label column": (TABLE + "--data.label prise", "label: there is no column prise (did you mean price?)"),
+    "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --data.kind classes where they are classes"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 
@@ -198,6 +203,12 @@ def prepare(case, root, trained):
                 content["quantized"] = {"kind": "int8", "scales": {"no.such.weight": torch.ones(1)}}
             for name in ("best", "last"):
                 torch.save(content, files / f"{name}.ckpt")
+        case "two columns of one name":
+            (root / "table.csv").write_text("a,a,price\n1,2,3\n")
+        case "a table with a line too short":
+            (root / "table.csv").write_text("a,b,price\n1,2,3\n4\n")
+        case "an unknown label column" | "numbers that are to be classes":
+            (root / "table.csv").write_text("a,b,price\n" + "1,2,3\n4,5,6\n" * 5)
         case "a method without its domain":
             (root / "plugin.py").write_text(PLUGIN)
         case "float images outside [0, 1]":

@@ -7,9 +7,11 @@ from torch import nn
 from tl_modules import (
     Backbone,
     ConvNet,
+    FTTransformer,
     LastStages,
     LeNet,
     TabularMLP,
+    TabularResNet,
     TimmBackbone,
     TorchvisionBackbone,
     UserError,
@@ -19,10 +21,20 @@ from tl_modules.cache.cut import CannotCut, Cut
 from tl_modules.cache.frozen import divide
 from tl_modules.cache.leaves import difference
 
+
+def bound(backbone):
+    """Built for three numbers and two columns of categories."""
+    backbone.bind_schema({"numeric": ["a", "b", "c"], "categorical": {"d": ["x", "y"], "e": ["z"]}})
+    return backbone
+
+
 BACKBONES = {
     "ConvNet": lambda: ConvNet(4),
     "LeNet": lambda: LeNet(dropout=0.5),
     "TabularMLP": lambda: TabularMLP(3, [8, 6, 4], dropout=0.5),
+    "MixedMLP": lambda: bound(TabularMLP(widths=[8, 6, 4])),
+    "TabularResNet": lambda: bound(TabularResNet(3, 8)),
+    "FTTransformer": lambda: bound(FTTransformer(2, 8)),
     "resnet18": lambda: TorchvisionBackbone("resnet18"),
     "squeezenet1_1": lambda: TorchvisionBackbone("squeezenet1_1"),
     "mobilenet_v3_small": lambda: TorchvisionBackbone("mobilenet_v3_small"),
@@ -41,6 +53,9 @@ def freeze(backbone, closed):
 
 
 def inputs(name, count=3):
+    if name in ("MixedMLP", "TabularResNet", "FTTransformer"):
+        codes = torch.stack([torch.arange(count) % 3, torch.arange(count) % 2], 1)
+        return {"numeric": torch.randn(count, 3), "categorical": codes}
     side = SIDES.get(name, 32)
     return torch.randn(count, 3) if name == "TabularMLP" else torch.randint(0, 256, (count, 3, side, side)).byte()
 

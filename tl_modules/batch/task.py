@@ -143,20 +143,29 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
         x: The sample; of several inputs the first image is drawn, or the first.
         schema: What it is; names the columns of a row of numbers.
     """
+    is_row = "numeric" in schema and (isinstance(x, Mapping) or getattr(x, "ndim", 0) == 1)
+    lines = row_lines(x, schema) if is_row else []
     if isinstance(x, Mapping):
         parts = list(x.values())
         x = next((part for part in parts if getattr(part, "ndim", 0) == 3), parts[0])
-    if getattr(x, "ndim", 0) == 3:
+    if lines:
+        shown = lines if len(lines) <= ROWS else [*lines[: ROWS - 1], f"and {len(lines) - ROWS + 1} more"]
+        axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7)
+    elif getattr(x, "ndim", 0) == 3:
         image = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         low, high = float(image.min()), float(image.max())
         if low < 0 or high > 1:  # it was normalised
             image = (image - low) / (high - low)
         axes.imshow(image.permute(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
-    elif getattr(x, "ndim", 0) == 1 and "numeric" in schema:
-        lines = [f"{name}  {value:.3g}" for name, value in zip(schema["numeric"], x.tolist(), strict=False)]
-        shown = lines if len(lines) <= ROWS else [*lines[: ROWS - 1], f"and {len(lines) - ROWS + 1} more"]
-        axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7)
     elif getattr(x, "ndim", 0) == 1:
         axes.plot(x)
     else:
         axes.text(0.02, 0.5, str(x)[:200], wrap=True, va="center", fontsize=7)
+
+
+def row_lines(x: Any, schema: Mapping[str, Any]) -> list[str]:
+    """The columns of a table's row, each with its value."""
+    numbers, codes = (x["numeric"], x["categorical"].tolist()) if isinstance(x, Mapping) else (x, [])
+    known = sorted(schema.get("categorical", {}).items())
+    lines = [f"{name}  {value:.3g}" for name, value in zip(schema["numeric"], numbers.tolist(), strict=False)]
+    return lines + [f"{name}  {['unknown', *values][n]}" for (name, values), n in zip(known, codes, strict=False)]

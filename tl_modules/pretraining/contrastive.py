@@ -201,7 +201,9 @@ class SCARF(Pretraining):
     def objective(self, *views: Any) -> dict[str, Tensor]:
         """The contrastive loss of the rows and of their corrupted copies."""
         (x,) = views
-        z, other = (F.normalize(each) for each in self.project([x, swap(x, self.corruption)[0]]))
+        parts = x if isinstance(x, dict) else {"": x}
+        swapped = {name: swap(part, self.corruption)[0] for name, part in parts.items()}
+        z, other = (F.normalize(each) for each in self.project([x, swapped if isinstance(x, dict) else swapped[""]]))
         return {"contrast": F.cross_entropy(z @ other.T / self.temperature, torch.arange(len(z), device=z.device))}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.backbones.base import Backbone
-from tl_modules.backbones.tabular import Standardise
+from tl_modules.backbones.columns import Standardise
 from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch.output import full_precision
 from tl_modules.errors import UserError
@@ -59,6 +59,10 @@ class Autoencoder(Pretraining):
 
         super().__init__(backbone, head=head, **kwargs)
         self.kind = input_kind(self.backbone, self.schema)
+        if (self.schema.get("x") or {}).get("categorical"):
+            raise UserError(
+                "model: Autoencoder restores numbers, and the data has categories; take SCARF, or drop them"
+            )
         attends = any("Attention" in type(module).__name__ for module in self.backbone.modules())
         usual = 0.3 if self.kind == "numeric" else 0.5 if attends else 0.0
         self.masked = usual if masked is None else masked

@@ -1,0 +1,56 @@
+"""Peak memory of a run on a large table: 10 numbers, a column of categories, two classes.
+
+    python benchmarks/large_table.py [ROWS] [csv|parquet]
+
+Writes the table in chunks, trains one epoch on it in a process of its own, and prints its seconds and peak RSS.
+"""
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import polars
+
+CHUNK = 250_000
+
+
+def write(path, rows):
+    generator = np.random.default_rng(0)
+    with path.open("wb") as file:
+        for start in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - start)
+            numbers = generator.normal(size=(count, 10)).round(3)
+            job = generator.integers(0, 8, count)
+            label = np.where(numbers[:, 0] + (job > 3) + generator.normal(size=count) > 0, "yes", "no")
+            frame = polars.DataFrame(numbers, schema=[f"x{i}" for i in range(10)])
+            frame = frame.with_columns(polars.Series("job", [f"job{j}" for j in job]), polars.Series("y", label))
+            frame.write_csv(file, include_header=start == 0)
+
+
+def main():
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 5_000_000
+    kind = sys.argv[2] if len(sys.argv) > 2 else "csv"
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.csv"
+        write(table, rows)
+        if kind == "parquet":
+            table = table.with_suffix(".parquet")
+            polars.scan_csv(Path(folder) / "table.csv").sink_parquet(table)
+        start = time.monotonic()
+        words = (
+            f"fit --model Classification --model.backbone TabularMLP --model.backbone.widths [32] --data TabularData "
+            f"--data.target {table} --data.batch_size 4096 --trainer.max_epochs 1 --trainer.logger false "
+            f"--trainer.default_root_dir {folder}"
+        )
+        subprocess.run([sys.executable, "-m", "tl_modules", *words.split()], check=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        size = table.stat().st_size / 2**20
+        print(f"{rows:,} rows, {size:,.0f} MiB of {kind}: {time.monotonic() - start:,.0f} s, peak {peak:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Files of all formats, and the form of text files."""
+
+import pytest
+
+from datamodules import DataError
+from datamodules.frames import read_frame
+
+polars = pytest.importorskip("polars")
+
+
+@pytest.fixture
+def read(tmp_path):
+    def call(text, name="a.csv"):
+        (tmp_path / name).write_text(text)
+        return read_frame(tmp_path / name, f"target: {name}")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("a,b\n1,2\n\n3,4\n", {"a": [1, 3], "b": [2, 4]}),
+        ("1,2\n3,4\n", {"0": [1, 3], "1": [2, 4]}),
+        ("label,0,1\n5,3,4\n1,2,4\n", {"label": [5, 1], "0": [3, 2], "1": [4, 4]}),  # names that are numbers
+        (",a\n0,3\n1,2\n", {"0": [0, 1], "a": [3, 2]}),
+        ("film,mark\ngood one,pos\nbad,neg\n", {"film": ["good one", "bad"], "mark": ["pos", "neg"]}),
+        ("good one,pos\nbad,neg\nwell,pos\n", {"0": ["good one", "bad", "well"], "1": ["pos", "neg", "pos"]}),
+        ("x\tlabel\ngood, well\tpos\nbad\t neg\n", {"x": ["good, well", "bad"], "label": ["pos", "neg"]}),
+        ("a|b\n1|2\n", {"a": [1], "b": [2]}),
+        ("a;b\n1,5;2\n3,25;2\n", {"a": [1.5, 3.25], "b": [2, 2]}),  # decimal commas
+        ("a\n1\n4\n", {"a": [1, 4]}),
+        ('a,b\n1, x\n?,"y, z"\n', {"a": [1, None], "b": ["x", "y, z"]}),
+        ("a,b\nNaN,NA\nnull,x\n", {"a": [None, None], "b": ["NA", "x"]}),
+        ("a,b\nTrue,1e3\nfalse,\n", {"a": [True, False], "b": [1000.0, None]}),
+    ],
+)
+def test_the_form_of_text(read, text, columns):
+    assert read(text).to_dict(as_series=False) == columns
+
+
+def test_dates(read):
+    frame = read("a,b\n2024-01-31,2024-01-31T10:00:00\nNA,2024-02-01 11:30:00\n")
+    assert frame.dtypes == [polars.Date, polars.Datetime]
+    assert frame["a"].null_count() == 1
+
+
+def test_other_formats(read, tmp_path):
+    frame = polars.DataFrame({"a": [1, None], "b": ["x", "y"]})
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.write_ipc(tmp_path / "a.feather")
+    for name in ("a.parquet", "a.feather"):
+        assert read_frame(tmp_path / name, "w").equals(frame)
+    assert read('{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n', "a.jsonl").equals(frame)
+
+
+def test_excel(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    pytest.importorskip("fastexcel")
+    book = openpyxl.Workbook()
+    for row in (("a", "b"), (1, "x"), (None, "y")):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    assert read_frame(tmp_path / "a.xlsx", "w").rows() == [(1, "x"), (None, "y")]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "match"),
+    [
+        ("", "a.csv", "target: a.csv has no rows"),
+        ("a,b\n", "a.csv", "has no rows"),
+        ("1,2\n3,4,5\n", "a.csv", "line 2 has 3 cells, not 2"),
+        ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
+        ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns of the name a"),
+        ("nothing", "a.parquet", "a.parquet cannot be read as a table"),
+        ("nothing", "a.arrow", "a.arrow cannot be read as a table"),
+        ("nothing", "a.xlsx", "a.xlsx cannot be read as a table"),
+        ("nothing", "a.jsonl", "a.jsonl cannot be read as a table"),
+    ],
+)
+def test_mistakes(read, text, name, match):
+    with pytest.raises(DataError, match=match):
+        read(text, name)
+
+
+def test_text_of_another_encoding(tmp_path):
+    (tmp_path / "a.csv").write_bytes("a,b\nä,1\n".encode("latin-1"))
+    with pytest.raises(DataError, match="no UTF-8 text, byte 4"):
+        read_frame(tmp_path / "a.csv", "w")
+
+
+def test_without_polars(read, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name.startswith("polars"):
+            raise ModuleNotFoundError(name="polars")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(DataError, match=r"it takes polars: pip install 'lightning-transfer\[tables\]'"):
+        read("1,2\n")

@@ -1,5 +1,6 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
+from datamodules.audio import AudioFolders
 from datamodules.base import TransferDataModule
 from datamodules.class_subsets import ClassSubset
 from datamodules.digits import Digits
@@ -13,6 +14,7 @@ from datamodules.tabular import TabularData
 Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [
+    "AudioFolders",
     "ClassSubset",
     "Classes",
     "Colour",

@@ -138,8 +138,8 @@ class AudioFolders(TransferDataModule):
         DIR/*.wav                 with `pattern`, which says what the parts of the names are
         FILE.csv                  a row for each file: its path and its label, and what else is known of it
 
-    What is known of a file are its fields: those of `pattern`, the columns of a table, of folders `label` and `split`. A
-    field `split` says train, val or test; without one the files are split in three, by class, or between the groups of
+    What is known of a file are its fields: of `pattern`, a table's columns, of folders `label` and `split`. A field
+    `split` says train, val or test; without one the files are split in three, by class, or between the groups of
     `group`. Files are opened when they are needed; folders that begin with _ or . are left out. Several channels are
     mixed to one, and all recordings brought to one rate. `tl predict` also takes a folder without classes.
 

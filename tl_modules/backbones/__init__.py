@@ -1,5 +1,7 @@
 """Backbones: raw input -> features."""
 
+from tl_modules.backbones.audio import *
+from tl_modules.backbones.audio_frontend import *
 from tl_modules.backbones.base import *
 from tl_modules.backbones.convnet import *
 from tl_modules.backbones.tabular import *

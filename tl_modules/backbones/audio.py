@@ -157,7 +157,7 @@ class SpeechConvNet(FrameBackbone):
             raise UserError(f"width, kernel: {width} must be at least 1, and {kernel} an odd number of frames")
         widths = [mels, width, 3 * width // 2, 2 * width]
         self.model = nn.ModuleList(
-            ConvBlock(i, o, kernel, 1 + (number > 0), dropout) for number, (i, o) in enumerate(pairwise(widths))
+            ConvBlock(i, o, kernel, 1 + (number < 2), dropout) for number, (i, o) in enumerate(pairwise(widths))
         )
         self.out_features = widths[-1]
         self.load_pretrained(weights, strict)

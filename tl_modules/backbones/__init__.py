@@ -2,6 +2,7 @@
 
 from tl_modules.backbones.audio import *
 from tl_modules.backbones.audio_frontend import *
+from tl_modules.backbones.audio_transformer import *
 from tl_modules.backbones.base import *
 from tl_modules.backbones.convnet import *
 from tl_modules.backbones.ft_transformer import *

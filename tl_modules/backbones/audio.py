@@ -37,7 +37,7 @@ class AudioBackbone(Backbone):
     """
 
     prepare: Resample = Resample()
-    decided_by_schema = ("rate",)
+    decided_by_schema: tuple[str, ...] = ("rate",)
 
     def __init__(self, rate: int | None = None) -> None:
         super().__init__()

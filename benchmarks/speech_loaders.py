@@ -1,7 +1,7 @@
 """Two pretrained networks for speech as plain torch, for `TorchBackbone(loader=speech_loaders.speech_embedding)`.
 
 Each forward takes waveforms (B, T) at 16 kHz, filled up with zeros, and their lengths (B,), and gives frames (B, L, D)
-and their lengths. `PYTHONPATH=benchmarks` makes the file known; runs that name it are tested by `--trust speech_loaders`.
+and their lengths. `PYTHONPATH=benchmarks` makes the file known; a run that names it takes `--trust speech_loaders`.
 """
 
 import os

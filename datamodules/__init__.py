@@ -10,12 +10,14 @@ from datamodules.image import ImageArrays, ImageFolders
 from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
 from datamodules.tabular import TabularData
 from datamodules.text import TextFiles
+from datamodules.waveforms import BackgroundNoise, RandomGain, RandomTimeShift
 
 # earlier names, which a config may hold
 Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [
     "AudioFolders",
+    "BackgroundNoise",
     "ClassSubset",
     "Classes",
     "Colour",
@@ -27,6 +29,8 @@ __all__ = [
     "ImageArrays",
     "ImageFolders",
     "NoShift",
+    "RandomGain",
+    "RandomTimeShift",
     "Rotation",
     "Shift",
     "Shifted",

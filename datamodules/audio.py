@@ -99,6 +99,21 @@ def resampled(wave: Array, rate: int, wanted: int) -> Array:
     return found if len(found) else np.zeros(1, np.float32)
 
 
+def first_rate(paths: Sequence[Path], field: str) -> int:
+    """The rate of the first of some recordings whose header can be read.
+
+    Raises:
+        DataError: There is none among the first hundred.
+    """
+    library, reason = soundfile(), ""
+    for path in paths[:100]:
+        try:
+            return int(library.info(path).samplerate)
+        except (OSError, RuntimeError) as error:
+            reason = reason or f"{path}: it cannot be decoded as audio ({str(error).splitlines()[0]})"
+    raise DataError(f"{field}: {reason}; mend or remove it, or give the rate")
+
+
 class Recordings(FileSamples):
     """Recordings of one split, by path.
 
@@ -207,7 +222,7 @@ class AudioFolders(TransferDataModule):
         self._found: dict[Path, Listing] = {}
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
         if rate is None:
-            rate = self._first_rate()
+            rate = first_rate(self._files(next(reversed(self.roots.values()))).paths, "rate")
         self.reader = AudioReader(rate, max_seconds, keep_silent)
         self.x_schema = {"audio": {"rate": rate}}
         self.class_names = classes if classes is not None or kind == "values" else self._read_classes()
@@ -258,16 +273,6 @@ class AudioFolders(TransferDataModule):
                     raise DataError(f"where.{key}: no file of {listing.where} fulfils {self.where[key]}")
                 listing = listing.taken(rows)
         return listing
-
-    def _first_rate(self) -> int:
-        """The rate of the first recording whose header can be read."""
-        library, reason = soundfile(), ""
-        for path in self._files(next(reversed(self.roots.values()))).paths[:100]:
-            try:
-                return int(library.info(path).samplerate)
-            except (OSError, RuntimeError) as error:
-                reason = reason or f"{path}: it cannot be decoded as audio ({str(error).splitlines()[0]})"
-        raise DataError(f"rate: {reason}; mend or remove it, or give the rate by --data.rate")
 
     def _read_classes(self) -> list[str]:
         found = {}

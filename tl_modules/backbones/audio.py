@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tl_modules.backbones.audio_frontend import LogMel, Resample, SpecAugment, Standardised
 from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.backbones.stages import stages_by_name
+from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch.samples import Padded
 from tl_modules.errors import UserError
 
@@ -193,7 +194,7 @@ class Spectrogram(FrameBackbone):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: ImageBackbone,
         seconds: float = 1.0,
         image_size: int | None = None,
         masks: int = 2,
@@ -203,7 +204,8 @@ class Spectrogram(FrameBackbone):
         super().__init__(rate, mels, masks)
         if seconds <= 0 or (image_size is not None and image_size < 1):
             raise UserError(f"seconds, image_size: {seconds} and {image_size} must be above 0")
-        backbone.bind_schema({"image": {}})
+        if not isinstance(backbone, ImageBackbone):
+            raise UserError(f"backbone: Spectrogram takes an image backbone, and {type(backbone).__name__} is none")
         self.inner, self.seconds, self.image_size = backbone, seconds, image_size
         self.out_features, self.name = backbone.out_features, backbone.name
         self.random, self.pruned, self.bf16_devices = backbone.random, backbone.pruned, backbone.bf16_devices

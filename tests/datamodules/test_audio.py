@@ -144,7 +144,7 @@ def test_bad_files_are_named_or_left_out(tmp_path, caplog):
         reader.read(root / "1_dan_4.flac")
     raising = data(root, pattern=PATTERN).split_domains("train")["target"]
     bad = next(i for i, path in enumerate(raising.ids) if "dan" in path)
-    with pytest.raises(DataError, match="pass --data.on_bad_file skip"):
+    with pytest.raises(DataError, match=r"pass --data\.on_bad_file skip"):
         raising[bad]
     skipping = data(root, pattern=PATTERN, on_bad_file="skip")
     assert sum(sizes(skipping, split)["target"] for split in ("train", "val", "test")) == 24
@@ -212,7 +212,7 @@ def test_augmentation_follows_from_the_seed(tmp_path):
 
 
 def test_noise_of_an_empty_folder_is_said(tmp_path):
-    with pytest.raises(DataError, match="has no files ending in .wav"):
+    with pytest.raises(DataError, match=r"has no files ending in \.wav"):
         BackgroundNoise(tmp_path)
 
 

@@ -147,12 +147,13 @@ class AudioTransformer(AudioBackbone):
         lengths, field, step = x.lengths, 1, 1
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             lengths, field, step = (lengths - kernel) // stride + 1, field + (kernel - 1) * step, step * stride
-        missing = max(0, field - x.values.shape[1])  # of recordings that are too short for one frame
+        waves = F.pad(x.values, (0, max(0, field - x.values.shape[1])))
+        within = x.lengths.clamp(min=field)[:, None]  # also of recordings that are too short for one frame
         norms = [module for module in self.model.modules() if isinstance(module, RecordingNorm)]
         for norm in norms:
             norm.lengths = (x.lengths - self.config.conv_kernel[0]) // self.config.conv_stride[0] + 1
-        inside = F.pad(x.mask, (0, missing)).long()
-        hidden = self.model(F.pad(x.values, (0, missing)), attention_mask=inside).last_hidden_state
+        inside = torch.arange(waves.shape[1], device=waves.device) < within
+        hidden = self.model(waves, attention_mask=inside.long()).last_hidden_state
         for norm in norms:
             norm.lengths = None
         return x.replace(hidden, lengths.clamp(min=1))

@@ -90,7 +90,10 @@ class Listing:
             return {"unsplit": np.arange(len(self.paths))}
         if "train" not in chosen:
             chosen = {"train": ~np.logical_or.reduce(list(chosen.values())), **chosen}
-        found = {split: np.flatnonzero(rows) for split, rows in chosen.items()}
+        found, taken = dict[str, Array](), np.zeros(len(self.paths), bool)
+        for split in ("test", "val", "train"):  # what is for testing trains nothing, whatever the conditions say
+            if split in chosen:
+                found[split], taken = np.flatnonzero(chosen[split] & ~taken), taken | chosen[split]
         for split, rows in found.items():
             if not len(rows):
                 raise DataError(f"{self.where} has no file for {split}; look at --data.where")

@@ -136,8 +136,8 @@ CASES = {
     "calibrate of nothing": ("calibrate", "run: `tl calibrate` needs a trained model; pass --run DIR"),
     "a ratio without labelled ones": (FIT + "--data Digits --data.unlabelled_ratio 7", "unlabelled_ratio: 7 needs --data.labelled N beside it"),
     "recordings without classes": (FIT + "--data AudioFolders --data.num_workers 0 --data.target sounds", "label: sounds has no class folders; it needs sounds/<class>/*.wav, or --data.pattern"),
-    "a corrupt recording": (SOUNDS + "--data.target sounds --data.pattern {label}_{index}.wav", "b_3.wav: it cannot be decoded as audio"),
-    "a loader that is not there": (SOUNDS.replace("SpeechConvNet", "TorchBackbone --model.backbone.loader nowhere.load") + "--data.target sounds --data.pattern {label}_{index}.wav", "loader: nowhere.load cannot be imported"),
+    "a corrupt recording": (SOUNDS + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "b_3.wav: it cannot be decoded as audio"),
+    "a loader that is not there": (SOUNDS.replace("SpeechConvNet", "TorchBackbone --model.backbone.loader nowhere.load") + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "loader: nowhere.load cannot be imported"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Datamodules: source and target domains, split, few-shot, augmented."""
 
+from datamodules.audio import AudioFolders
 from datamodules.base import TransferDataModule
 from datamodules.class_subsets import ClassSubset
 from datamodules.digits import Digits
@@ -8,11 +9,15 @@ from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
 from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
 from datamodules.tabular import TabularData
+from datamodules.text import TextFiles
+from datamodules.waveforms import BackgroundNoise, RandomGain, RandomTimeShift
 
 # earlier names, which a config may hold
 Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [
+    "AudioFolders",
+    "BackgroundNoise",
     "ClassSubset",
     "Classes",
     "Colour",
@@ -24,11 +29,14 @@ __all__ = [
     "ImageArrays",
     "ImageFolders",
     "NoShift",
+    "RandomGain",
+    "RandomTimeShift",
     "Rotation",
     "Shift",
     "Shifted",
     "SpuriousColour",
     "Tables",
     "TabularData",
+    "TextFiles",
     "TransferDataModule",
 ]

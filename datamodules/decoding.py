@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datamodules.errors import DataError
-from datamodules.splits import content_hash, log
+from datamodules.files import FileSamples
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
@@ -104,7 +101,7 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class FolderImages(Dataset[Any]):
+class FolderImages(FileSamples):
     """Images of one split, by path.
 
     Attributes:
@@ -112,27 +109,17 @@ class FolderImages(Dataset[Any]):
         targets: The class numbers.
     """
 
+    what = "images"
+    skip = "on_bad_image"
+    reader: ImageReader
+
     def __init__(self, paths: Sequence[Path], targets: Sequence[int], reader: ImageReader, keep: bool = False) -> None:
-        self.ids = [str(path) for path in paths]
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.reader = reader
+        super().__init__(paths, np.asarray(targets, dtype=np.int64), reader)
         self.kept = _Kept(len(paths), reader) if keep else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def fingerprint(self) -> str:
-        """What names its contents: a file's size, and when its contents, and when its entry, last changed."""
-        try:
-            stats = [os.stat(path) for path in self.ids]
-        except OSError as error:
-            raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
-        files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
-        return content_hash(files, self.targets, self.reader)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, target = Path(self.ids[index]), int(self.targets[index])
-        with _with_advice():
+        with self.with_advice():
             return (self.kept.middle(index, path) if self.kept else self.reader.read(path)), target
 
     def augmented(self, index: int, transform: Callable[[Tensor], Any]) -> tuple[Any, int]:
@@ -142,38 +129,18 @@ class FolderImages(Dataset[Any]):
         to that. What comes out in another size than evaluation's is scaled and cropped as there.
         """
         path = Path(self.ids[index])
-        with _with_advice():
+        with self.with_advice():
             image = self.kept.whole(index, path).clone() if self.kept else pixels(self.reader.decode(path))
         return self.reader.fit(transform(image)), int(self.targets[index])
 
-    def without_bad(self, field: str) -> FolderImages:
-        """The same without the images that cannot be read, and a line that counts them."""
+    def check(self, path: Path) -> None:
+        """Decodes it, a JPEG at a small scale."""
+        replace(self.reader, resize=32).decode(path)
 
-        def readable(path: str) -> bool:
-            try:
-                replace(self.reader, resize=32).decode(Path(path))
-            except DataError as error:
-                log.warning("skipped: %s", error)
-                return False
-            return True
-
-        with ThreadPoolExecutor() as pool:
-            good = list(pool.map(readable, self.ids))
-        if not any(good):
-            raise DataError(f"{field}: none of its {len(good)} images can be read")
-        if not all(good):
-            log.warning("%s: skipped %d of %d images", field, good.count(False), len(good))
-        rows = np.flatnonzero(good)
+    def taken(self, rows: Sequence[int]) -> FolderImages:
+        """The same with these rows only."""
         paths = [Path(self.ids[i]) for i in rows]
-        return FolderImages(paths, self.targets[rows].tolist(), self.reader, self.kept is not None)
-
-
-@contextmanager
-def _with_advice() -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{error}; mend or remove it, or pass --data.on_bad_image skip") from error
+        return FolderImages(paths, self.targets[list(rows)].tolist(), self.reader, self.kept is not None)
 
 
 class _Kept:

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import image, make_tree
 from PIL import Image
@@ -16,6 +17,7 @@ FIT = "fit --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.widt
 PRETRAIN = "fit --trainer.max_epochs 1 --data Digits --model "
 TABLE = "fit --model Regression --model.backbone TabularMLP --data TabularData --data.target table.csv "
 FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
+SOUNDS = "fit --trainer.max_epochs 1 --model.backbone SpeechConvNet --data AudioFolders --data.num_workers 0 "
 PLUGIN = """
 from tl_modules import Method
 class NeedsSource(Method):
@@ -138,6 +140,9 @@ CASES = {
     "a table with a line too short": (TABLE, "table.csv line 3 has 1 cells, not 3 as the lines before"),
     "an unknown label column": (TABLE + "--data.label prise", "label: there is no column prise (did you mean price?)"),
     "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --data.kind classes where they are classes"),
+    "recordings without classes": (FIT + "--data AudioFolders --data.num_workers 0 --data.target sounds", "label: sounds has no class folders; it needs sounds/<class>/*.wav, or --data.pattern"),
+    "a corrupt recording": (SOUNDS + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "b_3.wav: it cannot be decoded as audio"),
+    "a loader that is not there": (SOUNDS.replace("SpeechConvNet", "TorchBackbone --model.backbone.loader nowhere.load") + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "loader: nowhere.load cannot be imported"),
     "missing checkpoint": (FIT + "--ckpt_path nowhere.ckpt", "ckpt_path: there is no file nowhere.ckpt"),
 }  # fmt: skip
 
@@ -150,7 +155,13 @@ def prepare(case, root, trained):
     bad = tree / "train" / "red" / "bad.jpg"
     if "--data.target tree" in CASES[case][0]:
         make_tree(tree, classes=("red",) if case == "one class" else ("blue", "red"))
+    if "--data.target sounds" in CASES[case][0]:
+        (root / "sounds").mkdir()
+        for i in range(8):
+            soundfile.write(root / "sounds" / f"{'ab'[i % 2]}_{i}.wav", np.full(200, 0.1), 800)
     match case:
+        case "a corrupt recording":
+            (root / "sounds" / "b_3.wav").write_bytes(b"RIFF, but no more")
         case "empty class":
             (tree / "train" / "empty").mkdir()
         case "class mismatch":

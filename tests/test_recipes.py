@@ -2,10 +2,12 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import yaml
 from conftest import make_tree
 
@@ -61,6 +63,10 @@ def made_up(tmp_path_factory):
     np.savez(folder / "mnist/mnist_m_10k.npz", **target, test_labels=labels[:40])
     state = {k: v.contiguous() for k, v in TorchvisionBackbone("squeezenet1_0").model.state_dict().items()}
     save_file(state, folder / "weights/squeezenet1_0-imagenet-fp16.safetensors")
+    (folder / "fsdd/recordings").mkdir(parents=True)
+    for label, speaker, index in product(range(10), ("theo", "george"), (0, 5, 6, 7)):
+        wave = 0.1 * generator.standard_normal(1200)
+        soundfile.write(folder / f"fsdd/recordings/{label}_{speaker}_{index}.wav", wave, 8000)
     return folder
 
 

@@ -246,6 +246,16 @@ def test_torch_hub(spec, received, try_all):
         load_run(received.run)
 
 
+@pytest.mark.parametrize("loader", ["notes.evil", "os.system", "torch.hub.load", "tl_modules.load_run"])
+def test_a_loader_of_the_senders(loader, received, try_all):
+    spec = {"class_path": "TorchBackbone", "init_args": {"loader": loader, "arguments": {"command": "true"}}}
+    received.model["init_args"]["backbone"] = spec
+    received.write()
+    try_all(commands=("test",))
+    with pytest.raises(UserError):
+        load_run(received.run)
+
+
 def test_a_teacher_is_read_by_the_same_rules(received, try_all):
     """`Hint` reads its teacher when the model is built."""
     import shutil

@@ -18,6 +18,7 @@ import pickle
 import struct
 import sys
 import types
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -85,6 +86,8 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield f"{type(value).__name__} {len(value)}"
         for inner in value:
             yield from _parts(inner, seen)
+    elif isinstance(value, weakref.ReferenceType):  # a recurrent layer's to its weights
+        yield from _parts(value(), seen)
     elif isinstance(value, types.ModuleType):
         yield from _files(value.__name__)
     elif isinstance(value, type):

@@ -29,6 +29,7 @@ from tl_modules.module import TransferModule
 __all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
+PLAYED = 4  # recordings with a player each
 POINTS = 500  # samples in the embedding projector
 
 
@@ -73,13 +74,18 @@ class TensorBoardFigures(Callback):
         for domain, part in batch.items():
             x, y = part[:2]
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
-            if isinstance(x, Tensor) and _is_image(x[0]):
-                few = samples.move(samples.take(y, slice(SHOWN)), "cpu")
-                names = (
-                    ["hidden"] * SHOWN
-                    if y is None
-                    else [pl_module.name_of(samples.first(s)) for s in samples.unbind(few)]
-                )
+            rate = getattr(pl_module.backbone, "rate", None)
+            plays = rate is not None and isinstance(x, samples.Padded)
+            if not plays and not (isinstance(x, Tensor) and _is_image(x[0])):
+                continue
+            few = samples.move(samples.take(y, slice(SHOWN)), "cpu")
+            names = (
+                ["hidden"] * SHOWN if y is None else [pl_module.name_of(samples.first(s)) for s in samples.unbind(few)]
+            )
+            if plays:
+                for place, (wave, name) in enumerate(zip(x.tensors()[:PLAYED], names, strict=False)):
+                    writer.add_audio(f"inputs/{domain}/{place}: {name}", wave[None].cpu(), 0, rate)
+            else:
                 drawn = [_raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
                 writer.add_figure(f"inputs/{domain}", _grid(drawn), 0)
 
@@ -175,6 +181,12 @@ class _Kept:
             return lambda axes: f"{module.draw(axes, x, y, prediction)}  {loss:.2f}"
 
         writer.add_figure(f"{split}/worst: true, predicted, loss", _grid([of_prediction(each) for each in worst]), step)
+        rate = (module.schema.get("x") or {}).get("audio", {}).get("rate")
+        for place, (loss, row, prediction) in enumerate(worst[: PLAYED if rate else 0]):
+            x, y = dataset[row][:2]
+            true = module.name_of(samples.first(samples.collate([y])))
+            guess = module.name_of(samples.first(module.to_labels(prediction)))
+            writer.add_audio(f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}", x[None], step, rate)
         names = module.class_names
         if module.is_classification and names is not None:
             decided = [(label, guess) for guess, label in zip(*(column.tolist() for column in seen[1:]), strict=True)]

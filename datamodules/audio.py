@@ -1,0 +1,306 @@
+"""Recordings from folders, named by a pattern, or listed in a table.
+
+files -> Listing: what is known of each -> label, split, group -> Recordings
+file -> decoded, mixed to one channel, resampled -> (x, y), x float32 (T,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import TransferDataModule
+from datamodules.errors import DataError
+from datamodules.files import FileSamples
+from datamodules.image import check_fractions
+from datamodules.listing import Listing, list_files
+from datamodules.paths import expand_path
+from datamodules.splits import SPLIT_NAMES, complete_splits
+
+EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+Array = np.ndarray[Any, Any]
+
+
+def soundfile() -> Any:
+    """The library that decodes.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    try:
+        import soundfile as library
+    except ImportError as error:
+        raise DataError("AudioFolders needs soundfile: pip install 'lightning-transfer[audio]'") from error
+    return library
+
+
+@dataclass(frozen=True)
+class AudioReader:
+    """Reads recordings as one channel of floats.
+
+    Args:
+        rate: Samples a second of what it gives.
+        max_seconds: Of longer recordings the middle is read.
+        keep_silent: Whether a recording without any sound is a sample like others.
+    """
+
+    rate: int
+    max_seconds: float
+    keep_silent: bool
+
+    def read(self, path: Path) -> Tensor:
+        """The mean of a recording's channels, (T,) float32 in [-1, 1].
+
+        Raises:
+            DataError: It cannot be decoded, is cut off, empty or silent, or holds values that are not finite.
+        """
+        library = soundfile()
+        try:
+            with library.SoundFile(path) as file:
+                rate, most = file.samplerate, max(1, int(self.max_seconds * file.samplerate))
+                wanted = min(most, file.frames)
+                if file.frames > most:
+                    file.seek((file.frames - most) // 2)
+                wave = file.read(wanted, dtype="float32", always_2d=True).mean(1)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's are RuntimeErrors
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path}: it cannot be decoded as audio ({reason})") from error
+        if not len(wave):
+            raise DataError(f"{path}: it is empty")
+        if len(wave) < wanted:
+            raise DataError(f"{path}: it is cut off after {len(wave)} of {wanted} samples")
+        if not np.isfinite(wave).all():
+            raise DataError(f"{path}: it holds values that are not finite")
+        if not self.keep_silent and not wave.any():
+            raise DataError(f"{path}: it is silent (if that is meant, pass --data.keep_silent true)")
+        return torch.from_numpy(resampled(wave, rate, self.rate))
+
+
+def resampled(wave: Array, rate: int, wanted: int) -> Array:
+    """A waveform (T,) at another rate.
+
+    Raises:
+        DataError: soxr is not installed.
+    """
+    if rate == wanted:
+        return wave
+    try:
+        import soxr
+    except ImportError as error:
+        raise DataError("resampling needs soxr: pip install 'lightning-transfer[audio]'") from error
+    found: Array = soxr.resample(wave, rate, wanted)
+    return found if len(found) else np.zeros(1, np.float32)
+
+
+def first_rate(paths: Sequence[Path], field: str) -> int:
+    """The rate of the first of some recordings whose header can be read.
+
+    Raises:
+        DataError: There is none among the first hundred.
+    """
+    library, reason = soundfile(), ""
+    for path in paths[:100]:
+        try:
+            return int(library.info(path).samplerate)
+        except (OSError, RuntimeError) as error:
+            reason = reason or f"{path}: it cannot be decoded as audio ({str(error).splitlines()[0]})"
+    raise DataError(f"{field}: {reason}; mend or remove it, or give the rate")
+
+
+class Recordings(FileSamples):
+    """Recordings of one split, by path.
+
+    Attributes:
+        groups: What belongs together, one for each, e.g. its speaker; None where nothing is said.
+    """
+
+    what = "recordings"
+    skip = "on_bad_file"
+    reader: AudioReader
+
+    def __init__(
+        self, paths: Sequence[Path | str], targets: Array, reader: AudioReader, groups: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(paths, targets, reader)
+        self.groups = groups
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        with self.with_advice():
+            return self.reader.read(Path(self.ids[index])), self.targets[index]
+
+    def check(self, path: Path) -> None:
+        """Decodes it."""
+        self.reader.read(path)
+
+    def taken(self, rows: Sequence[int]) -> Recordings:
+        """The same with these rows only."""
+        groups = None if self.groups is None else [self.groups[row] for row in rows]
+        return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups)
+
+
+class AudioFolders(TransferDataModule):
+    """Recordings in wav, flac, ogg, opus or mp3 files, for either domain (`pip install 'lightning-transfer[audio]'`).
+
+        DIR/train/<class>/*.wav   DIR/val|validation|valid/<class>/*.wav   DIR/test/<class>/*.wav
+        DIR/<class>/*.wav         with validation_list.txt and testing_list.txt, as in Speech Commands, or without
+        DIR/*.wav                 with `pattern`, which says what the parts of the names are
+        FILE.csv                  a row for each file: its path and its label, and what else is known of it
+
+    What is known of a file are its fields: of `pattern`, a table's columns, of folders `label` and `split`. A field
+    `split` says train, val or test; without one the files are split in three, by class, or between the groups of
+    `group`. Files are opened when they are needed; folders that begin with _ or . are left out. Several channels are
+    mixed to one, and all recordings brought to one rate. `tl predict` also takes a folder without classes.
+
+    Args:
+        target: The target's folder or table; ~ and $VARIABLES are filled in.
+        source: The source's folder or table, or several by name.
+        pattern: Names parts of the files' names, or of their paths, e.g. {label}_{speaker}_{index}.wav.
+        where: Conditions on fields, by domain or split: {test: index<5}, {target: speaker=theo, source: speaker!=theo};
+            several values are given as speaker=theo,lucas. What fulfils no split's condition is for training.
+        label: The field of the label.
+        group: The field that says what no split tears apart, e.g. speaker.
+        file: A table's column of paths, relative to the table.
+        kind: Whether labels are classes or values.
+        classes: The classes and their order; None reads them from both domains, which must have the same.
+        rate: Samples a second; None is that of the first recording.
+        max_seconds: Of longer recordings the middle is taken.
+        val_fraction: Share for validation, where nothing else is said.
+        test_fraction: Share for testing, where nothing else is said.
+        on_bad_file: "raise" stops at a recording that cannot be decoded, is empty or silent; "skip" leaves all such out
+            and counts them, at the price of reading every file once more at the start.
+        keep_silent: Takes recordings of silence as they are.
+        num_workers: Processes that decode; None is one per core, at most 8.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: A file or field is missing, there is but one class, or the domains' classes differ.
+    """
+
+    def __init__(
+        self,
+        target: Path | str | None = None,
+        source: Path | str | dict[str, Path] | None = None,
+        pattern: str | None = None,
+        where: dict[str, str] | None = None,
+        label: str = "label",
+        group: str | None = None,
+        file: str = "file",
+        kind: Literal["classes", "values"] = "classes",
+        classes: list[str] | None = None,
+        rate: int | None = None,
+        max_seconds: float = 30.0,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        on_bad_file: Literal["raise", "skip"] = "raise",
+        keep_silent: bool = False,
+        num_workers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_workers=num_workers, **kwargs)
+        if target is None and not source:
+            raise DataError("target: give a folder of recordings or a table of them, --data.target PATH")
+        check_fractions(val_fraction, test_fraction)
+        if (rate is not None and rate < 1) or max_seconds <= 0:
+            raise DataError(f"rate, max_seconds: {rate} and {max_seconds} must be above 0")
+        sources = dict(source) if isinstance(source, Mapping) else {"": source}
+        named = {f"source/{name}" if name else "source": path for name, path in sources.items()} | {"target": target}
+        self.roots = {name: path for name, given in named.items() if (path := expand_path(given, name)) is not None}
+        self.where = dict(where or {})
+        known = {*self.roots, *SPLIT_NAMES, *(["source"] if source else [])}
+        for unknown in sorted(self.where.keys() - known):
+            raise DataError(f"where: there is no domain or split {unknown}; there are {', '.join(sorted(known))}")
+        self.pattern, self.file, self.label, self.group, self.kind = pattern, file, label, group, kind
+        self.fractions, self.on_bad_file = (val_fraction, test_fraction), on_bad_file
+        self.split_conditions = {key: text for key, text in self.where.items() if key in SPLIT_NAMES}
+        self._found: dict[Path, Listing] = {}
+        self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
+        if rate is None:
+            rate = first_rate(self._files(next(reversed(self.roots.values()))).paths, "rate")
+        self.reader = AudioReader(rate, max_seconds, keep_silent)
+        self.x_schema = {"audio": {"rate": rate}}
+        self.class_names = classes if classes is not None or kind == "values" else self._read_classes()
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Says also the rate, which later recordings are brought to."""
+        return super().resolve(defaults) | {"rate": self.reader.rate}
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's recordings in each domain."""
+        found = {}
+        for name, root in self.roots.items():
+            if name not in self._splits:
+                listing, stratified = self._listing(name), self.stratifies(name, self.roots)
+                rows = listing.splits(self.split_conditions)
+                parts = {part: self._read(listing.taken(those), name) for part, those in rows.items()}
+                self._splits[name] = complete_splits(parts, str(root), *self.fractions, self.seed, stratified)
+            if split not in self._splits[name]:
+                raise DataError(f"{name}: {root} has no file for {split}")
+            found[name] = self._splits[name][split]
+        return found
+
+    def predict_dataloader(self) -> Any:
+        """The target's test split, or all its recordings where nothing says how they are split or what they are."""
+        root = self.roots.get("target")
+        if root is not None:
+            listing = self._files(root)
+            labelled = self.label in listing.fields
+            listing = self._listing("target") if labelled else listing
+            if not labelled or "unsplit" in listing.splits(self.split_conditions):
+                whole = Recordings(listing.paths, np.zeros(len(listing.paths), np.int64), self.reader)
+                self._domains["test"] = {"target": whole.without_bad("target") if self.on_bad_file == "skip" else whole}
+        return super().predict_dataloader()
+
+    def _files(self, root: Path) -> Listing:
+        """All files of a folder or table."""
+        if root not in self._found:
+            self._found[root] = list_files(root, EXTENSIONS, self.pattern, self.file)
+        return self._found[root]
+
+    def _listing(self, name: str) -> Listing:
+        """The files of a domain."""
+        listing = self._files(self.roots[name])
+        for key in dict.fromkeys((name.partition("/")[0], name)):
+            if key in self.where:
+                rows = np.flatnonzero(listing.matches(f"where.{key}", self.where[key]))
+                if not len(rows):
+                    raise DataError(f"where.{key}: no file of {listing.where} fulfils {self.where[key]}")
+                listing = listing.taken(rows)
+        return listing
+
+    def _read_classes(self) -> list[str]:
+        found = {}
+        for name in self.roots:
+            found[name] = set(self._listing(name).field("label", self.label).tolist())
+        every = set.union(*found.values())
+        if len(every) == 1:
+            raise DataError(f"label: all recordings have the label {every.pop()}; classification needs at least two")
+        for name, labels in found.items():
+            if labels != every:
+                missing = ", ".join(sorted(every - labels)[:5])
+                raise DataError(f"{', '.join(found)}: their classes differ: {name} has no {missing}")
+        numeric = all(text.isdigit() for text in every)
+        return sorted(every, key=lambda text: (int(text) if numeric else 0, text))
+
+    def _read(self, listing: Listing, name: str) -> Recordings:
+        texts = listing.field("label", self.label)
+        if self.kind == "values":
+            try:
+                targets = texts.astype(np.float32)
+            except ValueError as error:
+                raise DataError(f"label: {listing.where}: {error}; for classes pass --data.kind classes") from error
+        else:
+            number = {text: place for place, text in enumerate(self.class_names or [])}
+            unknown = sorted(set(texts.tolist()) - set(number))
+            if unknown:
+                raise DataError(f"{listing.where} has classes that training lacks: {', '.join(unknown[:5])}")
+            targets = np.array([number[text] for text in texts.tolist()], dtype=np.int64)
+        groups = None if self.group is None else listing.field("group", self.group).tolist()
+        recordings = Recordings(listing.paths, targets, self.reader, groups)
+        return recordings.without_bad(name) if self.on_bad_file == "skip" else recordings

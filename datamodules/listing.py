@@ -1,0 +1,183 @@
+"""Which files there are and what is known of each: by its folders, by its name, or by a table."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+
+from datamodules.domain_folders import check_known
+from datamodules.errors import DataError
+from datamodules.splits import SPLIT_NAMES, log
+
+Array = np.ndarray[Any, Any]
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+# the official lists of Speech Commands, and of data sets made like it
+LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
+CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*")
+COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
+
+
+@dataclass
+class Listing:
+    """Files and what is known of each.
+
+    Attributes:
+        where: The folder or table, for messages.
+        paths: The files, not opened.
+        fields: Texts by the field's name, one for each file; `label` and `split` of folders.
+        unknown: Why there are no fields.
+    """
+
+    where: str
+    paths: list[Path]
+    fields: Mapping[str, Array]
+    unknown: str = ""
+
+    def field(self, argument: str, name: str) -> Array:
+        """The texts of a field that `argument` names.
+
+        Raises:
+            DataError: There is no such field, or it is empty somewhere.
+        """
+        if not self.fields:
+            raise DataError(f"{argument}: {self.unknown}")
+        check_known(argument, name, self.fields, "field")
+        for row in np.flatnonzero(self.fields[name] == "")[:1]:
+            raise DataError(f"{argument}: {self.where}: {self.paths[row]} has no {name}; fill it in or take it out")
+        return self.fields[name]
+
+    def taken(self, rows: Array) -> Listing:
+        """The same with these rows only."""
+        fields = {name: texts[rows] for name, texts in self.fields.items()}
+        return Listing(self.where, [self.paths[row] for row in rows], fields)
+
+    def matches(self, argument: str, condition: str) -> Array:
+        """Which files fulfil a condition on a field, e.g. index<5, speaker=theo,lucas or speaker!=theo, (N,) booleans.
+
+        Raises:
+            DataError: It is no condition, its field is not known, or < and > compare what is no number.
+        """
+        parts = CONDITION.fullmatch(condition)
+        if parts is None:
+            raise DataError(f"{argument}: {condition} is no condition such as index<5, speaker=theo or speaker!=theo")
+        name, sign, value = parts.groups()
+        texts = self.field(argument, name)
+        if sign in ("=", "!="):
+            return np.isin(texts, [part.strip() for part in value.split(",")], invert=sign == "!=")
+        try:
+            found: Array = COMPARE[sign](texts.astype(float), float(value))
+        except ValueError as error:
+            raise DataError(f"{argument}: {condition} compares numbers, and {self.where}: {error}") from error
+        return found
+
+    def splits(self, conditions: Mapping[str, str]) -> dict[str, Array]:
+        """The rows of each split, as far as conditions or a field `split` say; all rows as "unsplit" otherwise."""
+        chosen = {split: self.matches(f"where.{split}", text) for split, text in conditions.items()}
+        if not chosen and "split" in self.fields:
+            texts = self.field("split", "split")
+            for text in np.unique(texts):
+                check_known("split", str(text), SPLIT_OF, "split")
+            ours = np.array([SPLIT_OF[text] for text in texts])
+            chosen = {split: ours == split for split in SPLIT_NAMES if (ours == split).any()}
+        if not chosen:
+            return {"unsplit": np.arange(len(self.paths))}
+        if "train" not in chosen:
+            chosen = {"train": ~np.logical_or.reduce(list(chosen.values())), **chosen}
+        found, taken = dict[str, Array](), np.zeros(len(self.paths), bool)
+        for split in ("test", "val", "train"):  # what is for testing trains nothing, whatever the conditions say
+            if split in chosen:
+                found[split], taken = np.flatnonzero(chosen[split] & ~taken), taken | chosen[split]
+        for split, rows in found.items():
+            if not len(rows):
+                raise DataError(f"{self.where} has no file for {split}; look at --data.where")
+        return found
+
+
+def list_files(root: Path, extensions: Sequence[str], pattern: str | None, column: str) -> Listing:
+    """Lists files without opening one, and what is known of them.
+
+    Args:
+        root: A folder, or a table (see `read_frame`) whose `column` holds paths, relative to the table's folder.
+        extensions: The endings of the files' names, in small letters.
+        pattern: Names parts of the files' names, e.g. {label}_{speaker}_{index}.wav, or of their paths below `root`.
+        column: The table's column of paths.
+
+    Raises:
+        DataError: There are no files, or it is no pattern.
+    """
+    where = str(root)
+    if root.is_file():
+        return _from_table(root, column)
+    names = sorted(_walk(str(root), "", tuple(extensions)))
+    if not names:
+        raise DataError(f"{where} has no files ending in {', '.join(extensions)}")
+    paths = [root / name for name in names]
+    if pattern is not None:
+        return _by_pattern(names, paths, where, pattern)
+    parts = [name.split("/") for name in names]
+    split_folders = all(len(each) > 2 and each[0] in SPLIT_OF for each in parts)
+    fields: dict[str, Array] = {}
+    if all(len(each) > 1 + split_folders for each in parts):
+        fields["label"] = np.array([each[split_folders] for each in parts])
+    lists = {split: root / name for split, name in LISTS.items() if (root / name).is_file()}
+    if split_folders:
+        fields["split"] = np.array([each[0] for each in parts])
+    elif lists:
+        split_of = {line: split for split, file in lists.items() for line in file.read_text().split()}
+        fields["split"] = np.array([split_of.get(name, "train") for name in names])
+    unknown = f"{where} has no class folders; it needs {where}/<class>/*{extensions[0]}, or --data.pattern"
+    return Listing(where, paths, fields, unknown)
+
+
+def _walk(folder: str, below: str, extensions: tuple[str, ...]) -> Iterator[str]:
+    """The files below a folder by their paths in it, with /; what begins with . or _ is left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "_")):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{below}{entry.name}/", extensions)
+            elif entry.name.lower().endswith(extensions):
+                yield below + entry.name
+
+
+def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern: str) -> Listing:
+    regex, fields = "", list[str]()
+    try:
+        for text, name, form, conversion in Formatter().parse(pattern):
+            if name is not None and (not name.isidentifier() or form or conversion or name in fields):
+                raise ValueError(f"{{{name}}} is no name, or stands there twice")
+            regex += re.escape(text) + (f"(?P<{name}>[^/]+?)" if name else "")
+            fields += [name] if name else []
+    except ValueError as error:
+        raise DataError(f"pattern: {pattern} is not like {{label}}_{{speaker}}_{{index}}.wav ({error})") from error
+    compiled = re.compile(regex)
+    found = [compiled.fullmatch(name if "/" in pattern else name.rpartition("/")[2]) for name in names]
+    rows = [row for row, match in enumerate(found) if match]
+    if not rows:
+        return Listing(where, list(paths), {}, f"none of the files is named like {pattern}; the first is {names[0]}")
+    if len(rows) < len(names):
+        other = names[next(row for row, match in enumerate(found) if not match)]
+        log.warning("%s: left out %d files not named like %s, e.g. %s", where, len(names) - len(rows), pattern, other)
+    texts = [match.groupdict() for match in found if match]
+    return Listing(where, [paths[row] for row in rows], {name: np.array([t[name] for t in texts]) for name in fields})
+
+
+def _from_table(table: Path, column: str) -> Listing:
+    from datamodules.frames import read_frame
+
+    frame = read_frame(table, str(table))
+    check_known("file", column, frame.columns, "column")
+    fields = {
+        name: np.array(["" if cell is None else str(cell) for cell in frame[name].to_list()], dtype=str)
+        for name in frame.columns
+    }
+    paths = [table.parent / name for name in fields.pop(column)]
+    return Listing(str(table), paths, fields, f"{table} has no column beside {column}")

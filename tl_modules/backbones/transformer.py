@@ -1,7 +1,7 @@
 """Encoders of Hugging Face for text.
 
-    texts -> token numbers (in the loader's workers) -> embeddings -> layer 1 -> ... -> layer n -> token features -> pool
-             Padded (B, L)                              stage 0       stage 1        stage n      Padded (B, L, D)
+    texts -> token numbers (in the loader's workers) -> embeddings -> layer 1 -> ... -> layer n -> pool
+             Padded (B, L)                              stage 0       stage 1        stage n      (B, D)
 
 No code of a model's repository is run, `trust_remote_code` is never passed on.
 """

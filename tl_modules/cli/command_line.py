@@ -313,7 +313,7 @@ class TransferCLI(OneCommand, LightningCLI):
         strategy = (arguments.get("finetuning") or {}).get("init_args", {})
         if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
             strategy["backbone_lr"] = self.model.backbone_lr
-        for argument, attribute in (("classes", "class_names"), ("categories", "categories")):
+        for argument, attribute in (("classes", "class_names"), ("categories", "categories"), ("columns", "columns")):
             if argument in resolved["data"].get("init_args", {}):
                 resolved["data"]["init_args"][argument] = getattr(self.datamodule, attribute, None)
         return resolved

@@ -151,13 +151,15 @@ class TransformerBackbone(TextBackbone):
     @property
     def carried(self) -> dict[str, Any]:
         """The tokenizer, with the length that it truncates to, and how many windows."""
-        return {"tokenizer": self.prepare.tokenizer.to_str(), "windows": self.prepare.windows}
+        tokenizer = self.prepare.tokenizer
+        return {"tokenizer": tokenizer and tokenizer.to_str(), "windows": self.prepare.windows}
 
     @carried.setter
     def carried(self, given: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
 
-        self.prepare.tokenizer, self.prepare.windows = Tokenizer.from_str(given["tokenizer"]), given["windows"]
+        self.prepare.tokenizer = given["tokenizer"] and Tokenizer.from_str(given["tokenizer"])
+        self.prepare.windows = given["windows"]
 
     def forward(self, x: Padded) -> Padded:
         """Token numbers, Padded (B, L) -> token features, Padded (B, L, D)."""

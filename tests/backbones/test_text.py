@@ -97,7 +97,9 @@ def test_encoder_mistakes(folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no/such could not be|no/such is no folder, .*hf download no/such --local-dir"):
+    with pytest.raises(
+        UserError, match=r"no/such could not be|no/such is no folder, .*hf download no/such --local-dir"
+    ):
         TransformerBackbone("no/such")
     with pytest.raises(UserError, match="is no encoder of Hugging Face"):
         TransformerBackbone(tmp_path)
@@ -121,7 +123,12 @@ def test_through_the_front_door(folder, ok, tmp_path):
     ok(f"fit --name a {words} --data TextFiles --data.target t.csv --trainer.max_epochs 1")
     shutil.rmtree(tmp_path / "encoder")
     ok("predict --run runs/a --data.target new.txt --out p.csv")
-    assert [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()] == ["id", "new.txt:1", "new.txt:2", "new.txt:3"]
+    assert [line.split(",")[0] for line in (tmp_path / "p.csv").read_text().splitlines()] == [
+        "id",
+        "new.txt:1",
+        "new.txt:2",
+        "new.txt:3",
+    ]
     ok("fit -c runs/a/version_0/config.yaml --model.backbone.weights runs/a --name b --trainer.max_epochs 1")
 
 
@@ -205,8 +212,11 @@ def test_words_travel_with_a_run(glove, ok, tmp_path):
     (tmp_path / "t.csv").write_text("text,label\n" + "good film,pos\nbad,neg\n" * 20)
     model = f"--model Classification --model.head MLPHead --model.backbone WordVectors --model.backbone.name {glove}"
     ok(f"fit --name a {model} --data TextFiles --data.target t.csv --trainer.max_epochs 2")
+    model = f"--model Classification --model.backbone RecurrentBackbone --model.backbone.inputs WordVectors --model.backbone.inputs.name {glove}"
+    ok(f"fit --name r {model} --model.backbone.width 4 --data TextFiles --data.target t.csv --trainer.max_epochs 1")
     glove.unlink()
     ok("test --run runs/a")
+    ok("test --run runs/r")
     config = "-c runs/a/version_0/config.yaml --model.backbone.weights runs/a"
     ok(f"fit {config} --model.finetuning FeatureExtraction --name b --trainer.max_epochs 1")
 

@@ -73,7 +73,11 @@ def test_every_layout(make, tmp_path):
     assert data.schema == {"x": {"text": {}}, "y": {"classes": ["neg", "pos"]}}
     splits = [data.domains(split)["target"] for split in ("train", "val", "test")]
     assert [len(part) for part in splits] == [6, 2, 2]
-    found = {(text.removesuffix(", said"), data.class_names[y]) for part in splits for text, y in map(part.__getitem__, range(len(part)))}
+    found = {
+        (text.removesuffix(", said"), data.class_names[y])
+        for part in splits
+        for text, y in map(part.__getitem__, range(len(part)))
+    }
     assert found == set(rows())
     assert splits[0].fingerprint() != splits[1].fingerprint()
     assert len({name for part in splits for name in ids_of(part)}) == 10
@@ -116,7 +120,7 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
     (tmp_path / "new.txt").write_text("good\n\nbad\n")
     for given in ({"classes": ["neg", "pos"]}, {"label": None}):
         data = TextFiles(tmp_path / "new.txt", **given)
-        (batch,) = data.predict_dataloader()
+        assert len(list(data.predict_dataloader())) == 1
         assert data.ids() == ["new.txt:1", "new.txt:3"]
     data = TextFiles(tmp_path / "new.txt", classes=["neg", "pos"])
     with pytest.raises(DataError, match=r"new.txt has no labels, so that only `tl predict` can use it"):
@@ -153,7 +157,7 @@ def test_other_mistakes(tmp_path):
         TextFiles(tmp_path / "bad.zip")
     root = file_a_class(tmp_path)
     (root / "reviews.pos").write_bytes(b"good\ncaf\xe9\n")
-    with pytest.raises(DataError, match="reviews.pos line 2 is no utf-8; pass --data.encoding, e.g. latin-1"):
+    with pytest.raises(DataError, match=r"reviews.pos line 2 is no utf-8; pass --data.encoding, e.g. latin-1"):
         TextFiles(root)
     assert len(TextFiles(root, encoding="latin-1").class_names) == 2
     with pytest.raises(DataError, match="there is no column author"):

@@ -1,8 +1,8 @@
 """Word vectors trained on texts of one's own by gensim, in English and in Chinese, and what they are worth.
 
     pip install gensim jieba
-    python benchmarks/own_word_vectors.py english --data $TL_DATA_DIR --out own      # own/english.txt
-    python benchmarks/own_word_vectors.py chinese --data $TL_DATA_DIR --out own      # own/chinese.txt and own/questions.csv
+    python benchmarks/own_word_vectors.py english --data $TL_DATA_DIR   # own/english.txt
+    python benchmarks/own_word_vectors.py chinese --data $TL_DATA_DIR   # own/chinese.txt and own/questions.csv
 
 English: films' reviews and plots without their labels, for the sentences of `sentence_polarity`. Chinese: sentences and
 paragraphs for the questions of XQuAD; the kind of a question (who, when, where, how many, what) is the question word of

@@ -221,6 +221,15 @@ def test_words_travel_with_a_run(glove, ok, tmp_path):
     ok(f"fit {config} --model.finetuning FeatureExtraction --name b --trainer.max_epochs 1")
 
 
+@pytest.mark.tensorboard
+def test_the_projector_shows_texts(glove, ok, tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\n" + "good film,pos\nbad,neg\n" * 20)
+    model = f"--model Classification --model.backbone WordVectors --model.backbone.name {glove}"
+    ok(f"fit --name a {model} --data TextFiles --data.target t.csv --trainer.max_epochs 1")
+    (file,) = (tmp_path / "runs/a").rglob("val_features/metadata.tsv")
+    assert {"label\ttext", "pos\tgood film", "neg\tbad"} == set(file.read_text().splitlines())
+
+
 def test_any_tokenizer(glove, tmp_path):
     glove.write_text("电 1 2\n影 3 4\n电影 5 6\n")
     assert WordVectors(glove, tokenizer="characters").prepare(["电影 好"]).values.tolist() == [[1, 2]]

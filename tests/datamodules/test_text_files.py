@@ -126,8 +126,10 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
     with pytest.raises(DataError, match=r"new.txt has no labels, so that only `tl predict` can use it"):
         data.domains("train")
     # beside a source they are a target whose labels are hidden anyway
-    data = TextFiles(tmp_path / "new.txt", csv(tmp_path), val_fraction=0.3, test_fraction=0.3, classes=["neg", "pos"])
+    data = TextFiles(tmp_path / "new.txt", csv(tmp_path), val_fraction=0.3, test_fraction=0.3)
     assert set(data.domains("train")) == {"source", "target"}
+    with pytest.raises(DataError, match="has no labels to test against"):
+        data.test_dataloader()
 
 
 @pytest.mark.parametrize(

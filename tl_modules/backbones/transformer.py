@@ -181,7 +181,8 @@ class TransformerBackbone(TextBackbone):
     @property
     def window(self) -> int:
         """How many tokens a window has."""
-        return int(self.prepare.tokenizer.truncation["max_length"])
+        tokenizer = self.prepare.tokenizer
+        return int(tokenizer.truncation["max_length"]) if tokenizer is not None else LONGEST
 
     def _features(self, ids: Tensor, inside: Tensor) -> Tensor:
         hidden: Tensor = self.model(input_ids=ids, attention_mask=inside.long()).last_hidden_state

@@ -173,7 +173,7 @@ def _classes(labels: Mapping[str, Sequence[Any]]) -> list[str]:
     found = {name: set(map(str, values)) for name, values in labels.items()}
     one, *others = found.values()
     if others and one != others[0]:
-        only = {name: sorted(classes - set.intersection(*found.values())) for name, classes in found.items()}
+        only = {name: sorted(classes - (one & others[0])) for name, classes in found.items()}
         parts = [f"only the {name} has {', '.join(classes[:5])}" for name, classes in only.items() if classes]
         raise DataError(f"source, target: their classes differ: {'; '.join(parts)}")
     if len(one) < 2:

@@ -9,7 +9,7 @@ def _import_torchmetrics() -> None:
     `torchmetrics.text.bert` and the like, imported by their module, find it all the same.
     """
     ask = RequirementCache.__bool__
-    RequirementCache.__bool__ = lambda self: "transformers" not in self.requirement and ask(self)  # type: ignore[method-assign]
+    RequirementCache.__bool__ = lambda self: "transformers" not in str(self.requirement) and ask(self)  # type: ignore[method-assign]
     try:
         import torchmetrics  # noqa: F401
     finally:

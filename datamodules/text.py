@@ -59,7 +59,9 @@ class TextFiles(TransferDataModule):
         DIR/name.<class> or DIR/<class>.txt      a file a class, a line a text; parts that all names share are left out
         DIR/train/... DIR/val/... DIR/test/...   folders or files of classes for each split
         FILE.zip                                 a zip file of any such folder
-        FILE.txt                                 texts without labels, a line each, for `tl predict`
+        FILE.txt                                 texts without labels, a line each
+
+    Texts without labels are for `tl predict`, or the target beside a source.
 
     Without splits, texts are split in three by the seed. Empty lines, hidden files and those named README or LICENSE
     are left out.
@@ -116,7 +118,7 @@ class TextFiles(TransferDataModule):
             if self.labelled_domains[name]
         }
         if classes is None and label is not None:
-            for name in found.keys() - labels:
+            for name in found.keys() - labels.keys() - ({"target"} if "source" in labels else set()):
                 raise DataError(f"{name}: {self.names[name]} has no labels; give some, or pass --data.label null")
         real = any(isinstance(value, float) for values in labels.values() for value in values)
         if kind == "values" or (kind is None and classes is None and (real or label is None)):
@@ -152,6 +154,12 @@ class TextFiles(TransferDataModule):
                 raise DataError(f"{name}: {self.names[name]} has no {split} split")
         return {name: splits[split] for name, splits in self._splits.items()}
 
+    def test_dataloader(self) -> Any:
+        """The target's test split (the source's, where there is no target)."""
+        if not self.labelled_domains.get("target", True):
+            raise DataError(f"target: {self.names['target']} has no labels to test against; `tl predict` needs none")
+        return super().test_dataloader()
+
     def predict_dataloader(self) -> Any:
         """The target's test split, or all its texts where nothing is said of splits."""
         whole = self._found.get("target", {}).get("unsplit")
@@ -165,7 +173,7 @@ def _classes(labels: Mapping[str, Sequence[Any]]) -> list[str]:
     found = {name: set(map(str, values)) for name, values in labels.items()}
     one, *others = found.values()
     if others and one != others[0]:
-        only = {name: sorted(classes - set.intersection(*found.values())) for name, classes in found.items()}
+        only = {name: sorted(classes - (one & others[0])) for name, classes in found.items()}
         parts = [f"only the {name} has {', '.join(classes[:5])}" for name, classes in only.items() if classes]
         raise DataError(f"source, target: their classes differ: {'; '.join(parts)}")
     if len(one) < 2:

@@ -118,6 +118,15 @@ def test_a_name_of_the_senders(argument, name, received, try_all):
     received.intact()
 
 
+@pytest.mark.parametrize("name", ["notes.evil", "os.system"])
+def test_a_tokenizer_of_the_senders(name, received, try_all):
+    arguments = {"name": "vectors.txt", "tokenizer": name}
+    received.model["init_args"]["backbone"] = {"class_path": "tl_modules.WordVectors", "init_args": arguments}
+    received.write()
+    assert any(f"names {name}" in error for error in try_all(commands=("test",)))
+    received.intact()
+
+
 def test_configs_beside_the_run(received, try_all):
     """The parser takes the path of a file for what the file says."""
     evil = {"methods": [{"class_path": NAME}], "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}}

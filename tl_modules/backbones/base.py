@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,10 @@ PretrainedWeights = str | Path | None
 CARRIED = "backbone._extra_state"  # the key in a checkpoint of a module
 
 
+# of each module, since a method may ask for its state in every step
+_bytes: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
 class CarriesText(nn.Module):
     """What a backbone needs beside its tensors, e.g. a tokenizer: checkpoints carry it as JSON in a tensor of bytes.
 
@@ -36,11 +41,14 @@ class CarriesText(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """`carried` as bytes; a tensor, since whatever reads a state dict expects such."""
-        return torch.frombuffer(bytearray(json.dumps(self.carried).encode()), dtype=torch.uint8)
+        if self not in _bytes:
+            _bytes[self] = torch.frombuffer(bytearray(json.dumps(self.carried).encode()), dtype=torch.uint8)
+        return _bytes[self]
 
     def set_extra_state(self, state: Tensor) -> None:
         """Sets `carried`."""
         self.carried = json.loads(state.cpu().numpy().tobytes())
+        _bytes[self] = state.cpu()
 
 
 class Backbone(BaseBackbone):
@@ -61,7 +69,7 @@ class Backbone(BaseBackbone):
         pruned: Whether its layers are smaller than its arguments say, as pruning has left them.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
-        decided_by_schema: The arguments whose None `bind_schema` replaces; a run's config has what they became.
+        decided_by_schema: The arguments whose None the schema or a file decides; a run's config has what they became.
         bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 

@@ -34,5 +34,5 @@ class SequencePooling(nn.Module):
         if self.score is None:
             return (values * inside).sum(1) / inside.sum(1).clamp(min=1)
         lowest = -1e4  # and not -inf, whose softmax over an empty sequence is NaN
-        weights = self.score(values).masked_fill(~inside, lowest).softmax(1) * inside
+        weights: Tensor = self.score(values).masked_fill(~inside, lowest).softmax(1) * inside
         return (weights * values).sum(1)

@@ -1,7 +1,9 @@
 """What backbones of texts have in common, and the smallest: an average of pretrained word vectors.
 
-texts -> words -> their numbers (in the loader's workers) -> vectors -> weighted mean
-                  Padded (B, L)                              Padded (B, L, D)   (B, D)
+    texts -> words -> their numbers (in the loader's workers) -> vectors -> weighted mean
+                      Padded (B, L)                              Padded (B, L, D)   (B, D)
+
+What cuts a text into words is any function; the rest is the same for all languages.
 """
 
 from __future__ import annotations
@@ -160,7 +162,8 @@ class WordVectors(TextBackbone):
             words, vectors = read_vectors(name, max_words, None if vocabulary is None else _occurring(vocabulary, cut))
         if weights is None:
             nn.init.normal_(vectors[1:])
-        self.model = nn.ModuleDict({"vectors": nn.Embedding.from_pretrained(vectors, freeze=False)})
+        table = nn.Embedding.from_pretrained(vectors, freeze=False)  # type: ignore[no-untyped-call]
+        self.model = nn.ModuleDict({"vectors": table})
         self.carried = {"words": words, "width": vectors.shape[1]}
         if weights == "DEFAULT":
             self.pretrained = Pretrained(str(name), {})
@@ -191,14 +194,14 @@ class WordVectors(TextBackbone):
             raise UserError("WordVectors takes texts, and these inputs are none; take data such as TextFiles")
         vectors = self.model["vectors"](x.values)
         if self.sif is not None:
-            vectors = vectors * self._counts(x.values)[..., None].to(vectors.dtype)
+            vectors = vectors * self._counts(x.values, self.sif)[..., None].to(vectors.dtype)
         return x.replace(vectors)
 
-    def _counts(self, numbers: Tensor) -> Tensor:
+    def _counts(self, numbers: Tensor, a: float) -> Tensor:
         """Gives the weight a / (a + p(w)) of words by their number, which is their rank."""
         total = len(self.prepare.words)
         harmonic = torch.arange(1, total + 1, dtype=torch.float64).reciprocal().sum().item()
-        return self.sif / (self.sif + 1 / (numbers.clamp(min=1) * harmonic))  # type: ignore[operator]
+        return a / (a + 1 / (numbers.clamp(min=1) * harmonic))
 
     def stages(self) -> list[nn.Module]:
         """The vectors, and what weighs them where that is learnt."""

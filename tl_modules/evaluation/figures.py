@@ -30,6 +30,7 @@ __all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
 PLAYED = 4  # recordings with a player each
+SHOWN_LETTERS = 100  # of a text in the projector
 POINTS = 500  # samples in the embedding projector
 
 
@@ -209,8 +210,13 @@ class _Kept:
             thumbnails = torch.stack(list(images))
         folder = Path(writer.log_dir) / "00000" / f"{split}_features"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
-        shown = [module.name_of(samples.first(y)) for y in samples.unbind(labels)]
-        writer.add_embedding(features, shown, thumbnails, 0, folder.name)
+        shown: list[Any] = [module.name_of(samples.first(y)) for y in samples.unbind(labels)]
+        header = None
+        if isinstance(dataset[rows[0]][0], str):
+            header = ["label", "text"]
+            texts = [" ".join(dataset[row][0].split())[:SHOWN_LETTERS] for row in points]
+            shown = [[name, text] for name, text in zip(shown, texts, strict=True)]
+        writer.add_embedding(features, shown, thumbnails, 0, folder.name, header)
         writer.flush()
 
 

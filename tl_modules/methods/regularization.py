@@ -116,7 +116,8 @@ class DELTA(WithPretrainedCopy):
         view = target or source
         assert view is not None
         with torch.no_grad():
-            before = stage_outputs(self.start, self.start, view.x)
+            run = self.before if module.uses_pooled_features else self.start  # a learnt pooling is in the last stage
+            before = stage_outputs(self.start, run, view.x)
         now = stage_outputs(module.backbone, lambda x: module.forward_extra(x), view.x)
         return torch.stack([F.mse_loss(a, b) for a, b in zip(now, before, strict=True)]).sum() / 2
 

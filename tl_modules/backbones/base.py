@@ -36,6 +36,7 @@ class Backbone(BaseBackbone):
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
         pruned: Whether its layers are smaller than its arguments say, as pruning has left them.
+        closed: How many of its stages, from the input, no strategy opens.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
         decided_by_schema: The arguments whose None `bind_schema` replaces; a run's config has what they became.
@@ -50,6 +51,7 @@ class Backbone(BaseBackbone):
     pretrained: Pretrained | None = None
     random: bool = False
     pruned: bool = False
+    closed: int = 0
     data_defaults: Mapping[str, Any] = {}
     decided_by_schema: tuple[str, ...] = ()
     bf16_devices: tuple[str, ...] = ()

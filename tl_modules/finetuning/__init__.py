@@ -2,4 +2,5 @@
 
 from tl_modules.finetuning.base import *
 from tl_modules.finetuning.freezing import *
+from tl_modules.finetuning.lora import *
 from tl_modules.finetuning.optimizer import *

@@ -1,0 +1,200 @@
+"""Tables from files of any usual format, by polars: `read_frame` is the one place that opens them.
+
+file -> delimiter and header (of text) -> typed columns; an empty cell is null
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datamodules.errors import DataError
+
+if TYPE_CHECKING:
+    from polars import DataFrame, LazyFrame
+
+MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # what stands for no number, date or label
+DELIMITERS = "\t;|,"  # the first that cuts all lines alike; a decimal comma does so too, and comes last
+UNCUT = "\x1f"  # in a file of one column nothing is cut
+EXAMINED = 100  # rows by which a text file's form is decided
+
+
+def read_frame(path: Path, where: str) -> DataFrame:
+    """Reads CSV, TSV and other delimited text, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
+
+    The suffix says which; any that is not of these is text. Of text, delimiter (tab, semicolon, bar, comma) and header
+    are found by its first lines: a header is text above numbers or dates, or, where all is text, a first line without
+    a number whose cells do not come again below them. Without a header the names are "0", "1", ... Cells are stripped,
+    and an empty one is null; where all others of a column are numbers, dates, or true and false, NA, ? and the like
+    (`MISSING`) are null too.
+
+    Args:
+        path: The file.
+        where: What messages call it, e.g. "target: wine.csv".
+
+    Raises:
+        DataError: polars is not installed, or the file cannot be read, is empty, has two columns of one name or a line
+            of another number of cells.
+    """
+    frame: DataFrame = scan_frame(path, where).collect()
+    return frame
+
+
+def scan_frame(path: Path, where: str) -> LazyFrame:
+    """The same without reading it all: a query that polars runs, in batches where it is asked to."""
+    kind = path.suffix.lower()
+    try:
+        import polars
+
+        if kind in (".jsonl", ".ndjson"):
+            frame = polars.scan_ndjson(path, infer_schema_length=None)
+        elif kind == ".parquet":
+            frame = polars.scan_parquet(path)
+        elif kind in (".arrow", ".feather", ".ipc"):
+            frame = polars.scan_ipc(path)
+        elif kind in (".xlsx", ".xls", ".xlsb", ".ods"):
+            frame = polars.read_excel(path, infer_schema_length=None).lazy()
+        else:
+            frame = _scan_text(path, where)
+        columns = frame.collect_schema()
+        if not columns or frame.limit(1).collect().is_empty():
+            raise DataError(f"{where} has no rows")
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} cannot be read as a table (no UTF-8 text, byte {error.start}); save it so") from error
+    except ModuleNotFoundError as error:
+        raise DataError(f"{where}: it takes {error.name}: pip install 'lightning-transfer[tables]'") from error
+    except Exception as error:  # of polars, or of what it reads Excel by
+        raise DataError(f"{where} cannot be read as a table ({(str(error) or 'empty').splitlines()[0]})") from error
+    return frame
+
+
+def _scan_text(path: Path, where: str) -> LazyFrame:
+    import polars
+
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        head = file.read(1 << 20)
+    separator = _delimiter(head)
+    rows = list(islice(_cut(head.splitlines(keepends=True), separator), EXAMINED))
+    if not rows:
+        raise DataError(f"{where} has no rows")
+    header = _is_header(rows[0], rows[1:])
+    names = (
+        [cell or str(place) for place, cell in enumerate(rows[0])] if header else list(map(str, range(len(rows[0]))))
+    )
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise DataError(f"{where} has {count} columns of the name {name}; rename or remove all but one")
+    blank = _check_lines(path, separator, len(names), where)
+    decimal_comma = separator == ";" and any(_is_number(c.replace(",", ".")) for row in rows for c in row if "," in c)
+    frame = polars.scan_csv(
+        path,
+        separator=separator,
+        has_header=header,
+        new_columns=names,
+        infer_schema_length=None,
+        try_parse_dates=True,
+        decimal_comma=decimal_comma,
+    )
+    return _typed(frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame)
+
+
+def _cut(lines: Any, separator: str) -> Any:
+    """The rows of text that are not empty, with stripped cells."""
+    for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
+        if row:
+            yield [cell.strip() for cell in row]
+
+
+def _delimiter(head: str) -> str:
+    """What cuts most of the first lines into equally many cells, more than one."""
+    shares = {}
+    for mark in DELIMITERS:
+        widths = Counter(map(len, islice(_cut(head.splitlines(keepends=True), mark), EXAMINED)))
+        width, lines = widths.most_common(1)[0] if widths else (0, 0)
+        shares[mark] = lines / widths.total() if width > 1 else 0.0
+    best = max(shares, key=shares.__getitem__)
+    return best if shares[best] else UNCUT
+
+
+def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether a first line names the columns of those below it."""
+    columns = [[row[place] for row in rows if place < len(row)] for place in range(len(first))]
+    for name, column in zip(first, columns, strict=True):
+        values = [cell for cell in column if cell not in MISSING]
+        if values and all(map(_is_number, values)) and name not in MISSING and not _is_number(name):
+            return True
+    again = any(name and name in column for name, column in zip(first, columns, strict=True))
+    return not again and not any(map(_is_number, first)) and any(first)
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell is a number or a date."""
+    try:
+        float(cell)
+    except ValueError:
+        try:
+            datetime.fromisoformat(cell)
+        except ValueError:
+            return False
+    return True
+
+
+def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
+    """Names a line of another number of cells, which polars would fill up; says whether there are empty lines."""
+    mark, blank, odd = separator.encode(), False, False
+    with path.open("rb") as file:
+        for line in file:
+            if line.isspace():
+                blank = True
+            elif line.count(mark) != width - 1:
+                odd = True  # or a delimiter or a line's end within quotes
+                break
+    if odd:
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.reader(text, delimiter=separator, skipinitialspace=True)
+            for row in reader:
+                blank |= not row
+                if row and len(row) != width:
+                    raise DataError(
+                        f"{where} line {reader.line_num} has {len(row)} cells, not {width} as the lines before"
+                    )
+    return blank
+
+
+def _typed(frame: LazyFrame) -> LazyFrame:
+    """Text columns stripped, and as numbers, dates or booleans where all that is not missing is one."""
+    import polars
+    from polars import col
+
+    texts = [name for name, kind in frame.collect_schema().items() if kind == polars.String]
+    plain = {name: col(name).str.strip_chars().replace("", None) for name in texts}
+    tries = {name: _tries(text.replace(dict.fromkeys(MISSING))) for name, text in plain.items()}
+    lost = frame.select(
+        (text.is_in(MISSING).not_() & value.is_null()).any().alias(f"{name}/{number}")
+        for name, text in plain.items()
+        for number, value in enumerate(tries[name])
+    ).collect(engine="streaming")
+    return frame.with_columns(
+        next((v for n, v in enumerate(tries[name]) if lost[f"{name}/{n}"].item() is False), text).alias(name)
+        for name, text in plain.items()
+    )
+
+
+def _tries(text: Any) -> list[Any]:
+    import polars
+
+    return [
+        text.cast(polars.Int64, strict=False),
+        text.cast(polars.Float64, strict=False),
+        text.str.to_lowercase().replace_strict(
+            {"true": True, "false": False}, default=None, return_dtype=polars.Boolean
+        ),
+        text.str.to_date("%Y-%m-%d", strict=False),  # to guess the form of each cell takes seconds
+    ]

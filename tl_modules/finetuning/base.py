@@ -22,7 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tl_modules.batch.compat import BatchNorm, finds_unused_parameters
-from tl_modules.batch.protocol import BaseTransferModule
+from tl_modules.batch.protocol import BaseBackbone, BaseTransferModule
 from tl_modules.errors import UserError
 
 __all__ = ["FineTuning"]
@@ -178,7 +178,7 @@ class FineTuning:
         module.backbone.train(module.training and len(trainable) == len(stages))
         if len(stages) > len(module.backbone.stages()):  # a pretrained head, whose parts in no stage are new
             module.head.train(module.training)
-        for part in new_parts(module):
+        for part in new_parts(module.backbone):
             part.train(module.training)
         for number, stage in enumerate(stages):
             stage.train(number in trainable and module.training)
@@ -205,7 +205,7 @@ class FineTuning:
         # methods also hold networks that never train (a teacher, a copy of the pretrained one)
         methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
         new = [("head", list(module.head.parameters())), ("bottleneck", list(module.bottleneck.parameters()))]
-        new += [("fusion", new_parameters(module))]
+        new += [("fusion", new_parameters(module.backbone))]
         for name, parameters in (*new, *methods):
             own = [p for p in parameters if id(p) not in seen]
             seen |= {id(p) for p in own}
@@ -226,7 +226,7 @@ class FineTuning:
         for number, stage in enumerate(stages):
             for tensor in (*stage.parameters(), *stage.buffers()):
                 stage_of.setdefault(id(tensor), number)
-        new = {id(p) for p in new_parameters(module)}
+        new = {id(p) for p in new_parameters(module.backbone)}
         head_is_frozen = not any(p.requires_grad for p in module.head.parameters())
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -252,16 +252,16 @@ class FineTuning:
         return {name: p.detach() for name, p in module.named_parameters() if id(p) in frozen}
 
 
-def new_parameters(module: BaseTransferModule) -> list[nn.Parameter]:
-    """Lists the parameters of the backbone that are in no stage: they are new."""
-    staged = {id(p) for stage in module.backbone.stages() for p in stage.parameters()}
-    return [p for p in module.backbone.parameters() if id(p) not in staged]
+def new_parameters(backbone: BaseBackbone) -> list[nn.Parameter]:
+    """Lists the parameters of a backbone that are in no stage: they are new."""
+    staged = {id(p) for stage in backbone.stages() for p in stage.parameters()}
+    return [p for p in backbone.parameters() if id(p) not in staged]
 
 
-def new_parts(module: BaseTransferModule) -> list[nn.Module]:
-    """Lists the modules of the backbone that hold such parameters and no others."""
-    new = {id(p) for p in new_parameters(module)}
-    held = [(part, {*map(id, part.parameters())}) for part in module.backbone.modules()] if new else []
+def new_parts(backbone: BaseBackbone) -> list[nn.Module]:
+    """Lists the modules of a backbone that hold such parameters and no others."""
+    new = {id(p) for p in new_parameters(backbone)}
+    held = [(part, {*map(id, part.parameters())}) for part in backbone.modules()] if new else []
     return [part for part, own in held if own and own <= new]
 
 

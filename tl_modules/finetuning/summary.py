@@ -26,7 +26,7 @@ def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
     for column in ("part", "parameters", "trains", "peak lr"):
         shown.add_column(column, justify="right" if column in ("parameters", "peak lr") else "left")
     parts: dict[str, nn.Module] = {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
-    parts["fusion"] = nn.ParameterList(new_parameters(module))
+    parts["fusion"] = nn.ParameterList(new_parameters(module.backbone))
     parts |= {"bottleneck": module.bottleneck, "head": module.head} | dict(module.named_methods())
     # what a module has beside these, e.g. a generator or a teacher
     parts |= {n: each for n, each in module.named_children() if n not in {*parts, "backbone", "methods"}}

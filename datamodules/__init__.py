@@ -6,6 +6,7 @@ from datamodules.digits import Digits
 from datamodules.domain_folders import DomainFolders
 from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
+from datamodules.paired import Paired
 from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
 from datamodules.tabular import TabularData
 
@@ -24,6 +25,7 @@ __all__ = [
     "ImageArrays",
     "ImageFolders",
     "NoShift",
+    "Paired",
     "Rotation",
     "Shift",
     "Shifted",

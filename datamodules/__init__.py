@@ -9,6 +9,7 @@ from datamodules.image import ImageArrays, ImageFolders
 from datamodules.paired import Paired
 from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
 from datamodules.tabular import TabularData
+from datamodules.text import TextFiles
 
 # earlier names, which a config may hold
 Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
@@ -32,5 +33,6 @@ __all__ = [
     "SpuriousColour",
     "Tables",
     "TabularData",
+    "TextFiles",
     "TransferDataModule",
 ]

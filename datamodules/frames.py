@@ -30,8 +30,8 @@ def read_frame(path: Path, where: str) -> DataFrame:
     The suffix says which; any that is not of these is text. Of text, delimiter (tab, semicolon, bar, comma) and header
     are found by its first lines: a header is text above numbers or dates, or, where all is text, a first line without
     a number whose cells do not come again below them. Without a header the names are "0", "1", ... Cells are stripped,
-    and an empty one is null; where all others of a column are numbers, dates, or true and false, NA, ? and the like
-    (`MISSING`) are null too.
+    and an empty one is null; where all others of a column are numbers, ISO dates, or true and false, NA, ? and the
+    like (`MISSING`) are null too.
 
     Args:
         path: The file.
@@ -99,7 +99,6 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         has_header=header,
         new_columns=names,
         infer_schema_length=None,
-        try_parse_dates=True,
         decimal_comma=decimal_comma,
     )
     return _typed(frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame)
@@ -196,5 +195,6 @@ def _tries(text: Any) -> list[Any]:
         text.str.to_lowercase().replace_strict(
             {"true": True, "false": False}, default=None, return_dtype=polars.Boolean
         ),
-        text.str.to_date("%Y-%m-%d", strict=False),  # to guess the form of each cell takes seconds
+        text.str.to_date("%Y-%m-%d", strict=False),  # polars' own guess takes seconds
+        text.str.replace("T", " ", literal=True).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False),
     ]

@@ -43,24 +43,31 @@ class Unlabelled(TransferDataModule):
             shape = (len(y), 5) if self.kind == "vector" else (len(y), 1, 12, 12)
             x = generator.normal(size=shape) * 0.3 + y.reshape(-1, *(1,) * (len(shape) - 1)) + 0.5 * number
             x = (x * 40 + 40).clip(0, 255).astype(np.uint8) if self.kind != "vector" else x.astype(np.float32)
+            rows = generator.normal(size=(len(y), 5)) + y[:, None]
             y = y if self.labels is None else self.labels(y)
             y = torch.from_numpy(y if self.class_names else y.astype(np.float32))
             found[name] = TensorDataset(torch.from_numpy(x), y)
             if self.kind == "pair":
-                rows = torch.from_numpy(generator.normal(size=(len(y), 5)).astype(np.float32)) + y[:, None]
-                found[name] = [({"image": i, "row": r}, label) for i, r, label in zip(x, rows, y, strict=True)]
+                rows = torch.from_numpy(rows.astype(np.float32))
+                pairs = [{"image": image, "row": row} for image, row in zip(torch.from_numpy(x), rows, strict=True)]
+                pairs[1]["image"] = pairs[2]["row"] = None
+                found[name] = list(zip(pairs, y, strict=True))
         return found
+
+
+def backbone_of(kind, weights=None):
+    """A small backbone."""
+    if kind == "pair":
+        return SeveralBackbones({"image": ConvNet(4), "row": TabularMLP(5, [8, 8])}, weights=weights)
+    return ConvNet(4, weights) if kind == "image" else TabularMLP(5, [8, 8], weights=weights)
 
 
 def build(pretraining, kind="image", schema=None, **kwargs):
     """A pretraining of a small backbone; the same in every call."""
     seed_everything(0, verbose=False)
-    backbone = TabularMLP(5, [8, 8]) if kind == "vector" else ConvNet(4)
-    if kind == "pair":
-        backbone = SeveralBackbones({"image": backbone, "row": TabularMLP(5, [8, 8])})
     options = SMALL.get(pretraining, {}) if kind == "image" else {}
     return pretraining(
-        backbone, schema={"y": {"classes": ["a", "b", "c"]}} if schema is None else schema, **options, **kwargs
+        backbone_of(kind), schema={"y": {"classes": ["a", "b", "c"]}} if schema is None else schema, **options, **kwargs
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load_weights, read_weights
@@ -18,6 +20,27 @@ from tl_modules.errors import UserError
 __all__ = ["Backbone"]
 
 PretrainedWeights = str | Path | None
+CARRIED = "backbone._extra_state"  # the key in a checkpoint of a module
+
+
+class CarriesText(nn.Module):
+    """What a backbone needs beside its tensors, e.g. a tokenizer: checkpoints carry it as JSON in a tensor of bytes.
+
+    It comes before the tensors of the network, whose shapes may depend on it; also with `weights` of a run.
+
+    Attributes:
+        carried: Plain data, which is also set.
+    """
+
+    carried: Any
+
+    def get_extra_state(self) -> Tensor:
+        """`carried` as bytes; a tensor, since whatever reads a state dict expects such."""
+        return torch.frombuffer(bytearray(json.dumps(self.carried).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Sets `carried`."""
+        self.carried = json.loads(state.cpu().numpy().tobytes())
 
 
 class Backbone(BaseBackbone):
@@ -108,6 +131,10 @@ class Backbone(BaseBackbone):
         else:
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
         self.pruned = self.pretrained.pruned
-        load_weights(self.model, self.pretrained, strict, f"{kind} {self.name}".strip())
+        state = dict(self.pretrained.state)
+        carried = state.pop(CARRIED, None)
+        if carried is not None and isinstance(self, CarriesText):
+            self.set_extra_state(carried)
+        load_weights(self.model, replace(self.pretrained, state=state), strict, f"{kind} {self.name}".strip())
         head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

@@ -1,4 +1,4 @@
-"""A foreign classifier in parts: its last layer taken out, the rest divided into stages."""
+"""A foreign network in parts: a classifier's last layer taken out, the rest divided into stages."""
 
 from __future__ import annotations
 
@@ -105,3 +105,17 @@ def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
     collect(model, "")
     stages: list[nn.Module] = [nn.ModuleList(parts[number]) for number in sorted(parts)]
     return [stage for stage in stages if next(stage.parameters(), None) is not None]
+
+
+def layer_stages(model: nn.Module) -> list[nn.Module]:
+    """Stages of an encoder: what comes before its largest list of layers, then each layer; the last with what follows.
+
+    Raises:
+        ValueError: It has no list of layers.
+    """
+
+    def weight(item: tuple[str, nn.Module]) -> int:
+        return sum(p.numel() for p in item[1].parameters())
+
+    name, layers = max(((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)), key=weight)
+    return stages_by_name(model, {f"{name}.{number}": number + 1 for number in range(len(layers))} | {"": 0})

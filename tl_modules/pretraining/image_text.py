@@ -72,7 +72,6 @@ class CLIP(Pretraining):
 
         super().__init__(backbone, head=head, **kwargs)
         self.prompt, self.chosen_classes = prompt, classes
-        self.monitor = ("val/loss", "min")
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
         """The cross-entropy of both directions."""

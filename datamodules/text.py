@@ -1,0 +1,364 @@
+"""Texts with labels, from tables, folders and zip files."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datamodules.base import TransferDataModule
+from datamodules.domain_folders import check_known
+from datamodules.errors import DataError
+from datamodules.frames import read_frame
+from datamodules.image import check_fractions
+from datamodules.paths import expand_path
+from datamodules.splits import SPLIT_NAMES, complete_splits, content_hash
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
+NO_TEXTS = ("README", "LICENSE", "LICENCE")  # what files beside the texts begin with
+
+
+class Texts(Dataset[Any]):
+    """Texts in memory.
+
+    Attributes:
+        targets: The labels, class numbers or real values.
+        ids: A name for each.
+        groups: Of each, or None.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], targets: np.ndarray[Any, Any], ids: list[str], groups: list[str] | None
+    ) -> None:
+        self.texts, self.targets, self.ids, self.groups = texts, targets, ids, groups
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def fingerprint(self) -> str:
+        """What names its contents."""
+        return content_hash(self.targets, *self.texts)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        return self.texts[index], self.targets[index]
+
+
+class TextFiles(TransferDataModule):
+    """Texts and their labels, for either domain.
+
+        FILE.csv .tsv .jsonl .parquet ...        a table with columns `text` and `label`
+        DIR/train.csv val.csv test.csv           a table for each split
+        DIR/<class>/*.txt                        a folder a class, a file a text
+        DIR/name.<class> or DIR/<class>.txt      a file a class, a line a text; parts that all names share are left out
+        DIR/train/... DIR/val/... DIR/test/...   folders or files of classes for each split
+        FILE.zip                                 a zip file of any such folder
+        FILE.txt                                 texts without labels, a line each, for `tl predict`
+
+    Without splits, texts are split in three by the seed. Empty lines, hidden files and those named README or LICENSE
+    are left out.
+
+    Args:
+        target: The target's file or folder; ~ and $VARIABLES are filled in. In Python also a polars or pandas frame or
+            a data set of Hugging Face's `datasets`.
+        source: The source's, likewise; its classes must be the target's.
+        text: The column of the texts.
+        label: The column of the labels. None: there are none, as in `tl predict`.
+        group: A column whose rows of one value no split tears apart, e.g. an author.
+        kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
+        classes: Names of the classes and their order; None gathers them.
+        encoding: Of files that are no tables.
+        val_fraction: Share for validation, where nothing else is said.
+        test_fraction: Share for testing, where nothing else is said.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: A file cannot be read or lacks a column, a text or label is missing, or the domains' classes differ.
+    """
+
+    x_schema: Mapping[str, Any] = {"text": {}}
+
+    def __init__(
+        self,
+        target: Path | str | None = None,
+        source: Path | str | None = None,
+        text: str = "text",
+        label: str | None = "label",
+        group: str | None = None,
+        kind: Literal["classes", "values"] | None = None,
+        classes: list[str] | None = None,
+        encoding: str = "utf-8",
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if target is None and source is None:
+            raise DataError("target: give a file or folder of texts, --data.target PATH (or --data.source PATH)")
+        check_fractions(val_fraction, test_fraction)
+        self.fractions = val_fraction, test_fraction
+        reader = Reader(text, label, group, encoding)
+        self.names = {name: given for name, given in (("source", source), ("target", target)) if given is not None}
+        found = {name: reader.read(given, name) for name, given in self.names.items()}
+        self.labelled_domains = {
+            name: label is not None and all(part.labels is not None for part in parts.values())
+            for name, parts in found.items()
+        }
+        labels = {
+            name: [value for part in parts.values() for value in part.labels or ()]
+            for name, parts in found.items()
+            if self.labelled_domains[name]
+        }
+        if classes is None and label is not None:
+            for name in found.keys() - labels:
+                raise DataError(f"{name}: {self.names[name]} has no labels; give some, or pass --data.label null")
+        real = any(isinstance(value, float) for values in labels.values() for value in values)
+        if kind == "values" or (kind is None and classes is None and (real or label is None)):
+            self.class_names = None
+        else:
+            self.class_names = classes or _classes(labels)
+        self._found = {
+            name: {split: self._texts(part, name) for split, part in parts.items()} for name, parts in found.items()
+        }
+        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+
+    def _texts(self, part: Part, name: str) -> Texts:
+        labels = part.labels if self.labelled_domains[name] else None
+        if self.class_names is None:
+            targets = np.array([_number(v, part, row) for row, v in enumerate(labels or [0.0] * len(part.texts))])
+            return Texts(part.texts, targets.astype(np.float32), part.ids, part.groups)
+        number = {label: place for place, label in enumerate(self.class_names)}
+        for label in dict.fromkeys(map(str, labels or ())):
+            check_known("classes", label, number, "class")
+        targets = np.array([number[str(label)] for label in labels] if labels else [0] * len(part.texts), np.int64)
+        return Texts(part.texts, targets, part.ids, part.groups)
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's texts in each domain."""
+        for name, found in self._found.items():
+            if not self.labelled_domains[name] and not self.would_hide_labels(self._found):
+                raise DataError(f"{name}: {self.names[name]} has no labels, so that only `tl predict` can use it")
+            if name not in self._splits:
+                stratified = self.stratifies(name, self._found)
+                where = f"{name}: {self.names[name]}"
+                self._splits[name] = complete_splits(found, where, *self.fractions, self.seed, stratified)
+            if split not in self._splits[name]:
+                raise DataError(f"{name}: {self.names[name]} has no {split} split")
+        return {name: splits[split] for name, splits in self._splits.items()}
+
+    def predict_dataloader(self) -> Any:
+        """The target's test split, or all its texts where nothing is said of splits."""
+        whole = self._found.get("target", {}).get("unsplit")
+        if whole is not None:
+            self._domains["test"] = {"target": whole}
+        return super().predict_dataloader()
+
+
+def _classes(labels: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The names of the classes, numbers by their size; refuses domains that differ."""
+    found = {name: set(map(str, values)) for name, values in labels.items()}
+    one, *others = found.values()
+    if others and one != others[0]:
+        only = {name: sorted(classes - set.intersection(*found.values())) for name, classes in found.items()}
+        parts = [f"only the {name} has {', '.join(classes[:5])}" for name, classes in only.items() if classes]
+        raise DataError(f"source, target: their classes differ: {'; '.join(parts)}")
+    if len(one) < 2:
+        raise DataError(f"label: all texts have the label {', '.join(one)}; classification needs at least two classes")
+    try:
+        return sorted(one, key=float)
+    except ValueError:
+        return sorted(one)
+
+
+def _number(value: Any, part: Part, row: int) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"{part.where} {part.ids[row]}: its label {value} is no number; mend it, or pass --data.kind classes"
+        )
+    return number
+
+
+@dataclass
+class Part:
+    """Texts of a file or folder.
+
+    Attributes:
+        where: Of what domain and file, for messages.
+        texts: N texts.
+        labels: Of each, text or a number; None: there are none.
+        ids: A name for each.
+        groups: Of each, or None.
+    """
+
+    where: str
+    texts: list[str]
+    labels: list[Any] | None
+    ids: list[str]
+    groups: list[str] | None = None
+
+
+@dataclass
+class Reader:
+    """Reads what holds texts.
+
+    Attributes:
+        text: The column of the texts.
+        label: That of the labels, or None.
+        group: That of the groups, or None.
+        encoding: Of files that are no tables.
+    """
+
+    text: str
+    label: str | None
+    group: str | None
+    encoding: str
+
+    def read(self, given: Any, name: str) -> dict[str, Part]:
+        """The texts of a domain by split, or all under "unsplit".
+
+        Raises:
+            DataError: They cannot be read.
+        """
+        if not isinstance(given, str | Path):
+            frame = given.to_polars() if hasattr(given, "to_polars") else given
+            if hasattr(frame, "to_dict") and not hasattr(frame, "get_column"):  # pandas
+                import polars
+
+                frame = polars.from_pandas(frame)
+            return {"unsplit": self._of_frame(frame, name)}
+        path = expand_path(given, name)
+        assert path is not None
+        where = f"{name}: {path}"
+        if path.suffix.lower() == ".zip":
+            try:
+                with zipfile.ZipFile(path) as file:
+                    return self._of_tree(zipfile.Path(file), where)
+            except zipfile.BadZipFile as error:
+                raise DataError(f"{where} cannot be read as a zip file ({error})") from error
+        if path.is_dir():
+            return self._of_tree(path, where)
+        if path.suffix.lower() == ".txt":
+            return {"unsplit": self._of_files({"": [path]}, where, lines=True)}
+        return {"unsplit": self._of_frame(read_frame(path, where), where)}
+
+    def _of_frame(self, frame: Any, where: str) -> Part:
+        columns: list[str] = list(frame.columns)
+        check_known("text", self.text, columns, "column")
+        texts = frame.get_column(self.text).to_list()
+        ids = [str(row) for row in range(len(texts))]
+        labels = frame.get_column(self.label).to_list() if self.label in columns else None
+        groups = None
+        if self.group is not None:
+            check_known("group", self.group, columns, "column")
+            groups = list(map(str, frame.get_column(self.group).to_list()))
+        for what, values in (("text", texts), ("label", labels or ())):
+            for row, value in enumerate(values):
+                if value is None:
+                    raise DataError(f"{where} row {row} has no {what}; fill it in or remove the row")
+        return Part(where, list(map(str, texts)), labels, ids, groups)
+
+    def _of_tree(self, root: Any, where: str) -> dict[str, Part]:
+        while len(inner := _visible(root)) == 1 and inner[0].is_dir():
+            root = inner[0]  # as zip files have one
+        tables = {entry.name.rpartition(".")[0]: entry for entry in inner if _suffix(entry) in TABLES}
+        folders = {entry.name: entry for entry in inner if entry.is_dir()}
+        read, parts = (self._of_table, tables) if tables else (self._of_classes, folders)
+        found: dict[str, Part] = {}
+        for split, names in SPLIT_NAMES.items():
+            for name in names:
+                if name in parts and split in found:
+                    raise DataError(f"{where} has {' and '.join(n for n in names if n in parts)}; keep one")
+                if name in parts:
+                    found[split] = read(parts[name], where)
+        if not found and len(tables) == 1:
+            return {"unsplit": self._of_table(next(iter(tables.values())), where)}
+        if not found and tables:
+            raise DataError(
+                f"{where} has tables {', '.join(tables)}; name one of them, or call them train, val and test"
+            )
+        return found or {"unsplit": self._of_classes(root, where)}
+
+    def _of_table(self, entry: Any, where: str) -> Part:
+        inside = f"{where}/{entry.name}"
+        if isinstance(entry, Path):
+            return self._of_frame(read_frame(entry, inside), inside)
+        with TemporaryDirectory() as folder:  # of a zip file
+            path = Path(folder, entry.name)
+            path.write_bytes(entry.read_bytes())
+            return self._of_frame(read_frame(path, inside), inside)
+
+    def _of_classes(self, folder: Any, where: str) -> Part:
+        entries = _visible(folder)
+        classes = {entry.name: list(_files(entry)) for entry in entries if entry.is_dir()}
+        if classes:
+            for name, files in classes.items():
+                if not files:
+                    raise DataError(f"{where}: class {name} is empty: there is no text in {folder.name}/{name}")
+            return self._of_files(classes, where, lines=False)
+        if not entries:
+            raise DataError(f"{where} has no texts; it needs a folder or a file for each class")
+        names = [entry.name.split(".") for entry in entries]
+        # name.pos and name.neg, or pos.txt and neg.txt: what tells them apart is the class
+        same = [len(set(part)) == 1 for part in zip(*names, strict=False)]
+        own = [".".join(p for n, p in enumerate(name) if n >= len(same) or not same[n]) for name in names]
+        return self._of_files({name: [entry] for name, entry in zip(own, entries, strict=True)}, where, lines=True)
+
+    def _of_files(self, classes: Mapping[str, Sequence[Any]], where: str, lines: bool) -> Part:
+        """Texts of files by class: a file is one text, or each of its lines."""
+        if self.group is not None:
+            raise DataError(f"group: {where} is no table, so there is no column {self.group}")
+        part = Part(where, [], None if len(classes) == 1 else [], [])
+        for label, files in classes.items():
+            for file in files:
+                texts = self._decode(file, where)
+                found = {f"{file.name}:{n}": line for n, line in enumerate(texts.splitlines(), 1)} if lines else {}
+                if not lines:
+                    found[f"{label}/{file.name}"] = texts
+                kept = {name: text.strip() for name, text in found.items() if text.strip() or not lines}
+                part.texts += kept.values()
+                part.ids += kept
+                if part.labels is not None:
+                    part.labels += [label] * len(kept)
+        if not part.texts:
+            raise DataError(f"{where} has no texts")
+        return part
+
+    def _decode(self, file: Any, where: str) -> str:
+        raw: bytes = file.read_bytes()
+        try:
+            return raw.decode(self.encoding)
+        except LookupError as error:
+            raise DataError(f"encoding: Python knows no {self.encoding}") from error
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise DataError(
+                f"{where}: {file.name} line {line} is no {self.encoding}; pass --data.encoding, e.g. latin-1"
+            ) from error
+
+
+def _visible(folder: Any) -> list[Any]:
+    """What is in a folder, without what is no text, in the order of the names."""
+    entries = [e for e in folder.iterdir() if not e.name.startswith((".", "__MACOSX", *NO_TEXTS))]
+    return sorted(entries, key=lambda entry: str(entry.name))
+
+
+def _files(folder: Any) -> Iterator[Any]:
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _files(entry)
+        else:
+            yield entry
+
+
+def _suffix(entry: Any) -> str:
+    return "" if entry.is_dir() else Path(entry.name).suffix.lower()

@@ -76,7 +76,7 @@ class SeveralBackbones(Backbone):
         for name in carries or ():
             if name in parts:
                 raise UserError(f"carries: {name} has a part that reads it; leave it out")
-        self.model = nn.ModuleDict(parts)
+        self.model: nn.ModuleDict = nn.ModuleDict({"parts": nn.ModuleDict(parts)})
         self.fusion_kind, self.fused, self.drop, self.carries = fusion, width, drop, list(carries or ())
         self.given = weights, strict
         with suppress(AttributeError):  # a part that the schema builds has no width yet
@@ -85,7 +85,7 @@ class SeveralBackbones(Backbone):
     @property
     def parts(self) -> dict[str, Backbone]:
         """The backbone of each input, by its name."""
-        return dict(self.model.items())  # type: ignore[arg-type]
+        return dict(self.model["parts"].items())  # type: ignore[operator]
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Lets each part learn what its input is.
@@ -99,14 +99,14 @@ class SeveralBackbones(Backbone):
         for name, part in self.parts.items():
             part.bind_schema(x.get(name, {}))
         self.kinds = {name: dict(x.get(name, {})) for name in self.parts}
-        if not hasattr(self, "fusion"):
+        if "fusion" not in self.model:
             self._build()
         self.prepare = Each({name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries)
 
     def _build(self) -> None:
         widths = {name: part.width for name, part in self.parts.items()}
-        self.fusion = Fusion(widths, self.fusion_kind, self.fused, self.drop)
-        self.out_features = self.fusion.out_features
+        fusion = Fusion(widths, self.fusion_kind, self.fused, self.drop)
+        self.model["fusion"], self.out_features = fusion, fusion.out_features
         self.kinds: dict[str, Any] = {name: {} for name in self.parts}
         self.prepare = Each({name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries)
         self.data_defaults = next((p.data_defaults for p in self.parts.values() if p.data_defaults), {})
@@ -120,7 +120,7 @@ class SeveralBackbones(Backbone):
         for name, part in self.parts.items():
             prepared, present[name] = x[name] if isinstance(x[name], tuple) else self._late(name, x[name])
             vectors[name] = part.pooled_features(part(prepared))
-        fused: Tensor = self.fusion(vectors, present)
+        fused: Tensor = self.model["fusion"](vectors, present)
         return fused
 
     def _late(self, name: str, raw: list[Any]) -> Any:

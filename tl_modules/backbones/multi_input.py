@@ -165,11 +165,12 @@ class SeveralBackbones(Backbone):
 class Each:
     """Samples {"image": ..., "text": None, ...} -> {name: (the input as its part prepares it, which samples have it)}.
 
-    Where a sample lacks an input, a copy of another sample's stands for it, and is not looked at.
+    Where a sample lacks an input, an empty one stands for it: a grey image, a blank text, a row of zeros. Its features
+    are not looked at, but a BatchNorm in training sees it.
 
     Args:
         prepares: The `prepare` of each part, by name.
-        kinds: The schema of each input, which says how an empty one looks where a whole batch lacks it.
+        kinds: The schema of each input, which says how an empty one looks.
         carries: Inputs that stay lists of raw samples.
     """
 
@@ -183,21 +184,21 @@ class Each:
 
     def one(self, name: str, raw: Sequence[Any]) -> tuple[Any, Tensor]:
         """Prepares one input of several samples."""
-        other = next((each for each in raw if each is not None), None)
-        other = blank(self.kinds[name]) if other is None else other
-        prepared = self.prepares[name]([other if each is None else each for each in raw])
+        empty = blank(self.kinds[name], next((each for each in raw if each is not None), None))
+        prepared = self.prepares[name]([empty if each is None else each for each in raw])
         return prepared, torch.tensor([each is not None for each in raw])
 
 
-def blank(kind: Mapping[str, Any]) -> Any:
-    """An empty input of a kind of the schema."""
-    if "text" in kind:
-        return ""
+def blank(kind: Mapping[str, Any], like: Any) -> Any:
+    """An empty input of a kind of the schema, of the shape of one that is there, if there is one."""
+    if isinstance(like, Tensor):
+        grey = 0 if "numeric" in kind or like.ndim < 3 else 0.5 if like.is_floating_point() else 127
+        return torch.full_like(like, grey)
     if "numeric" in kind:
         return torch.zeros(len(kind["numeric"]))
     if "audio" in kind:
         return torch.zeros(int(kind["audio"].get("rate", 16000)))
-    return torch.zeros(3, 32, 32, dtype=torch.uint8)
+    return torch.full((3, 32, 32), 127, dtype=torch.uint8) if "image" in kind else " "
 
 
 class Fusion(nn.Module):

@@ -164,6 +164,9 @@ class LoRA(FineTuning):
         for layer in part.modules():
             if id(layer) not in known and next(layer.parameters(recurse=False), None) is not None:
                 layer.of_adapter = True  # type: ignore[assignment]
+            if id(layer) not in known and hasattr(layer, "unload_and_optionally_merge_module"):
+                layer.register_forward_pre_hook(_note_weights)
+                layer.register_forward_hook(_put_back_weights, always_call=True)
 
     def merge(self, module: BaseTransferModule) -> None:
         """Adds the adapters to the weights and takes them out; outputs stay the same but for rounding."""
@@ -215,6 +218,24 @@ def adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(layer, BaseTunerLayer) and not (outer and name.startswith(f"{outer}.")):
             outer = name
             yield name, layer
+
+
+def _merging(layer: Any) -> list[tuple[nn.Module, str]]:
+    """The weights that peft's attention adds its adapters to, and subtracts them from, in each forward."""
+    attention = layer.get_base_layer()
+    return [(attention, "in_proj_weight"), (attention.out_proj.get_base_layer(), "weight")]
+
+
+def _note_weights(layer: Any, *_: Any) -> None:
+    layer.weights_before = [getattr(owner, name) for owner, name in _merging(layer)]
+
+
+def _put_back_weights(layer: Any, *_: Any) -> None:
+    """Puts back the very weights, which rounding would move a little each time."""
+    for (owner, name), weight in zip(_merging(layer), layer.weights_before, strict=True):
+        delattr(owner, name)
+        owner.register_parameter(name, weight)
+    del layer.weights_before
 
 
 def _plain(value: Any) -> Any:

@@ -149,7 +149,11 @@ class Paired(TransferDataModule):
             for field, column in (named | {"image": images[name]}).items():
                 if column is not None and not column.endswith(ARRAYS):
                     check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
-        kinds = {"image": image and {"image": {}}, "text": text and {"text": {}}, "row": numbers and {"numeric": numbers}}
+        kinds = {
+            "image": image and {"image": {}},
+            "text": text and {"text": {}},
+            "row": numbers and {"numeric": numbers},
+        }
         kinds = {name: kind for name, kind in kinds.items() if kind}
         self.x_schema = kinds if len(kinds) > 1 else next(iter(kinds.values()))
         for name in without or ():
@@ -165,7 +169,9 @@ class Paired(TransferDataModule):
             alone = next(iter(columns.values()))
             if len(columns) == 1 and any(cell is None for cell in alone):
                 row = next(n for n, cell in enumerate(alone) if cell is None)
-                raise DataError(f"{self._at(name, row)}: its {next(iter(columns))} is missing, and it has no other input")
+                raise DataError(
+                    f"{self._at(name, row)}: its {next(iter(columns))} is missing, and it has no other input"
+                )
             self.columns[name] = columns
             self._of_split[name] = _split_rows(frame, split, self.paths[name])
             self._of_group[name] = frame[group].to_list() if group else None
@@ -227,7 +233,9 @@ class Paired(TransferDataModule):
         if numbers:
             for column in numbers:
                 if not frame[column].dtype.is_numeric():
-                    raise DataError(f"numbers: column {column} of {self.paths[name]} is {frame[column].dtype}, no numbers")
+                    raise DataError(
+                        f"numbers: column {column} of {self.paths[name]} is {frame[column].dtype}, no numbers"
+                    )
             rows = zip(*(frame[column].to_list() for column in numbers), strict=True)
             found["row"] = [None if None in cells else torch.tensor(cells, dtype=torch.float32) for cells in rows]
         return found

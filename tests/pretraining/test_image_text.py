@@ -48,9 +48,9 @@ def test_the_loss_is_the_cross_entropy_of_both_directions():
 
 @pytest.fixture(scope="module")
 def trained():
-    options = {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.02), "lr_scheduler": None}
+    options = {"optimizer": lambda params: torch.optim.AdamW(params, lr=0.03), "lr_scheduler": None}
     module = build(**options)
-    trainer = fit(module, Shades(batch_size=8), epochs=8)
+    trainer = fit(module, Shades(batch_size=8), epochs=20, check_val_every_n_epoch=20)
     return module, trainer
 
 
@@ -79,7 +79,9 @@ def test_predictions_choose_among_names_that_training_has_not_seen(trained):
     prediction = found[0][0] if isinstance(found[0], tuple | list) else found[0]
     columns = module.prediction_columns(prediction)
     assert columns.keys() == {"label", "p_white", "p_dark sky"}
-    assert all(p + q == pytest.approx(1, abs=1e-5) for p, q in zip(columns["p_white"], columns["p_dark sky"], strict=True))
+    assert all(
+        p + q == pytest.approx(1, abs=1e-5) for p, q in zip(columns["p_white"], columns["p_dark sky"], strict=True)
+    )
     darkest = [label for label, i in zip(columns["label"], range(8), strict=True) if i % 3 == 0]
     assert set(darkest) == {"dark sky"}
     vectors = module.embed(["dark_sky", "dark-sky"])

@@ -95,7 +95,9 @@ class SeveralBackbones(Backbone):
         """
         for name in (*self.parts, *self.carries) if x else ():
             if not isinstance(x.get(name), Mapping):
-                raise UserError(f"parts: the data have no input {name}; they have {short(x)}, one alone or several by name")
+                raise UserError(
+                    f"parts: the data have no input {name}; they have {short(x)}, one alone or several by name"
+                )
         for name, part in self.parts.items():
             part.bind_schema(x.get(name, {}))
         self.kinds = {name: dict(x.get(name, {})) for name in self.parts}

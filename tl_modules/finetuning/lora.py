@@ -70,7 +70,9 @@ class LoRA(FineTuning):
     ) -> None:
         super().__init__(**kwargs)
         if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
-            raise UserError(f"r, alpha, dropout: {r}, {alpha:g} and {dropout:g} must be at least 1, above 0, and in [0, 1)")
+            raise UserError(
+                f"r, alpha, dropout: {r}, {alpha:g} and {dropout:g} must be at least 1, above 0, and in [0, 1)"
+            )
         self.r, self.alpha, self.dropout, self.targets = r, alpha, dropout, targets
         self.kind, self.options, self.opening = kind.upper(), options or {}, opening or Full()
         self.unit = self.opening.unit
@@ -102,7 +104,9 @@ class LoRA(FineTuning):
         Raises:
             UserError: `targets` names none of them.
         """
-        within = {id(m) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention) for m in layer.modules()}
+        within = {
+            id(m) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention) for m in layer.modules()
+        }
         fit = {n: m for n, m in layers.items() if isinstance(m, nn.MultiheadAttention) or id(m) not in within}
         if self.targets is None:
             own = [n for n, m in fit.items() if isinstance(m, nn.MultiheadAttention) or n.split(".")[-1] in QUERY_VALUE]
@@ -205,7 +209,9 @@ class LoRA(FineTuning):
         finally:
             del network.peft_config
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+        save_file(
+            {f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors"
+        )
         (folder / "adapter_config.json").write_text(json.dumps(_plain(config.to_dict()), indent=2) + "\n")
 
 

@@ -61,7 +61,9 @@ class CLIP(Pretraining):
         **kwargs: Any,
     ) -> None:
         if not isinstance(backbone, SeveralBackbones) or len(backbone.parts) != 2 or backbone.fusion_kind != "concat":
-            raise UserError("backbone: CLIP takes SeveralBackbones with two parts, e.g. image and text, and fusion: concat")
+            raise UserError(
+                "backbone: CLIP takes SeveralBackbones with two parts, e.g. image and text, and fusion: concat"
+            )
         if temperature <= 0:
             raise UserError(f"temperature: {temperature} must be above 0")
         if "{}" not in prompt:
@@ -144,7 +146,9 @@ class CLIP(Pretraining):
             UserError: There are none, or no text among the inputs.
         """
         if not self.named_classes or self.text is None:
-            raise UserError("predict: CLIP chooses among names; give --model.classes [a, b], and a text among its inputs")
+            raise UserError(
+                "predict: CLIP chooses among names; give --model.classes [a, b], and a text among its inputs"
+            )
         self.embedded = self.embed(self.named_classes)
 
     def postprocess(self, out: DomainOutput) -> Tensor:

@@ -74,7 +74,6 @@ class ClassSubset(TransferDataModule):
             if UNKNOWN in kept["source"]:
                 raise DataError(f"open_set: the source has a class {UNKNOWN} itself; rename it")
             self.class_names = [*(name for name in names if name in kept["source"]), UNKNOWN]
-        self.x_schema, self.photos = data.x_schema, data.photos
         new = {name: number for number, name in enumerate(self.class_names)}
         # a class of the data -> its number here, for what each domain keeps
         self.numbers = {
@@ -83,6 +82,7 @@ class ClassSubset(TransferDataModule):
         }
         self.data = data
         data.wrapped(self.seed, self.blind)
+        self.x_schema, self.photos = data.x_schema, data.photos  # what is learnt of training rows, after that
         self._kept: dict[tuple[str, int], ClassSubsetDataset] = {}
 
     def wrapped(self, seed: int, blind: bool) -> None:

@@ -174,27 +174,33 @@ def _typed(frame: LazyFrame) -> LazyFrame:
 
     texts = [name for name, kind in frame.collect_schema().items() if kind == polars.String]
     plain = {name: col(name).str.strip_chars().replace("", None) for name in texts}
-    tries = {name: _tries(text.replace(dict.fromkeys(MISSING))) for name, text in plain.items()}
+    there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in plain.items()}
+    first = frame.select(text.drop_nulls().first().alias(name) for name, text in there.items()).collect()
+    tries = {name: _tries(there[name], first[name].item()) for name in texts}
     lost = frame.select(
-        (text.is_in(MISSING).not_() & value.is_null()).any().alias(f"{name}/{number}")
-        for name, text in plain.items()
+        (there[name].is_not_null() & value.is_null()).any().alias(f"{name}/{number}")
+        for name in texts
         for number, value in enumerate(tries[name])
     ).collect(engine="streaming")
     return frame.with_columns(
-        next((v for n, v in enumerate(tries[name]) if lost[f"{name}/{n}"].item() is False), text).alias(name)
-        for name, text in plain.items()
+        next((v for n, v in enumerate(tries[name]) if not lost[f"{name}/{n}"].item()), plain[name]).alias(name)
+        for name in texts
     )
 
 
-def _tries(text: Any) -> list[Any]:
+def _tries(text: Any, first: str | None) -> list[Any]:
+    """What a column of text may be, by its first cell."""
     import polars
 
-    return [
-        text.cast(polars.Int64, strict=False),
-        text.cast(polars.Float64, strict=False),
-        text.str.to_lowercase().replace_strict(
-            {"true": True, "false": False}, default=None, return_dtype=polars.Boolean
-        ),
-        text.str.to_date("%Y-%m-%d", strict=False),  # polars' own guess takes seconds
-        text.str.replace("T", " ", literal=True).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False),
-    ]
+    if first is None:
+        return [text]
+    if not _is_number(first):
+        truth = {"true": True, "false": False}
+        if first.lower() not in truth:
+            return []
+        return [text.str.to_lowercase().replace_strict(truth, default=None, return_dtype=polars.Boolean)]
+    if "-" in first[1:] and ":" not in first and "e" not in first.lower():
+        return [text.str.to_date("%Y-%m-%d", strict=False)]
+    if ":" in first:
+        return [text.str.replace("T", " ", literal=True).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)]
+    return [text.cast(polars.Int64, strict=False), text.cast(polars.Float64, strict=False)]

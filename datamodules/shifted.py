@@ -235,9 +235,9 @@ class Shifted(TransferDataModule):
             if classes[name] != classes[first]:
                 raise DataError(f"shifts: {first} and {name} make different classes; take shifts that agree")
         self.class_names = classes[first]
-        self.num_outputs, self.x_schema = data.num_outputs, data.x_schema
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
         data.wrapped(self.seed, self.would_hide_labels(self.names))
+        self.num_outputs, self.x_schema = data.num_outputs, data.x_schema
         self._made: dict[tuple[str, Dataset[Any]], ArrayImages] = {}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:

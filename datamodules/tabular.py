@@ -1,82 +1,98 @@
-"""Rows of numbers: CSV files, arrays, and the features that `tl embed` wrote.
+"""Rows of tables: files of any usual format, frames, arrays, and the features that `tl embed` wrote.
 
-file -> columns and labels, as text or numbers -> one-hot where it is text -> (x, y), x float32 (D,)
+file -> columns and labels -> split -> what the columns are, by the training rows (columns.py) -> (x, y)
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
+from datamodules.columns import Cells, Columns, encode, learn, numeric_names, one_hot
 from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
 from datamodules.image import check_fractions
-from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, Subset, complete_splits, content_hash
+from datamodules.splits import Subset, complete_splits, content_hash
+from datamodules.tables import Table, read_columns, read_table
 
 Array = np.ndarray[Any, Any]
 
 
-class Vectors(Dataset[Any]):
-    """Rows of numbers in memory.
+class Rows(Dataset[Any]):
+    """Rows in memory; x is (D,), or {"numeric": (D,), "categorical": (K,)} where there are categories.
 
     Attributes:
         targets: The labels, class numbers or real values.
         ids: A name for each row.
+        groups: The group of each row, or None.
     """
 
-    def __init__(self, x: Array, targets: Array, ids: list[str]) -> None:
-        self.x, self.targets, self.ids = torch.from_numpy(x.astype(np.float32)), targets, ids
+    def __init__(self, cells: Cells, targets: Array, ids: Sequence[str], groups: Sequence[str] | None) -> None:
+        self.cells, self.targets, self.ids, self.groups = cells, targets, ids, groups
+        self.numeric, self.categorical = torch.empty(0), torch.empty(0)
+
+    def encode(self, numeric: Array, categorical: Array) -> None:
+        """Takes what the cells have become, in their place."""
+        self.numeric, self.categorical = torch.from_numpy(numeric), torch.from_numpy(categorical)
+        self.cells = Cells(self.cells.count)
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.cells.count
 
     def fingerprint(self) -> str:
         """What names its contents."""
-        return content_hash(self.x, self.targets)
+        return content_hash(self.numeric, self.categorical, self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return self.x[index], self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        x: Any = self.numeric[index]
+        if self.categorical.numel():
+            x = {"numeric": x, "categorical": self.categorical[index]}
+        return x, self.targets[index]
 
 
 class TabularData(TransferDataModule):
-    """Rows of numbers, for either domain.
+    """Rows of a table, for either domain.
 
-        FILE.csv   commas, semicolons or tabs; a first line without any number is the header
+        FILE       CSV and other delimited text, JSONL, parquet, Arrow, Excel: see `frames.read_frame`; in Python also a
+                   frame of polars or pandas
         FILE.npz   features (N, D) and labels (N,)
         DIR        as `tl embed` writes it: features.safetensors or features.npy, and index.csv, whose splits are kept;
                    of several domains each takes its own rows
 
-    A column of text becomes a 0 or 1 for each of its categories; "?" is one of them, an empty cell is an error. Both
-    domains have the same columns. Nothing is scaled: that is the model's, see `TabularMLP`. A file is split in
-    three, by class where labels are classes; `tl predict` takes all of it. The ids are the numbers of the rows, from 0
-    and without the header.
+    Numbers stay numbers, truth values become 0 and 1, a date a few numbers, and text categories (columns.py). A gap in
+    a column of numbers is its mean, and from 5 % gaps in the labelled training rows on, a column of 0 and 1 says where
+    they are; a gap in text is a category of its own. Means and categories are those of the training rows, and a run
+    keeps them in its config. Nothing is scaled: that is the model's. Domains keep the columns that they share, by name.
+    A file is split in three, by class where labels are classes, and between groups where there are any; `tl predict`
+    takes all of it. The ids are the numbers of the rows, from 0 and without the header.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are filled in.
         source: The source's file or folder.
-        label: The label's column in a CSV file, by name or by number; -1 is the last. None: there are no labels, for
+        label: The label's column in a file, by name or by number; -1 is the last. None: there are no labels, for
             `tl predict`.
         kind: Whether labels are "classes" or "values". None: text is classes, and so are whole numbers in an .npz or in
-            a folder of `tl embed`; numbers in a CSV file are values.
+            a folder of `tl embed`; numbers in a file are values.
         threshold: Makes two classes of values, below it, and from it upwards.
         classes: The classes and their order; None gathers them over both domains.
-        categories: The columns of text and their categories; None gathers them over both domains.
+        drop: Columns to leave out, by name or number.
+        categorical: Columns of numbers that are categories.
+        missing: What else is a gap, by column, e.g. {chol: 0}.
+        group: The column of groups, such as patients, which no split tears apart; it is no part of x.
+        columns: What the columns are, as a run's config has it; None learns it.
+        categories: The columns of text and their categories, each a column of 0 or 1, as runs of version 0.1 have it.
         val_fraction: Share for validation, where nothing else is said.
         test_fraction: Share for testing, where nothing else is said.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
-        DataError: A file cannot be read, a cell is missing or is no number, or the domains' columns differ.
+        DataError: A file cannot be read, a column is unknown, or a label is missing or no number.
     """
 
     def __init__(
@@ -87,255 +103,100 @@ class TabularData(TransferDataModule):
         kind: Literal["classes", "values"] | None = None,
         threshold: float | None = None,
         classes: list[str] | None = None,
+        drop: list[int | str] | None = None,
+        categorical: list[int | str] | None = None,
+        missing: dict[str, float | str] | None = None,
+        group: int | str | None = None,
+        columns: dict | None = None,  # type: ignore[type-arg]  # the parser would read the texts in it again
         categories: dict[str, list[str]] | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if target is None and source is None:
-            raise DataError("target: give a CSV file, --data.target FILE (or --data.source FILE)")
+        given = {name: what for name, what in (("source", source), ("target", target)) if what is not None}
+        if not given:
+            raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         check_fractions(val_fraction, test_fraction)
-        paths = {name: expand_path(given, name) for name, given in (("source", source), ("target", target)) if given}
-        tables = {name: read_table(path, name, label) for name, path in paths.items() if path is not None}
-        x, self.categories = _encode(tables, categories)
-        y: Mapping[str, Array] = {name: np.zeros(len(part), np.int64) for name, part in x.items()}
+        self.fractions, self.has_label = (val_fraction, test_fraction), label is not None
+        tables = {name: read_table(what, name, label, group, drop or []) for name, what in given.items()}
+        self.columns, self.categories = columns, categories
+        read_columns(tables, categorical or [], missing or {}, columns, categories)
+        y: Mapping[str, Array] = {name: np.zeros(table.cells.count, np.int64) for name, table in tables.items()}
         self.class_names = classes
         if label is not None:
             y, self.class_names = _label(tables, kind, threshold, classes)
-        columns = [str(number) for number in range(next(iter(x.values())).shape[1])]
-        arrays = all(path.is_dir() or path.suffix == ".npz" for path in paths.values() if path is not None)
-        self.x_schema = {"numeric": columns} | ({"one_unit": True} if arrays else {})  # of a network's features
-        self.paths, self.fractions, self.has_label = paths, (val_fraction, test_fraction), label is not None
+        self.wheres = {name: table.where for name, table in tables.items()}
+        self._one_unit = all(table.frame is None for table in tables.values())
+        self._whole = {name: Rows(t.cells, y[name], t.ids, t.groups) for name, t in tables.items()}
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        self._known = False
         for name, table in tables.items():
-            whole = Vectors(x[name], y[name], table.ids)
+            whole = self._whole[name]
             splits: dict[str, Dataset[Any]] = {split: Subset(whole, rows) for split, rows in table.splits.items()}
             self._found[name] = splits or {"unsplit": whole}
 
+    @property
+    def x_schema(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """What x is; learns it where it is not known."""
+        self._learn()
+        if self.categories is not None:
+            return {"numeric": list(map(str, range(next(iter(self._whole.values())).numeric.shape[1])))}
+        columns = cast(Columns, self.columns)
+        schema: dict[str, Any] = {"numeric": numeric_names(columns)}
+        if columns["categorical"]:
+            schema["categorical"] = columns["categorical"]
+        return schema | ({"one_unit": True} if self._one_unit else {})  # of a network's features
+
+    def _learn(self) -> None:
+        """Makes numbers of the cells, by what the training rows say they are."""
+        if self._known:
+            return
+        self._known = True
+        if self.columns is None and self.categories is None:
+            rows = {name: split["train"] for name, split in self._split().items() if "train" in split}
+            shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
+            hidden = self.would_hide_labels(self.wheres)
+            labelled = [place for place, name in enumerate(shown) if name != "target" or not hidden]
+            parts = [cast(Subset, part).rows for part in shown.values()]
+            cells = [self._whole[name].cells for name in shown]
+            self.columns = learn(cells, parts, labelled, ", ".join(self.wheres[name] for name in shown))
+        for name, whole in self._whole.items():
+            if self.categories is not None:
+                numeric = one_hot(whole.cells, self.categories, self.wheres[name])
+                whole.encode(numeric, np.zeros((len(whole), 0), np.int64))
+            else:
+                whole.encode(*encode(whole.cells, cast(Columns, self.columns), self.wheres[name]))
+
+    def wrapped(self, seed: int, blind: bool) -> None:
+        """Takes both; splits by another seed are made anew."""
+        super().wrapped(seed, blind)
+        self._splits.clear()
+
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's rows in each domain."""
+        splits = self._split()
+        self._learn()
+        for name, found in splits.items():
+            if split not in found:
+                raise DataError(f"{name}: its index.csv has no row of the split {split}")
+        return {name: found[split] for name, found in splits.items()}
+
+    def _split(self) -> dict[str, dict[str, Dataset[Any]]]:
         for name, found in self._found.items():
             if name not in self._splits:
-                stratified = self.has_label and self.stratifies(name, self.paths)
-                self._splits[name] = complete_splits(
-                    found, str(self.paths[name]), *self.fractions, self.seed, stratified
-                )
-            if split not in self._splits[name]:
-                raise DataError(f"{name}: its index.csv has no row of the split {split}")
-        return {name: splits[split] for name, splits in self._splits.items()}
+                stratified = self.has_label and self.stratifies(name, self.wheres)
+                self._splits[name] = complete_splits(found, self.wheres[name], *self.fractions, self.seed, stratified)
+        return self._splits
 
     def predict_dataloader(self) -> Any:
         """The target's test split, or all its rows where the file says nothing of splits."""
         whole = self._found.get("target", {}).get("unsplit")
         if whole is not None:
+            self._learn()
             self._domains["test"] = {"target": whole}
         return super().predict_dataloader()
-
-
-@dataclass
-class Table:
-    """What a file holds.
-
-    Attributes:
-        where: Domain and file, for messages.
-        cells: (N, D) numbers, or text.
-        labels: (N,) numbers, or text.
-        ids: A name for each row.
-        columns: Names of the columns, or None.
-        splits: The rows of each split; empty where the file does not say.
-        lines: The line of each row in the file, for messages.
-        plain: Whether whole numbers as labels are classes.
-    """
-
-    where: str
-    cells: Array
-    labels: Array
-    ids: list[str]
-    columns: list[str] | None = None
-    splits: dict[str, list[int]] = field(default_factory=dict)
-    lines: Sequence[int] = ()
-    plain: bool = True
-
-    def at(self, row: int) -> str:
-        """Where a row stands."""
-        return f"{self.where} line {self.lines[row]}" if self.lines else f"{self.where} row {row}"
-
-
-def read_table(path: Path, name: str, label: int | str | None) -> Table:
-    """Reads a CSV file, an .npz, or a folder of `tl embed`.
-
-    Args:
-        path: The file or folder.
-        name: The domain.
-        label: The label's column in a CSV file; None: there are no labels.
-
-    Raises:
-        DataError: It cannot be read or is not as it should be.
-    """
-    where = f"{name}: {path}"
-    try:
-        if path.is_dir():
-            return _read_embedded(path, name, where)
-        return _read_arrays(path, where, label) if path.suffix == ".npz" else _read_csv(path, where, label)
-    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise DataError(f"{where} cannot be read as a table ({reason})") from error
-
-
-def _read_csv(path: Path, where: str, label: int | str | None) -> Table:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
-        found = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    header = found.pop(0)[1] if found and not np.isfinite(_floats(np.array(found[0][1]))).any() else None
-    if not found:
-        raise DataError(f"{where} has no rows")
-    width = len(header or found[0][1])
-    for line, row in found:
-        if len(row) != width:
-            raise DataError(f"{where} line {line} has {len(row)} cells, not {width} as the lines before")
-    cells, columns, labels = np.array([row for _, row in found]), header, np.zeros(len(found))
-    if label is not None:
-        place = _column(label, header, width, where)
-        labels, cells = cells[:, place], np.delete(cells, place, 1)
-        columns = header and header[:place] + header[place + 1 :]
-    return Table(
-        where=where,
-        cells=cells,
-        labels=labels,
-        ids=[str(row) for row in range(len(cells))],
-        columns=columns,
-        lines=[line for line, _ in found],
-        plain=False,
-    )
-
-
-def _column(label: int | str, header: list[str] | None, width: int, where: str) -> int:
-    if isinstance(label, str):
-        if header is None:
-            raise DataError(f"label: {where} has no header line, so name the label's column by its number, not {label}")
-        check_known("label", label, header, "column")
-        return header.index(label)
-    if not -width <= label < width:
-        raise DataError(f"label: there is no column {label}; {where} has {width}")
-    return label % width
-
-
-def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
-    with np.load(path, allow_pickle=False) as file:
-        for key in file:
-            if key.endswith(("_features", "_labels")):
-                raise DataError(f"{where}: {key} would not be read; an .npz has features and labels, without splits")
-        features = file["features"]
-        return _numbers(features, np.zeros(len(features)) if label is None else file["labels"], where)
-
-
-def _read_embedded(path: Path, name: str, where: str) -> Table:
-    if (path / "features.npy").is_file():
-        features = np.load(path / "features.npy", allow_pickle=False)
-    else:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        try:
-            features = load_file(path / "features.safetensors")["features"]
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-    with (path / "index.csv").open(newline="") as file:
-        index = list(csv.DictReader(file))
-    if len({row["domain"] for row in index}) > 1:
-        index = [row for row in index if row["domain"].partition("/")[0] == name]
-    if not index:
-        raise DataError(f"{where} has no rows of the {name}")
-    table = _numbers(features[[int(row["row"]) for row in index]], np.array([row["label"] for row in index]), where)
-    table.ids = [row["id"] for row in index]
-    for row in index:
-        check_known("split", row["split"], SPLIT_NAMES, "split")
-    numbers = {split: [n for n, row in enumerate(index) if row["split"] == split] for split in SPLIT_NAMES}
-    table.splits = {split: rows for split, rows in numbers.items() if rows}
-    return table
-
-
-def _numbers(features: Array, labels: Array, where: str) -> Table:
-    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
-        raise DataError(
-            f"{where}: features and labels have shapes {features.shape} and {labels.shape}, not (N, D) and (N,)"
-        )
-    if features.dtype.kind not in "fiub":
-        raise DataError(f"{where}: features are {features.dtype}, not numbers")
-    return Table(where, features, labels, [str(row) for row in range(len(features))])
-
-
-def _floats(values: Array) -> Array:
-    """Numbers as they are, and text as numbers; NaN where it is none."""
-    try:
-        return values.astype(np.float64)
-    except ValueError:
-        return np.array([_float(value) for value in values], dtype=np.float64)
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _encode(
-    tables: Mapping[str, Table], categories: Mapping[str, list[str]] | None
-) -> tuple[dict[str, Array], dict[str, list[str]]]:
-    """The columns as numbers, (N, D) in each domain, and the categories of those that are text."""
-    one, *others = tables.values()
-    columns = next((table.columns for table in tables.values() if table.columns), None)
-    for other in others:
-        if other.cells.shape[1] != one.cells.shape[1] or (
-            one.columns and other.columns and one.columns != other.columns
-        ):
-            raise DataError(
-                f"source, target: their columns differ: {one.columns or one.cells.shape[1]} "
-                f"and {other.columns or other.cells.shape[1]}"
-            )
-    parts: dict[str, list[Array]] = {name: [] for name in tables}
-    known: dict[str, list[str]] = {}
-    for number in range(one.cells.shape[1]):
-        column = columns[number] if columns else str(number)
-        texts = {name: table.cells[:, number] for name, table in tables.items()}
-        values = {name: _floats(cells) for name, cells in texts.items()}
-        if categories is None:
-            is_text = not any(np.isfinite(numbers).any() for numbers in values.values())
-        else:
-            is_text = column in categories
-        if is_text:
-            known[column] = _categories(tables, texts, column) if categories is None else categories[column]
-        for name, table in tables.items():
-            wrong = ~np.isfinite(values[name]) if not is_text else ~np.isin(texts[name], known[column])
-            for row in np.flatnonzero(wrong):
-                what = "number" if not is_text else f"category that was there in training ({', '.join(known[column])})"
-                raise DataError(
-                    f"{table.at(int(row))}: column {column} is '{texts[name][row]}', no {what}; mend or remove the row"
-                )
-            each = [values[name]] if not is_text else [texts[name] == category for category in known[column]]
-            parts[name] += each
-    return {name: np.stack(each, 1).astype(np.float32) for name, each in parts.items()}, known
-
-
-def _categories(tables: Mapping[str, Table], texts: Mapping[str, Array], column: str) -> list[str]:
-    """All texts of a column, in the order of the alphabet."""
-    for name, table in tables.items():
-        for row in np.flatnonzero(texts[name] == ""):
-            raise DataError(f"{table.at(int(row))}: column {column} is empty; fill it in or remove the row")
-    found = sorted({str(text) for cells in texts.values() for text in cells})
-    count = sum(map(len, texts.values()))
-    if len(found) > max(20, count / 2):
-        where = ", ".join(table.where for table in tables.values())
-        raise DataError(
-            f"{where}: column {column} has {len(found)} texts in {count} rows, too many for categories; "
-            "leave it out, or write numbers with a point"
-        )
-    return found
 
 
 def _label(
@@ -343,40 +204,66 @@ def _label(
 ) -> tuple[dict[str, Array], list[str] | None]:
     """The labels of each domain, and the names of the classes (None: they are real values)."""
     for table in tables.values():
-        for row in np.flatnonzero(table.labels.astype(str) == ""):
-            raise DataError(f"{table.at(int(row))}: its label is empty; fill it in or remove the row")
-    values = {name: _floats(table.labels) for name, table in tables.items()}
+        for row in np.flatnonzero(_is_missing(table.labels)):
+            raise DataError(f"{table.where} row {row}: its label is missing; fill it in or remove the row")
     if kind is None and threshold is None and classes is None:
         kind = "classes" if any(_tells_classes(table) for table in tables.values()) else "values"
     if kind == "values" or threshold is not None:
-        for name, table in tables.items():
-            for row in np.flatnonzero(~np.isfinite(values[name])):
-                raise DataError(
-                    f"{table.at(int(row))}: its label '{table.labels[row]}' is no number; mend it, or pass "
-                    "--data.kind classes"
-                )
+        values = {name: _numbers(table) for name, table in tables.items()}
     if threshold is not None:
         above = {name: (numbers >= threshold).astype(np.int64) for name, numbers in values.items()}
         return above, classes or [f"below {threshold:g}", f"from {threshold:g}"]
     if kind == "values":
         return {name: numbers.astype(np.float32) for name, numbers in values.items()}, None
-    texts = {name: table.labels.astype(str) for name, table in tables.items()}
-    found = {str(text) for labels in texts.values() for text in labels}
+    found = {name: np.unique(table.labels, return_inverse=True) for name, table in tables.items()}
+    texts = {name: list(map(_plain, values.tolist())) for name, (values, _) in found.items()}
+    all_texts = sorted({text for own in texts.values() for text in own})
     if classes is None:
-        numeric = all(np.isfinite(_float(text)) for text in found)
-        classes = sorted(found, key=lambda text: (_float(text) if numeric else 0.0, text))
+        numeric = all(np.isfinite(_float(text)) for text in all_texts)
+        classes = sorted(all_texts, key=lambda text: (_float(text) if numeric else 0.0, text))
         if len(classes) < 2:
             raise DataError(f"label: all rows have the label {classes[0]}; classification needs at least two classes")
-    for text in sorted(found):
-        check_known("classes", text, classes, "class")
-    number = {text: place for place, text in enumerate(classes)}
-    return {name: np.array([number[t] for t in labels], dtype=np.int64) for name, labels in texts.items()}, classes
+    number = {_plain(text): place for place, text in enumerate(classes)}
+    for text in all_texts:
+        check_known("classes", text, list(number), "class")
+    return {
+        name: np.array([number[text] for text in own], dtype=np.int64)[found[name][1]] for name, own in texts.items()
+    }, classes
+
+
+def _is_missing(labels: Array) -> Array:
+    return np.isnan(labels) if labels.dtype.kind == "f" else labels == ("" if labels.dtype.kind == "U" else None)
+
+
+def _numbers(table: Table) -> Array:
+    """The labels as real values."""
+    if table.labels.dtype.kind != "U":
+        return table.labels.astype(np.float64)
+    for row, text in enumerate(table.labels.tolist()):
+        if not np.isfinite(_float(text)):
+            raise DataError(
+                f"{table.where} row {row}: its label '{text}' is no number; mend it, or pass --data.kind classes"
+            )
+    return table.labels.astype(np.float64)
+
+
+def _plain(label: Any) -> str:
+    """A label as text, a whole number without a point."""
+    number = _float(label)
+    return str(int(number)) if number.is_integer() else str(label)
+
+
+def _float(text: Any) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 def _tells_classes(table: Table) -> bool:
-    """Whether labels are text without any number, or, where a point would tell values, whole numbers."""
+    """Whether labels are text without any number, or, in arrays, whole numbers."""
     if table.labels.dtype.kind != "U":
-        return table.labels.dtype.kind in "iub"
-    numbers = np.isfinite(_floats(table.labels))
-    whole = all(text.lstrip("-").isdigit() for text in table.labels)
-    return not numbers.any() or (table.plain and whole)
+        return table.frame is None and table.labels.dtype.kind in "iub"
+    numbers = np.isfinite([_float(text) for text in np.unique(table.labels).tolist()])
+    whole = all(text.lstrip("-").isdigit() for text in np.unique(table.labels).tolist())
+    return not numbers.any() or (table.frame is None and whole)

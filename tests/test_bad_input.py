@@ -15,6 +15,7 @@ from tl_modules import ConvNet, TorchvisionBackbone
 FIT = "fit --trainer.max_epochs 1 --model.backbone ConvNet --model.backbone.width 4 "
 PRETRAIN = "fit --trainer.max_epochs 1 --data Digits --model "
 FOLDERS = FIT + "--data ImageFolders --data.image_size 32 --data.num_workers 0 --data.target tree "
+TEXTS = "fit --trainer.max_epochs 1 --data TextFiles --data.target t.csv --model Classification --model.backbone "
 PLUGIN = """
 from tl_modules import Method
 class NeedsSource(Method):
@@ -39,6 +40,10 @@ def truncate(path):
 
 
 CASES = {
+    "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, and the data's inputs are text"),
+    "texts in another column": (TEXTS + "ConvNet --data.text txt", "text: there is no column txt (did you mean text?)"),
+    "a malformed line of word vectors": (TEXTS + "WordVectors --model.backbone.name v.txt", "v.txt is no file of word vectors (line 2 has 1 numbers, not 2)"),
+    "no file of word vectors": (TEXTS + "WordVectors --model.backbone.name nowhere.txt", "name: there is no file nowhere.txt of word vectors"),
     "missing folder": (FIT + "--data ImageFolders --data.target nowhere", "target: there is no file or folder nowhere"),
     "variable not set": (FIT + "--data ImageFolders --data.target $NOT_SET/x", "a variable that is not set"),
     "no folder given": (FIT + "--data ImageFolders", "target: give a folder of images"),
@@ -141,11 +146,15 @@ def prepare(case, root, trained):
     """Makes the bad thing that a case speaks of."""
     if "--run trained" in CASES[case][0]:
         shutil.copytree(trained, root / "trained")
+    if "--data.target t.csv" in CASES[case][0]:
+        (root / "t.csv").write_text("text,label\n" + "good,a\nbad,b\n" * 10)
     tree = root / "tree"
     bad = tree / "train" / "red" / "bad.jpg"
     if "--data.target tree" in CASES[case][0]:
         make_tree(tree, classes=("red",) if case == "one class" else ("blue", "red"))
     match case:
+        case "a malformed line of word vectors":
+            (root / "v.txt").write_text("good 1 2\nbad 1\n")
         case "empty class":
             (tree / "train" / "empty").mkdir()
         case "class mismatch":

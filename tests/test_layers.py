@@ -89,7 +89,7 @@ def test_importing_the_packages_imports_no_heavy_library():
     import subprocess
     import sys
 
-    heavy = ("timm", "sklearn", "pandas", "transformers", "torch_pruning", "torchao")
+    heavy = ("timm", "sklearn", "pandas", "transformers", "tokenizers", "torch_pruning", "torchao")
     code = f"import sys, tl_modules, datamodules; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

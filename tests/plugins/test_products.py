@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE))
 # file: its backbone, task and head; None is that of the package
 PLUGINS = {
     "text_classes": ("text_classes.Bytes", None, None),
+    "encoder_classes": ("encoder_classes.Tiny", None, None),
     "wave_classes": ("wave_classes.Frames", None, None),
     "image_and_text": ("image_and_text.Both", None, None),
     "ratings": ("ratings.Embeddings", Regression, None),
@@ -68,7 +69,7 @@ def test_a_plugin_is_one_short_file():
 @every_plugin
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 def test_every_strategy(name, strategy):
-    data, normalised = data_of(name), name == "image_and_text"
+    data, normalised = data_of(name), name in ("image_and_text", "encoder_classes")
     if strategy is tl_modules.NormOnly and not normalised:
         with pytest.raises(UserError, match="NormOnly finds no parameter to train"):
             build(name, data, finetuning=strategy())

@@ -62,7 +62,7 @@ class Backbone(BaseBackbone):
         closed: How many of its stages, from the input, no strategy opens.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
-        decided_by_schema: The arguments whose None `bind_schema` replaces; a run's config has what they became.
+        decided_by_schema: The arguments whose None the schema or a file decides; a run's config has what they became.
         bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 

@@ -1,7 +1,9 @@
 """Recurrent networks over sequences: words, frames, time series.
 
-raw -> another backbone, or the series itself -> GRU 1 -> ... -> GRU n -> pool
-       Padded (B, L, D)                          Padded (B, L, out_features)    (B, out_features)
+    raw -> another backbone, or the series itself -> GRU 1 -> ... -> GRU n -> pool
+           Padded (B, L, D)                          Padded (B, L, out_features)    (B, out_features)
+
+Layers are those of torch; each is told the lengths, so that padding changes nothing.
 """
 
 from __future__ import annotations

@@ -1,53 +1,24 @@
-"""A network for rows of numbers.
+"""Dense networks for rows of tables.
 
-(B, D) -> Standardise -> [Linear, BatchNorm, ReLU] of stage 0 -> stage 1 -> ... -> (B, out_features)
+x -> columns (columns.py) -> [Linear, BatchNorm, ReLU] of stage 0 -> stage 1 -> ... -> (B, out_features)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone, PretrainedWeights
+from tl_modules.backbones.base import PretrainedWeights
+from tl_modules.backbones.columns import MixedColumns, Scale, Standardise, TabularBackbone, restart
 from tl_modules.errors import UserError
 
 __all__ = ["TabularMLP", "VectorBackbone"]
 
-Scale = Literal["each", "all"]
 
-
-class Standardise(nn.BatchNorm1d):
-    """Subtracts each column's mean, and divides by its deviation or by one number for all columns, (B, D) -> (B, D).
-
-    Args:
-        columns: D.
-        scale: "each": a column's own deviation. "all": the root of the columns' mean variance.
-        clip: With "each", how many deviations a value keeps at most; a column that hardly ever moves in training may
-            reach thousands in another domain. None: as many as it has.
-    """
-
-    def __init__(self, columns: int, scale: Scale, clip: float | None) -> None:
-        # momentum None: the average over all batches, so that columns of any scale are right from the first step on
-        super().__init__(columns, affine=False, momentum=None)
-        self.scale, self.clip = scale, clip
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
-        each = super().forward(input)
-        if self.scale == "each":
-            return each if self.clip is None else each.clamp(-self.clip, self.clip)
-        if self.training or self.running_mean is None or self.running_var is None:
-            mean, variance = input.mean(0), input.var(0, unbiased=False)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        return (input - mean) / (variance.mean() + self.eps).sqrt()
-
-
-class TabularMLP(Backbone):
-    """Dense layers on standardised rows; one stage for each width.
+class TabularMLP(TabularBackbone):
+    """Dense layers on standardised numbers and marked categories; one stage for each width.
 
     Mean and deviation of each column are running statistics in the model, so that a checkpoint takes rows in their
     units. They belong to the first stage and rest where it is closed; where it trains, they are those of the present
@@ -64,6 +35,7 @@ class TabularMLP(Backbone):
             a network say by their size. None: "all" where the data says that its columns have one unit, as
             `TabularData` does of arrays and of what `tl embed` wrote; else "each".
         clip: Of a column that is divided by its own deviation, how many of them a value keeps at most; None: all.
+        embedding: Width of each number's embedding by periodic functions, see `MixedColumns`; 0: none.
 
     Raises:
         UserError: A width or `clip` is not positive, or the weights do not fit.
@@ -80,55 +52,44 @@ class TabularMLP(Backbone):
         strict: bool = True,
         scale: Scale | None = None,
         clip: float | None = 5.0,
+        embedding: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise UserError(f"dropout: {dropout} must lie in [0, 1)")
         if clip is not None and clip <= 0:
             raise UserError(f"clip: {clip:g} must be above 0, or null")
-        self.clip = clip
+        if embedding < 0:
+            raise UserError(f"embedding: {embedding} must not be negative")
+        self.clip, self.embedding = clip, embedding
         self.widths, self.scale, self.dropout, self.weights, self.strict = widths, scale, dropout, weights, strict
         if in_features is not None:
-            self._build(in_features)
+            self.build(in_features, [])
 
-    def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Builds the layers for the data's columns.
-
-        Raises:
-            UserError: The data does not say how many there are, or has another number than the layers.
-        """
-        columns = len(x["numeric"]) if "numeric" in x else None
-        if self.scale is None:
-            self.scale = "all" if x.get("one_unit") else "each"
-            if hasattr(self, "in_features"):
-                cast(Standardise, self.model.get_submodule("0.0")).scale = self.scale
-        if columns is None and not hasattr(self, "in_features"):
-            raise UserError("in_features: the data does not say how many columns it has; TabularMLP takes TabularData")
-        if not hasattr(self, "in_features"):
-            self._build(cast(int, columns))
-        elif columns not in (None, self.in_features):
-            raise UserError(f"in_features: {self.in_features} for data with {columns} columns")
-
-    def _build(self, in_features: int) -> None:
+    def build(self, numeric: int, categories: list[int]) -> None:
+        """Makes a stage for each width, the first with the columns."""
         if self.widths is None:
             self.widths = [256] if self.scale == "all" else [256, 256]
-        if min([in_features, *self.widths]) < 1:
-            raise UserError(f"in_features, widths: {in_features} and {self.widths} must be at least 1 each")
-        standardise = Standardise(in_features, self.scale or "each", self.clip)
-        stages: list[list[nn.Module]] = [[standardise]]
-        for inputs, outputs in pairwise([in_features, *self.widths]):
+        columns: Any = Standardise(numeric, self.scale or "each", self.clip)
+        inputs = numeric
+        if categories or self.embedding:
+            columns = MixedColumns(numeric, categories, self.scale or "each", self.clip, self.embedding)
+            inputs = columns.out_features
+        if min([inputs, *self.widths]) < 1:
+            raise UserError(f"in_features, widths: {inputs} and {self.widths} must be at least 1 each")
+        stages: list[list[nn.Module]] = [[columns]]
+        for width, outputs in pairwise([inputs, *self.widths]):
             norm, dropout = nn.BatchNorm1d(outputs), nn.Dropout(self.dropout)
-            stages.append([nn.Linear(inputs, outputs, bias=False), norm, nn.ReLU(), dropout])
-        # it has no parameters, and rests and moves with the first stage
+            stages.append([nn.Linear(width, outputs, bias=False), norm, nn.ReLU(), dropout])
+        # the columns rest and move with the first stage
         stages[:2] = [[layer for stage in stages[:2] for layer in stage]]
         self.model = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
-        self.in_features, self.out_features = in_features, [in_features, *self.widths][-1]
+        self.in_features, self.out_features = numeric, [inputs, *self.widths][-1]
         self.load_pretrained(self.weights, self.strict)
-        assert standardise.num_batches_tracked is not None
-        standardise.num_batches_tracked.zero_()
+        restart(self.model)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_features) -> (B, out_features)."""
+    def forward(self, x: Any) -> Tensor:
+        """(B, in_features), or with categories {"numeric", "categorical"} -> (B, out_features)."""
         features: Tensor = self.model(x)
         return features
 

@@ -1,7 +1,9 @@
 """What backbones of texts have in common, and the smallest: an average of pretrained word vectors.
 
-texts -> words -> their numbers (in the loader's workers) -> vectors -> weighted mean
-                  Padded (B, L)                              Padded (B, L, D)   (B, D)
+    texts -> words -> their numbers (in the loader's workers) -> vectors -> weighted mean
+                      Padded (B, L)                              Padded (B, L, D)   (B, D)
+
+What cuts a text into words is any function; the rest is the same for all languages.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Encoders of Hugging Face for text.
 
-    texts -> token numbers (in the loader's workers) -> embeddings -> layer 1 -> ... -> layer n -> token features -> pool
-             Padded (B, L)                              stage 0       stage 1        stage n      Padded (B, L, D)
+    texts -> token numbers (in the loader's workers) -> embeddings -> layer 1 -> ... -> layer n -> pool
+             Padded (B, L)                              stage 0       stage 1        stage n      (B, D)
 
 No code of a model's repository is run, `trust_remote_code` is never passed on.
 """
@@ -151,13 +151,15 @@ class TransformerBackbone(TextBackbone):
     @property
     def carried(self) -> dict[str, Any]:
         """The tokenizer, with the length that it truncates to, and how many windows."""
-        return {"tokenizer": self.prepare.tokenizer.to_str(), "windows": self.prepare.windows}
+        tokenizer = self.prepare.tokenizer
+        return {"tokenizer": tokenizer and tokenizer.to_str(), "windows": self.prepare.windows}
 
     @carried.setter
     def carried(self, given: dict[str, Any]) -> None:
         from tokenizers import Tokenizer
 
-        self.prepare.tokenizer, self.prepare.windows = Tokenizer.from_str(given["tokenizer"]), given["windows"]
+        self.prepare.tokenizer = given["tokenizer"] and Tokenizer.from_str(given["tokenizer"])
+        self.prepare.windows = given["windows"]
 
     def forward(self, x: Padded) -> Padded:
         """Token numbers, Padded (B, L) -> token features, Padded (B, L, D)."""

@@ -1,9 +1,11 @@
 """Files of word vectors, read as a stream: what is not kept is never in memory.
 
-GloVe             word 0.1 -0.2 ...            a line each
-word2vec, text    400000 300                   and then the same
-word2vec, binary  400000 300                   and then `word `, 300 float32, with or without a line's end
-.npz              words (V,), vectors (V, D)
+    GloVe             word 0.1 -0.2 ...            a line each
+    word2vec, text    400000 300                   and then the same
+    word2vec, binary  400000 300                   and then `word `, 300 float32, with or without a line's end
+    .npz              words (V,), vectors (V, D)
+
+The form is found by the content, but for .gz and .npz.
 """
 
 from __future__ import annotations

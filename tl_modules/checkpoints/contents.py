@@ -2,6 +2,7 @@
 
 key                                        writer                             read by
 state_dict, optimizer_states, loops, ...   Lightning
+  of it backbone._extra_state              backbones/base.py: `carried`         the same: a tokenizer, words
 current_model_state                        Lightning's WeightAveraging        the same, when a run resumes
 transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
 random_backbone                            this file                          this file, when a run resumes

@@ -39,7 +39,7 @@ from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.methods.teacher import Distillation
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
-from tl_modules.runs.directory import SECTIONS, load_run, new_run, read_config, without_weights, write_config
+from tl_modules.runs.directory import SECTIONS, decided, load_run, new_run, read_config, without_weights, write_config
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
@@ -307,13 +307,11 @@ class TransferCLI(OneCommand, LightningCLI):
         arguments = resolved["model"].setdefault("init_args", {})
         if "schema" not in arguments and hasattr(self.model, "schema"):
             arguments["schema"] = dict(self.model.schema)
-        backbone = (arguments.get("backbone") or {}).get("init_args", {})
-        for name in getattr(getattr(self.model, "backbone", None), "decided_by_schema", ()):
-            backbone[name] = getattr(self.model.backbone, name)
+        decided(arguments.get("backbone"), getattr(self.model, "backbone", None))
         strategy = (arguments.get("finetuning") or {}).get("init_args", {})
         if "backbone_lr" in strategy and hasattr(self.model, "backbone_lr"):
             strategy["backbone_lr"] = self.model.backbone_lr
-        for argument, attribute in (("classes", "class_names"), ("categories", "categories")):
+        for argument, attribute in (("classes", "class_names"), ("categories", "categories"), ("columns", "columns")):
             if argument in resolved["data"].get("init_args", {}):
                 resolved["data"]["init_args"][argument] = getattr(self.datamodule, attribute, None)
         return resolved

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.backbones.base import Backbone
-from tl_modules.backbones.tabular import Standardise
+from tl_modules.backbones.columns import Standardise
 from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch.output import full_precision
 from tl_modules.errors import UserError

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from tl_modules.checkpoints.files import find_run, load_checkpoint, versions, write_whole
 from tl_modules.errors import UserError
@@ -120,11 +121,34 @@ def _our_class(part: Any) -> str:
 def without_weights(model: Any) -> Any:
     """A model's config (mapping or Namespace) that leaves its backbone random, where a checkpoint fills it anyway."""
     arguments = model.get("init_args") or {}
-    backbone = arguments.get("backbone")
-    backbone = {} if backbone is None or isinstance(backbone, str) else backbone.get("init_args") or {}
-    if arguments.get("save") != "trainable" and backbone.get("weights") is not None:
-        backbone["weights"] = None
+    if arguments.get("save") != "trainable":
+        _leave_random(arguments.get("backbone"))
     return model
+
+
+def _leave_random(part: Any) -> None:
+    """Takes the weights out of a backbone's config, and of those within it."""
+    values = vars(part) if isinstance(part, Namespace) else part
+    if isinstance(values, dict):
+        arguments = values.get("init_args")
+        if arguments and arguments.get("weights") is not None:
+            arguments["weights"] = None
+        for inner in values.values():
+            _leave_random(inner)
+
+
+def decided(config: Any, backbone: Any) -> None:
+    """Writes into a backbone's config, in place, what `decided_by_schema` names; also of the backbones within it."""
+    if not isinstance(config, dict) or backbone is None:
+        return
+    if "class_path" not in config:  # several by name
+        for name, inner in config.items():
+            decided(inner, backbone[name] if isinstance(backbone, nn.ModuleDict) else None)
+        return
+    arguments = config.setdefault("init_args", {})
+    for name, inner in arguments.items():
+        decided(inner, getattr(backbone, name, None))
+    arguments |= {name: getattr(backbone, name) for name in getattr(backbone, "decided_by_schema", ())}
 
 
 def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequence[str] = ()) -> LightningModule:

@@ -53,8 +53,15 @@ HARMLESS = {
 }  # fmt: skip
 RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of a repository that its arguments name; the same class twice
 FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory
-TEXTS = ("name", "class_names", "classes", "categories", "schema")  # arguments whose texts are names of the user's
-SCHEMA = "schema"  # all that it holds is named so, but no class in it
+TEXTS = (
+    "name",
+    "class_names",
+    "classes",
+    "categories",
+    "columns",
+    "schema",
+)  # arguments whose texts are names of the user's
+SCHEMAS = ("columns", "schema")  # all that they hold is named so, but no class in it
 DEEPEST, MOST = 50, 200_000  # levels and values of a config
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -144,7 +151,7 @@ def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, dict):
             inner = str(value.get("class_path", "")) or owner
             names = ((str(k), v) for k, v in value.items())
-            stack += [(SCHEMA if key == SCHEMA and k != "class_path" else k, v, inner, depth + 1) for k, v in names]
+            stack += [(key if key in SCHEMAS and k != "class_path" else k, v, inner, depth + 1) for k, v in names]
         elif isinstance(value, list | tuple):
             stack += [(key, v, owner, depth + 1) for v in value]
         else:

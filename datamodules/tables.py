@@ -1,0 +1,268 @@
+"""What the files of tables hold: labels, groups and columns of each domain, and which columns they share."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
+from datamodules.domain_folders import check_known
+from datamodules.errors import DataError
+from datamodules.frames import MISSING, scan_frame
+from datamodules.paths import expand_path
+from datamodules.splits import SPLIT_NAMES, log
+
+if TYPE_CHECKING:
+    from polars import LazyFrame
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Table:
+    """What a file holds.
+
+    Attributes:
+        where: Domain and file, for messages.
+        labels: (N,) numbers, where NaN is missing, or text, where "" is.
+        ids: A name for each row.
+        cells: Its columns, once they are read.
+        frame: The columns where they are still in the file.
+        splits: The rows of each split; empty where the file does not say.
+        groups: The group of each row, or None.
+    """
+
+    where: str
+    labels: Array
+    ids: Sequence[str]
+    cells: Cells
+    frame: LazyFrame | None = None
+    splits: dict[str, list[int]] = field(default_factory=dict)
+    groups: list[str] | None = None
+
+
+class RowNumbers(Sequence[str]):
+    """The names "0", "1", ..., which take no memory."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = range(count)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return str(self.rows[row])
+
+
+def read_table(
+    given: Any, name: str, label: int | str | None, group: int | str | None = None, drop: Sequence[int | str] = ()
+) -> Table:
+    """Reads labels and groups, and of arrays the columns.
+
+    Args:
+        given: A path of a file or of a folder of `tl embed`, or a frame.
+        name: The domain.
+        label: The label's column in a file; None: there are no labels.
+        group: The column of groups, or None.
+        drop: Columns to leave out.
+
+    Raises:
+        DataError: It cannot be read or is not as it should be.
+    """
+    if not isinstance(given, str | Path):
+        import polars
+
+        frame = given if isinstance(given, polars.DataFrame) else polars.from_pandas(given)
+        return _read_frame(frame.lazy(), f"{name}: the frame", label, group, drop)
+    path = expand_path(given, name)
+    assert path is not None
+    where = f"{name}: {path}"
+    if not path.is_dir() and path.suffix != ".npz":
+        return _read_frame(scan_frame(path, where), where, label, group, drop)
+    try:
+        return _read_embedded(path, name, where) if path.is_dir() else _read_arrays(path, where, label)
+    except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise DataError(f"{where} cannot be read as a table ({reason})") from error
+
+
+def _read_frame(
+    frame: LazyFrame, where: str, label: int | str | None, group: int | str | None, drop: Sequence[int | str]
+) -> Table:
+    import polars
+
+    kinds = frame.collect_schema()
+    names = kinds.names()
+    apart = [names[each % len(names)] if isinstance(each, int) else each for each in drop]
+    count = frame.select(polars.len()).collect().item()
+    table = Table(where, np.zeros(count), RowNumbers(count), Cells(count))
+    if label is not None:
+        name = _column("label", label, names, where)
+        apart.append(name)
+        if kinds[name].is_numeric():
+            numbers = frame.select(polars.col(name).cast(polars.Float64).fill_null(float("nan"))).collect()
+            table.labels = numbers[name].to_numpy()
+        else:
+            texts = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name]
+            table.labels = np.array(["" if text in MISSING else text for text in texts])
+    if group is not None:
+        name = _column("group", group, names, where)
+        apart.append(name)
+        table.groups = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name].to_list()
+    table.frame = frame.drop(apart, strict=False)
+    return table
+
+
+def _column(field: str, wanted: int | str, names: list[str], where: str) -> str:
+    if isinstance(wanted, str):
+        if names == list(map(str, range(len(names)))) and wanted not in names:
+            raise DataError(f"{field}: {where} has no header line, so name the column by its number, not {wanted}")
+        check_known(field, wanted, names, "column")
+        return wanted
+    if not -len(names) <= wanted < len(names):
+        raise DataError(f"{field}: there is no column {wanted}; {where} has {len(names)}")
+    return names[wanted]
+
+
+def read_columns(
+    tables: Mapping[str, Table],
+    categorical: Sequence[int | str],
+    missing: Mapping[str, float | str],
+    columns: Columns | None,
+    categories: Mapping[str, list[str]] | None,
+) -> None:
+    """Reads the cells of the columns that all files have, or that are known; what is text in one is text in all.
+
+    Raises:
+        DataError: The domains share no columns, or a column is unknown.
+    """
+    frames = {name: table.frame for name, table in tables.items() if table.frame is not None}
+    if len(frames) < len(tables):
+        widths = {len(_names(table)) for table in tables.values()}
+        if len(widths) > 1:
+            raise DataError(f"source, target: their columns differ: {' and '.join(map(str, sorted(widths)))}")
+    if not frames:
+        return
+    import polars
+
+    for name, frame in _same_names(frames).items():
+        for column, value in missing.items():
+            if column in frame.collect_schema():
+                cell = polars.col(column)
+                frame = frame.with_columns(polars.when(cell != value).then(cell))
+        frames[name] = frame
+    kinds = {name: frame.collect_schema() for name, frame in frames.items()}
+    all_names = list(dict.fromkeys(column for kind in kinds.values() for column in kind))
+    wanted = [str(column) for column in categorical]
+    for argument, names in (("categorical", wanted), ("missing", missing)):
+        for column in names:
+            check_known(argument, column, all_names, "column")
+    for name, kind in kinds.items():
+        if columns is None:
+            own = _shared(kinds, tables)
+            texts = (
+                categories
+                if categories is not None
+                else {
+                    column
+                    for column in own
+                    if column in wanted or any(is_text(other[column]) for other in kinds.values())
+                }
+            )
+        else:
+            texts = columns["categorical"]
+            known = [*dict.fromkeys(each.get("of", n) for n, each in columns["numeric"].items()), *texts]
+            own = [column for column in known if column in kind]
+            if absent := [column for column in known if column not in kind]:
+                log.warning(
+                    "%s lacks what training had: %s; these cells count as missing", tables[name].where, some(absent)
+                )
+        numbers = [column for column in own if column not in texts]
+        tables[name].cells = read_cells(frames[name], [c for c in own if c in texts], numbers, tables[name].where)
+
+
+def _names(table: Table) -> list[str]:
+    return table.frame.collect_schema().names() if table.frame is not None else list(table.cells.numbers)
+
+
+def _same_names(frames: Mapping[str, LazyFrame]) -> dict[str, LazyFrame]:
+    """The frames, where one without a header has the names of one of the same width that has a header."""
+    names = {name: frame.collect_schema().names() for name, frame in frames.items()}
+    header = next((each for each in names.values() if not all(map(str.isdecimal, each))), None)
+    return {
+        name: frame.rename(dict(zip(names[name], header, strict=True)))
+        if header and all(map(str.isdecimal, names[name])) and len(names[name]) == len(header)
+        else frame
+        for name, frame in frames.items()
+    }
+
+
+def _shared(kinds: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Table]) -> list[str]:
+    """The columns that all files have; says which only one has."""
+    one, *others = kinds.values()
+    shared = [column for column in one if all(column in other for other in others)]
+    apart = {name: [column for column in kind if column not in shared] for name, kind in kinds.items()}
+    bare = all(column.isdecimal() for kind in kinds.values() for column in kind)
+    if not shared or (bare and any(apart.values())):
+        raise DataError(
+            "source, target: their columns differ: "
+            + " and ".join(str(len(kind) if bare else list(kind)) for kind in kinds.values())
+        )
+    if any(apart.values()):
+        said = "; ".join(f"only {name} has {some(names)}" for name, names in apart.items() if names)
+        log.info("source, target: the %d columns that both have are taken; %s", len(shared), said)
+    return shared
+
+
+def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
+    with np.load(path, allow_pickle=False) as file:
+        for key in file:
+            if key.endswith(("_features", "_labels")):
+                raise DataError(f"{where}: {key} would not be read; an .npz has features and labels, without splits")
+        features = file["features"]
+        return _numbers(features, np.zeros(len(features), int) if label is None else file["labels"], where)
+
+
+def _read_embedded(path: Path, name: str, where: str) -> Table:
+    if (path / "features.npy").is_file():
+        features = np.load(path / "features.npy", allow_pickle=False)
+    else:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            features = load_file(path / "features.safetensors")["features"]
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    with (path / "index.csv").open(newline="") as file:
+        index = list(csv.DictReader(file))
+    if len({row["domain"] for row in index}) > 1:
+        index = [row for row in index if row["domain"].partition("/")[0] == name]
+    if not index:
+        raise DataError(f"{where} has no rows of the {name}")
+    table = _numbers(features[[int(row["row"]) for row in index]], np.array([row["label"] for row in index]), where)
+    table.ids = [row["id"] for row in index]
+    for row in index:
+        check_known("split", row["split"], SPLIT_NAMES, "split")
+    numbers = {split: [n for n, row in enumerate(index) if row["split"] == split] for split in SPLIT_NAMES}
+    table.splits = {split: rows for split, rows in numbers.items() if rows}
+    return table
+
+
+def _numbers(features: Array, labels: Array, where: str) -> Table:
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
+        raise DataError(
+            f"{where}: features and labels have shapes {features.shape} and {labels.shape}, not (N, D) and (N,)"
+        )
+    if features.dtype.kind not in "fiub":
+        raise DataError(f"{where}: features are {features.dtype}, not numbers")
+    for row, column in zip(*np.nonzero(~np.isfinite(features)), strict=True):
+        raise DataError(f"{where} row {row}: column {column} is {features[row, column]}, no number; mend or remove it")
+    columns = {str(number): features[:, number].astype(np.float32) for number in range(features.shape[1])}
+    count = len(features)
+    return Table(where, labels, [str(row) for row in range(count)], Cells(count, columns))

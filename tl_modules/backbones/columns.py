@@ -1,0 +1,149 @@
+"""The columns of a table as a network takes them, and what all backbones for tables share.
+
+x (B, D), or {"numeric": (B, D), "categorical": (B, K)} -> Standardise (-> embeddings) | 0 or 1 for each category
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tl_modules.backbones.base import Backbone
+from tl_modules.errors import UserError
+
+Scale = Literal["each", "all"]
+
+
+class Standardise(nn.BatchNorm1d):
+    """Subtracts each column's mean, and divides by its deviation or by one number for all columns, (B, D) -> (B, D).
+
+    Args:
+        columns: D.
+        scale: "each": a column's own deviation. "all": the root of the columns' mean variance.
+        clip: With "each", how many deviations a value keeps at most; a column that hardly ever moves in training may
+            reach thousands in another domain. None: as many as it has.
+    """
+
+    def __init__(self, columns: int, scale: Scale, clip: float | None) -> None:
+        # momentum None: the average over all batches, so that columns of any scale are right from the first step on
+        super().__init__(columns, affine=False, momentum=None)
+        self.scale, self.clip = scale, clip
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        each = super().forward(input)
+        if self.scale == "each":
+            return each if self.clip is None else each.clamp(-self.clip, self.clip)
+        if self.training or self.running_mean is None or self.running_var is None:
+            mean, variance = input.mean(0), input.var(0, unbiased=False)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        return (input - mean) / (variance.mean() + self.eps).sqrt()
+
+
+class MixedColumns(nn.Module):
+    """Numbers standardised, and embedded if asked to, beside a 0 or 1 for each category; unknown ones are all 0.
+
+    Args:
+        numeric: D, how many columns are numbers.
+        categories: How many categories each of the K others has, without the unknown.
+        scale: As of `Standardise`.
+        clip: As of `Standardise`.
+        embedding: Width of each number's embedding by periodic functions (Gorishniy et al., NeurIPS 2022); 0: none.
+
+    Attributes:
+        out_features: Width of what it gives.
+    """
+
+    def __init__(
+        self,
+        numeric: int,
+        categories: Sequence[int],
+        scale: Scale = "each",
+        clip: float | None = 5.0,
+        embedding: int = 0,
+    ) -> None:
+        super().__init__()
+        self.standardise = Standardise(numeric, scale, clip)
+        self.embeddings = periodic(numeric, embedding) if embedding else None
+        starts = torch.tensor([0, *(size + 1 for size in categories)]).cumsum(0)
+        self.register_buffer("starts", starts[:-1], persistent=False)
+        known = torch.ones(int(starts[-1]), dtype=torch.bool)
+        known[starts[:-1]] = False
+        self.register_buffer("known", known.nonzero()[:, 0], persistent=False)
+        self.slots = int(starts[-1])
+        self.out_features = numeric * max(1, embedding) + sum(categories)
+
+    def forward(self, x: Any) -> Tensor:
+        """(B, D), or that and (B, K) -> (B, out_features)."""
+        numbers, codes = (x["numeric"], x.get("categorical")) if isinstance(x, Mapping) else (x, None)
+        parts = [self.standardise(numbers)]
+        if self.embeddings is not None:
+            parts = [self.embeddings(parts[0]).flatten(1)]
+        if codes is not None:
+            marks = parts[0].new_zeros(len(codes), self.slots).scatter_(1, codes + self.starts, 1.0)
+            parts.append(marks[:, self.known])
+        return torch.cat(parts, 1)
+
+
+def periodic(numeric: int, width: int) -> nn.Module:
+    """Embeddings of numbers by sines and cosines of learnt frequencies, (B, D) -> (B, D, width)."""
+    try:
+        from rtdl_num_embeddings import PeriodicEmbeddings
+    except ModuleNotFoundError as error:
+        raise missing("embedding", "rtdl_num_embeddings") from error
+    module: nn.Module = PeriodicEmbeddings(numeric, width, lite=False)
+    return module
+
+
+def restart(model: nn.Module) -> None:
+    """Lets means and deviations be those of the present run's rows, whatever weights were loaded."""
+    for module in model.modules():
+        if isinstance(module, Standardise) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.zero_()
+
+
+def missing(field: str, name: str) -> UserError:
+    """What says that a library of the extra `tables` is not there."""
+    return UserError(f"{field}: it needs {name}: pip install 'lightning-transfer[tables]'")
+
+
+class TabularBackbone(Backbone):
+    """A backbone for rows of tables; a subclass writes `build`, `forward` and `stages`."""
+
+    decided_by_schema: tuple[str, ...] = ("scale",)
+    scale: Scale | None
+    in_features: int | None = None
+
+    def bind_schema(self, x: Mapping[str, Any]) -> None:
+        """Builds the layers for the data's columns.
+
+        Raises:
+            UserError: The data does not say how many there are, or has another number than the layers.
+        """
+        if self.scale is None:
+            self.scale = "all" if x.get("one_unit") else "each"
+            for module in self.modules():
+                if isinstance(module, Standardise):
+                    module.scale = self.scale
+        columns = len(x["numeric"]) if "numeric" in x else None
+        if self.in_features is None:
+            if columns is None:
+                kind = type(self).__name__
+                raise UserError(f"in_features: the data does not say how many columns it has; {kind} takes TabularData")
+            self.build(columns, [len(known) for known in x.get("categorical", {}).values()])
+        elif columns not in (None, self.in_features) or x.get("categorical"):
+            others = f" and {len(x['categorical'])} of categories" if x.get("categorical") else ""
+            raise UserError(f"in_features: {self.in_features} for data with {columns} columns{others}")
+
+    def build(self, numeric: int, categories: list[int]) -> None:
+        """Makes the layers.
+
+        Args:
+            numeric: How many columns are numbers.
+            categories: How many categories each of the others has.
+        """
+        raise NotImplementedError

@@ -55,7 +55,7 @@ def trained():
 
 
 def test_names_tell_the_classes(trained):
-    module, trainer = trained
+    _, trainer = trained
     metrics = trainer.callback_metrics
     assert metrics["val/zero_shot"] > 0.9
     assert 0 < metrics["val/recall_1"] <= metrics["val/recall_5"] <= 1
@@ -109,5 +109,5 @@ def test_refusals(backbone, options, message):
 
 def test_prediction_needs_names_and_a_text():
     module = CLIP(SeveralBackbones({"image": ConvNet(4), "row": TabularMLP(5, [4])}))
-    with pytest.raises(UserError, match="predict: CLIP chooses among names; give --model.classes"):
+    with pytest.raises(UserError, match=r"predict: CLIP chooses among names; give --model\.classes"):
         module.on_predict_start()

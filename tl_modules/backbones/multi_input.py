@@ -1,8 +1,8 @@
 """Several inputs at once, each with a backbone of its own, and what makes one vector of theirs.
 
     {"image": ..., "text": ..., "row": ...}
-         |           |          |          a backbone each -> pooled features; where an input is missing, a learnt vector
-         +-----> fusion <-------+          concatenation, gates or attention -> (B, out_features)
+         |           |          |         a backbone each -> pooled features; a learnt vector for a missing input
+         +-----> fusion <-------+         concatenation, gates or attention -> (B, out_features)
 
 Stages are counted from the fusion in each part: the last stage holds the last one of every part. The fusion and the
 learnt vectors are in no stage: they are new, as a head is, and always train.
@@ -83,9 +83,9 @@ class SeveralBackbones(Backbone):
             self._build()
 
     @property
-    def parts(self) -> dict[str, Backbone]:
-        """The backbone of each input, by its name."""
-        return dict(self.model["parts"].items())  # type: ignore[operator]
+    def parts(self) -> Any:
+        """The backbone of each input, by its name: a ModuleDict."""
+        return self.model["parts"]
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Lets each part learn what its input is.

@@ -1,6 +1,6 @@
 """`tl compress`: a trained module becomes a smaller one, in a run of its own.
 
-module -> its strategy's `merge` -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, checkpoints/best.ckpt
+module -> adapters merged -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, best.ckpt
 """
 
 from __future__ import annotations

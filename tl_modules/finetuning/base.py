@@ -7,9 +7,10 @@
 
 Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
 in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
-wraps the module, so that DDP sees it. What of the backbone is in no stage is new, as the head is, and always trains. The strategy is applied at each epoch's start and whenever something calls
-`train()` (`StagedModule`, staged.py); after a validation Lightning gives every submodule the mode that it had before.
-The strategies themselves are in freezing.py.
+wraps the module, so that DDP sees it. Parameters of the backbone that are in no stage are new, as the head is, and
+always train. The strategy is applied at each epoch's start and whenever something calls `train()` (`StagedModule`,
+staged.py); after a validation Lightning gives every submodule the mode that it had before. The strategies themselves
+are in freezing.py and lora.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Small trainable layers beside frozen ones: LoRA and what else peft can put into a network.
+r"""Small trainable layers beside frozen ones: LoRA and what else peft can put into a network.
 
     x --> [ W, frozen ] --> + --> y        y = W x + alpha / r B A x
      \--> [ A ] --> [ B ] -/               B is 0 at the start, so that the network is at first what it was
 
-peft (https://github.com/huggingface/peft) builds the layers; this file says where they are, when they train, and how they
-leave the network again: merged into the weights, or alone, in peft's own files.
+peft (https://github.com/huggingface/peft) builds the layers; this file says where they are, when they train, and how
+they leave the network again: merged into the weights, or alone, in peft's own files.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class LoRA(FineTuning):
         kind: Which adapter, by peft's name: lora, loha, lokr, ia3, oft, boft, hra, ln_tuning, ... Those that share
             state between layers (vera) or lengthen the input (prefix_tuning) are refused.
         options: Further arguments of peft's config of that kind, e.g. {use_dora: true} or {use_rslora: true}.
-        opening: Which stages have adapters and from when on they train, e.g. LastStages or GradualUnfreezing; None: all,
-            from the start.
+        opening: Which stages have adapters and from when on they train, e.g. LastStages or GradualUnfreezing; None:
+            all, from the start.
         **kwargs: As for `FineTuning`.
 
     Raises:

@@ -144,6 +144,15 @@ def test_the_closed_part_opens_one_stage_at_most():
     assert [len(stage) for stage in stages] == [2, 1, 1, 2]
 
 
+def test_it_starts_at_random_where_all_that_may_open_does():
+    pretrained = TabularMLP(5, [8])
+    pretrained.random = False
+    parts = {"image": ConvNet(4), "row": pretrained}
+    assert not SeveralBackbones(parts).random
+    assert SeveralBackbones(parts, open_stages={"row": 0}).random
+    assert not SeveralBackbones(parts, open_stages={"row": 0, "image": 0}).random
+
+
 def test_a_frozen_part_is_cached_beside_one_that_trains():
     backbone = several(open_stages={"text": 0}, fusion="attention", width=8).eval()
     x = batch(backbone)

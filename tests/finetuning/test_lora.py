@@ -22,6 +22,8 @@ from tl_modules import (
     GradualUnfreezing,
     LastStages,
     LoRA,
+    SeveralBackbones,
+    TabularMLP,
     TimmBackbone,
     UserError,
 )
@@ -157,6 +159,19 @@ def test_opening_says_where_adapters_are_and_when_they_train():
     assert [len(list(adapter_layers(stage))) > 0 for stage in module.stages()] == [False, False, True]
     with pytest.raises(UserError, match="LoRA finds no parameter to train in ConvNet"):
         build(finetuning=LoRA(opening=FeatureExtraction()))
+
+
+def test_one_backbone_of_several_trains_whole():
+    backbone = SeveralBackbones({"image": ConvNet(4), "row": TabularMLP(5, [8])})
+    module = Classification(backbone, 3, finetuning=LoRA(whole=["parts.image"]))
+    image = {id(p) for p in backbone.parts["image"].parameters()}
+    assert all(p.requires_grad for p in backbone.parts["image"].parameters())
+    assert not list(adapter_layers(backbone.parts["image"]))
+    row = [name for name, p in backbone.parts["row"].named_parameters() if p.requires_grad]
+    assert row
+    assert all("lora_" in name for name in row)
+    held = {id(p) for group in module.finetuning.param_groups(module) for p in group["params"]}
+    assert image <= held
 
 
 def test_a_checkpoint_of_what_trains_is_small_and_resumes_to_the_bit(tmp_path):

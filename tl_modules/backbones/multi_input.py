@@ -114,7 +114,9 @@ class SeveralBackbones(Backbone):
         self.data_defaults = next((p.data_defaults for p in self.parts.values() if p.data_defaults), {})
         self.closed = int(any(self._split(name)[0] for name in self.parts))
         self.load_pretrained(*self.given)
-        self.random = self.given[0] is None and all(part.random for part in self.parts.values())
+        # what never opens has no learning rate
+        moving = [part for name, part in self.parts.items() if self.limits.get(name) != 0] or self.parts.values()
+        self.random = self.given[0] is None and all(part.random for part in moving)
 
     def forward(self, x: Mapping[str, Any]) -> Tensor:
         """Prepared inputs, as `Each` gives them -> (B, out_features)."""

@@ -47,6 +47,8 @@ class LoRA(FineTuning):
         kind: Which adapter, by peft's name: lora, loha, lokr, ia3, oft, boft, hra, ln_tuning, ... Those that share
             state between layers (vera) or lengthen the input (prefix_tuning) are refused.
         options: Further arguments of peft's config of that kind, e.g. {use_dora: true} or {use_rslora: true}.
+        whole: Modules that train whole in place of adapters, by a run of their names, e.g. [parts.image], one backbone
+            of several.
         opening: Which stages have adapters and from when on they train, e.g. LastStages or GradualUnfreezing; None:
             all, from the start.
         **kwargs: As for `FineTuning`.
@@ -65,6 +67,7 @@ class LoRA(FineTuning):
         targets: list[str] | str | None = None,
         kind: str = "lora",
         options: dict[str, Any] | None = None,
+        whole: list[str] | None = None,
         opening: FineTuning | None = None,
         **kwargs: Any,
     ) -> None:
@@ -75,15 +78,15 @@ class LoRA(FineTuning):
             )
         self.r, self.alpha, self.dropout, self.targets = r, alpha, dropout, targets
         self.kind, self.options, self.opening = kind.upper(), options or {}, opening or Full()
-        self.unit = self.opening.unit
+        self.whole, self.unit = whole or [], self.opening.unit
 
     def trainable_stages(self, position: float, stages: int) -> range:
         """Those of `opening`."""
         return self.opening.trainable_stages(position, stages)
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """What `extend` has added."""
-        return getattr(owner, "of_adapter", False)
+        """What `extend` has added, and what is to train whole."""
+        return getattr(owner, "trains_beside", False)
 
     def extend(self, module: BaseTransferModule) -> None:
         """Puts adapters into the stages that will train.
@@ -95,6 +98,8 @@ class LoRA(FineTuning):
         inside = {id(layer) for number in self.open_stages(module) for layer in stages[number].modules()}
         for part in (module.backbone, module.head):
             layers = {name: layer for name, layer in part.named_modules() if id(layer) in inside}
+            for name in [n for n in layers if any(f".{own}." in f".{n}." for own in self.whole)]:
+                layers.pop(name).trains_beside = True  # type: ignore[assignment]
             if names := self.chosen(layers):
                 self._insert(part, names)
 
@@ -167,7 +172,7 @@ class LoRA(FineTuning):
         part.requires_grad_(True)  # peft froze what it did not add; `apply` says what trains
         for layer in part.modules():
             if id(layer) not in known and next(layer.parameters(recurse=False), None) is not None:
-                layer.of_adapter = True  # type: ignore[assignment]
+                layer.trains_beside = True  # type: ignore[assignment]
             if id(layer) not in known and hasattr(layer, "unload_and_optionally_merge_module"):
                 layer.register_forward_pre_hook(_note_weights)
                 layer.register_forward_hook(_put_back_weights, always_call=True)

@@ -149,12 +149,12 @@ class Paired(TransferDataModule):
             for field, column in (named | {"image": images[name]}).items():
                 if column is not None and not column.endswith(ARRAYS):
                     check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
-        kinds = {
+        given: dict[str, Any] = {
             "image": image and {"image": {}},
             "text": text and {"text": {}},
             "row": numbers and {"numeric": numbers},
         }
-        kinds = {name: kind for name, kind in kinds.items() if kind}
+        kinds = {name: what for name, what in given.items() if what}
         self.x_schema = kinds if len(kinds) > 1 else next(iter(kinds.values()))
         for name in without or ():
             check_known("without", name, kinds if len(kinds) > 1 else (), "input beside which there is another")

@@ -53,6 +53,9 @@ class SeveralBackbones(Backbone):
         UserError: There is no part, a name is of none, or a number is out of range.
     """
 
+    kinds: dict[str, Any]
+    each: Each
+
     def __init__(
         self,
         parts: dict[str, Backbone],
@@ -103,14 +106,18 @@ class SeveralBackbones(Backbone):
         self.kinds = {name: dict(x.get(name, {})) for name in self.parts}
         if "fusion" not in self.model:
             self._build()
-        self.prepare = Each({name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries)
+        self.prepare = self.each = Each(
+            {name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries
+        )
 
     def _build(self) -> None:
         widths = {name: part.width for name, part in self.parts.items()}
         fusion = Fusion(widths, self.fusion_kind, self.fused, self.drop)
         self.model["fusion"], self.out_features = fusion, fusion.out_features
-        self.kinds: dict[str, Any] = {name: {} for name in self.parts}
-        self.prepare = Each({name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries)
+        self.kinds = {name: {} for name in self.parts}
+        self.prepare = self.each = Each(
+            {name: part.prepare for name, part in self.parts.items()}, self.kinds, self.carries
+        )
         self.data_defaults = next((p.data_defaults for p in self.parts.values() if p.data_defaults), {})
         self.closed = int(any(self._split(name)[0] for name in self.parts))
         self.load_pretrained(*self.given)
@@ -130,7 +137,7 @@ class SeveralBackbones(Backbone):
     def _late(self, name: str, raw: list[Any]) -> Any:
         """Prepares what another network's `carries` has left as it was."""
         device = next(self.parameters()).device
-        return samples.move(self.prepare.one(name, raw), device)
+        return samples.move(self.each.one(name, raw), device)
 
     def stages(self) -> list[nn.Module]:
         """The parts' stages, side by side; what `open_stages` keeps closed is the first one."""
@@ -244,7 +251,8 @@ class Fusion(nn.Module):
         each = {name: self.project[name](vector) for name, vector in filled.items()}
         if self.kind == "gated":
             gates = self.gates(beside).softmax(1)[..., None]  # (B, parts, 1)
-            return (gates * torch.stack(list(each.values()), 1).tanh()).sum(1)
+        fused: Tensor = (gates * torch.stack(list(each.values()), 1).tanh()).sum(1)
+        return fused
         tokens = torch.stack([self.norm[name](vector) for name, vector in each.items()], 1)
         fused: Tensor = self.attend(tokens).mean(1)
         return fused
@@ -254,4 +262,5 @@ class Fusion(nn.Module):
         draw = torch.rand(there.shape, device=there.device)
         kept = there & (draw >= self.drop)
         luckiest = draw.masked_fill(~there, -1).argmax(1, keepdim=True)
-        return kept | (there & torch.zeros_like(there).scatter(1, luckiest, True))
+        found: Tensor = kept | (there & torch.zeros_like(there).scatter(1, luckiest, True))
+        return found

@@ -99,7 +99,7 @@ class LoRA(FineTuning):
         for part in (module.backbone, module.head):
             layers = {name: layer for name, layer in part.named_modules() if id(layer) in inside}
             for name in [n for n in layers if any(f".{own}." in f".{n}." for own in self.whole)]:
-                layers.pop(name).trains_beside = True  # type: ignore[assignment]
+                layers.pop(name).trains_beside = True
             if names := self.chosen(layers):
                 self._insert(part, names)
 

@@ -101,7 +101,7 @@ class CLIP(Pretraining):
         rank = (near > near.diagonal()[:, None]).sum(1)
         found = {"recall_1": float((rank < 1).float().mean()), "recall_5": float((rank < 5).float().mean())}
         if self.class_names is not None and self.text is not None and isinstance(y, Tensor) and y.ndim == 1:
-            there = y.unique()
+            there = torch.unique(y)
             names = self.embed([self.class_names[i] for i in there.tolist()])
             said = there.to(self.device)[self._pictured((one, other)).mm(names.T).argmax(1)]
             found["zero_shot"] = float((said == y.to(self.device)).float().mean())
@@ -124,7 +124,7 @@ class CLIP(Pretraining):
         """Names of classes -> z of their prompts, (C, dim)."""
         assert self.text is not None
         texts = [self.prompt.format(name.replace("_", " ").replace("-", " ")) for name in names]
-        prepared, _ = samples.move(self.several.prepare.one(self.text, texts), self.device)
+        prepared, _ = samples.move(self.several.each.one(self.text, texts), self.device)
         part = self.several.parts[self.text]
         return self.projections.project(self.text, part.pooled_features(part(prepared)).float())
 
@@ -188,7 +188,7 @@ class Projections(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, sum of the widths) -> (B, dim) of each part."""
-        each = features.split(list(self.widths.values()), 1)
+        each = torch.split(features, list(self.widths.values()), 1)
         return tuple(self.project(name, vectors) for name, vectors in zip(self.widths, each, strict=True))
 
 

@@ -251,8 +251,8 @@ class Fusion(nn.Module):
         each = {name: self.project[name](vector) for name, vector in filled.items()}
         if self.kind == "gated":
             gates = self.gates(beside).softmax(1)[..., None]  # (B, parts, 1)
-        fused: Tensor = (gates * torch.stack(list(each.values()), 1).tanh()).sum(1)
-        return fused
+            weighted: Tensor = (gates * torch.stack(list(each.values()), 1).tanh()).sum(1)
+            return weighted
         tokens = torch.stack([self.norm[name](vector) for name, vector in each.items()], 1)
         fused: Tensor = self.attend(tokens).mean(1)
         return fused

@@ -26,6 +26,8 @@ from tl_modules.errors import UserError, short
 __all__ = ["SeveralBackbones"]
 
 Kind = Literal["concat", "gated", "attention"]
+# what an input may be by the schema, which of one input alone is the schema itself
+KINDS = {"image", "text", "audio", "numeric", "categorical", "ids"}
 
 
 class SeveralBackbones(Backbone):
@@ -97,7 +99,7 @@ class SeveralBackbones(Backbone):
             UserError: The data have no such input, or one alone.
         """
         for name in (*self.parts, *self.carries) if x else ():
-            if not isinstance(x.get(name), Mapping):
+            if not isinstance(x.get(name), Mapping) or not KINDS & x[name].keys():
                 raise UserError(
                     f"parts: the data have no input {name}; they have {short(x)}, one alone or several by name"
                 )

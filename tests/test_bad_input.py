@@ -109,7 +109,7 @@ CASES = {
     "adapters nowhere": (FIT + "--model.finetuning LoRA --model.finetuning.targets [query]", "targets: no layer is called ['query']; there are "),
     "a table of nothing": (FIT + "--data Paired", "target: give a table, --data.target FILE"),
     "no input named": (FIT + "--data Paired --data.target bad.yaml", "image, text, numbers: name the columns that are inputs"),
-    "several parts for one input": ("fit --data Digits --model.backbone SeveralBackbones --model.backbone.parts {image:{class_path:ConvNet}}", "parts: the data have no input image"),
+    "several parts for one input": ('fit --data Digits --model.backbone SeveralBackbones --model.backbone.parts {{"image":{{"class_path":"ConvNet"}}}}', "parts: the data have no input image"),
     "class weights": (FIT + "--model.class_weights [1,2]", "class_weights: 2 weights for 10 classes"),
     "negative argument": (FIT + "--model.finetuning LastStages --model.finetuning.k -1", "k: -1 must not be negative"),
     "float images outside [0, 1]": (FIT + "--data ImageArrays --data.target a.npz", "images are floats outside [0, 1]"),

@@ -198,7 +198,7 @@ def test_refusals(options, message):
 
 
 def test_data_that_lack_an_input_are_said():
-    with pytest.raises(UserError, match="parts: the data have no input text; they have image, one alone or several"):
+    with pytest.raises(UserError, match="parts: the data have no input image; they have image, one alone or several"):
         Classification(several(), {"x": {"image": {}}, "y": {"classes": ["a", "b"]}})
     with pytest.raises(UserError, match="parts: give a backbone for each input"):
         SeveralBackbones({})

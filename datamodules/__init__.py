@@ -7,6 +7,7 @@ from datamodules.digits import Digits
 from datamodules.domain_folders import DomainFolders
 from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
+from datamodules.paired import Paired
 from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
 from datamodules.tabular import TabularData
 from datamodules.text import TextFiles
@@ -29,6 +30,7 @@ __all__ = [
     "ImageArrays",
     "ImageFolders",
     "NoShift",
+    "Paired",
     "RandomGain",
     "RandomTimeShift",
     "Rotation",

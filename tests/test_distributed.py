@@ -33,6 +33,7 @@ def run(line, cwd):
     ("finetuning", "strategy"),
     [
         pytest.param("LastStages", "ddp", marks=pytest.mark.slow),
+        pytest.param("LoRA", "ddp", marks=pytest.mark.slow),
         pytest.param("GradualUnfreezing", "ddp_find_unused_parameters_true", marks=pytest.mark.slow),
     ],
 )

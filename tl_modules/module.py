@@ -114,6 +114,7 @@ class TransferModule(QuickNames, StagedModule):
         self.build_metrics()
         self.terms = LossMeans()
         self.head_transferred = contents.transfer_head(self)
+        finetuning.extend(self)
         attach_methods(self)
         finetuning.prepare(self)
 

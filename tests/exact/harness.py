@@ -29,6 +29,7 @@ STRATEGIES = {
     "GradualUnfreezing:steps": "--model.finetuning.every 3 --model.finetuning.unit steps",
     "GradualUnfreezing:fraction": "--model.finetuning.every 0.3 --model.finetuning.unit fraction",
     "FreezeThenUnfreeze": "--model.finetuning.after 1",
+    "LoRA": "--model.finetuning.opening GradualUnfreezing --model.finetuning.dropout 0.2",
 }
 RUN = (
     "fit --data Digits --data.source true --data.target_labels true --data.shots_per_class 5 --data.batch_size {batch} "

@@ -9,7 +9,7 @@ import torch
 import unlabelled
 from lightning.pytorch import Callback
 from small_runs import exported, fit, same
-from unlabelled import CASES, PRETRAININGS, Unlabelled, build
+from unlabelled import CASES, PRETRAININGS, Unlabelled, backbone_of, build
 
 from datamodules.errors import DataError
 from tl_modules import (
@@ -17,12 +17,10 @@ from tl_modules import (
     SCARF,
     Autoencoder,
     Classification,
-    ConvNet,
     FeatureExtraction,
     FineTuning,
     LastStages,
     SimCLR,
-    TabularMLP,
     TimmBackbone,
     TorchvisionBackbone,
     UserError,
@@ -94,7 +92,7 @@ def test_its_loss_falls(pretraining, kind):
 def test_its_backbone_goes_on_with_every_strategy(pretraining, kind, strategy, runs):
     folder = runs(pretraining, kind)[2]
     weights = str(folder / "step=5.ckpt")
-    backbone = ConvNet(4, weights) if kind == "image" else TabularMLP(5, [8, 8], weights=weights)
+    backbone = backbone_of(kind, weights)
     kept = torch.load(weights, weights_only=True)["state_dict"]
     taken = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     assert [n for n in same(taken, {k: v for k, v in kept.items() if k in taken}) if "num_batches" not in n] == []

@@ -6,6 +6,7 @@ from tl_modules.backbones.audio_transformer import *
 from tl_modules.backbones.base import *
 from tl_modules.backbones.convnet import *
 from tl_modules.backbones.ft_transformer import *
+from tl_modules.backbones.multi_input import *
 from tl_modules.backbones.recurrent import *
 from tl_modules.backbones.tabular import *
 from tl_modules.backbones.tabular_resnet import *

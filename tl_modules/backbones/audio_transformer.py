@@ -107,7 +107,7 @@ class AudioTransformer(AudioBackbone):
         self.extract: Any = kind(**extractor)
         self.rate = int(self.extract.sampling_rate)
         self.config = config
-        self.model = _encoder(transformers.AutoModel.from_config(config, dtype=torch.float32))  # type: ignore[no-untyped-call]
+        self.model = _encoder(transformers.AutoModel.from_config(config, dtype=torch.float32))
         for layer in getattr(getattr(self.model, "feature_extractor", None), "conv_layers", ()):
             if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 layer.layer_norm = RecordingNorm(layer.layer_norm)

@@ -67,6 +67,7 @@ class Backbone(BaseBackbone):
         pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
         random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
         pruned: Whether its layers are smaller than its arguments say, as pruning has left them.
+        closed: How many of its stages, from the input, no strategy opens.
         data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
             were trained for.
         decided_by_schema: The arguments whose None the schema or a file decides; a run's config has what they became.
@@ -81,6 +82,7 @@ class Backbone(BaseBackbone):
     pretrained: Pretrained | None = None
     random: bool = False
     pruned: bool = False
+    closed: int = 0
     data_defaults: Mapping[str, Any] = {}
     decided_by_schema: tuple[str, ...] = ()
     bf16_devices: tuple[str, ...] = ()

@@ -109,7 +109,7 @@ class TransformerBackbone(TextBackbone):
         if windows < 1 or (max_length is not None and max_length < 3):
             raise UserError(f"windows, max_length: {windows} and {max_length} must be at least 1 and 3")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
         self.name, self.prepare = str(name), Tokenise(windows)
         folder = Path(os.path.expandvars(name)).expanduser()
         where = str(folder if folder.is_dir() else name)
@@ -124,7 +124,7 @@ class TransformerBackbone(TextBackbone):
         # a run's checkpoint brings its own, and need not find this one
         with suppress(UserError) if rebuilt else nullcontext():
             self._take_tokenizer(_fetched(AutoTokenizer.from_pretrained, where, not rebuilt), longest)
-        self.model = _encoder(AutoModel.from_config(config, dtype=torch.float32))  # type: ignore[no-untyped-call]
+        self.model = _encoder(AutoModel.from_config(config, dtype=torch.float32))
         self.out_features = int(config.hidden_size)
         self.padding = int(getattr(config, "pad_token_id", None) or 0)
         self.first_only = pooling == "cls"

@@ -119,6 +119,11 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise UserError(f"weights: {path} holds no tensors by name")
+    if any(".base_layer." in key for key in tensors):
+        raise UserError(
+            f"weights: {path} holds adapters beside the weights; merge them by tl compress --run RUN --out NAME, and "
+            "start from that"
+        )
     if task:
         head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith(("head.", "bottleneck."))}
         backbone = {k: v for k, v in tensors.items() if k.startswith("backbone.")}

@@ -24,6 +24,7 @@ class BaseBackbone(nn.Module, ABC):
     out_features: Any
     random: bool
     pruned: bool
+    closed: int
     pretrained: Any
     prepare: Callable[[Sequence[Any]], Any]
     data_defaults: Mapping[str, Any] = {}

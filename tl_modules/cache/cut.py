@@ -41,6 +41,7 @@ from tl_modules.cache.frozen import (
 from tl_modules.cache.leaves import CannotCut, Leaf, device_of, difference, filled, tolerance
 from tl_modules.cache.recorder import Recorder
 from tl_modules.errors import UserError
+from tl_modules.finetuning.base import new_parameters
 
 __all__ = ["CannotCut", "Cut"]
 
@@ -68,7 +69,7 @@ class Cut(Recorder):
     def __init__(self, backbone: Backbone, closed: int, x: Any, pooled: bool = False) -> None:
         super().__init__(x)
         self.backbone, self.division, self.pooled = backbone, divide(backbone, closed), pooled
-        self.whole = closed == len(backbone.stages())
+        self.whole = closed == len(backbone.stages()) and not new_parameters(backbone)
         self.leaves: list[Leaf] = []
         x = samples.take(x, slice(0, 4))
         # an inference tensor could not be part of a graph later

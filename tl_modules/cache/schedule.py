@@ -27,7 +27,7 @@ def frozen_stages(trainer: Trainer, module: TransferModule, later: int = 0) -> i
         each = trainer.num_training_batches / trainer.accumulate_grad_batches
         now = strategy.end if each == math.inf else (now + 1) * math.ceil(each) - 1  # what opens after it is later
         now = now / steps if strategy.unit == "fraction" else now
-    trainable = strategy.trainable_stages(now, module.num_stages)
+    trainable = strategy.open_stages(module, now)
     backbone = len(module.backbone.stages())  # behind which the stages of a pretrained head are counted
     return min(trainable.start, backbone) if trainable else backbone
 

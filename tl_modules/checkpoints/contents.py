@@ -9,6 +9,7 @@ random_backbone                            this file                          th
 temperature                                cli/calibrate.py                   this file, unless a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
 pruned                                     this file                          this file, backbones/weights.py: shapes
+merged                                     this file                          this file: no adapters beside the weights
 quantized                                  deployment/quantization.py         files.py: int8 becomes float again
 callbacks                                  each callback, by its `state_key`
 ranks                                      runs/resume.py: generators and         the same, when a run resumes
@@ -47,6 +48,8 @@ def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     checkpoint["random_backbone"] = module.backbone.random
     if module.backbone.pruned:
         checkpoint["pruned"] = True
+    if module.finetuning.merged:
+        checkpoint["merged"] = True
     if module.temperature != 1:
         checkpoint["temperature"] = module.temperature
     if module.save == "trainable":
@@ -80,6 +83,8 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
             "checkpoint: it has no optimizer's state, as of a compressed run, so that training cannot go on from it; "
             "start a run from it with --model.backbone.weights RUN"
         )
+    if checkpoint.get("merged"):
+        module.finetuning.merge(module)
     if checkpoint.get("pruned"):
         module.backbone.pruned = True
         for network in (module, *averages(module)):

@@ -1,6 +1,6 @@
 """`tl compress`: a trained module becomes a smaller one, in a run of its own.
 
-module -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, checkpoints/best.ckpt
+module -> adapters merged -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, best.ckpt
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compress_run(
     importance: Importance,
     kind: Kind | None,
 ) -> Path:
-    """Prunes and quantises a module, in place, and writes best.ckpt into a run of its own.
+    """Merges adapters, prunes and quantises, in place, and writes best.ckpt into a run of its own.
 
     Args:
         module: A trained one, on the CPU, in eval mode.
@@ -56,9 +56,10 @@ def compress_run(
         UserError: Neither is asked for, or the network cannot be compressed so.
         DataError: The labels that "taylor" needs are hidden.
     """
-    if share is None and kind is None:
-        raise UserError("compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both")
     before = _size(module, x)
+    module.finetuning.merge(module)
+    if share is None and kind is None and not module.finetuning.merged:
+        raise UserError("compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both")
     if share is not None:
         prune(module, x, share, importance, _labelled(module, data) if importance == "taylor" else ())
     after = _size(module, x)

@@ -208,6 +208,8 @@ class TransferTrainer(QuickHooks, Trainer):
     ) -> None:
         """Makes a run smaller: channels are pruned, weights become int8; the result is a run like any other.
 
+        Adapters (`LoRA`) are merged into the weights before, which may be all that is asked for.
+
         `tl test`, `predict` and `benchmark` take it, and `tl fit --model.backbone.weights` starts from it, e.g. to
         fine-tune what pruning has left: `tl fit -c runs/OUT/version_0/config.yaml --model.backbone.weights runs/OUT`.
 

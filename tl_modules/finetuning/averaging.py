@@ -33,7 +33,7 @@ def keep_exact(module: BaseTransferModule) -> None:
         UserError: A callback cannot be kept from moving what is closed.
     """
     for callback in cast(Any, module.trainer).callbacks:
-        opens_all = len(module.finetuning.trainable_stages(0, module.num_stages)) == module.num_stages
+        opens_all = len(module.finetuning.open_stages(module, 0)) == module.num_stages
         if isinstance(callback, StochasticWeightAveraging) and not opens_all:
             raise UserError(
                 "callbacks: StochasticWeightAveraging takes BatchNorm's statistics anew, those of closed stages too; "

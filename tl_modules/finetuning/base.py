@@ -7,9 +7,10 @@
 
 Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
 in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
-wraps the module, so that DDP sees it. The strategy is applied at each epoch's start and whenever something calls
-`train()` (`StagedModule`, staged.py); after a validation Lightning gives every submodule the mode that it had before.
-The strategies themselves are in freezing.py.
+wraps the module, so that DDP sees it. Parameters of the backbone that are in no stage are new, as the head is, and
+always train. The strategy is applied at each epoch's start and whenever something calls `train()` (`StagedModule`,
+staged.py); after a validation Lightning gives every submodule the mode that it had before. The strategies themselves
+are in freezing.py and lora.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from tl_modules.batch.compat import BatchNorm, finds_unused_parameters
-from tl_modules.batch.protocol import BaseTransferModule
+from tl_modules.batch.protocol import BaseBackbone, BaseTransferModule
 from tl_modules.errors import UserError
 
 __all__ = ["FineTuning"]
@@ -41,6 +42,7 @@ class FineTuning:
     Attributes:
         unit: What the position is counted in.
         pretrained_lr: The default of `backbone_lr` for a pretrained backbone.
+        merged: Whether what it has added to the network has become part of the weights.
 
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
@@ -55,6 +57,7 @@ class FineTuning:
 
     unit: Unit = "epochs"
     pretrained_lr: float = PRETRAINED_LR
+    merged: bool = False
 
     def __init__(
         self,
@@ -97,9 +100,24 @@ class FineTuning:
         """The largest position: what is frozen there is frozen for the whole run."""
         return 1.0 if self.unit == "fraction" else float(sys.maxsize)
 
+    def open_stages(self, module: BaseTransferModule, position: float | None = None) -> range:
+        """Returns which of a module's stages train at a position; None is the end.
+
+        Those that its backbone keeps closed, the first ones, are not counted.
+        """
+        closed = module.backbone.closed
+        found = self.trainable_stages(self.end if position is None else position, module.num_stages - closed)
+        return range(found.start + closed, found.stop + closed)
+
     def opens_later(self, stages: int) -> bool:
         """Returns whether a stage that is frozen at the start will train."""
         return self.trainable_stages(self.end, stages) != self.trainable_stages(0, stages)
+
+    def extend(self, module: BaseTransferModule) -> None:
+        """Adds parameters of its own to the stages; called once, before the methods look at the module."""
+
+    def merge(self, module: BaseTransferModule) -> None:
+        """Puts what `extend` has added into the weights, for good; `merged` says whether there was anything."""
 
     def parameters(self, stages: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Parameter, bool]]:
         """Yields every parameter once: the first stage that holds it, itself, and whether it trains with its stage."""
@@ -156,11 +174,13 @@ class FineTuning:
     def apply(self, module: BaseTransferModule, position: float) -> None:
         """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
         stages = module.stages()
-        trainable = self.trainable_stages(position, len(stages))
+        trainable = self.open_stages(module, position)
         # what belongs to no stage (containers, a BatchNorm without parameters) is frozen until all stages train
         module.backbone.train(module.training and len(trainable) == len(stages))
         if len(stages) > len(module.backbone.stages()):  # a pretrained head, whose parts in no stage are new
             module.head.train(module.training)
+        for part in new_parts(module.backbone):
+            part.train(module.training)
         for number, stage in enumerate(stages):
             stage.train(number in trainable and module.training)
         for number, parameter, trains in self.parameters(stages):
@@ -171,7 +191,7 @@ class FineTuning:
                     layer.eval()
 
     def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
-        """Yields groups `head`, `bottleneck`, the methods' names, `stage_N`, with every parameter once.
+        """Yields groups `head`, `bottleneck`, `fusion`, the methods' names, `stage_N`, with every parameter once.
 
         `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the
         stages, the head and the methods. One that does not train with its stage is left out.
@@ -186,6 +206,7 @@ class FineTuning:
         # methods also hold networks that never train (a teacher, a copy of the pretrained one)
         methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
         new = [("head", list(module.head.parameters())), ("bottleneck", list(module.bottleneck.parameters()))]
+        new += [("fusion", new_parameters(module.backbone))]
         for name, parameters in (*new, *methods):
             own = [p for p in parameters if id(p) not in seen]
             seen |= {id(p) for p in own}
@@ -206,11 +227,14 @@ class FineTuning:
         for number, stage in enumerate(stages):
             for tensor in (*stage.parameters(), *stage.buffers()):
                 stage_of.setdefault(id(tensor), number)
+        new = {id(p) for p in new_parameters(module.backbone)}
         head_is_frozen = not any(p.requires_grad for p in module.head.parameters())
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             number = stage_of.get(id(tensor), -1)
             part = None
+            if id(tensor) in new:
+                continue
             if name.startswith("backbone.") and number not in module.trainable and len(module.trainable) < len(stages):
                 part = f"stage_{number}" if number >= 0 else "a part in no stage"
             elif number in module.trainable and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
@@ -224,9 +248,22 @@ class FineTuning:
     def never_trains(self, module: BaseTransferModule) -> dict[str, Tensor]:
         """Returns the backbone's parameters that are frozen for the whole run, by name."""
         stages = module.stages()
-        trainable = self.trainable_stages(self.end, len(stages))
+        trainable = self.open_stages(module)
         frozen = {id(p) for number, p, trains in self.parameters(stages) if number not in trainable or not trains}
         return {name: p.detach() for name, p in module.named_parameters() if id(p) in frozen}
+
+
+def new_parameters(backbone: BaseBackbone) -> list[nn.Parameter]:
+    """Lists the parameters of a backbone that are in no stage: they are new."""
+    staged = {id(p) for stage in backbone.stages() for p in stage.parameters()}
+    return [p for p in backbone.parameters() if id(p) not in staged]
+
+
+def new_parts(backbone: BaseBackbone) -> list[nn.Module]:
+    """Lists the modules of a backbone that hold such parameters and no others."""
+    new = {id(p) for p in new_parameters(backbone)}
+    held = [(part, {*map(id, part.parameters())}) for part in backbone.modules()] if new else []
+    return [part for part, own in held if own and own <= new]
 
 
 def _check_last_batch(loader: Any) -> None:

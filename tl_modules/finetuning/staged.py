@@ -65,7 +65,7 @@ class StagedModule(BaseTransferModule):
 
     def trainable_stages(self, position: float | None = None) -> range:
         """Returns the stages that train at a position; None is the largest one."""
-        return self.finetuning.trainable_stages(self.finetuning.end if position is None else position, self.num_stages)
+        return self.finetuning.open_stages(self, position)
 
     def will_train(self, part: nn.Module) -> bool:
         """Whether a part of the backbone is in a stage that is open now or opens later."""

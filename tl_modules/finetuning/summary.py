@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from tl_modules.batch.output import by_domain
 from tl_modules.batch.protocol import BaseTransferModule
+from tl_modules.finetuning.base import new_parameters
 from tl_modules.finetuning.optimizer import WarmupCosine
 
 
@@ -25,6 +26,7 @@ def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
     for column in ("part", "parameters", "trains", "peak lr"):
         shown.add_column(column, justify="right" if column in ("parameters", "peak lr") else "left")
     parts: dict[str, nn.Module] = {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
+    parts["fusion"] = nn.ParameterList(new_parameters(module.backbone))
     parts |= {"bottleneck": module.bottleneck, "head": module.head} | dict(module.named_methods())
     # what a module has beside these, e.g. a generator or a teacher
     parts |= {n: each for n, each in module.named_children() if n not in {*parts, "backbone", "methods"}}
@@ -61,7 +63,7 @@ def _opens(module: BaseTransferModule, stage: int) -> float:
     scale = steps if strategy.unit == "fraction" else 1.0
 
     def is_open(at: int) -> bool:
-        return stage in strategy.trainable_stages(at / scale, module.num_stages)
+        return stage in strategy.open_stages(module, at / scale)
 
     end = int(min(last, 1e9)) - 1
     return bisect_left(range(end), True, key=is_open) if end >= 0 and is_open(end) else math.inf  # it stays open

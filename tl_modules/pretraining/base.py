@@ -223,11 +223,7 @@ class Pretraining(TransferModule):
         if sum(len(features) for features, _ in parts) < 2:
             return
         features, y = samples.concat([features for features, _ in parts]), samples.concat([y for _, y in parts])
-        found = {"spread": spread(features)}
-        if isinstance(y, Tensor) and {"classes", "values"} & self.schema["y"].keys():
-            y = y.float() if self.class_names is None else y
-            sound = bool(features.isfinite().all())
-            found["knn"] = knn(features, y, NEIGHBOURS, TEMPERATURE) if sound else float("nan")
+        found = self.measures(features, y)
         self.log_dict({f"{split}/{name}": value for name, value in found.items()}, batch_size=1)
         if found["spread"] < COLLAPSED and not (self.warned or self.trainer.sanity_checking):
             self.warned = True
@@ -240,6 +236,15 @@ class Pretraining(TransferModule):
                     split,
                     found["spread"],
                 )
+
+    def measures(self, features: Tensor, y: Any) -> dict[str, float]:
+        """Numbers by name that say what features (N, D) of a split are worth, beside their labels, None without."""
+        found = {"spread": spread(features)}
+        if isinstance(y, Tensor) and {"classes", "values"} & self.schema["y"].keys():
+            y = y.float() if self.class_names is None else y
+            sound = bool(features.isfinite().all())
+            found["knn"] = knn(features, y, NEIGHBOURS, TEMPERATURE) if sound else float("nan")
+        return found
 
     def on_predict_start(self) -> None:
         """Refuses.

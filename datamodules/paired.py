@@ -1,0 +1,302 @@
+"""Samples of several inputs: a table whose columns are an image, a text and numbers.
+
+a row -> {"image": (3, H, W) uint8, "text": str, "row": (D,) float32}, None where a cell is empty -> (x, y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.base import TransferDataModule
+from datamodules.decoding import FolderImages, ImageReader
+from datamodules.domain_folders import check_known
+from datamodules.errors import DataError
+from datamodules.frames import read_frame
+from datamodules.image import check_fractions
+from datamodules.paths import expand_path
+from datamodules.splits import SPLIT_NAMES, Subset, complete_splits, content_hash
+
+ARRAYS = (".npz", ".npy")
+PIXELS = 50_000_000
+
+
+class Several(Dataset[Any]):
+    """Rows of a table, with an image, a text and numbers each, or some of these.
+
+    Args:
+        inputs: By name, one entry for each row, None where it is missing: images as tensors or paths, texts, and rows
+            of numbers. Of a single input x is that alone, otherwise a dict.
+        targets: The labels, class numbers or real values.
+        groups: Of each row, what must stay together; None: nothing.
+        reader: Reads images that are paths.
+
+    Attributes:
+        ids: The numbers of the rows.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        targets: np.ndarray[Any, Any],
+        groups: Sequence[Any] | None,
+        reader: ImageReader,
+    ) -> None:
+        self.inputs, self.targets, self.groups, self.reader = dict(inputs), targets, groups, reader
+        self.ids = [str(row) for row in range(len(targets))]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def fingerprint(self) -> str:
+        """What names its contents; of image files their paths, sizes and times."""
+        parts: list[Any] = [self.targets, self.reader]
+        for name, column in self.inputs.items():
+            paths = [path for path in column if isinstance(path, Path)]
+            files = FolderImages(paths, [0] * len(paths), self.reader).fingerprint() if paths else None
+            known = torch.stack([c for c in column if c is not None]) if _tensors(column) else list(column)
+            parts += [name, files, known, [cell is None for cell in column]]
+        return content_hash(*parts)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.augmented(index, lambda image: image)
+
+    def augmented(self, index: int, transform: Callable[[Tensor], Any]) -> tuple[Any, Any]:
+        """The sample with what `transform` makes of its image."""
+        x = {name: column[index] for name, column in self.inputs.items()}
+        image = x.get("image")
+        if isinstance(image, Path):
+            image = self.reader.read(image)
+        if image is not None:
+            x["image"] = transform(image)
+        return (x if len(x) > 1 else next(iter(x.values()))), self.targets[index]
+
+
+class Paired(TransferDataModule):
+    """A table (CSV, TSV, JSONL, parquet, Arrow, Excel) with an image, a text and numbers in a row, for either domain.
+
+        image          text            age   label   split
+        img/1.png      a red rose      3     flower  train
+        img/2.png                      4     tree    test       an empty cell is a missing input
+
+    Inputs are called `image`, `text` and `row` (the numbers); a backbone for several, `SeveralBackbones`, has a part
+    for each. Where one of them alone is named, x is that input itself, as any backbone takes it. The ids are the
+    numbers of the rows. `tl predict` takes the test split, or all rows where the table says nothing of splits.
+
+    Args:
+        target: The target's table; ~ and $VARIABLES are filled in.
+        source: The source's table.
+        image: The column of image files, relative to the table; or an .npz (its `images`) or .npy file with an image
+            for each row, (N, H, W, 3) uint8.
+        source_image: The same for the source, where it differs.
+        text: The column of texts.
+        numbers: The columns of numbers.
+        label: The label's column. None: there are no labels, for `tl predict`.
+        kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
+        classes: The classes and their order; None gathers them over both domains.
+        split: The column that says train, val or test; None cuts the rows in three.
+        group: The column of what no split tears apart, e.g. a speaker.
+        without: Inputs that count as missing in every row, to see what a model says without them.
+        image_size: Side in pixels that image files are brought to; null: as the pretrained weights were measured.
+        val_fraction: Share for validation, where nothing else is said.
+        test_fraction: Share for testing, where nothing else is said.
+        **kwargs: As for `TransferDataModule`.
+
+    Raises:
+        DataError: A file cannot be read, a column is missing or of another kind, a label is missing, or the domains'
+            labels are not of one kind.
+    """
+
+    def __init__(
+        self,
+        target: Path | str | None = None,
+        source: Path | str | None = None,
+        image: str | None = None,
+        source_image: str | None = None,
+        text: str | None = None,
+        numbers: list[str] | None = None,
+        label: str | None = None,
+        kind: Literal["classes", "values"] | None = None,
+        classes: list[str] | None = None,
+        split: str | None = None,
+        group: str | None = None,
+        without: list[Literal["image", "text", "row"]] | None = None,
+        image_size: int | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if target is None and source is None:
+            raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
+        if not (image or text or numbers):
+            raise DataError("image, text, numbers: name the columns that are inputs, at least one")
+        check_fractions(val_fraction, test_fraction)
+        self.fractions, self.image_size = (val_fraction, test_fraction), image_size
+        found = {name: expand_path(path, name) for name, path in (("source", source), ("target", target)) if path}
+        self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
+        frames = {name: read_frame(path, f"{name}: {path}") for name, path in self.paths.items()}
+        named: dict[str, Any] = {"text": text, "label": label, "split": split, "group": group}
+        named |= {f"numbers: {n}": n for n in numbers or ()}
+        images = {"target": image, "source": source_image or image}
+        for name, frame in frames.items():
+            for field, column in (named | {"image": images[name]}).items():
+                if column is not None and not column.endswith(ARRAYS):
+                    check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
+        given: dict[str, Any] = {
+            "image": image and {"image": {}},
+            "text": text and {"text": {}},
+            "row": numbers and {"numeric": numbers},
+        }
+        kinds = {name: what for name, what in given.items() if what}
+        self.x_schema = kinds if len(kinds) > 1 else next(iter(kinds.values()))
+        for name in without or ():
+            check_known("without", name, kinds if len(kinds) > 1 else (), "input beside which there is another")
+        self._labels(frames, label, kind, classes)
+        self.columns: dict[str, dict[str, Sequence[Any]]] = {}
+        self._of_split: dict[str, dict[str, list[int]]] = {}
+        self._of_group: dict[str, Sequence[Any] | None] = {}
+        for name, frame in frames.items():
+            columns = self._inputs(frame, name, images[name], text, numbers)
+            for missing in without or ():
+                columns[missing] = [None] * len(frame)
+            alone = next(iter(columns.values()))
+            if len(columns) == 1 and any(cell is None for cell in alone):
+                row = next(n for n, cell in enumerate(alone) if cell is None)
+                raise DataError(
+                    f"{self._at(name, row)}: its {next(iter(columns))} is missing, and it has no other input"
+                )
+            self.columns[name] = columns
+            self._of_split[name] = _split_rows(frame, split, self.paths[name])
+            self._of_group[name] = frame[group].to_list() if group else None
+        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        self.resolve({})
+
+    def _at(self, name: str, row: int) -> str:
+        return f"{name}: {self.paths[name]} row {row}"
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Decides also on the size of image files."""
+        size = self.image_size or defaults.get("image_size", 224)
+        resize = size if self.image_size else defaults.get("resize_size", size)
+        reader = ImageReader(size, resize, defaults.get("interpolation", "bilinear"), PIXELS)
+        if reader != getattr(self, "reader", None):
+            self.reader = reader
+            self._splits.clear()
+            self._domains.clear()
+        return super().resolve(defaults) | {"image_size": size}
+
+    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
+        """The split's rows in each domain."""
+        for name in self.columns:
+            if name not in self._splits:
+                whole, rows = self._whole(name), self._of_split[name]
+                parts: dict[str, Dataset[Any]] = {part: Subset(whole, own) for part, own in rows.items()}
+                stratified = self.class_names is not None and self.stratifies(name, self.paths)
+                self._splits[name] = complete_splits(
+                    parts or {"unsplit": whole}, str(self.paths[name]), *self.fractions, self.seed, stratified
+                )
+            if split not in self._splits[name]:
+                raise DataError(f"{name}: {self.paths[name]} has no row of the split {split}")
+        return {name: splits[split] for name, splits in self._splits.items()}
+
+    def predict_dataloader(self) -> Any:
+        """The target's test split, or all its rows where the table says nothing of splits."""
+        if "target" in self.columns and not self._of_split["target"]:
+            self._domains["test"] = {"target": self._whole("target")}
+        return super().predict_dataloader()
+
+    def _whole(self, name: str) -> Several:
+        return Several(self.columns[name], self.targets[name], self._of_group[name], self.reader)
+
+    def _inputs(
+        self, frame: Any, name: str, image: str | None, text: str | None, numbers: Sequence[str] | None
+    ) -> dict[str, Sequence[Any]]:
+        """The inputs by name, one entry for each row, None where it is missing."""
+        found: dict[str, Sequence[Any]] = {}
+        if image and image.endswith(ARRAYS):
+            found["image"] = _images(image, len(frame), name)
+        elif image:
+            folder = self.paths[name].parent
+            found["image"] = [None if cell is None else folder / str(cell) for cell in frame[image].to_list()]
+            for row, path in enumerate(found["image"]):
+                if path is not None and not path.is_file():
+                    raise DataError(f"{self._at(name, row)}: there is no image {path}")
+        if text:
+            found["text"] = [None if cell is None else str(cell) for cell in frame[text].to_list()]
+        if numbers:
+            for column in numbers:
+                if not frame[column].dtype.is_numeric():
+                    raise DataError(
+                        f"numbers: column {column} of {self.paths[name]} is {frame[column].dtype}, no numbers"
+                    )
+            rows = zip(*(frame[column].to_list() for column in numbers), strict=True)
+            found["row"] = [None if None in cells else torch.tensor(cells, dtype=torch.float32) for cells in rows]
+        return found
+
+    def _labels(
+        self, frames: Mapping[str, Any], label: str | None, kind: str | None, classes: list[str] | None
+    ) -> None:
+        """Sets the targets of each domain, and the names of the classes (None: they are real values)."""
+        self.class_names = classes
+        if label is None:
+            self.targets = {name: np.zeros(len(frame), np.int64) for name, frame in frames.items()}
+            return
+        cells = {name: frame[label].to_list() for name, frame in frames.items()}
+        for name, values in cells.items():
+            if None in values:
+                raise DataError(f"{self._at(name, values.index(None))}: its label {label} is missing; fill it in")
+        kinds = {kind or ("values" if frame[label].dtype.is_float() else "classes") for frame in frames.values()}
+        if len(kinds) == 2:
+            raise DataError(f"label: {label} is classes in one domain and values in the other; pass --data.kind")
+        if kinds == {"values"}:
+            for name, frame in frames.items():
+                if not frame[label].dtype.is_numeric():
+                    raise DataError(f"label: {label} of {self.paths[name]} is {frame[label].dtype}, no numbers")
+            self.targets = {name: np.array(values, np.float32) for name, values in cells.items()}
+            return
+        self.class_names = classes or [str(c) for c in sorted({c for values in cells.values() for c in values})]
+        if len(self.class_names) < 2:
+            raise DataError(f"label: all rows have the label {self.class_names[0]}; there must be two at least")
+        for values in cells.values():
+            for value in {str(value) for value in values}:
+                check_known("classes", value, self.class_names, "class")
+        number = {name: place for place, name in enumerate(self.class_names)}
+        self.targets = {name: np.array([number[str(v)] for v in values]) for name, values in cells.items()}
+
+
+def _tensors(column: Sequence[Any]) -> bool:
+    return isinstance(next((cell for cell in column if cell is not None), None), Tensor)
+
+
+def _images(path: str, rows: int, name: str) -> list[Tensor]:
+    """The images of a file of arrays, (3, H, W) uint8 each."""
+    file = expand_path(path, "image")
+    try:
+        content: Any = np.load(file, allow_pickle=False)  # type: ignore[arg-type]
+        images = content["images"] if path.endswith(".npz") else content
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"image: {file} has no plain array of images ({error})") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise DataError(f"image: {file} has {images.dtype} of shape {images.shape}, not uint8 (N, H, W, 3)")
+    if len(images) != rows:
+        raise DataError(f"image: {file} has {len(images)} images, and the {name}'s table {rows} rows")
+    return list(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+
+
+def _split_rows(frame: Any, split: str | None, path: Path) -> dict[str, list[int]]:
+    """The rows of each split by our name for it; empty where the table does not say."""
+    if split is None:
+        return {}
+    ours = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+    rows: dict[str, list[int]] = {}
+    for row, cell in enumerate(frame[split].to_list()):
+        check_known(f"split: {path} row {row}", str(cell), ours, "split")
+        rows.setdefault(ours[str(cell)], []).append(row)
+    return rows

@@ -1,0 +1,201 @@
+"""Two inputs of one sample are to find each other: CLIP, for images and texts, and for any two kinds of data.
+
+image -> [ part ] -> projection -> z_i --+
+                                         +-- cosine of each image and each text of the batch -> which belong together
+text  -> [ part ] -> projection -> z_t --+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tl_modules.backbones.multi_input import SeveralBackbones
+from tl_modules.batch import samples
+from tl_modules.batch.output import DomainOutput
+from tl_modules.errors import UserError
+from tl_modules.pretraining.base import Pretraining
+
+__all__ = ["CLIP"]
+
+LARGEST = 100.0  # what cosines are multiplied by at most, as in the paper
+
+
+class CLIP(Pretraining):
+    """Finds the text of each image among those of the batch, and the image of each text (Radford et al., ICML 2021).
+
+    `(CE(s z_i z_t^T) + CE(s z_t z_i^T)) / 2` over the pairs of a batch, over several processes over all of theirs, with
+    z normalised projections and s learnt. Larger batches have more to compare with. The two inputs may be of any kinds;
+    with a text among them, `val/zero_shot` is the accuracy of taking, for each sample, the class whose name is nearest
+    to its other input, of the classes that the split's labels hold. `val/recall_1` and `val/recall_5` say how often the
+    first input of a sample is the nearest, or one of the five nearest, to its second, of all samples of the split.
+
+    `tl predict` classifies by the names of `classes`, whether training has seen such or not. The next run starts from
+    the parts by `SeveralBackbones.weights`.
+
+    Args:
+        backbone: A `SeveralBackbones` with two parts, e.g. image and text, and concatenation.
+        dim: Width of z.
+        temperature: 1 / s at the start.
+        prompt: What the names are put into, e.g. "a photo of a {}"; `_` and `-` in names become blanks.
+        classes: What `tl predict` chooses among; None: the classes of the data.
+        **kwargs: As for `Pretraining`.
+
+    Raises:
+        UserError: The backbone is another one, or the prompt has no {}.
+    """
+
+    views: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        backbone: SeveralBackbones,
+        dim: int = 256,
+        temperature: float = 0.07,
+        prompt: str = "{}",
+        classes: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(backbone, SeveralBackbones) or len(backbone.parts) != 2 or backbone.fusion_kind != "concat":
+            raise UserError(
+                "backbone: CLIP takes SeveralBackbones with two parts, e.g. image and text, and fusion: concat"
+            )
+        if temperature <= 0:
+            raise UserError(f"temperature: {temperature} must be above 0")
+        if "{}" not in prompt:
+            raise UserError(f"prompt: {prompt} has no {{}}, where the class's name is put")
+
+        def head(width: int) -> nn.Module:
+            return Projections({name: part.width for name, part in backbone.parts.items()}, dim, temperature)
+
+        super().__init__(backbone, head=head, **kwargs)
+        self.prompt, self.chosen_classes = prompt, classes
+
+    def objective(self, *views: Any) -> dict[str, Tensor]:
+        """The cross-entropy of both directions."""
+        (pair,) = self.project(views)
+        one, other = pair
+        others = [gathered(each, self.training) for each in (one, other)]
+        first = self.global_rank * len(one) if len(others[0]) > len(one) else 0
+        own = torch.arange(first, first + len(one), device=one.device)
+        scale = self.projections.scale
+        there, back = scale * one @ others[1].T, scale * other @ others[0].T
+        return {"pairs": (F.cross_entropy(there, own) + F.cross_entropy(back, own)) / 2}
+
+    @property
+    def projections(self) -> Projections:
+        """The head."""
+        assert isinstance(self.head, Projections)
+        return self.head
+
+    # What it is worth
+
+    def measures(self, features: Tensor, y: Any) -> dict[str, float]:
+        """Also retrieval, and classification by the classes' names."""
+        one, other = self.projections(features.to(self.device))
+        near = other @ one.T
+        rank = (near > near.diagonal()[:, None]).sum(1)
+        found = {"recall_1": float((rank < 1).float().mean()), "recall_5": float((rank < 5).float().mean())}
+        if self.class_names is not None and self.text is not None and isinstance(y, Tensor) and y.ndim == 1:
+            there = torch.unique(y)
+            names = self.embed([self.class_names[i] for i in there.tolist()])
+            said = there.to(self.device)[self._pictured((one, other)).mm(names.T).argmax(1)]
+            found["zero_shot"] = float((said == y.to(self.device)).float().mean())
+        return super().measures(features, y) | found
+
+    @property
+    def text(self) -> str | None:
+        """The input that is a text, by the schema; the second one where both are."""
+        named = [name for name, kind in self.several.kinds.items() if "text" in kind]
+        return named[-1] if named else None
+
+    @property
+    def several(self) -> SeveralBackbones:
+        """The backbone."""
+        assert isinstance(self.backbone, SeveralBackbones)
+        return self.backbone
+
+    @torch.no_grad()
+    def embed(self, names: Sequence[str]) -> Tensor:
+        """Names of classes -> z of their prompts, (C, dim)."""
+        assert self.text is not None
+        texts = [self.prompt.format(name.replace("_", " ").replace("-", " ")) for name in names]
+        prepared, _ = samples.move(self.several.each.one(self.text, texts), self.device)
+        part = self.several.parts[self.text]
+        return self.projections.project(self.text, part.pooled_features(part(prepared)).float())
+
+    def _pictured(self, pair: Sequence[Tensor]) -> Tensor:
+        """Of the two projections, that of the input that is not the text."""
+        return next(z for name, z in zip(self.several.parts, pair, strict=True) if name != self.text)
+
+    # Prediction
+
+    @property
+    def named_classes(self) -> list[str]:
+        """What predictions choose among."""
+        return self.chosen_classes or self.class_names or []
+
+    def on_predict_start(self) -> None:
+        """Embeds the names of the classes.
+
+        Raises:
+            UserError: There are none, or no text among the inputs.
+        """
+        if not self.named_classes or self.text is None:
+            raise UserError(
+                "predict: CLIP chooses among names; give --model.classes [a, b], and a text among its inputs"
+            )
+        self.embedded = self.embed(self.named_classes)
+
+    def postprocess(self, out: DomainOutput) -> Tensor:
+        """Probabilities of the classes by their names, (B, C)."""
+        return (self.projections.scale * self._pictured(out.output) @ self.embedded.T).softmax(1)
+
+    def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
+        """Columns `label` and `p_<class>`."""
+        columns: dict[str, list[Any]] = {"label": [self.named_classes[i] for i in prediction.argmax(1).tolist()]}
+        shares = {f"p_{name}": prediction[:, i].tolist() for i, name in enumerate(self.named_classes)}
+        return columns | {name: [round(p, 6) for p in column] for name, column in shares.items()}
+
+
+class Projections(nn.Module):
+    """Vectors of two parts, one beside the other -> a normalised projection of each, and the scale of their cosines.
+
+    Args:
+        widths: Of each part's vectors, by name.
+        dim: Of the projections.
+        temperature: 1 / scale at the start.
+    """
+
+    def __init__(self, widths: Mapping[str, int], dim: int, temperature: float) -> None:
+        super().__init__()
+        self.widths = dict(widths)
+        self.layers = nn.ModuleDict({name: nn.Linear(width, dim, bias=False) for name, width in widths.items()})
+        self.log_scale = nn.Parameter(torch.tensor(1 / temperature).log())
+
+    @property
+    def scale(self) -> Tensor:
+        """What cosines are multiplied by."""
+        return self.log_scale.exp().clamp(max=LARGEST)
+
+    def project(self, name: str, vectors: Tensor) -> Tensor:
+        """A part's vectors (B, D) -> (B, dim), of length 1."""
+        return F.normalize(self.layers[name](vectors), dim=1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, sum of the widths) -> (B, dim) of each part."""
+        each = torch.split(features, list(self.widths.values()), 1)
+        return tuple(self.project(name, vectors) for name, vectors in zip(self.widths, each, strict=True))
+
+
+def gathered(z: Tensor, training: bool) -> Tensor:
+    """The rows of all processes, with their gradient; in evaluation, where batches differ in size, one's own."""
+    if not training or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return z
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(z))  # type: ignore[no-untyped-call]

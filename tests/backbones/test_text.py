@@ -153,6 +153,7 @@ def as_binary(end):
         ("w2v.bin.gz", gzip.compress(as_binary(b""))),
         ("again.txt", (GLOVE + "good 9 9\n").encode()),
     ],
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_every_form_of_word_vectors(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)

@@ -65,7 +65,8 @@ def test_the_same_test_metrics(name, ok):
     ok(f"test --run runs/{name} {QUIET}")
     now = metrics(run)
     assert now.pop("chosen_by") == then.pop("chosen_by")
-    assert {key: now.get(key) for key in then} == pytest.approx(then, rel=1e-4)
+    for key, value in then.items():  # AUROC was binned
+        assert now.get(key) == pytest.approx(value, **({"abs": 0.03} if "auroc" in key else {"rel": 1e-4})), key
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -145,7 +146,7 @@ def test_mixed_samples_are_learnt_from_as_before(ok):
 
 @pytest.mark.parametrize(("name", "model"), [
     ("source", "--data Digits --model Classification --model.backbone ConvNet --model.backbone.width 2"),
-    ("people", "--data Tables --data.target people.csv --model Classification --model.backbone VectorBackbone "
+    ("people", "--data Tables --data.target people.csv --data.categories {{\"work\":[\"Private\",\"Self\",\"State\"]}} --model Classification --model.backbone VectorBackbone "
                "--model.backbone.widths [4,3] --model.head MLPHead --model.head.hidden 4"),
 ])  # fmt: skip
 def test_they_are_weights_to_start_from(name, model, ok):

@@ -14,6 +14,7 @@ STRATEGIES = {
     "GradualUnfreezing:steps": "--model.finetuning.every 8 --model.finetuning.unit steps",
     "GradualUnfreezing:fraction": "--model.finetuning.every 0.4 --model.finetuning.unit fraction",
     "FreezeThenUnfreeze": "--model.finetuning.after 2",
+    "LoRA": "--model.finetuning.opening LastStages --model.finetuning.opening.k 1",
 }
 
 

@@ -54,10 +54,12 @@ class SAM(AdamW):
         if loss is not None and trained and self.rho:
             before = [p.clone() for p in trained]
             gradients = [p.grad for p in trained if isinstance(p.grad, Tensor)]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            torch._foreach_add_(trained, torch._foreach_mul(gradients, self.rho / (norm + 1e-12)))
+            share = self.rho / (torch.nn.utils.get_total_norm(gradients) + 1e-12)
+            for p, gradient in zip(trained, gradients, strict=True):
+                p.add_(gradient * share)
             with torch.enable_grad():
                 closure()
-            torch._foreach_copy_(trained, before)
+            for p, weights in zip(trained, before, strict=True):
+                p.copy_(weights)
         super().step()
         return loss

@@ -9,6 +9,7 @@ runs/<name>/version_0/   config.yaml               everything resolved, so that 
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,7 +149,9 @@ def decided(config: Any, backbone: Any) -> None:
     arguments = config.setdefault("init_args", {})
     for name, inner in arguments.items():
         decided(inner, getattr(backbone, name, None))
-    arguments |= {name: getattr(backbone, name) for name in getattr(backbone, "decided_by_schema", ())}
+    taken = inspect.signature(type(backbone)).parameters  # a subclass may decide on some itself
+    decided_on = [name for name in getattr(backbone, "decided_by_schema", ()) if name in taken]
+    arguments |= {name: getattr(backbone, name) for name in decided_on}
 
 
 def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequence[str] = ()) -> LightningModule:

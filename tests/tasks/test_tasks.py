@@ -2,11 +2,21 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tl_modules import Classification, ConvNet, CosineHead, DomainOutput, MLPHead, Regression, UserError
+from datamodules import TransferDataModule
+from tl_modules import (
+    Classification,
+    ConvNet,
+    CosineHead,
+    DomainOutput,
+    MLPHead,
+    Regression,
+    TabularMLP,
+    UserError,
+)
 
 
 def classification(**options):
@@ -156,3 +166,31 @@ def test_heads(head):
 def test_cosine_head_is_bounded_by_its_scale():
     head = CosineHead(5, 3, scale=7.0)
     assert head(torch.randn(100, 5) * 1000).abs().max() <= 7.0001
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e5])
+def test_values_of_any_unit_are_learnt_alike(unit):
+    """A house costs 300,000 and a wine has 5.6 points: the first epochs need not walk there."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 4, generator=generator)
+    y = (3 + 0.5 * x[:, 0]).mul(unit).numpy().astype("float32")
+
+    rows = TensorDataset(x, torch.from_numpy(y))
+    rows.targets = y
+
+    class Rows(TransferDataModule):
+        x_schema = {"numeric": list("abcd")}
+
+        def domains(self, split):
+            return {"target": rows}
+
+    seed_everything(0, verbose=False)
+    data = Rows()
+    module = Regression(TabularMLP(), data.schema)
+    trainer = Trainer(max_epochs=5, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, data)
+    assert float(trainer.callback_metrics["val/rmse"]) < 0.25 * unit
+    assert float(trainer.callback_metrics["val/loss"]) < 0.5
+    again = Regression(TabularMLP(), data.schema)
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again.eval()(x), module.eval()(x))

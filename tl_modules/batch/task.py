@@ -77,6 +77,9 @@ class Task(LightningModule):
         """
         return None
 
+    def see_labels(self, labels: Any) -> None:
+        """Learns from the labels (N, ...) that training sees, when it starts; what it learns lives in buffers."""
+
     def postprocess(self, out: DomainOutput) -> Any:
         """What a user wants of each sample, a tree of B: probabilities, values, boxes, texts."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
@@ -16,17 +17,52 @@ __all__ = ["Regression"]
 
 
 class Regression(TransferModule):
-    """Mean squared error; MAE, RMSE and R2; the values themselves."""
+    """Mean squared error; MAE, RMSE and R2; the values themselves.
+
+    The head gives standardised values, (y - mean) / deviation of the labels that training sees, so that labels of any
+    unit are learnt alike; outputs and metrics are in the label's unit, the loss in deviations. A checkpoint has both.
+
+    Args:
+        *args: As for `TransferModule`.
+        **kwargs: As for `TransferModule`.
+    """
 
     monitor = ("val/rmse", "min")
+    label_mean: Tensor
+    label_std: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("label_mean", torch.zeros(self.num_outputs))
+        self.register_buffer("label_std", torch.ones(self.num_outputs))
+
+    def see_labels(self, labels: Any) -> None:
+        """Takes mean and deviation of labels (N,) or (N, K), each column's own."""
+        values = torch.as_tensor(labels, dtype=torch.float64).view(len(labels), -1)
+        deviation = values.std(0, correction=0)
+        self.label_mean.copy_(values.mean(0))
+        self.label_std.copy_(torch.where(deviation > 0, deviation, 1.0))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Reads also a checkpoint from before labels were standardised."""
+        for name in ("label_mean", "label_std"):
+            checkpoint["state_dict"].setdefault(name, getattr(self, name).clone())
+        super().on_load_checkpoint(checkpoint)
+
+    def decode(self, features: Any) -> Tensor:
+        """Features -> values (B, K), in the label's unit."""
+        values: Tensor = super().decode(features) * self.label_std + self.label_mean
+        return values
 
     def loss(self, out: DomainOutput) -> Tensor:
-        """Mean squared error (B,) of outputs (B, K) and values (B,) or (B, K)."""
-        return F.mse_loss(out.output, out.y.view_as(out.output).to(out.output.dtype), reduction="none").mean(1)
+        """Mean squared error (B,) of outputs (B, K) and values (B,) or (B, K), in deviations."""
+        y = out.y.view_as(out.output).to(out.output.dtype)
+        return F.mse_loss(out.output / self.label_std, y / self.label_std, reduction="none").mean(1)
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Ridge regression."""
-        return ridge(features, y)
+        mean, std = self.label_mean.cpu(), self.label_std.cpu()
+        return ridge(features, (y.view(len(y), -1) - mean) / std)
 
     def metrics(self) -> MetricCollection:
         """MAE and RMSE in the label's unit, and R2."""

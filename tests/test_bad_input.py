@@ -149,7 +149,7 @@ CASES = {
     "two columns of one name": (TABLE, "table.csv has 2 columns of the name a; rename or remove all but one"),
     "a table with a line too short": (TABLE, "table.csv line 3 has 1 cells, not 3 as the lines before"),
     "an unknown label column": (TABLE + "--data.label prise", "label: there is no column prise (did you mean price?)"),
-    "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --data.kind classes where they are classes"),
+    "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --model Regression, or --data.kind classes where they are classes"),
     "recordings without classes": (FIT + "--data AudioFolders --data.num_workers 0 --data.target sounds", "sounds has no class folders; it needs "),
     "a corrupt recording": (SOUNDS + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "b_3.wav: it cannot be decoded as audio"),
     "a loader that is not there": (SOUNDS.replace("SpeechConvNet", "TorchBackbone --model.backbone.loader nowhere.load") + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "loader: nowhere.load cannot be imported"),

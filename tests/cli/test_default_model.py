@@ -42,6 +42,16 @@ def test_photos_get_the_backbone_of_the_device(gpu, caplog):
         ("fit --data Shifted --data.data Digits", "--model Classification --model.backbone ConvNet"),
         ("fit --data Digits --model Regression", "--model Regression --model.backbone ConvNet"),
         ("fit --data ImageFolders --model.backbone LeNet", "--model Classification"),
+        ("fit --data AudioFolders", "--model Classification --model.backbone SpeechConvNet"),
+        (
+            "fit --data TextFiles",
+            f"--model Classification --model.backbone TransformerBackbone --model.backbone.name {default_model.ENCODER}",
+        ),
+        ("fit --data TabularData --model Regression", "--model Regression --model.backbone TabularMLP"),
+        (
+            "fit --data Tables",
+            f"--model Classification --model.backbone TabularMLP {' '.join(default_model._for_rows((), ()))}",
+        ),
         ("fit --data Digits --model nowhere.Mine", ""),  # may have no backbone
         ("fit --data Digits --model nowhere.Mine --model.backbone LeNet", ""),
     ],

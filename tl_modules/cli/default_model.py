@@ -1,8 +1,11 @@
-"""The model where the command line names none, or no backbone of it: pretrained for photos, small for small images.
+"""The model where the command line names none, or no backbone of it: what suits the data.
 
 photos, GPU                                   ConvNeXt-T       28 million parameters, 82.5 % on ImageNet
 photos, CPU                                   MobileNetV3-L    5 million parameters, 74.0 % on ImageNet
 the embedded digits and all other images      ConvNet          from scratch
+texts (TextFiles)                             MiniLM           22 million parameters, `ENCODER`
+rows (TabularData)                            TabularMLP       from scratch
+recordings (AudioFolders)                     SpeechConvNet    from scratch
 
 Where a TabularMLP learns classes from scratch, SGD trains it with a linear head, for its features are normalised.
 """
@@ -15,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tl_modules
+from datamodules import AudioFolders, TabularData, TextFiles
 from tl_modules.backbones import TabularMLP
 from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.cli.precision import on_gpu
@@ -28,6 +32,12 @@ log = logging.getLogger(__name__)
 PHOTOS = {
     True: ("convnext_tiny", "IMAGENET1K_V1", "a GPU trains it in minutes, and it transfers well"),
     False: ("mobilenet_v3_large", "IMAGENET1K_V1", "without a GPU it trains in a third of a ResNet-18's time"),
+}
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+OTHERS = {
+    TextFiles: ["TransformerBackbone", "--model.backbone.name", ENCODER],
+    TabularData: ["TabularMLP"],
+    AudioFolders: ["SpeechConvNet"],
 }
 CLASSES = (None, "Classification", "tl_modules.Classification")
 NESTED = 3  # of data that wraps data
@@ -44,13 +54,17 @@ def with_defaults(args: list[str]) -> list[str]:
     configs = [_mapping(config) for config in values(args, "-c", "--config")]
     task, data = (_said(args, configs, section) for section in ("model", "data"))
     new: list[str] = []
-    if _said(args, configs, "model", "backbone") is None and _takes_backbone(task):
-        new += ["--model", task or "Classification", *_backbone(args, configs)]
+    backbone = _said(args, configs, "model", "backbone")
+    if backbone is None and _takes_backbone(task):
+        words = _backbone(args, configs)
+        backbone = words[1]
+        new += ["--model", task or "Classification", *words]
     elif task is None:
         new += ["--model", "Classification"]
-    if _class(_said(args, configs, "model", "backbone") or "", "tl_modules") is TabularMLP and task in CLASSES:
+    if _class(backbone or "", "tl_modules") is TabularMLP and task in CLASSES:
         rows = _for_rows(args, configs)
-        new += ["--model", task, *rows] if rows and task else rows  # a class comes before its arguments
+        # a class comes before its arguments
+        new += ["--model", task, *rows] if rows and task and not new else rows
     if data is None:
         new += ["--data", "Digits"]
     return [args[0], *new, *args[1:]]
@@ -69,7 +83,11 @@ def _for_rows(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list
 
 def _backbone(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     nested = [_said(args, configs, *["data"] * depth) for depth in range(1, NESTED + 1)]
-    if not any(getattr(_class(name, "datamodules"), "photos", False) for name in nested if name):
+    kinds = [kind for kind in (_class(name, "datamodules") for name in nested if name) if isinstance(kind, type)]
+    for data, words in OTHERS.items():
+        if any(issubclass(kind, data) for kind in kinds):
+            return ["--model.backbone", *words]
+    if not any(getattr(kind, "photos", False) for kind in kinds):
         return ["--model.backbone", "ConvNet"]
     gpu = on_gpu(_said(args, configs, "trainer", "accelerator") or "auto")
     name, weights, why = PHOTOS[gpu]

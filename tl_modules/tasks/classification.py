@@ -46,7 +46,11 @@ class Classification(TransferModule):
         super().__init__(*args, **kwargs)
         if self.num_outputs < 2:
             values = "values" in (self.schema.get("y") or {})
-            hint = "; the labels are numbers: pass --data.kind classes where they are classes" if values else ""
+            hint = (
+                "; the labels are numbers: pass --model Regression, or --data.kind classes where they are classes"
+                if values
+                else ""
+            )
             raise UserError(f"schema: classification needs at least two classes, not {self.num_outputs}{hint}")
         if class_weights is not None and len(class_weights) != self.num_outputs:
             raise UserError(f"class_weights: {len(class_weights)} weights for {self.num_outputs} classes")

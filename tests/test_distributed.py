@@ -112,7 +112,8 @@ def test_two_processes_equal_one_with_the_same_global_batch(plain, tmp_path):
     start = json.loads((tmp_path / "runs/one/version_0/metrics.json").read_text())
     assert all(torch.allclose(one[k], both[k], atol=1e-5, rtol=0) for k in one)
     for key, value in json.loads((tmp_path / "runs/two/version_0/metrics.json").read_text()).items():
-        assert value == pytest.approx(start[key], abs=1e-5), key
+        # weights that differ in their last digits swap a pair of ranks now and then
+        assert value == pytest.approx(start[key], abs=1e-3 if "auroc" in key else 1e-5), key
 
 
 @pytest.mark.slow

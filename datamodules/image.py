@@ -15,7 +15,7 @@ from datamodules.base import TransferDataModule
 from datamodules.decoding import EXTENSIONS, FolderImages, ImageReader
 from datamodules.errors import DataError
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, SPLITS, complete_splits, content_hash
+from datamodules.splits import SPLIT_NAMES, SPLIT_OF, SPLITS, complete_splits, content_hash
 
 
 class ImageFolders(TransferDataModule):
@@ -322,7 +322,7 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
     where = f"{name}: {path}"
-    split_of = {"": "unsplit"} | {f"{n}_": split for split, names in SPLIT_NAMES.items() for n in names}
+    split_of = {"": "unsplit"} | {f"{name}_": split for name, split in SPLIT_OF.items()}
     found: dict[str, Dataset[Any]] = {}
     for key in arrays:
         prefix = key.removesuffix("images").removesuffix("labels")

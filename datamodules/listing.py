@@ -14,10 +14,9 @@ import numpy as np
 
 from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
-from datamodules.splits import SPLIT_NAMES, log
+from datamodules.splits import SPLIT_NAMES, SPLIT_OF, log
 
 Array = np.ndarray[Any, Any]
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 # the official lists of Speech Commands, and of data sets made like it
 LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
 CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*")

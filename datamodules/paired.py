@@ -21,7 +21,7 @@ from datamodules.errors import DataError
 from datamodules.frames import read_frame
 from datamodules.image import check_fractions
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, Subset, complete_splits, content_hash
+from datamodules.splits import SPLIT_OF, Subset, complete_splits, content_hash
 
 ARRAYS = (".npz", ".npy")
 PIXELS = 50_000_000
@@ -294,9 +294,8 @@ def _split_rows(frame: Any, split: str | None, path: Path) -> dict[str, list[int
     """The rows of each split by our name for it; empty where the table does not say."""
     if split is None:
         return {}
-    ours = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     rows: dict[str, list[int]] = {}
     for row, cell in enumerate(frame[split].to_list()):
-        check_known(f"split: {path} row {row}", str(cell), ours, "split")
-        rows.setdefault(ours[str(cell)], []).append(row)
+        check_known(f"split: {path} row {row}", str(cell), SPLIT_OF, "split")
+        rows.setdefault(SPLIT_OF[str(cell)], []).append(row)
     return rows

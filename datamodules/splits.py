@@ -17,6 +17,7 @@ from datamodules.errors import DataError
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 
 def content_hash(*parts: Any) -> str:

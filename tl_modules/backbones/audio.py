@@ -53,8 +53,7 @@ class AudioBackbone(Backbone):
             UserError: The inputs are no recordings; nobody knows the rate; soxr is missing where it is needed.
         """
         kind = type(self).__name__
-        if x and "audio" not in x:
-            raise UserError(f"backbone: {kind} takes recordings, and the data's inputs are {', '.join(x)}")
+        self.refuse_others(x, "audio", "recordings")
         given = (x.get("audio") or {}).get("rate")
         rate = self.rate or given
         if rate is None:

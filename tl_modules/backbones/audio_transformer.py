@@ -7,11 +7,10 @@ waveforms -> the encoder's own feature extractor (in the loader's workers) -> co
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,8 @@ from torch.nn import functional as F
 from tl_modules.backbones.audio import AudioBackbone
 from tl_modules.backbones.audio_frontend import Resample
 from tl_modules.backbones.base import PretrainedWeights
+from tl_modules.backbones.hugging_face import architecture_of, default_weights, encoder_of, fetched, folder_or_name
 from tl_modules.backbones.stages import layer_stages
-from tl_modules.backbones.transformer import UNSAID, _encoder, _fetched
-from tl_modules.backbones.weights import StateDict
 from tl_modules.batch.samples import Padded
 from tl_modules.errors import UserError
 
@@ -90,14 +88,11 @@ class AudioTransformer(AudioBackbone):
             import transformers
         except ImportError as error:
             raise UserError("AudioTransformer needs transformers: pip install 'lightning-transfer[text]'") from error
-        self.name, folder = str(name), Path(os.path.expandvars(name)).expanduser()
-        where = str(folder if folder.is_dir() else name)
+        self.name, where = str(name), folder_or_name(name)
         if architecture is None:
-            config = _fetched(transformers.AutoConfig.from_pretrained, where)
-            said = json.loads(config.to_json_string(use_diff=True))
-            architecture = {key: value for key, value in said.items() if key not in UNSAID}
+            architecture = architecture_of(where)
         if extractor is None:
-            extractor = json.loads(_fetched(transformers.AutoFeatureExtractor.from_pretrained, where).to_json_string())
+            extractor = json.loads(fetched(transformers.AutoFeatureExtractor.from_pretrained, where).to_json_string())
         self.architecture, self.extractor = architecture, extractor
         config = transformers.AutoConfig.for_model(**architecture)
         config.update({key: value for key, value in CALM.items() if hasattr(config, key)})
@@ -107,19 +102,12 @@ class AudioTransformer(AudioBackbone):
         self.extract: Any = kind(**extractor)
         self.rate = int(self.extract.sampling_rate)
         self.config = config
-        self.model = _encoder(transformers.AutoModel.from_config(config, dtype=torch.float32))
+        self.model = encoder_of(transformers.AutoModel.from_config(config, dtype=torch.float32))
         for layer in getattr(getattr(self.model, "feature_extractor", None), "conv_layers", ()):
             if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 layer.layer_norm = RecordingNorm(layer.layer_norm)
         self.out_features = int(config.hidden_size)
-
-        def hub(entry: str) -> StateDict:
-            if entry != "DEFAULT":
-                raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for the weights of {name}")
-            loaded = _fetched(transformers.AutoModel.from_pretrained, where, dtype=torch.float32, config=config)
-            return cast(StateDict, _encoder(loaded).state_dict())
-
-        self.load_pretrained(weights, strict, hub)
+        self.load_pretrained(weights, strict, lambda entry: default_weights(entry, where, config))
 
     def bind_schema(self, x: Any) -> None:
         """Resamples to the encoder's rate."""

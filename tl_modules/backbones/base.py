@@ -94,6 +94,16 @@ class Backbone(BaseBackbone):
             x: The schema of the inputs, e.g. {"image": {}} or {"numeric": ["age", "hours"]}; empty if nobody knows.
         """
 
+    def refuse_others(self, x: Mapping[str, Any], kind: str, called: str, advice: str = "") -> None:
+        """Refuses a schema of inputs that are of another kind.
+
+        Raises:
+            UserError: The data says so; `called` is what this backbone takes instead.
+        """
+        if x and kind not in x:
+            name = type(self).__name__
+            raise UserError(f"backbone: {name} takes {called}, and the data's inputs are {', '.join(x)}{advice}")
+
     def forward(self, x: Any) -> Any:
         """Prepared inputs -> features, a tree that carries all that a head needs, e.g. (B, out_features)."""
         raise NotImplementedError

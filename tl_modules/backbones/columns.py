@@ -5,13 +5,14 @@ x (B, D), or {"numeric": (B, D), "categorical": (B, K)} -> Standardise (-> embed
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tl_modules.backbones.base import Backbone
+from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.errors import UserError
 
 Scale = Literal["each", "all"]
@@ -89,34 +90,32 @@ class MixedColumns(nn.Module):
         return torch.cat(parts, 1)
 
 
+def library(name: str, field: str) -> Any:
+    """A library of the extra `tables`.
+
+    Raises:
+        UserError: It is not there; `field` is what asked for it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{field}: it needs {name}: pip install 'lightning-transfer[tables]'") from error
+
+
 def periodic(numeric: int, width: int) -> nn.Module:
     """Embeddings of numbers by sines and cosines of learnt frequencies, (B, D) -> (B, D, width)."""
-    try:
-        from rtdl_num_embeddings import PeriodicEmbeddings
-    except ModuleNotFoundError as error:
-        raise missing("embedding", "rtdl_num_embeddings") from error
-    module: nn.Module = PeriodicEmbeddings(numeric, width, lite=False)
+    module: nn.Module = library("rtdl_num_embeddings", "embedding").PeriodicEmbeddings(numeric, width, lite=False)
     return module
 
 
-def restart(model: nn.Module) -> None:
-    """Lets means and deviations be those of the present run's rows, whatever weights were loaded."""
-    for module in model.modules():
-        if isinstance(module, Standardise) and module.num_batches_tracked is not None:
-            module.num_batches_tracked.zero_()
-
-
-def missing(field: str, name: str) -> UserError:
-    """What says that a library of the extra `tables` is not there."""
-    return UserError(f"{field}: it needs {name}: pip install 'lightning-transfer[tables]'")
-
-
 class TabularBackbone(Backbone):
-    """A backbone for rows of tables; a subclass writes `build`, `forward` and `stages`."""
+    """A backbone for rows of tables; a subclass writes `layers`, `forward` and `stages`."""
 
     decided_by_schema: tuple[str, ...] = ("scale",)
     scale: Scale | None
     in_features: int | None = None
+    weights: PretrainedWeights
+    strict: bool
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Builds the layers for the data's columns.
@@ -140,7 +139,15 @@ class TabularBackbone(Backbone):
             raise UserError(f"in_features: {self.in_features} for data with {columns} columns{others}")
 
     def build(self, numeric: int, categories: list[int]) -> None:
-        """Makes the layers.
+        """Makes the layers and fills them; means and deviations are those of the present run's rows in any case."""
+        self.model, self.in_features = self.layers(numeric, categories), numeric
+        self.load_pretrained(self.weights, self.strict)
+        for module in self.model.modules():
+            if isinstance(module, Standardise) and module.num_batches_tracked is not None:
+                module.num_batches_tracked.zero_()
+
+    def layers(self, numeric: int, categories: list[int]) -> nn.Module:
+        """The network, with its columns; sets `out_features`.
 
         Args:
             numeric: How many columns are numbers.

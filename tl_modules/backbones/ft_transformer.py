@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import PretrainedWeights
-from tl_modules.backbones.columns import Scale, Standardise, TabularBackbone, missing, restart
+from tl_modules.backbones.columns import Scale, Standardise, TabularBackbone, library
 from tl_modules.errors import UserError
 
 __all__ = ["FTTransformer"]
@@ -51,23 +51,17 @@ class FTTransformer(TabularBackbone):
         self.blocks, self.token_width = blocks, width
         self.weights, self.strict, self.scale, self.clip = weights, strict, scale, clip
 
-    def build(self, numeric: int, categories: list[int]) -> None:
-        """Makes embeddings and blocks."""
-        try:
-            import rtdl_revisiting_models as library
-        except ModuleNotFoundError as error:
-            raise missing("backbone", "rtdl_revisiting_models") from error
-        options = library.FTTransformer.get_default_kwargs(self.blocks)
+    def layers(self, numeric: int, categories: list[int]) -> nn.Module:
+        """Embeddings and blocks."""
+        kind = library("rtdl_revisiting_models", "backbone").FTTransformer
+        options = kind.get_default_kwargs(self.blocks)
         options["d_block"] = self.out_features = self.token_width or options["d_block"]
         sizes = [size + 1 for size in categories]  # and the unknown
-        network = library.FTTransformer(n_cont_features=numeric, cat_cardinalities=sizes, d_out=None, **options)
+        network = kind(n_cont_features=numeric, cat_cardinalities=sizes, d_out=None, **options)
         for embedding in network.cat_embeddings.embeddings if categories else ():
             torch.nn.init.zeros_(embedding.weight[0])
         standardise = Standardise(numeric, self.scale or "each", self.clip)
-        self.model = nn.ModuleDict({"standardise": standardise, "network": network})
-        self.in_features = numeric
-        self.load_pretrained(self.weights, self.strict)
-        restart(self.model)
+        return nn.ModuleDict({"standardise": standardise, "network": network})
 
     def forward(self, x: Any) -> Tensor:
         """Rows -> (B, width)."""

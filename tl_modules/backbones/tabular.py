@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import PretrainedWeights
-from tl_modules.backbones.columns import MixedColumns, Scale, Standardise, TabularBackbone, restart
+from tl_modules.backbones.columns import MixedColumns, Scale, Standardise, TabularBackbone
 from tl_modules.errors import UserError
 
 __all__ = ["TabularMLP", "VectorBackbone"]
@@ -66,8 +66,8 @@ class TabularMLP(TabularBackbone):
         if in_features is not None:
             self.build(in_features, [])
 
-    def build(self, numeric: int, categories: list[int]) -> None:
-        """Makes a stage for each width, the first with the columns."""
+    def layers(self, numeric: int, categories: list[int]) -> nn.Module:
+        """A stage for each width, the first with the columns."""
         if self.widths is None:
             self.widths = [256] if self.scale == "all" else [256, 256]
         columns: Any = Standardise(numeric, self.scale or "each", self.clip)
@@ -83,10 +83,8 @@ class TabularMLP(TabularBackbone):
             stages.append([nn.Linear(width, outputs, bias=False), norm, nn.ReLU(), dropout])
         # the columns rest and move with the first stage
         stages[:2] = [[layer for stage in stages[:2] for layer in stage]]
-        self.model = nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
-        self.in_features, self.out_features = numeric, [inputs, *self.widths][-1]
-        self.load_pretrained(self.weights, self.strict)
-        restart(self.model)
+        self.out_features = [inputs, *self.widths][-1]
+        return nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
 
     def forward(self, x: Any) -> Tensor:
         """(B, in_features), or with categories {"numeric", "categorical"} -> (B, out_features)."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import PretrainedWeights
-from tl_modules.backbones.columns import MixedColumns, Scale, TabularBackbone, missing, restart
+from tl_modules.backbones.columns import MixedColumns, Scale, TabularBackbone, library
 from tl_modules.errors import UserError
 
 __all__ = ["TabularResNet"]
@@ -54,14 +54,10 @@ class TabularResNet(TabularBackbone):
         self.out_features: int = width
         self.weights, self.strict, self.scale, self.clip = weights, strict, scale, clip
 
-    def build(self, numeric: int, categories: list[int]) -> None:
-        """Makes the blocks."""
-        try:
-            from rtdl_revisiting_models import ResNet
-        except ModuleNotFoundError as error:
-            raise missing("backbone", "rtdl_revisiting_models") from error
+    def layers(self, numeric: int, categories: list[int]) -> nn.Module:
+        """Columns and blocks."""
         columns = MixedColumns(numeric, categories, self.scale or "each", self.clip, self.embedding)
-        network = ResNet(
+        network = library("rtdl_revisiting_models", "backbone").ResNet(
             d_in=columns.out_features,
             d_out=None,
             n_blocks=self.blocks,
@@ -71,10 +67,7 @@ class TabularResNet(TabularBackbone):
             dropout2=0.0,
         )
         norm = nn.Sequential(nn.BatchNorm1d(self.out_features), nn.ReLU())
-        self.model = nn.ModuleDict({"columns": columns, "network": network, "output": norm})
-        self.in_features = numeric
-        self.load_pretrained(self.weights, self.strict)
-        restart(self.model)
+        return nn.ModuleDict({"columns": columns, "network": network, "output": norm})
 
     def forward(self, x: Any) -> Tensor:
         """Rows -> (B, width)."""

@@ -41,11 +41,7 @@ class TextBackbone(CarriesText, Backbone):
         Raises:
             UserError: The data says that they are something else.
         """
-        if x and "text" not in x:
-            raise UserError(
-                f"backbone: {type(self).__name__} takes texts, and the data's inputs are {', '.join(x)}; take a "
-                "backbone for these, or data such as TextFiles"
-            )
+        self.refuse_others(x, "text", "texts", "; take a backbone for these, or data such as TextFiles")
 
     def pooled_features(self, features: Any) -> Tensor:
         """Features of tokens or words, Padded (B, L, D) -> (B, D), as `pooling` says."""

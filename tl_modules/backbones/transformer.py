@@ -8,18 +8,18 @@ No code of a model's repository is run, `trust_remote_code` is never passed on.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.backbones.base import PretrainedWeights
+from tl_modules.backbones.hugging_face import architecture_of, default_weights, encoder_of, fetched, folder_or_name
 from tl_modules.backbones.pooling import SequencePooling
 from tl_modules.backbones.stages import layer_stages
 from tl_modules.backbones.text import TextBackbone
@@ -30,8 +30,6 @@ from tl_modules.errors import UserError
 __all__ = ["TransformerBackbone"]
 
 LONGEST = 512  # tokens of a window, where the encoder does not say itself
-# of an encoder's config what says nothing of the network, and its path on somebody's machine
-UNSAID = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 class Tokenise:
@@ -111,20 +109,17 @@ class TransformerBackbone(TextBackbone):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
         logging.disable_progress_bar()
         self.name, self.prepare = str(name), Tokenise(windows)
-        folder = Path(os.path.expandvars(name)).expanduser()
-        where = str(folder if folder.is_dir() else name)
+        where = folder_or_name(name)
         rebuilt = architecture is not None and weights != "DEFAULT"
         if architecture is None:
-            config = _fetched(AutoConfig.from_pretrained, where)
-            given = json.loads(config.to_json_string(use_diff=True))
-            architecture = {key: value for key, value in given.items() if key not in UNSAID}
+            architecture = architecture_of(where)
         self.architecture = architecture
         config = AutoConfig.for_model(**architecture)
         longest = max_length or min(getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST)
         # a run's checkpoint brings its own, and need not find this one
         with suppress(UserError) if rebuilt else nullcontext():
-            self._take_tokenizer(_fetched(AutoTokenizer.from_pretrained, where, not rebuilt), longest)
-        self.model = _encoder(AutoModel.from_config(config, dtype=torch.float32))
+            self._take_tokenizer(fetched(AutoTokenizer.from_pretrained, where, not rebuilt), longest)
+        self.model = encoder_of(AutoModel.from_config(config, dtype=torch.float32))
         self.out_features = int(config.hidden_size)
         self.padding = int(getattr(config, "pad_token_id", None) or 0)
         self.first_only = pooling == "cls"
@@ -132,10 +127,7 @@ class TransformerBackbone(TextBackbone):
         self.model.add_module("pool", pool)  # the last of its children, and so in the last stage
 
         def hub(entry: str) -> StateDict:
-            if entry != "DEFAULT":
-                raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for the weights of {name}")
-            loaded = _fetched(AutoModel.from_pretrained, where, dtype=torch.float32, config=config)
-            return {**_encoder(loaded).state_dict(), **pool.state_dict(prefix="pool.")}
+            return {**default_weights(entry, where, config), **pool.state_dict(prefix="pool.")}
 
         self.load_pretrained(weights, strict, hub)
 
@@ -199,33 +191,3 @@ class TransformerBackbone(TextBackbone):
     def stages(self) -> list[nn.Module]:
         """The embeddings, and each layer; a learnt pooling belongs to the last one."""
         return layer_stages(self.model)
-
-
-def _encoder(model: Any) -> nn.Module:
-    """The encoder of an encoder and decoder, without a pooler, which no other loss would train."""
-    found: Any = model.get_encoder() if model.config.is_encoder_decoder else model
-    if getattr(found, "pooler", None) is not None:
-        found.pooler = None
-    return cast(nn.Module, found)
-
-
-def _fetched(load: Callable[..., Any], where: str, network: bool = True, **options: Any) -> Any:
-    """What `from_pretrained` gives of a folder or what was fetched before, or else fetches now.
-
-    Raises:
-        UserError: It cannot be had, or transformers does not know it.
-    """
-    from huggingface_hub import constants
-
-    fetch = network and not Path(where).is_dir() and not constants.HF_HUB_OFFLINE
-    for local in (True, False) if fetch else (True,):
-        try:
-            return load(where, local_files_only=local, **options)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    if Path(where).is_dir():
-        raise UserError(f"name: {where} is no encoder of Hugging Face that can be loaded ({reason[:200]})")
-    raise UserError(
-        f"name: {where} is no folder, and could not be fetched from the Hugging Face hub ({reason[:200]}); without a "
-        f"network, run `hf download {where} --local-dir FOLDER` elsewhere and pass --model.backbone.name FOLDER"
-    )

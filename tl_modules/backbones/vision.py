@@ -97,11 +97,7 @@ class ImageBackbone(Backbone):
         Raises:
             UserError: The data says that they are something else.
         """
-        if x and "image" not in x:
-            raise UserError(
-                f"backbone: {type(self).__name__} takes images, and the data's inputs are {', '.join(x)}; "
-                "take a backbone for these, e.g. TabularMLP for numeric columns"
-            )
+        self.refuse_others(x, "image", "images", "; take a backbone for these, e.g. TabularMLP for numeric columns")
 
     def align(self, xs: list[Any]) -> list[Any]:
         """Gives grey images beside coloured ones three channels, and bytes beside floats the range [0, 1]."""

@@ -19,6 +19,7 @@ from tl_modules.batch import samples
 from tl_modules.batch.output import DomainOutput
 from tl_modules.errors import UserError
 from tl_modules.pretraining.base import Pretraining
+from tl_modules.tasks.classification import class_columns
 
 __all__ = ["CLIP"]
 
@@ -157,9 +158,7 @@ class CLIP(Pretraining):
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
         """Columns `label` and `p_<class>`."""
-        columns: dict[str, list[Any]] = {"label": [self.named_classes[i] for i in prediction.argmax(1).tolist()]}
-        shares = {f"p_{name}": prediction[:, i].tolist() for i, name in enumerate(self.named_classes)}
-        return columns | {name: [round(p, 6) for p in column] for name, column in shares.items()}
+        return class_columns(prediction, self.named_classes)
 
 
 class Projections(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -123,9 +124,7 @@ class Classification(TransferModule):
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
         """Columns `label` and `p_<class>`."""
-        names = self.class_names or [str(number) for number in range(self.num_outputs)]
-        columns: dict[str, list[Any]] = {"label": [names[i] for i in prediction.argmax(1).tolist()]}
-        return columns | {f"p_{name}": _rounded(prediction[:, i]) for i, name in enumerate(names)}
+        return class_columns(prediction, self.class_names or [str(number) for number in range(self.num_outputs)])
 
 
 class MacroF1(MulticlassF1Score):
@@ -140,6 +139,12 @@ class MacroF1(MulticlassF1Score):
         present = cast(Tensor, self.tp) + cast(Tensor, self.fn) > 0
         self.absent = (~present).nonzero().flatten().tolist()
         return super().compute()[present].mean()
+
+
+def class_columns(probabilities: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+    """Probabilities (B, C) -> columns `label` and `p_<class>`."""
+    columns: dict[str, list[Any]] = {"label": [names[i] for i in probabilities.argmax(1).tolist()]}
+    return columns | {f"p_{name}": _rounded(probabilities[:, i]) for i, name in enumerate(names)}
 
 
 def _rounded(values: Tensor) -> list[float]:

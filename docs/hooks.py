@@ -55,6 +55,6 @@ def notebook_pages(path):
                 name = f"{path.stem}-{len(made)}.png"
                 made[f"notebooks/{name}"] = base64.b64decode("".join(data["image/png"]))
                 lines.append(f"![Output of the cell above]({name})")
-            elif output["output_type"] == "stream":
-                lines.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                lines.append(f"```text\n{text}\n```")
     return {f"notebooks/{path.stem}.md": "\n\n".join(lines) + "\n"} | made

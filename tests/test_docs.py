@@ -32,15 +32,15 @@ def commands(page, runnable=False):
     return found
 
 
-def runs_without(args):
-    """Arguments whose configs are there: of the repository, and not of a run."""
-    pairs = [args[i : i + 2] for i in range(len(args)) if args[i] == "-c"]
-    missing = {i for i in range(len(args)) for pair in pairs if pair[1].startswith("runs/") and args[i] in pair[1:]}
-    return [
-        word.replace("configs/", f"{ROOT}/configs/")
-        for i, word in enumerate(args)
-        if i not in missing and i + 1 not in missing
-    ]
+def without_runs(args):
+    """Arguments without the configs that an earlier run would leave; those of the repository are found."""
+    kept = []
+    for word in args:
+        if kept[-1:] == ["-c"] and word.startswith("runs/"):
+            kept.pop()
+        else:
+            kept.append(word.replace("configs/", f"{ROOT}/configs/"))
+    return kept
 
 
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if commands(page)]
@@ -88,7 +88,7 @@ def test_commands_parse(page, reference, tmp_path, monkeypatch):
         if command == "compare":
             assert read_plan(ROOT / args[0]).ways
         elif command in BEFORE_TRAINING and not any(map(ENDS.fullmatch, args)):
-            parser.parse_args(with_defaults([command, *nested_nulls(runs_without(args))])[1:])
+            parser.parse_args(with_defaults([command, *nested_nulls(without_runs(args))])[1:])
         else:  # what these take stands in a run: their own options are known
             own = {name for action in parser._actions for name in action.option_strings}
             said = {word.partition("=")[0].rstrip("+") for word in args if word.startswith("--")}

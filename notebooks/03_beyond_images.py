@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Beyond images: tables, texts, sound, several inputs
 #
-# Each kind of data is one data module and one backbone; task, strategies, methods, cache and commands are those of images.
-# Everything here comes with the installed packages, so that nothing is downloaded.
+# Each kind of data is one data module and one backbone; task, strategies, methods, cache and commands are those of
+# images. Everything here comes with the installed packages, so that nothing is downloaded.
 
 # %%
 import inspect
@@ -71,8 +71,8 @@ def train(backbone, data, epochs=10, **options):
 
 # %% [markdown]
 # ## A table
-# Files of any usual format, or a frame of polars or pandas. Numbers, dates, categories and gaps are found; what is learnt of
-# them (means, categories) is learnt on the training rows and stays with the model.
+# Files of any usual format, or a frame of polars or pandas. Numbers, dates, categories and gaps are found; means and
+# categories are those of the training rows and stay with the model.
 
 # %%
 cancer = load_breast_cancer(as_frame=True)
@@ -83,9 +83,9 @@ for labelled in (20, 100, None):
 
 # %% [markdown]
 # ## Texts, by word vectors of one's own
-# The texts are the docstrings of four packages, the label is the package. Vectors are made of all docstrings without their
-# labels (by latent semantic analysis, in GloVe's format); files of GloVe and word2vec are read in the same way. A whole
-# encoder of Hugging Face is `TransformerBackbone(NAME)`.
+# The texts are the docstrings of four packages, the label is the package. Vectors are made of all docstrings
+# without their labels (by latent semantic analysis, in GloVe's format); files of GloVe and word2vec are read in the
+# same way. A whole encoder of Hugging Face is `TransformerBackbone(NAME)`.
 
 # %%
 PACKAGES = {"numpy": np, "stats": scipy.stats, "signal": scipy.signal, "torch": torch}
@@ -126,8 +126,8 @@ for shots in (5, 20):
 
 # %% [markdown]
 # ## Sound
-# A folder a class, of any usual format, length and rate; the log-mel front end is the first layer of the backbone. These
-# recordings are synthetic: plucked and blown tones of random pitch, in noise.
+# A folder a class, of any usual format, length and rate; the log-mel front end is the first layer of the backbone.
+# These recordings are synthetic: plucked and blown tones of random pitch, in noise.
 
 # %%
 generator = np.random.default_rng(0)
@@ -148,14 +148,15 @@ for kind in ("plucked", "blown"):
 data = AudioFolders(folder / "tones", num_workers=0)
 print(f"accuracy {train(SpeechConvNet, data, 40):.3f}")
 wave, label = data.domains("train")["target"][0]
+plt.figure(figsize=(4, 2), dpi=72)
 plt.specgram(wave.numpy(), Fs=8000)
 plt.title(data.class_names[label])
 plt.show()
 
 # %% [markdown]
 # ## Several inputs
-# A row of a table that has texts, numbers or paths of images. Each input has its own backbone, and an input that is missing
-# is a learnt value.
+# A row of a table that has texts, numbers or paths of images. Each input has its own backbone, and an input that is
+# missing is a learnt value.
 
 # %%
 data = Paired(folder / "docs.csv", text="text", numbers=["lines", "digits"], label="label", shots_per_class=20)

@@ -186,7 +186,7 @@ def test_names_of_contents_change_with_a_file(tmp_path):
     ({"pattern": PATTERN, "where": {"target": "speaker=zoe"}}, "where.target: no file of .* fulfils speaker=zoe"),
     ({"pattern": PATTERN, "group": "spaeker"}, r"group: there is no field spaeker \(did you mean speaker\?\)"),
     ({"pattern": PATTERN, "rate": 0}, "rate, max_seconds: 0"),
-    ({"pattern": PATTERN, "kind": "values", "label": "speaker"}, "for classes pass --data.kind classes"),
+    ({"pattern": PATTERN, "kind": "values", "label": "speaker"}, "pass --data.kind classes"),
 ])  # fmt: skip
 def test_mistakes_are_said(options, message, tmp_path):
     with pytest.raises(DataError, match=message):

@@ -137,11 +137,11 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
     [
         ("text,label\na,x\nb,x\n", {}, "all texts have the label x"),
         ("text,label\na,x\n,y\nc,x\n", {}, "row 1 has no text"),
-        ("text,label\na,x\nb,\nc,y\n", {}, "row 1 has no label"),
+        ("text,label\na,x\nb,\nc,y\n", {}, "row 1: its label is missing"),
         ("txt,label\na,x\nb,y\n", {}, r"there is no column text \(did you mean txt\?\)"),
         ("text,label\na,x\nb,y\n", {"group": "author"}, "group: there is no column author"),
         ("text,label\na,x\nb,y\n", {"classes": ["x", "z"]}, "classes: there is no class y"),
-        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0|label x is no number"),
+        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0: its label .x. is no number"),
         ("text\na\nb\n", {}, "has no labels; give some, or pass --data.label null"),
     ],
 )

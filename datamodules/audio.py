@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ from datamodules.listing import Listing, list_files
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+PLAIN = (".wav", ".aif", ".aiff", ".au")  # their size tells how long they are
+EXTENSIONS = (*PLAIN, ".flac", ".ogg", ".oga", ".opus", ".mp3")
 Array = np.ndarray[Any, Any]
 
 
@@ -130,6 +132,12 @@ class Recordings(FileSamples):
     ) -> None:
         super().__init__(paths, targets, reader)
         self.groups = groups
+
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """The bytes of each, which tell how long it is without a file being opened; None where some are compressed."""
+        plain = all(path.lower().endswith(PLAIN) for path in self.ids)
+        return [stat.st_size for stat in self.stats()] if plain else None
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         with self.with_advice():

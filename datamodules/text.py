@@ -31,12 +31,14 @@ class Texts(Dataset[Any]):
         targets: The labels, class numbers or real values.
         ids: A name for each.
         groups: Of each, or None.
+        lengths: The characters of each.
     """
 
     def __init__(
         self, texts: Sequence[str], targets: np.ndarray[Any, Any], ids: list[str], groups: list[str] | None
     ) -> None:
         self.texts, self.targets, self.ids, self.groups = texts, targets, ids, groups
+        self.lengths = list(map(len, texts))
 
     def __len__(self) -> int:
         return len(self.texts)

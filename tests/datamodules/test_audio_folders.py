@@ -225,3 +225,16 @@ def test_names_of_files_are_sorted_and_hidden_ones_left_out(tmp_path):
     listing = list_files(tmp_path, (".wav",), None, "file")
     assert [str(path.relative_to(tmp_path)) for path in listing.paths] == ["a/1.WAV", "b/2.wav"]
     assert listing.fields["label"].tolist() == ["a", "b"]
+
+
+def test_recordings_of_like_length_make_a_batch(tmp_path):
+    lengths = np.random.default_rng(0).permutation(80) + 20
+    for number, length in enumerate(lengths):
+        write(tmp_path / "ab"[number % 2] / f"{number}.wav", seconds=length / 800)
+    found = data(tmp_path, batch_size=6)
+    found.collate = lambda samples: [len(x) for x, *_ in samples]
+    batches = [batch["target"] for batch, *_ in found.train_dataloader()]
+    assert np.mean([np.ptp(batch) for batch in batches]) < 15
+    assert sum(map(len, batches)) == 48
+    soundfile.write(tmp_path / "a" / "0.flac", np.ones(9) / 2, 800)  # how long it is takes opening it
+    assert data(tmp_path).predict_dataloader().dataset.lengths() is None

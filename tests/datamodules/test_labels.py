@@ -25,7 +25,7 @@ def test_classes_are_in_the_order_of_numbers_or_of_the_alphabet():
 
 
 def test_domains_with_other_classes_are_named():
-    with pytest.raises(DataError, match="s/a, s/b, target: .*: only the s/a and s/b have x; only the target has y"):
+    with pytest.raises(DataError, match=r"s/a, s/b, target: .*: only the s/a and s/b have x; only the target has y"):
         check_same_classes({"s/a": {"x", "z"}, "s/b": {"x", "z"}, "target": {"y", "z"}})
 
 
@@ -40,9 +40,9 @@ def test_labels_become_numbers_of_classes_or_values():
     assert encode_labels([2.0, "1", 2], ["1.0", "2"], at).tolist() == [1, 0, 1]
     assert encode_labels(["0.5", 2], None, at).tolist() == [0.5, 2.0]
     for missing in (None, "", math.nan):
-        with pytest.raises(DataError, match="t.csv row 1: its label is missing; fill it in"):
+        with pytest.raises(DataError, match=r"t\.csv row 1: its label is missing; fill it in"):
             encode_labels(["a", missing], ["a", "b"], at)
-    with pytest.raises(DataError, match="t.csv row 1: its label 'inf' is no number; mend it, or pass --data.kind"):
+    with pytest.raises(DataError, match=r"t\.csv row 1: its label 'inf' is no number; mend it, or pass --data\.kind"):
         encode_labels(["1", "inf"], None, at)
-    with pytest.raises(DataError, match="classes: there is no class c; there are a, b"):
+    with pytest.raises(DataError, match=r"classes: there is no class c; there are a, b"):
         encode_labels(["a", "c"], ["a", "b"], at)

@@ -39,6 +39,11 @@ class IndexedSubset(Dataset[Any]):
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
         return inner and content_hash(inner, np.asarray(self.rows), self.label)
 
+    def lengths(self) -> np.ndarray[Any, Any] | None:
+        """How long each sample is, in any unit; None where that is not known without reading it."""
+        known = getattr(self.dataset, "lengths", None)
+        return None if known is None else np.asarray(known)[np.asarray(self.rows)]
+
     def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         row = self.rows[index]
@@ -249,8 +254,9 @@ class EpochSampler(DistributedSampler[Any]):
 
     The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
     that the batches of two processes together are those of one with twice the size. A last batch of a single sample, on
-    which BatchNorm could not train, is left out; in each epoch that is another sample. It is a DistributedSampler so
-    that Lightning keeps it and tells it the epoch.
+    which BatchNorm could not train, is left out; in each epoch that is another sample. Where lengths are known, samples
+    of like length make a batch, so that little is padded; which batch comes when is drawn, but for the longest. It is a
+    DistributedSampler so that Lightning keeps it and tells it the epoch.
 
     Args:
         dataset: What is sampled.
@@ -266,9 +272,11 @@ class EpochSampler(DistributedSampler[Any]):
         skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
         views: Seeds of each sample's fixed views, (views - 1, samples): an epoch draws one of these or the sample as
             it is. None: each epoch draws a new seed.
+        chunk: How many batches are drawn together and sorted by length, where the data set has `lengths`.
     """
 
     views: Sequence[Sequence[int]] | None = None
+    chunk = 50
 
     def __init__(
         self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str, even: bool = True
@@ -296,8 +304,26 @@ class EpochSampler(DistributedSampler[Any]):
             generator = generator_of(self.seed, self.domain, self.epoch, number)
             order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
             parts.append(np.stack([order, seeds[order]], 1))
-        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas][: self.num_samples]
+        order = np.concatenate(parts)[: self.num_samples * self.num_replicas]
+        if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
+            self._bucket(order, lengths)
+        mine = order[self.rank :: self.num_replicas]
         return iter([self._drawn(place, seed) for place, seed in mine[self.start :].tolist()])
+
+    def _bucket(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+        """Makes whole batches of samples (place, seed) of like length, in chunks that lie within one pass each."""
+        batch, size = self.batch_size * self.num_replicas, len(lengths)
+        generator = generator_of(self.seed, self.domain, self.epoch, "batches")
+        for start in range(0, len(order), size):
+            first, end = math.ceil(start / batch), min(start + size, len(order)) // batch
+            for place in range(first, end, self.chunk):
+                part = order[place * batch : min(place + self.chunk, end) * batch]
+                batches = np.argsort(lengths[part[:, 0]], kind="stable").reshape(-1, batch)
+                part[:] = part[generator.permutation(np.sort(batches, 1)).ravel()]  # within a batch as they were drawn
+        whole = order[: min(size, len(order)) // batch * batch].reshape(-1, batch, 2)
+        if len(whole):  # the longest comes first, so that what does not fit the memory is seen at once
+            worst = lengths[whole[:, :, 0]].max(1).argmax()
+            whole[[0, worst]] = whole[[worst, 0]]
 
     def _drawn(self, place: int, seed: int) -> SampleIndex:
         if self.views is None:

@@ -128,6 +128,12 @@ class Subset(Dataset[Any]):
         self.ids = [ids[row] for row in rows] if ids is not None else None
         self.groups = [groups[row] for row in rows] if groups is not None else None
 
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """How long each sample is, in any unit; None where the data set has no `lengths`."""
+        lengths = getattr(self.dataset, "lengths", None)
+        return None if lengths is None else [lengths[row] for row in self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 

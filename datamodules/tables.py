@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.frames import MISSING, scan_frame
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, log
@@ -44,6 +43,10 @@ class Table:
     frame: LazyFrame | None = None
     splits: dict[str, list[int]] = field(default_factory=dict)
     groups: list[str] | None = None
+
+    def at(self, row: int) -> str:
+        """What messages call a row."""
+        return f"{self.where} row {row}"
 
 
 class RowNumbers(Sequence[str]):

@@ -100,7 +100,7 @@ def test_images_of_an_array_and_two_domains(plants):
     ({"image": None, "text": None, "numbers": None}, "image, text, numbers: name the columns that are inputs"),
     ({"text": "titel"}, "text: .*t.csv: there is no column titel (did you mean title?)"),
     ({"numbers": ["title"]}, "numbers: column title of .*t.csv is String, no numbers"),
-    ({"label": "who", "kind": "values"}, "label: who of .*t.csv is String, no numbers"),
+    ({"label": "who", "kind": "values"}, "target: .*t.csv row 0: its label 'p0' is no number; mend it, or pass --data.kind classes"),
     ({"label": "split"}, "target: .*t.csv row 0: its label split is missing; fill it in"),
     ({"classes": ["rose", "palm"]}, "classes: there is no class tree"),
     ({"split": "kind"}, "split: .*t.csv row 0: there is no split rose"),

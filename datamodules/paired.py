@@ -103,7 +103,8 @@ class Paired(FileDomains):
         classes: The classes and their order; None gathers them over both domains.
         split: The column that says train, val or test; None cuts the rows in three.
         group: The column of what no split tears apart, e.g. a speaker.
-        without: Inputs that count as missing in every row, to see what a model says without them.
+        without: Inputs that count as missing in every row, to see what a model says without them; the table need not
+            have their columns.
         image_size: Side in pixels that image files are brought to; null: as the pretrained weights were measured.
         **kwargs: As for `TransferDataModule`.
 
@@ -139,11 +140,18 @@ class Paired(FileDomains):
         self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
         self.wheres = {name: f"{name}: {path}" for name, path in self.paths.items()}
         frames = {name: read_frame(path, self.wheres[name]) for name, path in self.paths.items()}
-        named: dict[str, Any] = {"text": text, "label": label, "split": split, "group": group}
-        named |= {f"numbers: {n}": n for n in numbers or ()}
         images = {"target": image, "source": source_image or image}
+
+        def read(name: str) -> tuple[str | None, str | None, list[str]]:
+            """The columns of a domain's inputs that are there."""
+            there = {"image": images[name], "text": text, "row": numbers} | dict.fromkeys(without or ())
+            return there["image"], there["text"], there["row"] or []
+
         for name, frame in frames.items():
-            for field, column in (named | {"image": images[name]}).items():
+            own_image, own_text, own_numbers = read(name)
+            named: dict[str, str | None] = {"label": label, "split": split, "group": group}
+            named |= {"image": own_image, "text": own_text} | {f"numbers: {n}": n for n in own_numbers}
+            for field, column in named.items():
                 if column is not None and not column.endswith(ARRAYS):
                     check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
         given: dict[str, Any] = {
@@ -160,7 +168,7 @@ class Paired(FileDomains):
         self._of_split: dict[str, dict[str, list[int]]] = {}
         self._of_group: dict[str, Sequence[Any] | None] = {}
         for name, frame in frames.items():
-            columns = self._inputs(frame, name, images[name], text, numbers)
+            columns = self._inputs(frame, name, *read(name))
             for missing in without or ():
                 columns[missing] = [None] * len(frame)
             alone = next(iter(columns.values()))

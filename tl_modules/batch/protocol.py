@@ -100,7 +100,7 @@ class BaseTransferModule(EvaluatedTask, ABC):
         """What arguments of the data are where they are left open: images as the weights know them.
 
         Images are augmented only where the whole backbone trains from the start: what is frozen runs once, and on its
-        features augmentation gains nothing (README).
+        features augmentation gains nothing (docs/results/fine-tuning.md).
         """
         frozen = len(self.trainable_stages()) < self.num_stages
         return {**self.backbone.data_defaults, **({"augment": "none"} if frozen else {})}

@@ -60,11 +60,11 @@ class FeatureCache(Callback):
 
     Args:
         enabled: Whether to cache.
-        views: So many views of each training sample are cached, the first as it is and the others augmented, and each
-            epoch draws one of them (beside a teacher, all that trains sees these only); 0 caches no augmented data.
-        dtype: What floating-point activations are stored as; None as they are computed.
-        folder: Where; None is $TL_CACHE_DIR, or lightning-transfer in the user's cache folder.
-        disk_gb: The least recently used entries are removed where all together would take more.
+        views: How many views of each training sample are cached, the first plain and the others augmented; each epoch
+            draws one of them (beside a teacher, training sees these views only). 0 caches no augmented data.
+        dtype: The type in which floating-point activations are stored; None keeps the computed type.
+        folder: The folder of the entries; None is $TL_CACHE_DIR, or lightning-transfer in the user's cache folder.
+        disk_gb: The size of all entries together; beyond it the least recently used are removed.
     """
 
     def __init__(

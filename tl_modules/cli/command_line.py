@@ -114,9 +114,9 @@ class TransferCLI(OneCommand, LightningCLI):
         parser.add_class_arguments(FeatureCache, "cache")
         parser.add_class_arguments(ModelSelection, "select", skip={"run"})
         if self.command == "fit":
-            parser.add_argument("--resume", action="store_true", help="Go on with --run DIR, or the newest of --name.")
+            parser.add_argument("--resume", action="store_true", help="Resume --run DIR, or the newest run of --name.")
             parser.add_argument(
-                "--save_every", type=int | None, default=None, help="Save last.ckpt also after so many steps."
+                "--save_every", type=int | None, default=None, help="Save last.ckpt also after every N steps."
             )
             parser.add_argument("--audit", type=bool, default=True, help="Check that what trains is what should.")
             parser.add_argument("--compile", action="store_true", help="Run the backbone through torch.compile.")
@@ -145,7 +145,7 @@ class TransferCLI(OneCommand, LightningCLI):
             file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
             if file is None:
-                log.warning("%s has no checkpoint yet: it begins anew", self.run)
+                log.warning("%s has no checkpoint yet: it starts from scratch", self.run)
             elif not file.is_file():
                 raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
             else:

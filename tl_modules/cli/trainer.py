@@ -63,7 +63,7 @@ class TransferTrainer(QuickHooks, Trainer):
             out: The folder; None is `embeddings` in the run's directory. It gets features.safetensors (a tensor
                 `features`) or features.npy, (N, out_features) in single precision, and index.csv: row, domain, split,
                 id (a path, where there is one) and label.
-            format: Of the features.
+            format: The file format of the features.
 
         Raises:
             UserError: The folder cannot be written.
@@ -122,12 +122,12 @@ class TransferTrainer(QuickHooks, Trainer):
         Args:
             model: Of the first run.
             datamodule: Of the first run; its validation split chooses.
-            runs: The directories; they stand behind `tl soup` without this option.
+            runs: The directories of the runs; `tl soup RUN RUN` needs no option name.
             out: The new run goes to runs/OUT/version_N.
             how: greedy: from the best run on, each next one stays if the mean with it is no worse on the validation
                 split. uniform: the mean of all.
-            start: A run that the others began with.
-            alpha: The share of the runs beside the start, `alpha runs + (1 - alpha) start`.
+            start: The run that the others started from (WiSE-FT).
+            alpha: The share of the runs in `alpha runs + (1 - alpha) start`.
             ckpt_path: The first run's best.ckpt.
         """
         self.made = soup(self, _ours(model), datamodule, runs, self.root, out, how, start, alpha)
@@ -140,7 +140,7 @@ class TransferTrainer(QuickHooks, Trainer):
         Args:
             model: Of the run.
             datamodule: Its labelled validation split is read.
-            ckpt_path: The checkpoint, which is written anew.
+            ckpt_path: The checkpoint; it is rewritten with the temperature.
         """
         assert ckpt_path is not None
         calibrate(self, _ours(model), datamodule, Path(ckpt_path))
@@ -160,8 +160,8 @@ class TransferTrainer(QuickHooks, Trainer):
             model: What is measured, in the run's precision.
             datamodule: Its first test batch is the input.
             ckpt_path: A checkpoint.
-            batch_sizes: Samples a batch.
-            seconds: How long each is timed.
+            batch_sizes: The numbers of samples in a batch.
+            seconds: How long each batch size is timed.
             compile: Also measures torch.compile.
 
         Raises:
@@ -219,10 +219,10 @@ class TransferTrainer(QuickHooks, Trainer):
                 training samples.
             out: The new run is runs/OUT/version_N.
             ckpt_path: A checkpoint.
-            prune: The share of the multiply-accumulates of a sample that goes.
-            importance: What keeps a channel: the size of its weights, in each layer ("magnitude") or in all layers
-                together ("lamp"), or what the loss would change by ("taylor").
-            quantize: Weights as int8; with "int8_dynamic" linear layers also compute in it.
+            prune: The share of a sample's multiply-accumulates to remove.
+            importance: How channels are ranked: by the size of their weights, within each layer ("magnitude") or over
+                all layers ("lamp"), or by the estimated change of the loss ("taylor").
+            quantize: Stores weights as int8; with "int8_dynamic" linear layers also compute in int8.
 
         Raises:
             UserError: Nothing is asked for, or the network cannot be compressed so.
@@ -254,9 +254,9 @@ class TransferTrainer(QuickHooks, Trainer):
             datamodule: Its training batches.
             min_lr: The first learning rate, that of the head.
             max_lr: The last one.
-            steps: How many there are.
-            rule: Which suggestion is taken: half way down the longest fall, a tenth of the rate with the least loss, or
-                where it falls fastest. All three are printed.
+            steps: How many learning rates are tried.
+            rule: Which suggestion is taken: half way down the longest fall of the loss (valley), a tenth of the rate
+                with the lowest loss (minimum), or the rate at its steepest fall. All three are printed.
             out: The folder of lr_find.png and, where the loss falls, lr_find.yaml, a config with the rate; None is
                 runs/NAME.
 
@@ -281,7 +281,7 @@ class TransferTrainer(QuickHooks, Trainer):
         Args:
             model: Its task draws the samples; it need not be trained.
             datamodule: Whose samples.
-            count: At most so many of each domain.
+            count: The largest number of samples of each domain.
             out: The PNG; None is runs/NAME/batch.png.
 
         Raises:

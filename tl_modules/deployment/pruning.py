@@ -22,6 +22,8 @@ from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import macs
 from tl_modules.module import TransferModule
 
+__all__ = ["prune"]
+
 Importance = Literal["magnitude", "taylor", "lamp"]
 STEPS = 50  # from all channels to a twentieth of them
 MOST = 0.95  # share of its channels that a layer loses at most

@@ -11,6 +11,8 @@ from tl_modules.batch.compat import Convolution
 from tl_modules.checkpoints.compressed import Kind
 from tl_modules.errors import UserError
 
+__all__ = ["quantize"]
+
 _WEIGHTED = (nn.Linear, Convolution)
 
 

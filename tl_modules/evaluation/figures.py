@@ -293,7 +293,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
         guess = each.target_output.argmax(1)
         for rows, colours, marker, name in (
             (points[:count], each.source_y, "o", "source, by label"),
-            (points[count:], guess, "x", "target, by what the model says"),
+            (points[count:], guess, "x", "target, by predicted class"),
         ):
             scale: Any = {"cmap": "tab10", "vmin": 0, "vmax": max(9, module.num_outputs - 1)}
             look: Any = {"s": 14, "marker": marker, "linewidths": 0.8, "alpha": 0.7, "label": name}

@@ -40,7 +40,7 @@ def compare(args: Sequence[str], main: Main) -> None:
     parser = _Parser(
         prog="tl compare",
         allow_abbrev=False,
-        description="Runs the ways of FILE.yaml on its tasks, seed by seed; goes on where it stopped; reports.",
+        description="Runs the ways of FILE.yaml on its tasks and seeds, continues where it stopped, and reports.",
     )
     parser.add_argument("file", type=Path, metavar="FILE.yaml", help="name, config, options, seeds, tasks, ways, ...")
     parser.add_argument("--folder", type=Path, help="where to; runs/NAME by default")

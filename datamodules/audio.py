@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
 from datamodules.files import FileSamples
-from datamodules.labels import encode_labels, gather_classes
+from datamodules.labels import encode_labels, gather_classes, read_weights
 from datamodules.listing import Listing, list_files
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES
@@ -121,6 +121,7 @@ class Recordings(FileSamples):
 
     Attributes:
         groups: What belongs together, one for each, e.g. its speaker; None where nothing is said.
+        weights: How much the loss of each counts, or None.
     """
 
     what = "recordings"
@@ -128,10 +129,15 @@ class Recordings(FileSamples):
     reader: AudioReader
 
     def __init__(
-        self, paths: Sequence[Path | str], targets: Array, reader: AudioReader, groups: Sequence[str] | None = None
+        self,
+        paths: Sequence[Path | str],
+        targets: Array,
+        reader: AudioReader,
+        groups: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(paths, targets, reader)
-        self.groups = groups
+        self.groups, self.weights = groups, weights
 
     @cached_property
     def lengths(self) -> list[int] | None:
@@ -150,7 +156,8 @@ class Recordings(FileSamples):
     def taken(self, rows: Sequence[int]) -> Recordings:
         """The same with these rows only."""
         groups = None if self.groups is None else [self.groups[row] for row in rows]
-        return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups)
+        weights = None if self.weights is None else [self.weights[row] for row in rows]
+        return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups, weights)
 
 
 class AudioFolders(FileDomains):
@@ -174,6 +181,7 @@ class AudioFolders(FileDomains):
             several values are given as speaker=theo,lucas. What fulfils no split's condition is for training.
         label: The field of the label.
         group: The field that says what no split tears apart, e.g. speaker.
+        weight: The field that says how much the loss of each recording counts, from 0 up.
         file: A table's column of paths, relative to the table.
         kind: Whether labels are classes or values.
         classes: The classes and their order; None reads them from both domains, which must have the same.
@@ -197,6 +205,7 @@ class AudioFolders(FileDomains):
         where: dict[str, str] | None = None,
         label: str = "label",
         group: str | None = None,
+        weight: str | None = None,
         file: str = "file",
         kind: Literal["classes", "values"] = "classes",
         classes: list[str] | None = None,
@@ -220,7 +229,8 @@ class AudioFolders(FileDomains):
         known = {*self.roots, *SPLIT_NAMES, *(["source"] if source else [])}
         for unknown in sorted(self.where.keys() - known):
             raise DataError(f"where: there is no domain or split {unknown}; there are {', '.join(sorted(known))}")
-        self.pattern, self.file, self.label, self.group = pattern, file, label, group
+        self.pattern, self.file, self.label = pattern, file, label
+        self.group, self.weight = group, weight
         self.on_bad_file = on_bad_file
         self.conditions = {key: text for key, text in self.where.items() if key in SPLIT_NAMES}
         self._found: dict[Path, Listing] = {}
@@ -274,9 +284,14 @@ class AudioFolders(FileDomains):
 
     def _read(self, listing: Listing, name: str) -> Recordings:
         labels = listing.field("label", self.label)
-        targets = encode_labels(labels, self.class_names, lambda row: f"{name}: {listing.paths[row]}")
+
+        def at(row: int) -> str:
+            return f"{name}: {listing.paths[row]}"
+
+        targets = encode_labels(labels, self.class_names, at)
         groups = None if self.group is None else listing.field("group", self.group).tolist()
-        return self._without_bad(Recordings(listing.paths, targets, self.reader, groups), name)
+        weights = None if self.weight is None else read_weights(listing.field("weight", self.weight), at)
+        return self._without_bad(Recordings(listing.paths, targets, self.reader, groups, weights), name)
 
     def _without_bad(self, recordings: Recordings, name: str) -> Recordings:
         return recordings.without_bad(name) if self.on_bad_file == "skip" else recordings

@@ -49,8 +49,8 @@ class TransferDataModule(LightningDataModule):
     what the model says of the target's validation and test samples without their labels.
 
     A data set is map-style and gives (x, y). It may have `targets`, all labels, for few shots and stratified splits,
-    `ids`, a name per sample, `groups`, such as speakers, which no split tears apart, and `lengths`, to batch like with
-    like; with `fingerprint()`, a text that changes whenever a sample or label does, cached features serve later runs.
+    `ids`, `groups`, e.g. speakers, which no split tears apart, `weights` in the loss, `lengths`, to batch like with
+    like, and `fingerprint()`, a text that changes whenever a sample does, with which cached features serve other runs.
 
     Args:
         batch_size: Samples per domain in a step; a few less where the last batch would be tiny.

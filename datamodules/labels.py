@@ -90,6 +90,21 @@ def read_numbers(cells: Iterable[Any], at: At, what: str) -> Array:
     return numbers
 
 
+def read_weights(cells: Iterable[Any], at: At) -> list[float]:
+    """How much the loss of each sample counts.
+
+    Raises:
+        DataError: A weight is missing, no number or negative, or all are 0.
+    """
+    weights: list[float] = read_numbers(cells, at, "weight").tolist()
+    for row, weight in enumerate(weights):
+        if weight < 0:
+            raise DataError(f"{at(row)}: its weight {weight:g} is negative; mend it")
+    if not any(weights):
+        raise DataError(f"{at(0)}: its weight is 0, as all others are; mend them, or leave --data.weight out")
+    return weights
+
+
 def check_present(cells: Iterable[Any], at: At, what: str) -> list[Any]:
     """Returns the cells of a column, none of which is missing: None, nan or empty text.
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
@@ -21,7 +21,7 @@ from datamodules.splits import augmented, content_hash
 
 
 class IndexedSubset(Dataset[Any]):
-    """Some rows of a data set as (x, y, number in the data set); y is None where labels are hidden.
+    """Some rows of a data set as (x, y, number in it), or (x, y, number, weight); y is None where labels are hidden.
 
     Indexed by (index, seed) it augments with that seed, by an index alone it does not.
     """
@@ -30,6 +30,7 @@ class IndexedSubset(Dataset[Any]):
         self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
     ) -> None:
         self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
+        self.weights = getattr(dataset, "weights", None) if label == "y" else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,7 +45,12 @@ class IndexedSubset(Dataset[Any]):
         known = getattr(self.dataset, "lengths", None)
         return None if known is None else np.asarray(known)[np.asarray(self.rows)]
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
+    def known_of(self, index: int) -> tuple[Any, ...]:
+        """What follows x and y of a sample, without reading it: its number, and its weight where there are any."""
+        row = self.rows[index]
+        return (row,) if self.weights is None else (row, self.weights[row])
+
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         row = self.rows[index]
         if self.transform is None or seed is None:
@@ -52,7 +58,7 @@ class IndexedSubset(Dataset[Any]):
         else:
             with seeded(seed):
                 x, y = augmented(self.dataset, row, self.transform)
-        return x, y if self.label == "y" else None, row
+        return x, y if self.label == "y" else None, *self.known_of(index)
 
 
 class Views(IndexedSubset):
@@ -75,7 +81,7 @@ class Views(IndexedSubset):
         super().__init__(dataset, rows, transform, label)
         self.count = count
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         seeds = generator_of("views", index if seed is None else seed).integers(2**62, size=self.count).tolist()
         plain: list[SampleIndex] = [index] if seed is None else []
@@ -213,10 +219,11 @@ class Loader(DataLoader[Any]):
         self.sampler.skip = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
-def collate(samples: Sequence[tuple[Any, Any, int]]) -> tuple[Any, Any, Tensor]:
+def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Stacks samples where no model says how; a hidden label stays None."""
-    xs, ys, index = zip(*samples, strict=True)
-    return default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)), torch.tensor(index)
+    xs, ys, *known = zip(*samples, strict=True)
+    y = None if ys[0] is None else default_collate(list(ys))
+    return default_collate(list(xs)), y, *map(torch.tensor, known)
 
 
 class Named:

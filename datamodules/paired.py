@@ -20,7 +20,7 @@ from datamodules.decoding import FolderImages, ImageReader
 from datamodules.errors import DataError, check_known
 from datamodules.file_domains import FileDomains
 from datamodules.frames import read_frame
-from datamodules.labels import are_values, check_present, encode_labels, gather_classes
+from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_OF, Subset, content_hash
 
@@ -36,6 +36,7 @@ class Several(Dataset[Any]):
             of numbers. Of a single input x is that alone, otherwise a dict.
         targets: The labels, class numbers or real values.
         groups: Of each row, what must stay together; None: nothing.
+        weights: How much the loss of each row counts; None: all the same.
         reader: Reads images that are paths.
 
     Attributes:
@@ -47,9 +48,11 @@ class Several(Dataset[Any]):
         inputs: Mapping[str, Sequence[Any]],
         targets: np.ndarray[Any, Any],
         groups: Sequence[Any] | None,
+        weights: Sequence[float] | None,
         reader: ImageReader,
     ) -> None:
-        self.inputs, self.targets, self.groups, self.reader = dict(inputs), targets, groups, reader
+        self.inputs, self.targets, self.reader = dict(inputs), targets, reader
+        self.groups, self.weights = groups, weights
         self.ids = [str(row) for row in range(len(targets))]
 
     def __len__(self) -> int:
@@ -103,6 +106,7 @@ class Paired(FileDomains):
         classes: The classes and their order; None gathers them over both domains.
         split: The column that says train, val or test; None cuts the rows in three.
         group: The column of what no split tears apart, e.g. a speaker.
+        weight: The column that says how much the loss of each row counts, from 0 up.
         without: Inputs that count as missing in every row, to see what a model says without them; the table need not
             have their columns.
         image_size: Side in pixels that image files are brought to; null: as the pretrained weights were measured.
@@ -126,6 +130,7 @@ class Paired(FileDomains):
         classes: list[str] | None = None,
         split: str | None = None,
         group: str | None = None,
+        weight: str | None = None,
         without: list[Literal["image", "text", "row"]] | None = None,
         image_size: int | None = None,
         **kwargs: Any,
@@ -140,6 +145,7 @@ class Paired(FileDomains):
         self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
         self.wheres = {name: f"{name}: {path}" for name, path in self.paths.items()}
         frames = {name: read_frame(path, self.wheres[name]) for name, path in self.paths.items()}
+        weight = None if label is None else weight
         images = {"target": image, "source": source_image or image}
 
         def read(name: str) -> tuple[str | None, str | None, list[str]]:
@@ -149,7 +155,7 @@ class Paired(FileDomains):
 
         for name, frame in frames.items():
             own_image, own_text, own_numbers = read(name)
-            named: dict[str, str | None] = {"label": label, "split": split, "group": group}
+            named: dict[str, str | None] = {"label": label, "split": split, "group": group, "weight": weight}
             named |= {"image": own_image, "text": own_text} | {f"numbers: {n}": n for n in own_numbers}
             for field, column in named.items():
                 if column is not None and not column.endswith(ARRAYS):
@@ -167,6 +173,7 @@ class Paired(FileDomains):
         self.columns: dict[str, dict[str, Sequence[Any]]] = {}
         self._of_split: dict[str, dict[str, list[int]]] = {}
         self._of_group: dict[str, Sequence[Any] | None] = {}
+        self._of_weight: dict[str, list[float] | None] = {}
         for name, frame in frames.items():
             columns = self._inputs(frame, name, *read(name))
             for missing in without or ():
@@ -180,6 +187,8 @@ class Paired(FileDomains):
             self.columns[name] = columns
             self._of_split[name] = _split_rows(frame, split, self.paths[name])
             self._of_group[name] = frame[group].to_list() if group else None
+            weights = read_weights(frame[weight].to_list(), partial(self._at, name)) if weight else None
+            self._of_weight[name] = weights
         self.resolve({})
 
     def _at(self, name: str, row: int) -> str:
@@ -198,7 +207,8 @@ class Paired(FileDomains):
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The rows of a domain by split, as far as its table says so."""
-        whole = Several(self.columns[name], self.targets[name], self._of_group[name], self.reader)
+        known = self._of_group[name], self._of_weight[name]
+        whole = Several(self.columns[name], self.targets[name], *known, self.reader)
         return {part: Subset(whole, rows) for part, rows in self._of_split[name].items()} or {"unsplit": whole}
 
     def _inputs(

@@ -5,7 +5,7 @@ file -> columns and labels -> split -> what the columns are, by the training row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,10 +30,12 @@ class Rows(Dataset[Any]):
         targets: The labels, class numbers or real values.
         ids: A name for each row.
         groups: The group of each row, or None.
+        weights: How much the loss of each row counts, or None.
     """
 
-    def __init__(self, cells: Cells, targets: Array, ids: Sequence[str], groups: Sequence[str] | None) -> None:
-        self.cells, self.targets, self.ids, self.groups = cells, targets, ids, groups
+    def __init__(self, table: Table, targets: Array) -> None:
+        self.cells, self.targets, self.ids = table.cells, targets, table.ids
+        self.groups, self.weights = table.groups, table.weights
         self.numeric, self.categorical = torch.empty(0), torch.empty(0)
 
     def encode(self, numeric: Array, categorical: Array) -> None:
@@ -84,6 +86,7 @@ class TabularData(FileDomains):
         categorical: Columns of numbers that are categories, by name.
         missing: What else is a gap, by column, e.g. {chol: 0}.
         group: The column of groups, such as patients, which no split tears apart; it is no part of x.
+        weight: The column that says how much the loss of each row counts, from 0 up; it is no part of x.
         columns: What the columns are, as a run's config has it; None learns it.
         categories: The columns of text and their categories, each a column of 0 or 1, as runs of version 0.1 have it.
         **kwargs: As for `TransferDataModule`.
@@ -104,6 +107,7 @@ class TabularData(FileDomains):
         categorical: list[int | str] | None = None,
         missing: dict[str, float | str] | None = None,
         group: int | str | None = None,
+        weight: int | str | None = None,
         columns: dict | None = None,  # type: ignore[type-arg]  # the parser would read the texts in it again
         categories: dict[str, list[str]] | None = None,
         **kwargs: Any,
@@ -113,7 +117,8 @@ class TabularData(FileDomains):
         if not given:
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         tables = {
-            name: read_table(what, name, label, group, [] if columns else drop or []) for name, what in given.items()
+            name: read_table(what, name, label, group, [] if columns else drop or [], weight)
+            for name, what in given.items()
         }
         self._columns, self.categories = columns, categories
         read_columns(tables, drop or [], categorical or [], missing or {}, columns, categories)
@@ -123,7 +128,7 @@ class TabularData(FileDomains):
             y, self.class_names = _label(tables, kind, threshold, classes)
         self.wheres = {name: table.where for name, table in tables.items()}
         self._one_unit = all(table.frame is None for table in tables.values())
-        self._whole = {name: Rows(t.cells, y[name], t.ids, t.groups) for name, t in tables.items()}
+        self._whole = {name: Rows(table, y[name]) for name, table in tables.items()}
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._known = False
         for name, table in tables.items():

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from datamodules.errors import DataError, check_known
 from datamodules.file_domains import FileDomains
 from datamodules.frames import read_frame
-from datamodules.labels import are_values, check_present, encode_labels, gather_classes
+from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, content_hash
 
@@ -31,14 +31,14 @@ class Texts(Dataset[Any]):
         targets: The labels, class numbers or real values.
         ids: A name for each.
         groups: Of each, or None.
+        weights: How much the loss of each counts, or None.
         lengths: The characters of each.
     """
 
-    def __init__(
-        self, texts: Sequence[str], targets: np.ndarray[Any, Any], ids: list[str], groups: list[str] | None
-    ) -> None:
-        self.texts, self.targets, self.ids, self.groups = texts, targets, ids, groups
-        self.lengths = list(map(len, texts))
+    def __init__(self, part: Part, targets: np.ndarray[Any, Any]) -> None:
+        self.texts, self.targets, self.ids = part.texts, targets, part.ids
+        self.groups, self.weights = part.groups, part.weights
+        self.lengths = list(map(len, part.texts))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,6 +74,7 @@ class TextFiles(FileDomains):
         text: The column of the texts.
         label: The column of the labels. None: there are none, as in `tl predict`.
         group: A column whose rows of one value no split tears apart, e.g. an author.
+        weight: A column that says how much the loss of each text counts, from 0 up.
         kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
         classes: Names of the classes and their order; None gathers them.
         encoding: Of files that are no tables.
@@ -92,6 +93,7 @@ class TextFiles(FileDomains):
         text: str = "text",
         label: str | None = "label",
         group: str | None = None,
+        weight: str | None = None,
         kind: Literal["classes", "values"] | None = None,
         classes: list[str] | None = None,
         encoding: str = "utf-8",
@@ -100,7 +102,7 @@ class TextFiles(FileDomains):
         super().__init__(**kwargs)
         if target is None and source is None:
             raise DataError("target: give a file or folder of texts, --data.target PATH (or --data.source PATH)")
-        reader = Reader(text, label, group, encoding)
+        reader = Reader(text, label, group, None if label is None else weight, encoding)
         domains = {name: given for name, given in (("source", source), ("target", target)) if given is not None}
         self.wheres = {name: where_of(given, name) for name, given in domains.items()}
         found = {name: reader.read(given, name) for name, given in domains.items()}
@@ -129,7 +131,7 @@ class TextFiles(FileDomains):
             targets = encode_labels(part.labels or (), self.class_names, part.at)
         else:
             targets = np.zeros(len(part.texts), np.float32 if self.class_names is None else np.int64)
-        return Texts(part.texts, targets, part.ids, part.groups)
+        return Texts(part, targets)
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The texts of a domain by split, as far as its files say so."""
@@ -164,6 +166,7 @@ class Part:
         labels: Of each, text or a number; None: there are none.
         ids: A name for each.
         groups: Of each, or None.
+        weights: Of each, or None.
         row: What comes before a name in messages.
     """
 
@@ -172,6 +175,7 @@ class Part:
     labels: list[Any] | None
     ids: list[str]
     groups: list[str] | None = None
+    weights: list[float] | None = None
     row: str = ""
 
     def at(self, row: int) -> str:
@@ -187,12 +191,14 @@ class Reader:
         text: The column of the texts.
         label: That of the labels, or None.
         group: That of the groups, or None.
+        weight: That of the weights, or None.
         encoding: Of files that are no tables.
     """
 
     text: str
     label: str | None
     group: str | None
+    weight: str | None
     encoding: str
 
     def read(self, given: Any, name: str) -> dict[str, Part]:
@@ -235,6 +241,9 @@ class Reader:
         if self.group is not None:
             check_known("group", self.group, columns, "column")
             part.groups = list(map(str, frame.get_column(self.group).to_list()))
+        if self.weight is not None:
+            check_known("weight", self.weight, columns, "column")
+            part.weights = read_weights(frame.get_column(self.weight).to_list(), part.at)
         return part
 
     def _of_tree(self, root: Any, where: str) -> dict[str, Part]:
@@ -285,8 +294,9 @@ class Reader:
 
     def _of_files(self, classes: Mapping[str, Sequence[Any]], where: str, lines: bool) -> Part:
         """Texts of files by class: a file is one text, or each of its lines."""
-        if self.group is not None:
-            raise DataError(f"group: {where} is no table, so there is no column {self.group}")
+        for field, column in (("group", self.group), ("weight", self.weight)):
+            if column is not None:
+                raise DataError(f"{field}: {where} is no table, so there is no column {column}")
         part = Part(where, [], None if len(classes) == 1 else [], [])
         for label, files in classes.items():
             for file in files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule
 from datamodules.errors import DataError
+from datamodules.file_domains import FileDomains
 from datamodules.files import FileSamples
-from datamodules.image import check_fractions
+from datamodules.labels import encode_labels, gather_classes, read_weights
 from datamodules.listing import Listing, list_files
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, complete_splits
+from datamodules.splits import SPLIT_NAMES
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
+PLAIN = (".wav", ".aif", ".aiff", ".au")  # their size tells how long they are
+EXTENSIONS = (*PLAIN, ".flac", ".ogg", ".oga", ".opus", ".mp3")
 Array = np.ndarray[Any, Any]
 
 
@@ -119,6 +121,7 @@ class Recordings(FileSamples):
 
     Attributes:
         groups: What belongs together, one for each, e.g. its speaker; None where nothing is said.
+        weights: How much the loss of each counts, or None.
     """
 
     what = "recordings"
@@ -126,10 +129,21 @@ class Recordings(FileSamples):
     reader: AudioReader
 
     def __init__(
-        self, paths: Sequence[Path | str], targets: Array, reader: AudioReader, groups: Sequence[str] | None = None
+        self,
+        paths: Sequence[Path | str],
+        targets: Array,
+        reader: AudioReader,
+        groups: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__(paths, targets, reader)
-        self.groups = groups
+        self.groups, self.weights = groups, weights
+
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """The bytes of each, which tell how long it is without a file being opened; None where some are compressed."""
+        plain = all(path.lower().endswith(PLAIN) for path in self.ids)
+        return [stat.st_size for stat in self.stats()] if plain else None
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         with self.with_advice():
@@ -142,10 +156,11 @@ class Recordings(FileSamples):
     def taken(self, rows: Sequence[int]) -> Recordings:
         """The same with these rows only."""
         groups = None if self.groups is None else [self.groups[row] for row in rows]
-        return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups)
+        weights = None if self.weights is None else [self.weights[row] for row in rows]
+        return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups, weights)
 
 
-class AudioFolders(TransferDataModule):
+class AudioFolders(FileDomains):
     """Recordings in wav, flac, ogg, opus or mp3 files, for either domain (`pip install 'lightning-transfer[audio]'`).
 
         DIR/train/<class>/*.wav   DIR/val|validation|valid/<class>/*.wav   DIR/test/<class>/*.wav
@@ -166,13 +181,12 @@ class AudioFolders(TransferDataModule):
             several values are given as speaker=theo,lucas. What fulfils no split's condition is for training.
         label: The field of the label.
         group: The field that says what no split tears apart, e.g. speaker.
+        weight: The field that says how much the loss of each recording counts, from 0 up.
         file: A table's column of paths, relative to the table.
         kind: Whether labels are classes or values.
         classes: The classes and their order; None reads them from both domains, which must have the same.
         rate: Samples a second; None is that of the first recording.
         max_seconds: Of longer recordings the middle is taken.
-        val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said.
         on_bad_file: "raise" stops at a recording that cannot be decoded, is empty or silent; "skip" leaves all such out
             and counts them, at the price of reading every file once more at the start.
         keep_silent: Takes recordings of silence as they are.
@@ -191,13 +205,12 @@ class AudioFolders(TransferDataModule):
         where: dict[str, str] | None = None,
         label: str = "label",
         group: str | None = None,
+        weight: str | None = None,
         file: str = "file",
         kind: Literal["classes", "values"] = "classes",
         classes: list[str] | None = None,
         rate: int | None = None,
         max_seconds: float = 30.0,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         on_bad_file: Literal["raise", "skip"] = "raise",
         keep_silent: bool = False,
         num_workers: int | None = None,
@@ -206,56 +219,51 @@ class AudioFolders(TransferDataModule):
         super().__init__(num_workers=num_workers, **kwargs)
         if target is None and not source:
             raise DataError("target: give a folder of recordings or a table of them, --data.target PATH")
-        check_fractions(val_fraction, test_fraction)
         if (rate is not None and rate < 1) or max_seconds <= 0:
             raise DataError(f"rate, max_seconds: {rate} and {max_seconds} must be above 0")
         sources = dict(source) if isinstance(source, Mapping) else {"": source}
         named = {f"source/{name}" if name else "source": path for name, path in sources.items()} | {"target": target}
         self.roots = {name: path for name, given in named.items() if (path := expand_path(given, name)) is not None}
+        self.wheres = {name: f"{name}: {root}" for name, root in self.roots.items()}
         self.where = dict(where or {})
         known = {*self.roots, *SPLIT_NAMES, *(["source"] if source else [])}
         for unknown in sorted(self.where.keys() - known):
             raise DataError(f"where: there is no domain or split {unknown}; there are {', '.join(sorted(known))}")
-        self.pattern, self.file, self.label, self.group, self.kind = pattern, file, label, group, kind
-        self.fractions, self.on_bad_file = (val_fraction, test_fraction), on_bad_file
-        self.split_conditions = {key: text for key, text in self.where.items() if key in SPLIT_NAMES}
+        self.pattern, self.file, self.label = pattern, file, label
+        self.group, self.weight = group, weight
+        self.on_bad_file = on_bad_file
+        self.conditions = {key: text for key, text in self.where.items() if key in SPLIT_NAMES}
         self._found: dict[Path, Listing] = {}
-        self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
         if rate is None:
             rate = first_rate(self._files(next(reversed(self.roots.values()))).paths, "rate")
         self.reader = AudioReader(rate, max_seconds, keep_silent)
         self.x_schema = {"audio": {"rate": rate}}
-        self.class_names = classes if classes is not None or kind == "values" else self._read_classes()
+        self.class_names = None if kind == "values" else classes
+        if kind == "classes" and classes is None:
+            labels = {name: self._listing(name).field("label", self.label).tolist() for name in self.roots}
+            self.class_names = gather_classes(labels, "recordings")
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Says also the rate, which later recordings are brought to."""
         return super().resolve(defaults) | {"rate": self.reader.rate}
 
-    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's recordings in each domain."""
-        found = {}
-        for name, root in self.roots.items():
-            if name not in self._splits:
-                listing, stratified = self._listing(name), self.stratifies(name, self.roots)
-                rows = listing.splits(self.split_conditions)
-                parts = {part: self._read(listing.taken(those), name) for part, those in rows.items()}
-                self._splits[name] = complete_splits(parts, str(root), *self.fractions, self.seed, stratified)
-            if split not in self._splits[name]:
-                raise DataError(f"{name}: {root} has no file for {split}")
-            found[name] = self._splits[name][split]
-        return found
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The recordings of a domain by split, as far as something says so."""
+        listing = self._listing(name)
+        return {part: self._read(listing.taken(rows), name) for part, rows in listing.splits(self.conditions).items()}
 
-    def predict_dataloader(self) -> Any:
-        """The target's test split, or all its recordings where nothing says how they are split or what they are."""
-        root = self.roots.get("target")
-        if root is not None:
-            listing = self._files(root)
-            labelled = self.label in listing.fields
-            listing = self._listing("target") if labelled else listing
-            if not labelled or "unsplit" in listing.splits(self.split_conditions):
-                whole = Recordings(listing.paths, np.zeros(len(listing.paths), np.int64), self.reader)
-                self._domains["test"] = {"target": whole.without_bad("target") if self.on_bad_file == "skip" else whole}
-        return super().predict_dataloader()
+    def whole(self) -> Dataset[Any] | None:
+        """All recordings of the target, where nothing says how they are split or what they are."""
+        if "target" not in self.roots:
+            return None
+        listing = self._files(self.roots["target"])
+        if self.label in listing.fields:
+            listing = self._listing("target")
+            if "unsplit" not in listing.splits(self.conditions):
+                return None
+        return self._without_bad(
+            Recordings(listing.paths, np.zeros(len(listing.paths), np.int64), self.reader), "target"
+        )
 
     def _files(self, root: Path) -> Listing:
         """All files of a folder or table."""
@@ -274,33 +282,16 @@ class AudioFolders(TransferDataModule):
                 listing = listing.taken(rows)
         return listing
 
-    def _read_classes(self) -> list[str]:
-        found = {}
-        for name in self.roots:
-            found[name] = set(self._listing(name).field("label", self.label).tolist())
-        every = set.union(*found.values())
-        if len(every) == 1:
-            raise DataError(f"label: all recordings have the label {every.pop()}; classification needs at least two")
-        for name, labels in found.items():
-            if labels != every:
-                missing = ", ".join(sorted(every - labels)[:5])
-                raise DataError(f"{', '.join(found)}: their classes differ: {name} has no {missing}")
-        numeric = all(text.isdigit() for text in every)
-        return sorted(every, key=lambda text: (int(text) if numeric else 0, text))
-
     def _read(self, listing: Listing, name: str) -> Recordings:
-        texts = listing.field("label", self.label)
-        if self.kind == "values":
-            try:
-                targets = texts.astype(np.float32)
-            except ValueError as error:
-                raise DataError(f"label: {listing.where}: {error}; for classes pass --data.kind classes") from error
-        else:
-            number = {text: place for place, text in enumerate(self.class_names or [])}
-            unknown = sorted(set(texts.tolist()) - set(number))
-            if unknown:
-                raise DataError(f"{listing.where} has classes that training lacks: {', '.join(unknown[:5])}")
-            targets = np.array([number[text] for text in texts.tolist()], dtype=np.int64)
+        labels = listing.field("label", self.label)
+
+        def at(row: int) -> str:
+            return f"{name}: {listing.paths[row]}"
+
+        targets = encode_labels(labels, self.class_names, at)
         groups = None if self.group is None else listing.field("group", self.group).tolist()
-        recordings = Recordings(listing.paths, targets, self.reader, groups)
+        weights = None if self.weight is None else read_weights(listing.field("weight", self.weight), at)
+        return self._without_bad(Recordings(listing.paths, targets, self.reader, groups, weights), name)
+
+    def _without_bad(self, recordings: Recordings, name: str) -> Recordings:
         return recordings.without_bad(name) if self.on_bad_file == "skip" else recordings

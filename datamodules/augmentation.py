@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -38,7 +39,9 @@ def transforms_of(
         return None
     if isinstance(augment, list):
         return nn.Sequential(*augment) if augment else None
-    like = dataset[0][0]
+    inputs = (dataset[row][0] for row in range(len(dataset)))  # of several, the image; a row may lack it
+    images = (x.get("image") if isinstance(x, Mapping) else x for x in inputs)
+    like = next((image for image in images if image is not None), None)
     if not isinstance(like, Tensor) or like.ndim != 3 or len(like) not in (1, 3):
         raise DataError(
             f"augment: {augment} is for images, (1 or 3, H, W) tensors, which {data} does not give; "

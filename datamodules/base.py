@@ -48,9 +48,9 @@ class TransferDataModule(LightningDataModule):
     selection**, unless `target_labels` opens them; validation then runs on the source's labelled samples, and gives
     what the model says of the target's validation and test samples without their labels.
 
-    A data set is map-style and gives (x, y). For few shots and stratified splits it has `targets`, the labels of all
-    samples; it may have `ids`, a name per sample, and `groups`, e.g. speakers, which no split tears apart; with
-    `fingerprint()`, a text that changes whenever a sample or label does, cached features of it serve later runs too.
+    A data set is map-style and gives (x, y). It may have `targets`, all labels, for few shots and stratified splits,
+    `ids`, `groups`, e.g. speakers, which no split tears apart, `weights` in the loss, `lengths`, to batch like with
+    like, and `fingerprint()`, a text that changes whenever a sample does, with which cached features serve other runs.
 
     Args:
         batch_size: Samples per domain in a step; a few less where the last batch would be tiny.

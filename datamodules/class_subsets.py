@@ -9,8 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.splits import Subset, content_hash, targets_of
 
 UNKNOWN = "unknown"

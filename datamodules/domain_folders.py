@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.image import ImageFolders, class_folders
 from datamodules.paths import expand_path
-
-
-def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:
-    """Refuses a name that is not known, and says which are.
-
-    Raises:
-        DataError: It is not among them.
-    """
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise DataError(f"{field}: there is no {what} {name}{hint}; there are {', '.join(known) or 'none'}")
 
 
 class DomainFolders(ImageFolders):
@@ -69,15 +56,16 @@ class DomainFolders(ImageFolders):
             **kwargs,
         )
 
-    def _parts(self, root: Path) -> dict[str, Path]:
+    def _folders(self, root: Path) -> dict[str, Path]:
         return {"unsplit": root}  # VisDA has a class named train
 
-    def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
-        domain = root.relative_to(self.root).parts[0]
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The images of a domain by DomainNet's lists, where they are there."""
+        domain = self.roots[name].relative_to(self.root).parts[0]
         lists = {split: self.root / f"{domain}_{split}.txt" for split in ("train", "test")}
         there = [file for file in lists.values() if file.is_file()]
         if not there:
-            return super()._found(name, root)
+            return super().parts(name)
         if len(there) < len(lists):
             missing = next(file for file in lists.values() if file not in there)
             raise DataError(f"{name}: {there[0]} is there, but not {missing.name}; add it, or take the other one away")

@@ -41,12 +41,20 @@ class FileSamples(Dataset[Any]):
 
     def fingerprint(self) -> str:
         """What names its contents: a file's size, and when its contents, and when its entry, last changed."""
+        stats = zip(self.ids, self.stats(), strict=True)
+        files = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+        return content_hash(files, self.targets, self.reader)
+
+    def stats(self) -> list[os.stat_result]:
+        """What the file system says of each file.
+
+        Raises:
+            DataError: One is not there any more.
+        """
         try:
-            stats = [os.stat(path) for path in self.ids]
+            return [os.stat(path) for path in self.ids]
         except OSError as error:
             raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
-        files = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in zip(self.ids, stats, strict=True)]
-        return content_hash(files, self.targets, self.reader)
 
     def check(self, path: Path) -> None:
         """Reads a file as cheaply as finds out whether it can be read.

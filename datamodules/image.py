@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule
 from datamodules.decoding import EXTENSIONS, FolderImages, ImageReader
 from datamodules.errors import DataError
+from datamodules.file_domains import FileDomains
+from datamodules.labels import check_same_classes
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, SPLIT_OF, SPLITS, complete_splits, content_hash
+from datamodules.splits import SPLIT_NAMES, SPLIT_OF, SPLITS, content_hash
 
 
-class ImageFolders(TransferDataModule):
+class ImageFolders(FileDomains):
     """One folder per class, for either domain.
 
         DIR/train/<class>/*.jpg   DIR/val|validation|valid/<class>/*.jpg   DIR/test/<class>/*.jpg
@@ -35,8 +36,6 @@ class ImageFolders(TransferDataModule):
         resize_size: What evaluation scales the short side to, in pixels, before it crops the centre; null beside an
             `image_size` is that size.
         interpolation: How it scales; null beside an `image_size` is bilinear.
-        val_fraction: Share of each class for validation, where there is no such folder.
-        test_fraction: Share of each class for testing, where there is no train/ either.
         classes: The classes and their order; None reads them from the folders.
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
@@ -51,7 +50,7 @@ class ImageFolders(TransferDataModule):
     """
 
     x_schema: Mapping[str, Any] = {"image": {}}
-    photos = True
+    photos, split_is = True, "folder {names}"
 
     def __init__(
         self,
@@ -60,8 +59,6 @@ class ImageFolders(TransferDataModule):
         image_size: int | None = None,
         resize_size: int | None = None,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         classes: list[str] | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
         max_pixels: int = 50_000_000,
@@ -72,22 +69,20 @@ class ImageFolders(TransferDataModule):
         super().__init__(num_workers=num_workers, **kwargs)
         if target is None and not source:
             raise DataError("target: give a folder of images, --data.target DIR (or --data.source DIR)")
-        check_fractions(val_fraction, test_fraction)
         sources = dict(source) if isinstance(source, Mapping) else {"": source}
         one = len(sources) == 1
         roots = {"source" if one else f"source/{name}": expand_path(path, "source") for name, path in sources.items()}
         roots["target"] = expand_path(target, "target")
         self.roots = {name: root for name, root in roots.items() if root is not None}
+        self.wheres = {name: f"{name}: {root}" for name, root in self.roots.items()}
         self.given: dict[str, Any] = {
             "image_size": image_size,
             "resize_size": resize_size,
             "interpolation": interpolation,
         }
         self.max_pixels, self.on_bad_image = max_pixels, on_bad_image
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.keep_decoded = keep_decoded
         self.class_names = classes if classes is not None else self._read_classes()
-        self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
         self.resolve({})
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,60 +109,33 @@ class ImageFolders(TransferDataModule):
         return super().resolve(defaults) | found
 
     def _read_classes(self) -> list[str]:
-        found = {name: class_folders(next(iter(self._parts(root).values()))) for name, root in self.roots.items()}
+        found = {name: class_folders(next(iter(self._folders(root).values()))) for name, root in self.roots.items()}
         for name, classes in found.items():
             root = self.roots[name]
             if not classes:
                 raise DataError(f"{name}: {root} has no class folders; it needs {root}/train/<class>/*.jpg")
             if len(classes) == 1:
                 raise DataError(f"{name}: {root} has one class, {classes[0]}; classification needs at least two")
-        owners: dict[str, list[str]] = {}
-        for name, classes in found.items():
-            for label in classes:
-                owners.setdefault(label, []).append(name)
-        only: dict[str, list[str]] = {}
-        for label, names in sorted(owners.items()):
-            if len(names) < len(found):
-                only.setdefault(f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}", []).append(label)
-        if only:
-            raise DataError(
-                f"{', '.join(found)}: their classes differ: "
-                + "; ".join(f"only the {names} {', '.join(labels[:5])}" for names, labels in sorted(only.items()))
-            )
+        check_same_classes(found)
         return next(iter(found.values()))
 
-    def _parts(self, root: Path) -> dict[str, Path]:
+    def _folders(self, root: Path) -> dict[str, Path]:
         """The folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
-        return _folders(root) or {"unsplit": root}
+        return split_folders(root) or {"unsplit": root}
 
-    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's images in each domain."""
-        return {name: self._split(name, root, split) for name, root in self.roots.items()}
-
-    def predict_dataloader(self) -> Any:
-        """The target's test split, or all images below it where it has no such folders."""
-        root = self.roots.get("target")
-        if root is not None and "unsplit" in self._parts(root):
-            paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not paths:
-                raise DataError(f"target: there are no images in {root}")
-            self._domains["test"] = {"target": self._images(paths, [0] * len(paths), "target")}
-        return super().predict_dataloader()
-
-    def _split(self, name: str, root: Path, split: str) -> Dataset[Any]:
-        if name not in self._splits:
-            found = self._found(name, root)
-            fractions = self.val_fraction, self.test_fraction
-            self._splits[name] = complete_splits(
-                found, str(root), *fractions, self.seed, self.stratifies(name, self.roots)
-            )
-        if split not in self._splits[name]:
-            raise DataError(f"{name}: {root} has no folder {' or '.join(SPLIT_NAMES[split])}")
-        return self._splits[name][split]
-
-    def _found(self, name: str, root: Path) -> Mapping[str, Dataset[Any]]:
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The images of a tree by split, as far as it says so."""
-        return {split: self._read(folder, name) for split, folder in self._parts(root).items()}
+        return {split: self._read(folder, name) for split, folder in self._folders(self.roots[name]).items()}
+
+    def whole(self) -> Dataset[Any] | None:
+        """All images below the target, with or without classes, where it has no folders of splits."""
+        root = self.roots.get("target")
+        if root is None or "unsplit" not in self._folders(root):
+            return None
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        if not paths:
+            raise DataError(f"target: there are no images in {root}")
+        return self._images(paths, [0] * len(paths), "target")
 
     def _read(self, folder: Path, name: str) -> FolderImages:
         assert self.class_names is not None
@@ -192,17 +160,7 @@ class ImageFolders(TransferDataModule):
         return images.without_bad(name) if self.on_bad_image == "skip" else images
 
 
-def check_fractions(val: float, test: float) -> None:
-    """Refuses shares that leave nothing to train on.
-
-    Raises:
-        DataError: A share is not in (0, 1), or both together are 1 or more.
-    """
-    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
-        raise DataError(f"val_fraction, test_fraction: {val} and {test} must be above 0 and below 1 together")
-
-
-def _folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
     """The split folders of a tree by our name for the split."""
     found = {split: [name for name in SPLIT_NAMES[split] if (root / name).is_dir()] for split in SPLITS}
     for split, names in found.items():
@@ -242,7 +200,7 @@ class ArrayImages(Dataset[Any]):
         return self.images[index], self.targets[index]
 
 
-class ImageArrays(TransferDataModule):
+class ImageArrays(FileDomains):
     """Images from an .npz file, or from a folder of .npy files of the same names, for either domain.
 
     Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside
@@ -252,8 +210,6 @@ class ImageArrays(TransferDataModule):
     Args:
         target: The target's file or folder; ~ and $VARIABLES are filled in.
         source: The source's file or folder.
-        val_fraction: Share for validation where no arrays are named so (of each class, where labels are classes).
-        test_fraction: Share for testing where no arrays are named so and the rest is not split either.
         classes: Names of the classes; None calls them 0, 1, ...
         **kwargs: As for `TransferDataModule`.
 
@@ -267,20 +223,15 @@ class ImageArrays(TransferDataModule):
         self,
         target: Path | str | None = None,
         source: Path | str | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         classes: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if target is None and source is None:
             raise DataError("target: give an .npz file, --data.target FILE (or --data.source FILE)")
-        check_fractions(val_fraction, test_fraction)
-        self.fractions = val_fraction, test_fraction
         paths = {name: expand_path(given, name) for name, given in (("source", source), ("target", target)) if given}
-        self.paths = {name: path for name, path in paths.items() if path is not None}
-        self._found = {name: _read_arrays(path, name) for name, path in self.paths.items()}
-        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+        self.wheres = {name: f"{name}: {path}" for name, path in paths.items()}
+        self._found = {name: _read_arrays(path, name) for name, path in paths.items() if path is not None}
         labels = {name: self._labels(name) for name in self._found}
         kinds = {name: values.dtype.kind == "f" for name, values in labels.items()}
         if len(set(kinds.values())) == 2:
@@ -302,13 +253,9 @@ class ImageArrays(TransferDataModule):
     def _labels(self, name: str) -> np.ndarray[Any, Any]:
         return np.concatenate([np.asarray(d.targets) for d in self._found[name].values()])  # type: ignore[attr-defined]
 
-    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's images in each domain."""
-        for name, found in self._found.items():
-            if name not in self._splits:
-                where, stratified = str(self.paths[name]), self.stratifies(name, self.paths)
-                self._splits[name] = complete_splits(found, where, *self.fractions, self.seed, stratified)
-        return {name: splits[split] for name, splits in self._splits.items()}
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The images of a file by split, as far as it says so."""
+        return self._found[name]
 
 
 def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.splits import SPLIT_NAMES, SPLIT_OF, log
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
@@ -21,7 +21,7 @@ from datamodules.splits import augmented, content_hash
 
 
 class IndexedSubset(Dataset[Any]):
-    """Some rows of a data set as (x, y, number in the data set); y is None where labels are hidden.
+    """Some rows of a data set as (x, y, number in it), or (x, y, number, weight); y is None where labels are hidden.
 
     Indexed by (index, seed) it augments with that seed, by an index alone it does not.
     """
@@ -30,6 +30,7 @@ class IndexedSubset(Dataset[Any]):
         self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
     ) -> None:
         self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
+        self.weights = getattr(dataset, "weights", None) if label == "y" else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,7 +40,17 @@ class IndexedSubset(Dataset[Any]):
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
         return inner and content_hash(inner, np.asarray(self.rows), self.label)
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
+    def lengths(self) -> np.ndarray[Any, Any] | None:
+        """How long each sample is, in any unit; None where that is not known without reading it."""
+        known = getattr(self.dataset, "lengths", None)
+        return None if known is None else np.asarray(known)[np.asarray(self.rows)]
+
+    def known_of(self, index: int) -> tuple[Any, ...]:
+        """What follows x and y of a sample, without reading it: its number, and its weight where there are any."""
+        row = self.rows[index]
+        return (row,) if self.weights is None else (row, self.weights[row])
+
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         row = self.rows[index]
         if self.transform is None or seed is None:
@@ -47,7 +58,7 @@ class IndexedSubset(Dataset[Any]):
         else:
             with seeded(seed):
                 x, y = augmented(self.dataset, row, self.transform)
-        return x, y if self.label == "y" else None, row
+        return x, y if self.label == "y" else None, *self.known_of(index)
 
 
 class Views(IndexedSubset):
@@ -70,7 +81,7 @@ class Views(IndexedSubset):
         super().__init__(dataset, rows, transform, label)
         self.count = count
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, Any, int]:
+    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
         index, seed = place if isinstance(place, tuple) else (place, None)
         seeds = generator_of("views", index if seed is None else seed).integers(2**62, size=self.count).tolist()
         plain: list[SampleIndex] = [index] if seed is None else []
@@ -208,10 +219,11 @@ class Loader(DataLoader[Any]):
         self.sampler.skip = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
-def collate(samples: Sequence[tuple[Any, Any, int]]) -> tuple[Any, Any, Tensor]:
+def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     """Stacks samples where no model says how; a hidden label stays None."""
-    xs, ys, index = zip(*samples, strict=True)
-    return default_collate(list(xs)), None if ys[0] is None else default_collate(list(ys)), torch.tensor(index)
+    xs, ys, *known = zip(*samples, strict=True)
+    y = None if ys[0] is None else default_collate(list(ys))
+    return default_collate(list(xs)), y, *map(torch.tensor, known)
 
 
 class Named:
@@ -249,8 +261,9 @@ class EpochSampler(DistributedSampler[Any]):
 
     The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
     that the batches of two processes together are those of one with twice the size. A last batch of a single sample, on
-    which BatchNorm could not train, is left out; in each epoch that is another sample. It is a DistributedSampler so
-    that Lightning keeps it and tells it the epoch.
+    which BatchNorm could not train, is left out; in each epoch that is another sample. Where lengths are known, samples
+    of like length make a batch, so that little is padded; which batch comes when is drawn, but for the longest. It is a
+    DistributedSampler so that Lightning keeps it and tells it the epoch.
 
     Args:
         dataset: What is sampled.
@@ -266,9 +279,11 @@ class EpochSampler(DistributedSampler[Any]):
         skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
         views: Seeds of each sample's fixed views, (views - 1, samples): an epoch draws one of these or the sample as
             it is. None: each epoch draws a new seed.
+        chunk: How many batches are drawn together and sorted by length, where the data set has `lengths`.
     """
 
     views: Sequence[Sequence[int]] | None = None
+    chunk = 50
 
     def __init__(
         self, dataset: IndexedSubset, longest: int, batch_size: int, seed: int, domain: str, even: bool = True
@@ -296,8 +311,26 @@ class EpochSampler(DistributedSampler[Any]):
             generator = generator_of(self.seed, self.domain, self.epoch, number)
             order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
             parts.append(np.stack([order, seeds[order]], 1))
-        mine = np.concatenate(parts)[: self.total_size][self.rank :: self.num_replicas][: self.num_samples]
+        order = np.concatenate(parts)[: self.num_samples * self.num_replicas]
+        if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
+            self._bucket(order, lengths)
+        mine = order[self.rank :: self.num_replicas]
         return iter([self._drawn(place, seed) for place, seed in mine[self.start :].tolist()])
+
+    def _bucket(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+        """Makes whole batches of samples (place, seed) of like length, in chunks that lie within one pass each."""
+        batch, size = self.batch_size * self.num_replicas, len(lengths)
+        generator = generator_of(self.seed, self.domain, self.epoch, "batches")
+        for start in range(0, len(order), size):
+            first, end = math.ceil(start / batch), min(start + size, len(order)) // batch
+            for place in range(first, end, self.chunk):
+                part = order[place * batch : min(place + self.chunk, end) * batch]
+                batches = np.argsort(lengths[part[:, 0]], kind="stable").reshape(-1, batch)
+                part[:] = part[generator.permutation(np.sort(batches, 1)).ravel()]  # within a batch as they were drawn
+        whole = order[: min(size, len(order)) // batch * batch].reshape(-1, batch, 2)
+        if len(whole):  # the longest comes first, so that what does not fit the memory is seen at once
+            worst = lengths[whole[:, :, 0]].max(1).argmax()
+            whole[[0, worst]] = whole[[worst, 0]]
 
     def _drawn(self, place: int, seed: int) -> SampleIndex:
         if self.views is None:

@@ -6,6 +6,8 @@ a row -> {"image": (3, H, W) uint8, "text": str, "row": (D,) float32}, None wher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule
 from datamodules.decoding import FolderImages, ImageReader
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
+from datamodules.file_domains import FileDomains
 from datamodules.frames import read_frame
-from datamodules.image import check_fractions
+from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_OF, Subset, complete_splits, content_hash
+from datamodules.splits import SPLIT_OF, Subset, content_hash
 
 ARRAYS = (".npz", ".npy")
 PIXELS = 50_000_000
@@ -35,6 +36,7 @@ class Several(Dataset[Any]):
             of numbers. Of a single input x is that alone, otherwise a dict.
         targets: The labels, class numbers or real values.
         groups: Of each row, what must stay together; None: nothing.
+        weights: How much the loss of each row counts; None: all the same.
         reader: Reads images that are paths.
 
     Attributes:
@@ -46,9 +48,11 @@ class Several(Dataset[Any]):
         inputs: Mapping[str, Sequence[Any]],
         targets: np.ndarray[Any, Any],
         groups: Sequence[Any] | None,
+        weights: Sequence[float] | None,
         reader: ImageReader,
     ) -> None:
-        self.inputs, self.targets, self.groups, self.reader = dict(inputs), targets, groups, reader
+        self.inputs, self.targets, self.reader = dict(inputs), targets, reader
+        self.groups, self.weights = groups, weights
         self.ids = [str(row) for row in range(len(targets))]
 
     def __len__(self) -> int:
@@ -78,7 +82,7 @@ class Several(Dataset[Any]):
         return (x if len(x) > 1 else next(iter(x.values()))), self.targets[index]
 
 
-class Paired(TransferDataModule):
+class Paired(FileDomains):
     """A table (CSV, TSV, JSONL, parquet, Arrow, Excel) with an image, a text and numbers in a row, for either domain.
 
         image          text            age   label   split
@@ -102,10 +106,10 @@ class Paired(TransferDataModule):
         classes: The classes and their order; None gathers them over both domains.
         split: The column that says train, val or test; None cuts the rows in three.
         group: The column of what no split tears apart, e.g. a speaker.
-        without: Inputs that count as missing in every row, to see what a model says without them.
+        weight: The column that says how much the loss of each row counts, from 0 up.
+        without: Inputs that count as missing in every row, to see what a model says without them; the table need not
+            have their columns.
         image_size: Side in pixels that image files are brought to; null: as the pretrained weights were measured.
-        val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -126,10 +130,9 @@ class Paired(TransferDataModule):
         classes: list[str] | None = None,
         split: str | None = None,
         group: str | None = None,
+        weight: str | None = None,
         without: list[Literal["image", "text", "row"]] | None = None,
         image_size: int | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -137,16 +140,24 @@ class Paired(TransferDataModule):
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         if not (image or text or numbers):
             raise DataError("image, text, numbers: name the columns that are inputs, at least one")
-        check_fractions(val_fraction, test_fraction)
-        self.fractions, self.image_size = (val_fraction, test_fraction), image_size
+        self.image_size = image_size
         found = {name: expand_path(path, name) for name, path in (("source", source), ("target", target)) if path}
         self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
-        frames = {name: read_frame(path, f"{name}: {path}") for name, path in self.paths.items()}
-        named: dict[str, Any] = {"text": text, "label": label, "split": split, "group": group}
-        named |= {f"numbers: {n}": n for n in numbers or ()}
+        self.wheres = {name: f"{name}: {path}" for name, path in self.paths.items()}
+        frames = {name: read_frame(path, self.wheres[name]) for name, path in self.paths.items()}
+        weight = None if label is None else weight
         images = {"target": image, "source": source_image or image}
+
+        def read(name: str) -> tuple[str | None, str | None, list[str]]:
+            """The columns of a domain's inputs that are there."""
+            there = {"image": images[name], "text": text, "row": numbers} | dict.fromkeys(without or ())
+            return there["image"], there["text"], there["row"] or []
+
         for name, frame in frames.items():
-            for field, column in (named | {"image": images[name]}).items():
+            own_image, own_text, own_numbers = read(name)
+            named: dict[str, str | None] = {"label": label, "split": split, "group": group, "weight": weight}
+            named |= {"image": own_image, "text": own_text} | {f"numbers: {n}": n for n in own_numbers}
+            for field, column in named.items():
                 if column is not None and not column.endswith(ARRAYS):
                     check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
         given: dict[str, Any] = {
@@ -162,8 +173,9 @@ class Paired(TransferDataModule):
         self.columns: dict[str, dict[str, Sequence[Any]]] = {}
         self._of_split: dict[str, dict[str, list[int]]] = {}
         self._of_group: dict[str, Sequence[Any] | None] = {}
+        self._of_weight: dict[str, list[float] | None] = {}
         for name, frame in frames.items():
-            columns = self._inputs(frame, name, images[name], text, numbers)
+            columns = self._inputs(frame, name, *read(name))
             for missing in without or ():
                 columns[missing] = [None] * len(frame)
             alone = next(iter(columns.values()))
@@ -175,11 +187,12 @@ class Paired(TransferDataModule):
             self.columns[name] = columns
             self._of_split[name] = _split_rows(frame, split, self.paths[name])
             self._of_group[name] = frame[group].to_list() if group else None
-        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
+            weights = read_weights(frame[weight].to_list(), partial(self._at, name)) if weight else None
+            self._of_weight[name] = weights
         self.resolve({})
 
     def _at(self, name: str, row: int) -> str:
-        return f"{name}: {self.paths[name]} row {row}"
+        return f"{self.wheres[name]} row {row}"
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Decides also on the size of image files."""
@@ -192,28 +205,11 @@ class Paired(TransferDataModule):
             self._domains.clear()
         return super().resolve(defaults) | {"image_size": size}
 
-    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's rows in each domain."""
-        for name in self.columns:
-            if name not in self._splits:
-                whole, rows = self._whole(name), self._of_split[name]
-                parts: dict[str, Dataset[Any]] = {part: Subset(whole, own) for part, own in rows.items()}
-                stratified = self.class_names is not None and self.stratifies(name, self.paths)
-                self._splits[name] = complete_splits(
-                    parts or {"unsplit": whole}, str(self.paths[name]), *self.fractions, self.seed, stratified
-                )
-            if split not in self._splits[name]:
-                raise DataError(f"{name}: {self.paths[name]} has no row of the split {split}")
-        return {name: splits[split] for name, splits in self._splits.items()}
-
-    def predict_dataloader(self) -> Any:
-        """The target's test split, or all its rows where the table says nothing of splits."""
-        if "target" in self.columns and not self._of_split["target"]:
-            self._domains["test"] = {"target": self._whole("target")}
-        return super().predict_dataloader()
-
-    def _whole(self, name: str) -> Several:
-        return Several(self.columns[name], self.targets[name], self._of_group[name], self.reader)
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The rows of a domain by split, as far as its table says so."""
+        known = self._of_group[name], self._of_weight[name]
+        whole = Several(self.columns[name], self.targets[name], *known, self.reader)
+        return {part: Subset(whole, rows) for part, rows in self._of_split[name].items()} or {"unsplit": whole}
 
     def _inputs(
         self, frame: Any, name: str, image: str | None, text: str | None, numbers: Sequence[str] | None
@@ -248,27 +244,17 @@ class Paired(TransferDataModule):
         if label is None:
             self.targets = {name: np.zeros(len(frame), np.int64) for name, frame in frames.items()}
             return
-        cells = {name: frame[label].to_list() for name, frame in frames.items()}
-        for name, values in cells.items():
-            if None in values:
-                raise DataError(f"{self._at(name, values.index(None))}: its label {label} is missing; fill it in")
-        kinds = {kind or ("values" if frame[label].dtype.is_float() else "classes") for frame in frames.values()}
-        if len(kinds) == 2:
-            raise DataError(f"label: {label} is classes in one domain and values in the other; pass --data.kind")
-        if kinds == {"values"}:
-            for name, frame in frames.items():
-                if not frame[label].dtype.is_numeric():
-                    raise DataError(f"label: {label} of {self.paths[name]} is {frame[label].dtype}, no numbers")
-            self.targets = {name: np.array(values, np.float32) for name, values in cells.items()}
-            return
-        self.class_names = classes or [str(c) for c in sorted({c for values in cells.values() for c in values})]
-        if len(self.class_names) < 2:
-            raise DataError(f"label: all rows have the label {self.class_names[0]}; there must be two at least")
-        for values in cells.values():
-            for value in {str(value) for value in values}:
-                check_known("classes", value, self.class_names, "class")
-        number = {name: place for place, name in enumerate(self.class_names)}
-        self.targets = {name: np.array([number[str(v)] for v in values]) for name, values in cells.items()}
+        cells = {
+            name: check_present(frame[label].to_list(), partial(self._at, name), f"label {label}")
+            for name, frame in frames.items()
+        }
+        if are_values(chain(*cells.values()), kind, classes):
+            self.class_names = None
+        elif classes is None:
+            self.class_names = gather_classes(cells, "rows", same=False)
+        self.targets = {
+            name: encode_labels(own, self.class_names, partial(self._at, name)) for name, own in cells.items()
+        }
 
 
 def _tensors(column: Sequence[Any]) -> bool:

@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.image import ArrayImages
 from datamodules.loaders import generator_of
 from datamodules.splits import SPLITS, ids_of

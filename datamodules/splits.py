@@ -105,12 +105,16 @@ def augmented(dataset: Any, index: int, transform: Callable[[Any], Any]) -> tupl
 
 
 class Joined(ConcatDataset[Any]):
-    """Several data sets one after the other, with their `targets` and `ids`."""
+    """Several data sets one after the other, with their `targets`, `ids` and `weights`."""
 
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
         super().__init__(datasets)
         self.targets = np.concatenate([targets_of(dataset) for dataset in datasets])
         self.ids = [name for dataset in datasets for name in ids_of(dataset)]
+        weights = [getattr(dataset, "weights", None) for dataset in datasets]
+        if any(own is not None for own in weights):  # 1 where a data set has none
+            filled = (own or [1.0] * len(part) for own, part in zip(weights, datasets, strict=True))  # type: ignore[arg-type]
+            self.weights = [weight for own in filled for weight in own]
 
     def fingerprint(self) -> str | None:
         """What names its contents."""
@@ -119,14 +123,21 @@ class Joined(ConcatDataset[Any]):
 
 
 class Subset(Dataset[Any]):
-    """Some rows of a data set, with its `targets`, `ids` and `groups`."""
+    """Some rows of a data set, with its `targets`, `ids`, `groups`, `weights` and `lengths`."""
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self.dataset, self.rows = dataset, rows
         self.targets = targets_of(dataset)[list(rows)]
-        ids, groups = getattr(dataset, "ids", None), groups_of(dataset)
-        self.ids = [ids[row] for row in rows] if ids is not None else None
-        self.groups = [groups[row] for row in rows] if groups is not None else None
+        self.ids, self.groups, self.weights = map(self._own, ("ids", "groups", "weights"))
+
+    def _own(self, name: str) -> list[Any] | None:
+        known = getattr(self.dataset, name, None)
+        return None if known is None else [known[row] for row in self.rows]
+
+    @property
+    def lengths(self) -> list[Any] | None:
+        """How long each sample is, in any unit; None where the data set has no `lengths`."""
+        return self._own("lengths")
 
     def __len__(self) -> int:
         return len(self.rows)

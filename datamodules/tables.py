@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 from datamodules.frames import MISSING, scan_frame
+from datamodules.labels import read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, log
 
@@ -35,6 +35,7 @@ class Table:
         frame: The columns where they are still in the file.
         splits: The rows of each split; empty where the file does not say.
         groups: The group of each row, or None.
+        weights: How much the loss of each row counts, or None.
     """
 
     where: str
@@ -44,6 +45,11 @@ class Table:
     frame: LazyFrame | None = None
     splits: dict[str, list[int]] = field(default_factory=dict)
     groups: list[str] | None = None
+    weights: list[float] | None = None
+
+    def at(self, row: int) -> str:
+        """What messages call a row."""
+        return f"{self.where} row {row}"
 
 
 class RowNumbers(Sequence[str]):
@@ -60,9 +66,14 @@ class RowNumbers(Sequence[str]):
 
 
 def read_table(
-    given: Any, name: str, label: int | str | None, group: int | str | None = None, drop: Sequence[int | str] = ()
+    given: Any,
+    name: str,
+    label: int | str | None,
+    group: int | str | None = None,
+    drop: Sequence[int | str] = (),
+    weight: int | str | None = None,
 ) -> Table:
-    """Reads labels and groups, and of arrays the columns.
+    """Reads labels, groups and weights, and of arrays the columns.
 
     Args:
         given: A path of a file or of a folder of `tl embed`, or a frame.
@@ -70,6 +81,7 @@ def read_table(
         label: The label's column in a file; None: there are no labels.
         group: The column of groups, or None.
         drop: Columns to leave out; those by number are, see `read_columns` for the others.
+        weight: The column of weights, or None.
 
     Raises:
         DataError: It cannot be read or is not as it should be.
@@ -78,12 +90,14 @@ def read_table(
         import polars
 
         frame = given if isinstance(given, polars.DataFrame) else polars.from_pandas(given)
-        return _read_frame(frame.lazy(), f"{name}: the frame", label, group, drop)
+        return _read_frame(frame.lazy(), f"{name}: the frame", label, group, drop, weight)
     path = expand_path(given, name)
     assert path is not None
     where = f"{name}: {path}"
     if not path.is_dir() and path.suffix != ".npz":
-        return _read_frame(scan_frame(path, where), where, label, group, drop)
+        return _read_frame(scan_frame(path, where), where, label, group, drop, weight)
+    if weight is not None:
+        raise DataError(f"weight: {where} is no table with a column {weight}; leave it out")
     try:
         return _read_embedded(path, name, where) if path.is_dir() else _read_arrays(path, where, label)
     except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
@@ -92,7 +106,12 @@ def read_table(
 
 
 def _read_frame(
-    frame: LazyFrame, where: str, label: int | str | None, group: int | str | None, drop: Sequence[int | str]
+    frame: LazyFrame,
+    where: str,
+    label: int | str | None,
+    group: int | str | None,
+    drop: Sequence[int | str],
+    weight: int | str | None,
 ) -> Table:
     import polars
 
@@ -114,6 +133,10 @@ def _read_frame(
         name = _column("group", group, names, where)
         apart.append(name)
         table.groups = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name].to_list()
+    if weight is not None and label is not None:
+        name = _column("weight", weight, names, where)
+        apart.append(name)
+        table.weights = read_weights(frame.select(name).collect()[name].to_list(), table.at)
     table.frame = frame.drop(apart, strict=False)
     return table
 

@@ -5,7 +5,7 @@ file -> columns and labels -> split -> what the columns are, by the training row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule
 from datamodules.columns import Cells, Columns, encode, learn, numeric_names, one_hot
-from datamodules.domain_folders import check_known
 from datamodules.errors import DataError
-from datamodules.image import check_fractions
-from datamodules.splits import Subset, complete_splits, content_hash
+from datamodules.file_domains import FileDomains
+from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
+from datamodules.splits import Subset, content_hash
 from datamodules.tables import Table, read_columns, read_table
 
 Array = np.ndarray[Any, Any]
@@ -31,10 +30,12 @@ class Rows(Dataset[Any]):
         targets: The labels, class numbers or real values.
         ids: A name for each row.
         groups: The group of each row, or None.
+        weights: How much the loss of each row counts, or None.
     """
 
-    def __init__(self, cells: Cells, targets: Array, ids: Sequence[str], groups: Sequence[str] | None) -> None:
-        self.cells, self.targets, self.ids, self.groups = cells, targets, ids, groups
+    def __init__(self, table: Table, targets: Array) -> None:
+        self.cells, self.targets, self.ids = table.cells, targets, table.ids
+        self.groups, self.weights = table.groups, table.weights
         self.numeric, self.categorical = torch.empty(0), torch.empty(0)
 
     def encode(self, numeric: Array, categorical: Array) -> None:
@@ -56,7 +57,7 @@ class Rows(Dataset[Any]):
         return x, self.targets[index]
 
 
-class TabularData(TransferDataModule):
+class TabularData(FileDomains):
     """Rows of a table, for either domain.
 
         FILE       CSV and other delimited text, JSONL, parquet, Arrow, Excel: see `frames.read_frame`; in Python also a
@@ -85,10 +86,9 @@ class TabularData(TransferDataModule):
         categorical: Columns of numbers that are categories, by name.
         missing: What else is a gap, by column, e.g. {chol: 0}.
         group: The column of groups, such as patients, which no split tears apart; it is no part of x.
+        weight: The column that says how much the loss of each row counts, from 0 up; it is no part of x.
         columns: What the columns are, as a run's config has it; None learns it.
         categories: The columns of text and their categories, each a column of 0 or 1, as runs of version 0.1 have it.
-        val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -107,20 +107,18 @@ class TabularData(TransferDataModule):
         categorical: list[int | str] | None = None,
         missing: dict[str, float | str] | None = None,
         group: int | str | None = None,
+        weight: int | str | None = None,
         columns: dict | None = None,  # type: ignore[type-arg]  # the parser would read the texts in it again
         categories: dict[str, list[str]] | None = None,
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         given = {name: what for name, what in (("source", source), ("target", target)) if what is not None}
         if not given:
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
-        check_fractions(val_fraction, test_fraction)
-        self.fractions, self.has_label = (val_fraction, test_fraction), label is not None
         tables = {
-            name: read_table(what, name, label, group, [] if columns else drop or []) for name, what in given.items()
+            name: read_table(what, name, label, group, [] if columns else drop or [], weight)
+            for name, what in given.items()
         }
         self._columns, self.categories = columns, categories
         read_columns(tables, drop or [], categorical or [], missing or {}, columns, categories)
@@ -130,9 +128,8 @@ class TabularData(TransferDataModule):
             y, self.class_names = _label(tables, kind, threshold, classes)
         self.wheres = {name: table.where for name, table in tables.items()}
         self._one_unit = all(table.frame is None for table in tables.values())
-        self._whole = {name: Rows(t.cells, y[name], t.ids, t.groups) for name, t in tables.items()}
+        self._whole = {name: Rows(table, y[name]) for name, table in tables.items()}
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
-        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
         self._known = False
         for name, table in tables.items():
             whole = self._whole[name]
@@ -162,7 +159,8 @@ class TabularData(TransferDataModule):
             return
         self._known = True
         if self._columns is None and self.categories is None:
-            rows = {name: split["train"] for name, split in self._split().items() if "train" in split}
+            splits = {name: self.splits(name) for name in self.wheres}
+            rows = {name: split["train"] for name, split in splits.items() if "train" in split}
             shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
             hidden = self.would_hide_labels(self.wheres)
             labelled = [place for place, name in enumerate(shown) if name != "target" or not hidden]
@@ -176,34 +174,20 @@ class TabularData(TransferDataModule):
             else:
                 whole.encode(*encode(whole.cells, cast(Columns, self._columns), self.wheres[name]))
 
-    def wrapped(self, seed: int, blind: bool) -> None:
-        """Takes both; splits by another seed are made anew."""
-        super().wrapped(seed, blind)
-        self._splits.clear()
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The rows of a domain by split, as far as its file says so."""
+        return self._found[name]
+
+    def whole(self) -> Dataset[Any] | None:
+        """All rows of the target, where its file says nothing of splits."""
+        self._learn()
+        return super().whole()
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's rows in each domain."""
-        splits = self._split()
+        found = super().domains(split)
         self._learn()
-        for name, found in splits.items():
-            if split not in found:
-                raise DataError(f"{name}: its index.csv has no row of the split {split}")
-        return {name: found[split] for name, found in splits.items()}
-
-    def _split(self) -> dict[str, dict[str, Dataset[Any]]]:
-        for name, found in self._found.items():
-            if name not in self._splits:
-                stratified = self.has_label and self.stratifies(name, self.wheres)
-                self._splits[name] = complete_splits(found, self.wheres[name], *self.fractions, self.seed, stratified)
-        return self._splits
-
-    def predict_dataloader(self) -> Any:
-        """The target's test split, or all its rows where the file says nothing of splits."""
-        whole = self._found.get("target", {}).get("unsplit")
-        if whole is not None:
-            self._learn()
-            self._domains["test"] = {"target": whole}
-        return super().predict_dataloader()
+        return found
 
 
 def _label(
@@ -211,66 +195,24 @@ def _label(
 ) -> tuple[dict[str, Array], list[str] | None]:
     """The labels of each domain, and the names of the classes (None: they are real values)."""
     for table in tables.values():
-        for row in np.flatnonzero(_is_missing(table.labels)):
-            raise DataError(f"{table.where} row {row}: its label is missing; fill it in or remove the row")
-    if kind is None and threshold is None and classes is None:
-        kind = "classes" if any(_tells_classes(table) for table in tables.values()) else "values"
-    if kind == "values" or threshold is not None:
-        values = {name: _numbers(table) for name, table in tables.items()}
+        check_present(table.labels, table.at, "label")
     if threshold is not None:
-        above = {name: (numbers >= threshold).astype(np.int64) for name, numbers in values.items()}
-        return above, classes or [f"below {threshold:g}", f"from {threshold:g}"]
+        above = {name: read_numbers(t.labels, t.at, "label") >= threshold for name, t in tables.items()}
+        names = classes or [f"below {threshold:g}", f"from {threshold:g}"]
+        return {name: each.astype(np.int64) for name, each in above.items()}, names
+    if kind is None and classes is None:
+        kind = "classes" if any(_tells_classes(table) for table in tables.values()) else "values"
     if kind == "values":
-        return {name: numbers.astype(np.float32) for name, numbers in values.items()}, None
-    found = {name: np.unique(table.labels, return_inverse=True) for name, table in tables.items()}
-    texts = {name: list(map(_plain, values.tolist())) for name, (values, _) in found.items()}
-    all_texts = sorted({text for own in texts.values() for text in own})
-    if classes is None:
-        numeric = all(np.isfinite(_float(text)) for text in all_texts)
-        classes = sorted(all_texts, key=lambda text: (_float(text) if numeric else 0.0, text))
-        if len(classes) < 2:
-            raise DataError(f"label: all rows have the label {classes[0]}; classification needs at least two classes")
-    number = {_plain(text): place for place, text in enumerate(classes)}
-    for text in all_texts:
-        check_known("classes", text, list(number), "class")
-    return {
-        name: np.array([number[text] for text in own], dtype=np.int64)[found[name][1]] for name, own in texts.items()
-    }, classes
-
-
-def _is_missing(labels: Array) -> Array:
-    return np.isnan(labels) if labels.dtype.kind == "f" else labels == ("" if labels.dtype.kind == "U" else None)
-
-
-def _numbers(table: Table) -> Array:
-    """The labels as real values."""
-    if table.labels.dtype.kind != "U":
-        return table.labels.astype(np.float64)
-    for row, text in enumerate(table.labels.tolist()):
-        if not np.isfinite(_float(text)):
-            raise DataError(
-                f"{table.where} row {row}: its label '{text}' is no number; mend it, or pass --data.kind classes"
-            )
-    return table.labels.astype(np.float64)
-
-
-def _plain(label: Any) -> str:
-    """A label as text, a whole number without a point."""
-    number = _float(label)
-    return str(int(number)) if number.is_integer() else str(label)
-
-
-def _float(text: Any) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+        classes = None
+    elif classes is None:
+        classes = gather_classes({name: table.labels.tolist() for name, table in tables.items()}, "rows", same=False)
+    return {name: encode_labels(table.labels, classes, table.at) for name, table in tables.items()}, classes
 
 
 def _tells_classes(table: Table) -> bool:
     """Whether labels are text without any number, or, in arrays, whole numbers."""
     if table.labels.dtype.kind != "U":
         return table.frame is None and table.labels.dtype.kind in "iub"
-    numbers = np.isfinite([_float(text) for text in np.unique(table.labels).tolist()])
-    whole = all(text.lstrip("-").isdigit() for text in np.unique(table.labels).tolist())
-    return not numbers.any() or (table.frame is None and whole)
+    texts = np.unique(table.labels).tolist()
+    numbers = np.isfinite([as_number(text) for text in texts])
+    return not numbers.any() or (table.frame is None and all(text.lstrip("-").isdigit() for text in texts))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -13,13 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.base import TransferDataModule
-from datamodules.domain_folders import check_known
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
+from datamodules.file_domains import FileDomains
 from datamodules.frames import read_frame
-from datamodules.image import check_fractions
+from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, complete_splits, content_hash
+from datamodules.splits import SPLIT_NAMES, content_hash
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
 NO_TEXTS = ("README", "LICENSE", "LICENCE")  # what files beside the texts begin with
@@ -32,12 +31,14 @@ class Texts(Dataset[Any]):
         targets: The labels, class numbers or real values.
         ids: A name for each.
         groups: Of each, or None.
+        weights: How much the loss of each counts, or None.
+        lengths: The characters of each.
     """
 
-    def __init__(
-        self, texts: Sequence[str], targets: np.ndarray[Any, Any], ids: list[str], groups: list[str] | None
-    ) -> None:
-        self.texts, self.targets, self.ids, self.groups = texts, targets, ids, groups
+    def __init__(self, part: Part, targets: np.ndarray[Any, Any]) -> None:
+        self.texts, self.targets, self.ids = part.texts, targets, part.ids
+        self.groups, self.weights = part.groups, part.weights
+        self.lengths = list(map(len, part.texts))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,7 +51,7 @@ class Texts(Dataset[Any]):
         return self.texts[index], self.targets[index]
 
 
-class TextFiles(TransferDataModule):
+class TextFiles(FileDomains):
     """Texts and their labels, for either domain.
 
         FILE.csv .tsv .jsonl .parquet ...        a table with columns `text` and `label`
@@ -73,11 +74,10 @@ class TextFiles(TransferDataModule):
         text: The column of the texts.
         label: The column of the labels. None: there are none, as in `tl predict`.
         group: A column whose rows of one value no split tears apart, e.g. an author.
+        weight: A column that says how much the loss of each text counts, from 0 up.
         kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
         classes: Names of the classes and their order; None gathers them.
         encoding: Of files that are no tables.
-        val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -93,21 +93,19 @@ class TextFiles(TransferDataModule):
         text: str = "text",
         label: str | None = "label",
         group: str | None = None,
+        weight: str | None = None,
         kind: Literal["classes", "values"] | None = None,
         classes: list[str] | None = None,
         encoding: str = "utf-8",
-        val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if target is None and source is None:
             raise DataError("target: give a file or folder of texts, --data.target PATH (or --data.source PATH)")
-        check_fractions(val_fraction, test_fraction)
-        self.fractions = val_fraction, test_fraction
-        reader = Reader(text, label, group, encoding)
-        self.names = {name: given for name, given in (("source", source), ("target", target)) if given is not None}
-        found = {name: reader.read(given, name) for name, given in self.names.items()}
+        reader = Reader(text, label, group, None if label is None else weight, encoding)
+        domains = {name: given for name, given in (("source", source), ("target", target)) if given is not None}
+        self.wheres = {name: where_of(given, name) for name, given in domains.items()}
+        found = {name: reader.read(given, name) for name, given in domains.items()}
         self.labelled_domains = {
             name: label is not None and all(part.labels is not None for part in parts.values())
             for name, parts in found.items()
@@ -119,81 +117,43 @@ class TextFiles(TransferDataModule):
         }
         if classes is None and label is not None:
             for name in found.keys() - labels.keys() - ({"target"} if "source" in labels else set()):
-                raise DataError(f"{name}: {self.names[name]} has no labels; give some, or pass --data.label null")
-        real = any(isinstance(value, float) for values in labels.values() for value in values)
-        if kind == "values" or (kind is None and classes is None and (real or label is None)):
+                raise DataError(f"{self.wheres[name]} has no labels; give some, or pass --data.label null")
+        if are_values(chain(*labels.values()), kind, classes) or (label is None and kind is None and classes is None):
             self.class_names = None
         else:
-            self.class_names = classes or _classes(labels)
+            self.class_names = classes or gather_classes(labels, "texts")
         self._found = {
             name: {split: self._texts(part, name) for split, part in parts.items()} for name, parts in found.items()
         }
-        self._splits: dict[str, dict[str, Dataset[Any]]] = {}
 
     def _texts(self, part: Part, name: str) -> Texts:
-        labels = part.labels if self.labelled_domains[name] else None
-        if self.class_names is None:
-            targets = np.array([_number(v, part, row) for row, v in enumerate(labels or [0.0] * len(part.texts))])
-            return Texts(part.texts, targets.astype(np.float32), part.ids, part.groups)
-        number = {label: place for place, label in enumerate(self.class_names)}
-        for label in dict.fromkeys(map(str, labels or ())):
-            check_known("classes", label, number, "class")
-        targets = np.array([number[str(label)] for label in labels] if labels else [0] * len(part.texts), np.int64)
-        return Texts(part.texts, targets, part.ids, part.groups)
+        if self.labelled_domains[name]:
+            targets = encode_labels(part.labels or (), self.class_names, part.at)
+        else:
+            targets = np.zeros(len(part.texts), np.float32 if self.class_names is None else np.int64)
+        return Texts(part, targets)
+
+    def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
+        """The texts of a domain by split, as far as its files say so."""
+        return self._found[name]
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
         """The split's texts in each domain."""
-        for name, found in self._found.items():
-            if not self.labelled_domains[name] and not self.would_hide_labels(self._found):
-                raise DataError(f"{name}: {self.names[name]} has no labels, so that only `tl predict` can use it")
-            if name not in self._splits:
-                stratified = self.stratifies(name, self._found)
-                where = f"{name}: {self.names[name]}"
-                self._splits[name] = complete_splits(found, where, *self.fractions, self.seed, stratified)
-            if split not in self._splits[name]:
-                raise DataError(f"{name}: {self.names[name]} has no {split} split")
-        return {name: splits[split] for name, splits in self._splits.items()}
+        for name, where in self.wheres.items():
+            if not self.labelled_domains[name] and not self.would_hide_labels(self.wheres):
+                raise DataError(f"{where} has no labels, so that only `tl predict` can use it")
+        return super().domains(split)
 
     def test_dataloader(self) -> Any:
         """The target's test split (the source's, where there is no target)."""
         if not self.labelled_domains.get("target", True):
-            raise DataError(f"target: {self.names['target']} has no labels to test against; `tl predict` needs none")
+            raise DataError(f"{self.wheres['target']} has no labels to test against; `tl predict` needs none")
         return super().test_dataloader()
 
-    def predict_dataloader(self) -> Any:
-        """The target's test split, or all its texts where nothing is said of splits."""
-        whole = self._found.get("target", {}).get("unsplit")
-        if whole is not None:
-            self._domains["test"] = {"target": whole}
-        return super().predict_dataloader()
 
-
-def _classes(labels: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The names of the classes, numbers by their size; refuses domains that differ."""
-    found = {name: set(map(str, values)) for name, values in labels.items()}
-    one, *others = found.values()
-    if others and one != others[0]:
-        only = {name: sorted(classes - (one & others[0])) for name, classes in found.items()}
-        parts = [f"only the {name} has {', '.join(classes[:5])}" for name, classes in only.items() if classes]
-        raise DataError(f"source, target: their classes differ: {'; '.join(parts)}")
-    if len(one) < 2:
-        raise DataError(f"label: all texts have the label {', '.join(one)}; classification needs at least two classes")
-    try:
-        return sorted(one, key=float)
-    except ValueError:
-        return sorted(one)
-
-
-def _number(value: Any, part: Part, row: int) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError(
-            f"{part.where} {part.ids[row]}: its label {value} is no number; mend it, or pass --data.kind classes"
-        )
-    return number
+def where_of(given: Any, name: str) -> str:
+    """What messages call the files of a domain."""
+    return f"{name}: {given if isinstance(given, str | Path) else 'the frame'}"
 
 
 @dataclass
@@ -206,6 +166,8 @@ class Part:
         labels: Of each, text or a number; None: there are none.
         ids: A name for each.
         groups: Of each, or None.
+        weights: Of each, or None.
+        row: What comes before a name in messages.
     """
 
     where: str
@@ -213,6 +175,12 @@ class Part:
     labels: list[Any] | None
     ids: list[str]
     groups: list[str] | None = None
+    weights: list[float] | None = None
+    row: str = ""
+
+    def at(self, row: int) -> str:
+        """What messages call a text."""
+        return f"{self.where} {self.row}{self.ids[row]}"
 
 
 @dataclass
@@ -223,12 +191,14 @@ class Reader:
         text: The column of the texts.
         label: That of the labels, or None.
         group: That of the groups, or None.
+        weight: That of the weights, or None.
         encoding: Of files that are no tables.
     """
 
     text: str
     label: str | None
     group: str | None
+    weight: str | None
     encoding: str
 
     def read(self, given: Any, name: str) -> dict[str, Part]:
@@ -243,7 +213,7 @@ class Reader:
                 import polars
 
                 frame = polars.from_pandas(frame)
-            return {"unsplit": self._of_frame(frame, name)}
+            return {"unsplit": self._of_frame(frame, where_of(given, name))}
         path = expand_path(given, name)
         assert path is not None
         where = f"{name}: {path}"
@@ -263,17 +233,18 @@ class Reader:
         columns: list[str] = list(frame.columns)
         check_known("text", self.text, columns, "column")
         texts = frame.get_column(self.text).to_list()
-        ids = [str(row) for row in range(len(texts))]
-        labels = frame.get_column(self.label).to_list() if self.label in columns else None
-        groups = None
+        part = Part(where, list(map(str, texts)), None, list(map(str, range(len(texts)))), row="row ")
+        if None in texts:
+            raise DataError(f"{part.at(texts.index(None))} has no text; fill it in or remove the row")
+        if self.label in columns:
+            part.labels = check_present(frame.get_column(self.label).to_list(), part.at, "label")
         if self.group is not None:
             check_known("group", self.group, columns, "column")
-            groups = list(map(str, frame.get_column(self.group).to_list()))
-        for what, values in (("text", texts), ("label", labels or ())):
-            for row, value in enumerate(values):
-                if value is None:
-                    raise DataError(f"{where} row {row} has no {what}; fill it in or remove the row")
-        return Part(where, list(map(str, texts)), labels, ids, groups)
+            part.groups = list(map(str, frame.get_column(self.group).to_list()))
+        if self.weight is not None:
+            check_known("weight", self.weight, columns, "column")
+            part.weights = read_weights(frame.get_column(self.weight).to_list(), part.at)
+        return part
 
     def _of_tree(self, root: Any, where: str) -> dict[str, Part]:
         while len(inner := _visible(root)) == 1 and inner[0].is_dir():
@@ -323,8 +294,9 @@ class Reader:
 
     def _of_files(self, classes: Mapping[str, Sequence[Any]], where: str, lines: bool) -> Part:
         """Texts of files by class: a file is one text, or each of its lines."""
-        if self.group is not None:
-            raise DataError(f"group: {where} is no table, so there is no column {self.group}")
+        for field, column in (("group", self.group), ("weight", self.weight)):
+            if column is not None:
+                raise DataError(f"{field}: {where} is no table, so there is no column {column}")
         part = Part(where, [], None if len(classes) == 1 else [], [])
         for label, files in classes.items():
             for file in files:

@@ -158,3 +158,19 @@ def said(caplog):
         return texts
 
     return call
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `product(n)` one in n cases is fast, along the diagonals: each value of each axis has its own."""
+    axes = {}
+    for item in items:
+        if mark := item.get_closest_marker("product"):
+            place = 0
+            for name, value in item.callspec.params.items():
+                seen = axes.setdefault((item.function, name), [])
+                if value not in seen:
+                    seen.append(value)
+                place += seen.index(value)
+            if place % mark.args[0]:
+                item.add_marker("slow")

@@ -81,7 +81,7 @@ BAD = {
     WAYS + "tasks: {t: {config: nowhere.yaml}}": "f.yaml: tasks: t: config: there is no file nowhere.yaml",
     "ways: {a: {of: b, config: f.yaml}, b: }": "put its words into test instead of options",
     WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
-    "ways: {a: {compress: --run x, options: --x}}": "ways: a: compress makes its run of another one; leave of, options and",
+    "ways: {a: {compress: --run x, soup: x, options: --x}}": "ways: a: compress makes its run of others; leave options, soup out",
     WAYS + "benchmark: 3": "benchmark: 3 is neither a text nor a list of words",
     "ways: [": "is no YAML",
     "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",
@@ -277,3 +277,12 @@ def test_a_signal_stops_the_children_and_leaves_the_rest(tmp_path, monkeypatch):
     assert state(tmp_path / "runs/a/seed-0")["cpu_seconds"] > 0
     assert "stopped; to go on" in (tmp_path / "runs/a/seed-0/log.txt").read_text()
     assert not (tmp_path / "runs/b").exists()
+
+
+def test_a_soup_of_ways(ok, tmp_path):
+    ways = {"one": "", "two": "--data.augment none", "soup": {"soup": "{one} {two} --how uniform"}}
+    write(tmp_path / "g.yaml", options=QUICK, ways=ways)
+    ok("compare g.yaml --processes 2")
+    folder = tmp_path / "runs/g/runs/soup/seed-0/version_0"
+    assert sorted(json.loads((folder / "metrics.json").read_text())["soup"].values()) == [0.5, 0.5]
+    assert [row["way"] for row in results(tmp_path / "runs/g", "table.csv")] == ["one", "two", "soup"]

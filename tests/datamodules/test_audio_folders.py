@@ -186,7 +186,7 @@ def test_names_of_contents_change_with_a_file(tmp_path):
     ({"pattern": PATTERN, "where": {"target": "speaker=zoe"}}, "where.target: no file of .* fulfils speaker=zoe"),
     ({"pattern": PATTERN, "group": "spaeker"}, r"group: there is no field spaeker \(did you mean speaker\?\)"),
     ({"pattern": PATTERN, "rate": 0}, "rate, max_seconds: 0"),
-    ({"pattern": PATTERN, "kind": "values", "label": "speaker"}, "for classes pass --data.kind classes"),
+    ({"pattern": PATTERN, "kind": "values", "label": "speaker"}, "pass --data.kind classes"),
 ])  # fmt: skip
 def test_mistakes_are_said(options, message, tmp_path):
     with pytest.raises(DataError, match=message):
@@ -225,3 +225,16 @@ def test_names_of_files_are_sorted_and_hidden_ones_left_out(tmp_path):
     listing = list_files(tmp_path, (".wav",), None, "file")
     assert [str(path.relative_to(tmp_path)) for path in listing.paths] == ["a/1.WAV", "b/2.wav"]
     assert listing.fields["label"].tolist() == ["a", "b"]
+
+
+def test_recordings_of_like_length_make_a_batch(tmp_path):
+    lengths = np.random.default_rng(0).permutation(80) + 20
+    for number, length in enumerate(lengths):
+        write(tmp_path / "ab"[number % 2] / f"{number}.wav", seconds=length / 800)
+    found = data(tmp_path, batch_size=6)
+    found.collate = lambda samples: [len(x) for x, *_ in samples]
+    batches = [batch["target"] for batch, *_ in found.train_dataloader()]
+    assert np.mean([np.ptp(batch) for batch in batches]) < 15
+    assert sum(map(len, batches)) == 48
+    soundfile.write(tmp_path / "a" / "0.flac", np.ones(9) / 2, 800)  # how long it is takes opening it
+    assert data(tmp_path).predict_dataloader().dataset.lengths() is None

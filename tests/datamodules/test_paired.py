@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datamodules import DataError, Paired
+from datamodules.augmentation import transforms_of
 
 pytest.importorskip("polars")
 
@@ -62,6 +63,16 @@ def test_an_empty_cell_is_a_missing_input(plants):
     assert all(without[i][0]["text"] is None for i in range(4))
 
 
+def test_named_augmentations_are_of_the_image(plants):
+    """Also where the first row has none."""
+    rows = [",plant,1.5,1,rose,train,a", "2.png,plant,2.5,2,tree,train,a", *("0.png,a,1.5,1,rose,val,a",) * 2]
+    train = Paired(target=table(plants, rows), split="split", **ALL).domains("train")["target"]
+    changed = transforms_of("light", train, "Paired")
+    without, with_image = (train.augmented(row, changed)[0]["image"] for row in range(2))
+    assert without is None
+    assert with_image.shape == (3, 8, 8)
+
+
 def test_one_input_alone_is_itself(plants):
     data = Paired(target=table(plants), text="title", label="height")
     assert data.schema == {"x": {"text": {}}, "y": {"values": 1}}
@@ -100,7 +111,7 @@ def test_images_of_an_array_and_two_domains(plants):
     ({"image": None, "text": None, "numbers": None}, "image, text, numbers: name the columns that are inputs"),
     ({"text": "titel"}, "text: .*t.csv: there is no column titel (did you mean title?)"),
     ({"numbers": ["title"]}, "numbers: column title of .*t.csv is String, no numbers"),
-    ({"label": "who", "kind": "values"}, "label: who of .*t.csv is String, no numbers"),
+    ({"label": "who", "kind": "values"}, "target: .*t.csv row 0: its label 'p0' is no number; mend it, or pass --data.kind classes"),
     ({"label": "split"}, "target: .*t.csv row 0: its label split is missing; fill it in"),
     ({"classes": ["rose", "palm"]}, "classes: there is no class tree"),
     ({"split": "kind"}, "split: .*t.csv row 0: there is no split rose"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from datamodules import DataError, TextFiles
@@ -137,11 +138,11 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
     [
         ("text,label\na,x\nb,x\n", {}, "all texts have the label x"),
         ("text,label\na,x\n,y\nc,x\n", {}, "row 1 has no text"),
-        ("text,label\na,x\nb,\nc,y\n", {}, "row 1 has no label"),
+        ("text,label\na,x\nb,\nc,y\n", {}, "row 1: its label is missing"),
         ("txt,label\na,x\nb,y\n", {}, r"there is no column text \(did you mean txt\?\)"),
         ("text,label\na,x\nb,y\n", {"group": "author"}, "group: there is no column author"),
         ("text,label\na,x\nb,y\n", {"classes": ["x", "z"]}, "classes: there is no class y"),
-        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0|label x is no number"),
+        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0: its label .x. is no number"),
         ("text\na\nb\n", {}, "has no labels; give some, or pass --data.label null"),
     ],
 )
@@ -170,3 +171,13 @@ def test_other_mistakes(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no texts"):
         TextFiles(tmp_path / "empty")
+
+
+def test_texts_of_like_length_make_a_batch(tmp_path):
+    lengths = np.random.default_rng(0).permutation(400) + 1
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{'a' * n},{'xy'[n % 2]}\n" for n in lengths))
+    for workers in (0, 2):
+        batches = list(TextFiles(tmp_path / "t.csv", batch_size=10, num_workers=workers).train_dataloader())
+        found = [[len(text) for text in batch["target"][0]] for batch, *_ in batches]
+        assert np.mean([max(each) - min(each) for each in found]) < 30
+        assert len({length for batch in found for length in batch}) == 240

@@ -78,3 +78,22 @@ def test_regression_is_drawn_too(ok, tmp_path):
     images = events(tmp_path / "runs" / "r" / "version_0")["images"]
     assert "inputs/target" in images
     assert any(tag.startswith("val/worst") for tag in images)
+
+
+@tensorboard
+def test_texts_are_shown_as_texts(ok, tmp_path):
+    lines = [f"{'a good' if n % 2 else 'a|bad'} film {n},{'pos' if n % 2 else 'neg'}\n" for n in range(40)]
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(lines))
+    (tmp_path / "v.txt").write_text("good 1 0\nbad 0 1\nfilm 1 1\n")
+    ok("fit --model Classification --model.backbone WordVectors --model.backbone.name v.txt --data TextFiles "
+       "--data.target t.csv --trainer.max_epochs 1 --name t")  # fmt: skip
+    accumulator = EventAccumulator(str(tmp_path / "runs" / "t" / "version_0"))
+    accumulator.Reload()
+    for tag, columns in (("inputs/target", "| label | text |"), ("val/worst", "| true | predicted | loss | text |")):
+        (event,) = accumulator.Tensors(f"{tag}/text_summary")
+        first, _, *rows = event.tensor_proto.string_val[0].decode().splitlines()
+        assert first == columns
+        assert 8 <= len(rows) <= 16
+        for row in rows:
+            cells = row.removeprefix("| ").removesuffix(" |").split(" | ")
+            assert cells[-1].startswith("a good film" if cells[0] == "pos" else "a\\|bad film")

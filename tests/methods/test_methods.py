@@ -83,6 +83,7 @@ FEATURES_ONLY = {
 }  # fmt: skip
 
 
+@pytest.mark.product(3)
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 @every_method
 def test_no_method_does_nothing_in_silence(method, strategy):

@@ -25,7 +25,7 @@ from tl_modules import (
     UserError,
     load_run,
 )
-from tl_modules.batch.samples import Batch, TaughtBatch
+from tl_modules.batch.samples import AnnotatedBatch, Batch
 from tl_modules.cache import FeatureCache
 from tl_modules.methods.teacher import Distillation
 
@@ -164,12 +164,17 @@ def test_what_is_said_goes_with_the_samples():
     """Of several domains side by side, of some of the samples, and not with a batch that is another one."""
     module = student(Distill(teacher("vector")))
     said = {"distill": torch.arange(12.0).view(4, 3)}
-    batch = {"source/a": TaughtBatch(X[:4], None, None, said), "source/b": TaughtBatch(X[:4], None, None, said)}
+    batch = {
+        "source/a": AnnotatedBatch(X[:4], None, None, taught=said),
+        "source/b": AnnotatedBatch(X[:4], None, None, taught=said),
+    }
     source = module.forward_domains(batch)["source"]
     assert torch.equal(source.taught["distill"], said["distill"].repeat(2, 1))
     assert torch.equal(source.split()[1].taught["distill"], said["distill"])
     assert module.forward_domains(batch | {"source/b": (X[:4], None)})["source"].taught is None
-    mixed = Mixup().mix(module, TaughtBatch(X[:4], torch.arange(4) % 3, None, said), Batch(X[:4], torch.arange(4) % 3))
+    mixed = Mixup().mix(
+        module, AnnotatedBatch(X[:4], torch.arange(4) % 3, None, taught=said), Batch(X[:4], torch.arange(4) % 3)
+    )
     assert not hasattr(mixed, "taught")
 
 

@@ -67,6 +67,7 @@ def test_a_plugin_is_one_short_file():
     assert {name: count for name, count in lines.items() if count > 40} == {}
 
 
+@pytest.mark.product(3)
 @every_plugin
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 def test_every_strategy(name, strategy):
@@ -89,6 +90,7 @@ ANYWHERE = {"AFN", "BSS", "DAN", "CORAL", "DANN", "L2SP", "SWD"}  # what these l
 REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would do nothing)|what changes copies)"
 
 
+@pytest.mark.product(len(PLUGINS))
 @every_plugin
 @pytest.mark.parametrize("method", exported(Method), ids=lambda c: c.__name__)
 def test_every_method(name, method, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -43,6 +44,29 @@ def test_a_run_and_what_comes_after_it(ok, tl, tmp_path):
     one, other = (file["state_dict"] for file in kept)
     assert all(torch.equal(one[k], other[k]) for k in one if k.startswith("backbone."))
     assert 0 <= metrics(tmp_path, "b")["val/accuracy"] <= 1
+
+
+def test_images_and_texts(ok, tl, tmp_path):
+    """CLIP predicts among classes of one's own, of images without texts."""
+    pytest.importorskip("polars")
+    names, shades = ["black", "grey", "white"], np.arange(24, dtype=np.uint8) % 3 * 100
+    np.savez(tmp_path / "i.npz", images=np.broadcast_to(shades[:, None, None, None], (24, 8, 8, 3)))
+    rows = [f"a {names[i % 3]} wall,{names[i % 3]}" for i in range(24)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "new.csv").write_text("\n".join(["number", *map(str, range(24))]))
+    (tmp_path / "v.txt").write_text("".join(f"{word} {i} {i * i}\n" for i, word in enumerate(["a", "wall", *names])))
+    parts = {"image": {"class_path": "ConvNet", "init_args": {"width": 4}}}
+    parts["text"] = {"class_path": "WordVectors", "init_args": {"name": "v.txt"}}
+    backbone = {"class_path": "SeveralBackbones", "init_args": {"parts": parts}}
+    (tmp_path / "m.yaml").write_text(json.dumps({"model": {"class_path": "CLIP", "init_args": {"backbone": backbone}}}))
+    ok(
+        "fit -c m.yaml --data Paired --data.target t.csv --data.text text --data.image i.npz --data.label label "
+        "--data.augment light --trainer.max_epochs 1 --name a"
+    )
+    new = "predict --run runs/a --data.target new.csv --data.label null --model.classes [white,black] --out p.csv "
+    assert "SeveralBackbones takes image, text by name" in tl(f"{new} --data.text null").err
+    ok(f"{new} --data.without [text]")
+    assert (tmp_path / "p.csv").read_text().startswith("id,label,p_white,p_black")
 
 
 @pytest.mark.tensorboard

@@ -87,6 +87,7 @@ def test_its_loss_falls(pretraining, kind):
     assert losses.epochs[-1] < losses.epochs[0]
 
 
+@pytest.mark.product(3)
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 @every_case
 def test_its_backbone_goes_on_with_every_strategy(pretraining, kind, strategy, runs):

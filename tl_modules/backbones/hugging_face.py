@@ -63,12 +63,10 @@ def fetched(load: Callable[..., Any], where: str, network: bool = True, **option
     Raises:
         UserError: It cannot be had, or transformers does not know it.
     """
-    from huggingface_hub import constants
-
-    fetch = network and not Path(where).is_dir() and not constants.HF_HUB_OFFLINE
-    for local in (True, False) if fetch else (True,):
+    for local in (True, False):
         try:
-            return load(where, local_files_only=local, **options)
+            if local or (network and not Path(where).is_dir() and _hub_answers()):
+                return load(where, local_files_only=local, **options)
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if Path(where).is_dir():
@@ -77,3 +75,16 @@ def fetched(load: Callable[..., Any], where: str, network: bool = True, **option
         f"name: {where} is no folder, and could not be fetched from the Hugging Face hub ({reason[:200]}); without a "
         f"network, run `hf download {where} --local-dir FOLDER` elsewhere and pass --model.backbone.name FOLDER"
     )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, asked once: its client asks six times before it gives up, for 20 seconds."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the client's own kind, which changes with its version
+        return False
+    return True

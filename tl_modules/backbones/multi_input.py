@@ -191,7 +191,16 @@ class Each:
         self.prepares, self.kinds, self.carries = dict(prepares), dict(kinds), list(carries)
 
     def __call__(self, several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns the batch."""
+        """Returns the batch.
+
+        Raises:
+            UserError: The data gives one input by itself.
+        """
+        if not isinstance(several[0], Mapping):
+            raise UserError(
+                f"the data gives one input by itself, and SeveralBackbones takes {', '.join(self.prepares)} by name; "
+                "name the columns of the others too, and those that are not there, e.g. --data.without [text]"
+            )
         found = {name: self.one(name, [sample.get(name) for sample in several]) for name in self.prepares}
         return found | {name: [sample.get(name) for sample in several] for name in self.carries}
 

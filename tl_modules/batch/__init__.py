@@ -6,7 +6,8 @@ from lightning_utilities.core.imports import RequirementCache
 def _import_torchmetrics() -> None:
     """Imports torchmetrics as if transformers were missing: it would load it at each start, for metrics not used here.
 
-    `torchmetrics.text.bert` and the like, imported by their module, find it all the same.
+    https://github.com/Lightning-AI/torchmetrics/issues/2242. `torchmetrics.text.bert` and the like, imported by their
+    module, find it all the same.
     """
     ask = RequirementCache.__bool__
     RequirementCache.__bool__ = lambda self: "transformers" not in str(self.requirement) and ask(self)  # type: ignore[method-assign]

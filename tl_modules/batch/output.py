@@ -31,6 +31,7 @@ class DomainOutput:
         index: The samples' numbers in their data set, (B,).
         parts: How many samples each of several domains has, which follow one another.
         labelled: An output of the labelled samples alone, if the target has labelled and unlabelled ones; else None.
+        given_weight: How much the loss of each sample counts by the data, (B,), or None.
         taught: What the teachers of methods have said of the samples before, a tree by the method's name, or None.
     """
 
@@ -42,6 +43,7 @@ class DomainOutput:
     index: Tensor | None = None
     parts: tuple[int, ...] = ()
     labelled: DomainOutput | None = None
+    given_weight: Tensor | None = None
     taught: Any = None
 
     @property
@@ -78,8 +80,10 @@ class DomainOutput:
     @cached_property
     def weight(self) -> Tensor | None:
         """How much each sample's loss counts, (B,); None: all the same. Methods may put others in its place."""
-        weight = self.module.loss_weight(self)
-        return None if weight is None else self._per_sample("loss_weight", weight)
+        weight, given = self.module.loss_weight(self), self.given_weight
+        if weight is None:
+            return given
+        return self._per_sample("loss_weight", weight) * (1.0 if given is None else given)
 
     @property
     def mean_loss(self) -> Tensor:
@@ -105,7 +109,7 @@ class DomainOutput:
         """Returns the output for some of the samples, with the weights that methods have given them."""
         trees = (self.x, self.y, self.features, self.output, self.index)
         found = DomainOutput(self.module, *(samples.take(tree, index) for tree in trees))
-        found.taught = samples.take(self.taught, index)
+        found.given_weight, found.taught = (samples.take(tree, index) for tree in (self.given_weight, self.taught))
         if "loss" in vars(self):
             found.loss = self.loss[index]
         if self.y is not None:
@@ -122,7 +126,9 @@ def weighted_mean(loss: Tensor, weight: Tensor | None = None) -> Tensor:
     The samples are those of one process and one batch, as in torch's `CrossEntropyLoss(weight=...)`: DDP and gradient
     accumulation take the plain mean of these means, whatever their sums of weights.
     """
-    return loss.mean() if weight is None else (weight * loss).sum() / weight.sum()
+    if weight is None:
+        return loss.mean()
+    return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)  # all may weigh nothing
 
 
 def joined(module: Any, owner: str, batches: Sequence[Batch], features: Any, output: Any) -> DomainOutput:
@@ -141,6 +147,8 @@ def joined(module: Any, owner: str, batches: Sequence[Batch], features: Any, out
     sizes = tuple(map(samples.count, xs))
     found = DomainOutput(module, x, samples.concat(ys), features, output, samples.concat(index), sizes)
     found.taught = samples.concat([getattr(batch, "taught", None) for batch in batches])
+    weights = samples.weights_of(batches)
+    found.given_weight = None if weights is None else torch.cat(weights)
     if owner == "target" and len(batches) > 1:  # a labelled and an unlabelled part, which are no domains of their own
         for part, batch in zip(found.split(), batches, strict=True):
             if batch.y is not None:

@@ -38,25 +38,39 @@ class Batch(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index
 
 
-class TaughtBatch(NamedTuple):
-    """A `Batch`, and what the teachers of methods have said of its samples before.
+class AnnotatedBatch(NamedTuple):
+    """A `Batch`, and what else is known of its samples.
 
     Attributes:
         x: As of a `Batch`.
         y: As of a `Batch`.
         index: As of a `Batch`.
-        taught: A tree by the method's name.
+        weight: How much each sample's loss counts, (B,), where the data say so.
+        taught: What the teachers of methods have said of the samples before, a tree by the method's name.
     """
 
     x: Any
     y: Any
     index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
-    taught: dict[str, Any]
+    weight: Tensor | None = None
+    taught: dict[str, Any] | None = None
 
 
 def as_batch(part: Any) -> Any:
-    """A `Batch` of a sequence (x, y, index), and what is one as it is."""
-    return part if isinstance(part, Batch | TaughtBatch) else Batch(*part)
+    """A batch of a sequence (x, y, index) or (x, y, index, weight), and what is one as it is."""
+    if isinstance(part, Batch | AnnotatedBatch):
+        return part
+    return Batch(*part) if len(part) < 4 else AnnotatedBatch(*part)
+
+
+def weights_of(batches: Sequence[Any]) -> list[Tensor] | None:
+    """The weights of the samples of batches, 1 in a batch that has none; None where no batch has any."""
+    found = [getattr(batch, "weight", None) for batch in batches]
+    given = next((weight for weight in found if weight is not None), None)
+    if given is None:
+        return None
+    pairs = zip(found, batches, strict=True)
+    return [given.new_ones(count(batch.x)) if weight is None else weight for weight, batch in pairs]
 
 
 @dataclass(eq=False)  # Lightning reaches into it where a run's precision casts its inputs
@@ -307,7 +321,7 @@ def collate(samples: Sequence[Any]) -> Any:
 
 
 class Collate:
-    """Makes a `Batch` of samples (x, y, index) in a loader's worker; small, so that it can be sent there.
+    """Makes a batch of samples (x, y, index) or (x, y, index, weight) in a loader's worker; small, to be sent there.
 
     Args:
         prepare: Raw inputs -> a tree, the backbone's.
@@ -319,7 +333,7 @@ class Collate:
     ) -> None:
         self.prepare, self.label = prepare, label
 
-    def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
+    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Any:
         """Returns the batch; its y is None where labels are hidden."""
-        x, y, index = zip(*samples, strict=True)
-        return Batch(self.prepare(x), None if y[0] is None else self.label(y), torch.tensor(index))
+        x, y, *known = zip(*samples, strict=True)
+        return as_batch((self.prepare(x), None if y[0] is None else self.label(y), *map(torch.tensor, known)))

@@ -11,7 +11,7 @@ import torch
 
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
-from tl_modules.batch.samples import Batch, TaughtBatch
+from tl_modules.batch.samples import AnnotatedBatch, as_batch
 from tl_modules.cache.columns import Table
 from tl_modules.cache.cut import Cut
 from tl_modules.cache.entry import converted
@@ -51,12 +51,13 @@ class Memory(Rows):
         super().__init__(loader, views, dtype)
         self.table, self.cut = table, cut
 
-    def __call__(self, places: Sequence[Any]) -> Batch:
+    def __call__(self, places: Sequence[Any]) -> Any:
         """The batch at these places."""
         pairs = _pairs(places)
         tree, y = self.take(self.table, pairs)
-        index = torch.tensor([self.loader.dataset.rows[row] for row, _ in pairs])
-        return Batch(CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count])), y, index)
+        known = zip(*(self.loader.dataset.known_of(row) for row, _ in pairs), strict=True)
+        x = CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count]))
+        return as_batch((x, y, *map(torch.tensor, known)))
 
     def _read(self, pairs: Sequence[tuple[int, int]]) -> Any:
         return next(iter(self.loader.read(pairs, len(pairs))))[0]
@@ -76,11 +77,10 @@ class Beside(Rows):
         super().__init__(loader, views, dtype)
         self.tables = tables
 
-    def __call__(self, batch: Any, places: Sequence[Any]) -> TaughtBatch:
+    def __call__(self, batch: Any, places: Sequence[Any]) -> AnnotatedBatch:
         """The batch, and what is said."""
         said = {name: self.take(table, _pairs(places))[0] for name, table in self.tables.items()}
-        x, y, index = batch
-        return TaughtBatch(x, y, index, said)
+        return AnnotatedBatch(*batch)._replace(taught=said)
 
 
 def _pairs(places: Sequence[Any]) -> list[tuple[int, int]]:

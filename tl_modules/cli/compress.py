@@ -14,7 +14,7 @@ from lightning import __version__
 from lightning.pytorch import LightningDataModule
 
 from datamodules import TransferDataModule
-from tl_modules.batch.samples import Batch
+from tl_modules.batch.samples import Batch, as_batch
 from tl_modules.checkpoints.compressed import Kind
 from tl_modules.checkpoints.files import AtomicCheckpointIO
 from tl_modules.deployment.pruning import Importance, prune
@@ -92,4 +92,4 @@ def _labelled(module: TransferModule, data: LightningDataModule) -> Iterator[Bat
     data.collate = module.collate
     loader = data.labelled_dataloader()
     rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(data.seed))[:SAMPLES]
-    return (Batch(*batch) for batch in loader.read(rows.tolist(), BATCH))
+    return map(as_batch, loader.read(rows.tolist(), BATCH))

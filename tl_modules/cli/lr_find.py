@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 from tl_modules.cache import FeatureCache
 from tl_modules.cache.store import Store
 from tl_modules.checkpoints.files import write_whole
-from tl_modules.evaluation.figures import save_figure
+from tl_modules.evaluation.drawing import save_figure
 from tl_modules.finetuning.lr_finder import LearningRateSweep
 from tl_modules.finetuning.optimizer import configure
 from tl_modules.module import TransferModule

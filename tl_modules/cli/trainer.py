@@ -26,7 +26,7 @@ from tl_modules.cli.soup import How, soup
 from tl_modules.deployment.pruning import Importance
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
-from tl_modules.evaluation.figures import batch_figure, save_figure
+from tl_modules.evaluation.drawing import batch_figure, save_figure
 from tl_modules.evaluation.gather import Gathering
 from tl_modules.finetuning.lr_finder import LearningRateSweep
 from tl_modules.module import TransferModule

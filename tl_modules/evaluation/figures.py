@@ -6,7 +6,7 @@ import heapq
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
-from tl_modules.batch.output import DomainOutput
+from tl_modules.batch.output import DomainOutput, by_domain
 from tl_modules.batch.ranks import every_rank
-from tl_modules.batch.task import draw_input
-from tl_modules.errors import UserError
+from tl_modules.evaluation.drawing import confusion, grid, raw
 from tl_modules.evaluation.gather import Gathering, eval_dataloaders
 from tl_modules.evaluation.monitor import BestMetrics
 from tl_modules.module import TransferModule
@@ -30,6 +30,7 @@ __all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
 PLAYED = 4  # recordings with a player each
+READ = 1000  # letters of a text that is shown
 SHOWN_LETTERS = 100  # of a text in the projector
 POINTS = 500  # samples in the embedding projector
 
@@ -72,23 +73,28 @@ class TensorBoardFigures(Callback):
         writer = _writer(trainer)
         if writer is None:
             return
+        loaders = by_domain(trainer.train_dataloader, DataLoader)
         for domain, part in batch.items():
-            x, y = part[:2]
+            x, y, index = (*part, None)[:3]
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
             rate = getattr(pl_module.backbone, "rate", None)
             plays = rate is not None and isinstance(x, samples.Padded)
-            if not plays and not (isinstance(x, Tensor) and _is_image(x[0])):
+            reads = _has_text(pl_module) and hasattr(getattr(loaders[domain], "dataset", None), "rows")
+            if not plays and not reads and not (isinstance(x, Tensor) and _is_image(x[0])):
                 continue
             few = samples.move(samples.take(y, slice(SHOWN)), "cpu")
             names = (
                 ["hidden"] * SHOWN if y is None else [pl_module.name_of(samples.first(s)) for s in samples.unbind(few)]
             )
-            if plays:
+            if reads:
+                texts = [_text(loaders[domain].dataset.dataset[row][0]) for row in index[:SHOWN].tolist()]
+                writer.add_text(f"inputs/{domain}", _table(("label", "text"), zip(names, texts, strict=False)), 0)
+            elif plays:
                 for place, (wave, name) in enumerate(zip(x.tensors()[:PLAYED], names, strict=False)):
                     writer.add_audio(f"inputs/{domain}/{place}: {name}", wave[None].cpu(), 0, rate)
             else:
-                drawn = [_raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
-                writer.add_figure(f"inputs/{domain}", _grid(drawn), 0)
+                drawn = [raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
+                writer.add_figure(f"inputs/{domain}", grid(drawn), 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts over."""
@@ -181,27 +187,32 @@ class _Kept:
             x, y = dataset[row][:2]
             return lambda axes: f"{module.draw(axes, x, y, prediction)}  {loss:.2f}"
 
-        writer.add_figure(f"{split}/worst: true, predicted, loss", _grid([of_prediction(each) for each in worst]), step)
+        writer.add_figure(f"{split}/worst: true, predicted, loss", grid([of_prediction(each) for each in worst]), step)
         rate = (module.schema.get("x") or {}).get("audio", {}).get("rate")
-        for place, (loss, row, prediction) in enumerate(worst[: PLAYED if rate else 0]):
+        lines, reads = [], _has_text(module)
+        for place, (loss, row, prediction) in enumerate(worst if reads else worst[: PLAYED if rate else 0]):
             x, y = dataset[row][:2]
             true = module.name_of(samples.first(samples.collate([y])))
             guess = module.name_of(samples.first(module.to_labels(prediction)))
-            writer.add_audio(f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}", x[None], step, rate)
+            lines.append((true, guess, f"{loss:.2f}", _text(x)))
+            if rate:
+                writer.add_audio(f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}", x[None], step, rate)
+        if reads:
+            writer.add_text(f"{split}/worst", _table(("true", "predicted", "loss", "text"), lines), step)
         names = module.class_names
         if module.is_classification and names is not None:
             decided = [(label, guess) for guess, label in zip(*(column.tolist() for column in seen[1:]), strict=True)]
             pairs = Counter(decided)
-            writer.add_figure(f"{split}/confusion", _confusion(pairs, names), step)
+            writer.add_figure(f"{split}/confusion", confusion(pairs, names), step)
             top = [(p, n) for p, n in pairs.most_common() if p[0] != p[1]][:SHOWN]
-            lines = "".join(f"| {names[a]} | {names[b]} | {n} |\n" for (a, b), n in top)
-            writer.add_text(f"{split}/most confused", f"| true | predicted | times |\n|---|---|---|\n{lines}", step)
+            counts = _table(("true", "predicted", "times"), [(names[a], names[b], n) for (a, b), n in top])
+            writer.add_text(f"{split}/most confused", counts, step)
             drawn = [
-                _raw(dataset[rows[decided.index((a, b))]][0], f"{names[a]} \u2192 {names[b]}  {n} x")
+                raw(dataset[rows[decided.index((a, b))]][0], f"{names[a]} \u2192 {names[b]}  {n} x")
                 for (a, b), n in top
             ]
             if drawn:
-                writer.add_figure(f"{split}/most confused: true, predicted, times", _grid(drawn), step)
+                writer.add_figure(f"{split}/most confused: true, predicted, times", grid(drawn), step)
         points, (features, labels) = points[:POINTS], samples.take(embedded, slice(POINTS))
         thumbnails = None
         if _is_image(dataset[rows[0]][0]):
@@ -222,16 +233,6 @@ class _Kept:
 
 def _loss(each: tuple[float, int, Any]) -> float:
     return each[0] if math.isfinite(each[0]) else math.inf
-
-
-def _raw(x: Any, title: str) -> Callable[[Any], str]:
-    """What draws a raw input."""
-
-    def draw(axes: Any) -> str:
-        draw_input(axes, x)
-        return title
-
-    return draw
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -255,6 +256,24 @@ def _writer(trainer: Trainer) -> Any:
     """TensorBoard's writer on the first process, or None."""
     logger = _tensorboard(trainer)
     return logger.experiment if logger is not None and trainer.is_global_zero else None
+
+
+def _has_text(module: TransferModule) -> bool:
+    """Whether inputs are texts, or have one among them."""
+    x = module.schema.get("x") or {}
+    return "text" in x or any(isinstance(part, Mapping) and "text" in part for part in x.values())
+
+
+def _text(x: Any) -> str:
+    """The text that a raw sample is, or that is among its inputs."""
+    parts = x.values() if isinstance(x, Mapping) else [x]
+    return next((part for part in parts if isinstance(part, str)), "")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown, as TensorBoard shows text; long cells are cut off."""
+    cells = ((" ".join(str(cell).split())[:READ].replace("|", "\\|") for cell in row) for row in rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
 
 
 def _is_image(x: Any) -> bool:
@@ -305,82 +324,3 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
             figure.legend(loc="outside lower center", ncols=2)
     writer.add_figure("domains/features", figure, trainer.global_step)
     writer.flush()
-
-
-def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[Any, Any]]]) -> Any:
-    """Returns a figure of raw samples, 8 in a row, those of each domain below its name.
-
-    Args:
-        module: Its task draws them.
-        domains: Samples (x, y) of each; y is None where labels are hidden.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [-(-len(each) // 8) for each in domains.values()]
-    figure = Figure(figsize=(13, sum(0.4 + 1.9 * count for count in rows)), dpi=100)
-    parts = figure.subfigures(len(rows), squeeze=False, height_ratios=[0.4 + 1.9 * count for count in rows])
-    for part, count, (name, pairs) in zip(parts[:, 0], rows, domains.items(), strict=True):
-        height = 0.4 + 1.9 * count
-        part.suptitle(name, x=0.01, y=1 - 0.05 / height, ha="left", weight="bold", size=11)
-        draw = [lambda axes, x=x, y=y: _short(module.draw(axes, x, y, None)) for x, y in pairs]
-        _fill(part, draw, 8, top=1 - 0.52 / height)
-    return figure
-
-
-def save_figure(figure: Any, file: Path) -> None:
-    """Writes a figure as a PNG.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise UserError(f"out: {file} cannot be written ({error.strerror})") from error
-
-
-def _short(title: str, most: int = 22) -> str:
-    return title if len(title) <= most else title[: most - 1] + "\u2026"
-
-
-def _grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
-    """Up to 16 samples in rows of 4; each is drawn by a function of the axes that returns its title."""
-    from matplotlib.figure import Figure
-
-    rows = -(-len(drawn) // 4)
-    figure = Figure(figsize=(9, 2.4 * rows), dpi=80)  # a constrained layout would take a second
-    _fill(figure, drawn, 4, top=1 - 0.3 / (2.4 * rows))
-    return figure
-
-
-def _fill(figure: Any, drawn: Sequence[Callable[[Any], str]], columns: int, top: float) -> None:
-    for place, draw in enumerate(drawn):
-        axes = figure.add_subplot(-(-len(drawn) // columns), columns, place + 1)
-        axes.set_title(draw(axes), fontsize=9)
-        axes.axis("off")
-    figure.subplots_adjust(0.02, 0.02, 0.98, top, 0.1, 0.2)
-
-
-def _confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
-    """True classes down, predicted across; a row sums to 1, the numbers are counts."""
-    from matplotlib.figure import Figure
-
-    counts = torch.zeros(len(names), len(names))
-    for pair, times in pairs.items():
-        counts[pair] = times
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = max(5.0, 0.55 * len(names) + 1.5)
-    figure = Figure(figsize=(side, side), dpi=80, layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    if len(names) <= 30:
-        for row in range(len(names)):
-            for column in range(len(names)):
-                if counts[row, column]:
-                    colour = "white" if shares[row, column] > 0.5 else "black"
-                    text = str(int(counts[row, column]))
-                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    return figure

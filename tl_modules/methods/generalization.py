@@ -20,7 +20,7 @@ from tl_modules.batch.compat import attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
 from tl_modules.batch.protocol import BaseTransferModule
-from tl_modules.batch.samples import Batch
+from tl_modules.batch.samples import AnnotatedBatch, Batch
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains, sized_by_checkpoint
 from tl_modules.methods.schedules import LossWeight
@@ -175,7 +175,7 @@ class Mixup(Method):
                 mixed[name] = self.mix(module, batch[name], batch[other])
         return mixed
 
-    def mix(self, module: BaseTransferModule, one: Batch, other: Batch) -> Batch:
+    def mix(self, module: BaseTransferModule, one: Batch, other: Batch) -> Any:
         """Mixes each sample of a batch with one of another batch."""
         share = random.betavariate(self.alpha, self.alpha)
         order = torch.randperm(samples.count(other.x))
@@ -189,7 +189,9 @@ class Mixup(Method):
 
         ys = [shares(one.y), shares(other.y)]
         xs = module.backbone.align([one.x, other.x])
-        return Batch(samples.map_leaves(mixed, *xs), samples.map_leaves(mixed, *ys), one.index)
+        x, y = samples.map_leaves(mixed, *xs), samples.map_leaves(mixed, *ys)
+        weights = samples.weights_of([one, other])
+        return Batch(x, y, one.index) if weights is None else AnnotatedBatch(x, y, one.index, mixed(*weights))
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """No term."""

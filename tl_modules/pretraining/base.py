@@ -28,7 +28,7 @@ from tl_modules.backbones.vision import ImageBackbone
 from tl_modules.batch import samples
 from tl_modules.batch.output import by_domain, check_sources, full_precision
 from tl_modules.batch.ranks import every_rank
-from tl_modules.batch.samples import Batch, Collate
+from tl_modules.batch.samples import Batch, Collate, as_batch
 from tl_modules.errors import UserError
 from tl_modules.evaluation.transferability import knn
 from tl_modules.finetuning.base import FineTuning
@@ -160,7 +160,7 @@ class Pretraining(TransferModule):
 
     def training_step(self, batch: Domains, batch_idx: int) -> Any:
         """Computes the sum of the objective's terms."""
-        views = self.views_of({name: Batch(*part) for name, part in batch.items()})
+        views = self.views_of({name: as_batch(part) for name, part in batch.items()})
         terms = self.objective(*views)
         total = reduce(torch.add, terms.values())
         self.terms.add({"loss": total, **(terms if len(terms) > 1 else {})}, samples.count(views[0]))
@@ -179,7 +179,7 @@ class Pretraining(TransferModule):
         if dataloader_idx > 0:
             return
         ((name, part),) = batch.items()
-        part = Batch(*part)
+        part = as_batch(part)
         plain, rest = (part.x[0], part.x[1:]) if self.views > 1 else (part.x, part.x)
         self._keep(plain, part.y)
         self._measure({name: Batch(rest)}, batch_idx, "val")
@@ -187,7 +187,7 @@ class Pretraining(TransferModule):
     def test_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Keeps the features; the objective is measured where it takes samples as they are."""
         ((name, part),) = batch.items()
-        part = Batch(*part)
+        part = as_batch(part)
         self._keep(part.x, part.y)
         if self.views == 1:
             self._measure({name: part}, batch_idx, "test")
@@ -279,10 +279,10 @@ def spread(features: Tensor) -> float:
 class CollateViews(Collate):
     """Makes a batch of samples ((view, ...), y, index): each view becomes a tree of its own."""
 
-    def __call__(self, samples: Sequence[tuple[Any, Any, int]]) -> Batch:
+    def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Any:
         """Returns the batch; samples without views, as `tl test` reads them, stay as they are."""
-        batch: Batch = super().__call__([(None, y, index) for _, y, index in samples])
-        xs = [x for x, _, _ in samples]
+        batch = super().__call__([(None, *rest) for _, *rest in samples])
+        xs = [x for x, *_ in samples]
         if isinstance(xs[0], tuple):
             return batch._replace(x=tuple(self.prepare(view) for view in zip(*xs, strict=True)))
         return batch._replace(x=self.prepare(xs))

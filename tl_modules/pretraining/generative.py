@@ -13,7 +13,7 @@ from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.compat import finds_unused_parameters
 from tl_modules.batch.output import full_precision, statistics_kept
-from tl_modules.batch.samples import Batch
+from tl_modules.batch.samples import as_batch
 from tl_modules.errors import UserError
 from tl_modules.finetuning.optimizer import fused
 from tl_modules.module import Domains
@@ -113,7 +113,7 @@ class GAN(Pretraining):
 
     def training_step(self, batch: Domains, batch_idx: int) -> Any:
         """Moves the generator, then the discriminator."""
-        (real,) = self.views_of({name: Batch(*part) for name, part in batch.items()})
+        (real,) = self.views_of({name: as_batch(part) for name, part in batch.items()})
         count = samples.count(real)
         mine, its = self.optimizers()  # type: ignore[attr-defined]
         its = its.optimizer  # without Lightning's wrapper, whose steps count as the run's

@@ -161,14 +161,14 @@ def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
 
 @functools.lru_cache(MOST)  # a config repeats itself
 def _holds_structure(text: str) -> bool:
-    """Whether a text is YAML of a mapping or list, or of such a text."""
+    """Whether a text is YAML of a mapping or list with something in it, or of such a text."""
     for _ in range(DEEPEST):
         try:
             parsed = yaml.safe_load(text)
         except yaml.YAMLError:
             return False
         if not isinstance(parsed, str) or parsed == text:
-            return isinstance(parsed, dict | list)
+            return isinstance(parsed, dict | list) and bool(parsed)
         text = parsed
     return True
 

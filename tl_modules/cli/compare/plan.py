@@ -19,7 +19,8 @@ from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.errors import UserError, closest
 
 KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better", "benchmark")
-WAY_KEYS = ("config", "options", "compress", "test", "of", "report", "metric")
+MAKERS = ("compress", "soup")  # commands that make a run of others
+WAY_KEYS = ("config", "options", *MAKERS, "test", "of", "report", "metric")
 TASK_KEYS = ("config", "options", "test")
 METRICS = ("test/accuracy", "test/rmse")  # what runs are compared by, the first that they have
 # ${HOME} is the shell's, {lr: 1} a mapping
@@ -38,7 +39,7 @@ class Variant:
         of: The way whose runs it tests; it then trains none.
         report: Whether it is tested and stands in the tables.
         metric: Its own key in metrics.json.
-        compress: Its words for `tl compress`, which then makes its run in place of `tl fit`.
+        make: The command that makes its run in place of `tl fit`, one of `MAKERS`, and its words.
     """
 
     fit: list[str]
@@ -46,7 +47,7 @@ class Variant:
     of: str | None = None
     report: bool = True
     metric: str | None = None
-    compress: list[str] | None = None
+    make: list[str] | None = None
 
 
 @dataclass
@@ -116,15 +117,17 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
         raise UserError(
             f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
         )
-    if entry.get("compress") and (of or entry.get("options") or entry.get("config")):
-        raise UserError(f"{where}: compress makes its run of another one; leave of, options and config out")
+    makers = [command for command in MAKERS if entry.get(command)]
+    if makers and (makers[1:] or of or entry.get("options") or entry.get("config")):
+        others = ", ".join(key for key in ("of", "options", "config", *makers[1:]) if entry.get(key))
+        raise UserError(f"{where}: {makers[0]} makes its run of others; leave {others} out")
     return Variant(
         _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
         of,
         _of_type(entry.get("report", True), bool, f"{where}: report", "true or false"),
         _of_type(entry.get("metric"), str | None, f"{where}: metric", "a key of metrics.json"),
-        _words(entry["compress"], names, f"{where}: compress") if entry.get("compress") else None,
+        [makers[0], *_words(entry[makers[0]], names, f"{where}: {makers[0]}")] if makers else None,
     )
 
 
@@ -208,7 +211,7 @@ class Trial:
     Attributes:
         root: The comparison's folder.
         folder: The trial's own: its run's versions, log.txt and result.json.
-        make: The command that makes its run, "fit" or "compress", and its words; None if it only tests.
+        make: The command that makes its run, and its words; None if it only tests.
         test: The words of `tl test`, None if it is not tested.
         benchmark: The words of `tl benchmark`, None if it is not measured.
         needs: Other trials by the slug of their way.
@@ -258,8 +261,8 @@ def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Tri
         for task_name, task in plan.tasks.items():
             for name, way in plan.ways.items():
                 seeded = ["--seed_everything", str(seed), "--data.seed", str(seed)]
-                make = None if way.of else ["fit", *plan.options, *task.fit, *way.fit, *seeded]
-                make = ["compress", *way.compress] if way.compress else make
+                fit = ["fit", *plan.options, *task.fit, *way.fit, *seeded]
+                make = way.make or (None if way.of else fit)
                 test = [*task.test, *way.test] if way.report else None
                 benchmark = plan.benchmark if way.report else None
                 words = [*(make or []), *(test or []), *(benchmark or [])]

@@ -1,6 +1,6 @@
 """Runs trials: a process for each command, several at a time, and a result.json for each trial.
 
-    ready trial -> tl fit --resume, or compress -> tl test -> tl benchmark, if asked -> result.json -> those that waited
+    ready trial -> fit --resume, compress or soup -> test -> benchmark, if asked -> result.json -> those that waited
 
 The processes are forked from a server that has imported everything once, which is most of the time of a small run;
 one that crashes takes nothing along.

@@ -280,3 +280,14 @@ def test_a_run_from_before_groups_without_decay_goes_on(monkeypatch, ok, tmp_pat
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = [tuple(state["state"][number]["exp_avg"].shape) for number in numbers]
     assert moments == [tuple(p.shape) for p in parameters]
+
+
+def test_a_run_resumes_with_another_rate_but_not_another_optimizer(ok, tl, tmp_path):
+    """A rate of 0 has no share of the schedule to go on from."""
+    ok(SMALL.replace("max_epochs 2", "max_epochs 1") + "--name a --model.optimizer.lr 0")
+    other = "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
+    refused = tl(f"fit --run runs/a/version_0 --resume --trainer.max_epochs 2 {other}")
+    assert refused.code == 2
+    assert "optimizer: the checkpoint is of another one, with amsgrad, betas" in refused.err
+    ok("fit --run runs/a/version_0 --resume --trainer.max_epochs 2 --model.optimizer.lr 0.1")
+    assert float(rows(tmp_path, "a")[-1]["lr/head"]) > 0

@@ -173,7 +173,7 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
         checkpoint: Of an interrupted run; its optimizer and scheduler states are changed in place.
 
     Raises:
-        UserError: Its parameter groups are not this module's.
+        UserError: Its parameter groups are not this module's, or it is of another optimizer.
     """
     states, schedulers = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", [])
     built = configure(module)  # the Trainer builds its own only after it has read the checkpoint
@@ -186,12 +186,20 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
             f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; go on with "
             "the same backbone, head and methods, or start a new run with --model.backbone.weights"
         )
+    others, own = (set(groups[0]) - set(RATES) for groups in (before, now))
+    if others - own and own - others:  # a key more alone is of another version of torch
+        raise UserError(
+            f"optimizer: the checkpoint is of another one, with {', '.join(sorted(others - own))}, and "
+            f"{type(optimizer).__name__} has {', '.join(sorted(own - others))}; go on with the run's own, or start a "
+            "new run from its weights, --model.backbone.weights RUN"
+        )
     given = [{key: group[key] for key in RATES if key in group} for group in now]
     cyclic = isinstance(built, dict) and isinstance(built["lr_scheduler"]["scheduler"], OneCycleLR | CyclicLR)
     for old, new in zip(before, given, strict=True):
-        ratio = new["configured_lr"] / old.get("configured_lr", new["configured_lr"])
+        configured = old.get("configured_lr", new["configured_lr"])
         for key in old.keys() & set(RATES):
-            old[key] = new[key] if cyclic and key in ("initial_lr", "max_lr", "min_lr") else old[key] * ratio
+            anew = not configured or (cyclic and key in ("initial_lr", "max_lr", "min_lr"))  # there is no share of 0
+            old[key] = new[key] if anew else old[key] * (new["configured_lr"] / configured)
     for state in schedulers:
         if "base_lrs" in state:
             state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in before]

@@ -38,17 +38,22 @@ class RunFiles(Callback):
         self.validated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes config.yaml before anything is trained.
+        """Writes a new run's config.yaml before anything is trained.
 
         Raises:
             UserError: The directory cannot be written.
         """
-        if self.config and trainer.is_global_zero:
-            write_config(self.path, self.config)
+        if not (self.path / "config.yaml").exists():
+            self._write_config(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There is something to train."""
+        """Writes a resumed run's config.yaml, now that its checkpoint has been accepted: there is something to train."""
         self.trained = True
+        self._write_config(trainer)
+
+    def _write_config(self, trainer: Trainer) -> None:
+        if self.config and trainer.is_global_zero:
+            write_config(self.path, self.config)
 
     @property
     def state_key(self) -> str:

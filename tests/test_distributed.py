@@ -229,3 +229,73 @@ def test_one_of_two_processes_cannot_cache(backbone, tmp_path):
     else:
         assert done.returncode != 0
         assert "not finite" in done.stderr
+
+
+DIGEST = """
+import torch
+from lightning.pytorch import Callback
+
+
+class Digest(Callback):
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.state_dict(), f"rank-{trainer.global_rank}.pt")
+"""
+SEVERAL = """
+model:
+  class_path: Classification
+  init_args:
+    backbone:
+      class_path: SeveralBackbones
+      init_args:
+        parts:
+          text: {class_path: WordVectors, init_args: {name: v.txt}}
+          row: {class_path: TabularMLP, init_args: {widths: [8]}}
+"""
+KINDS = {
+    "texts": "--data TextFiles --data.target t.csv --data.weight w --model Classification --model.backbone WordVectors "
+    "--model.backbone.name v.txt",
+    "recordings": "--data AudioFolders --data.target t.csv --data.num_workers 1 --model Classification "
+    "--model.backbone SpeechConvNet --model.backbone.width 8",
+    "tables": "--data TabularData --data.target t.csv --data.label label --data.drop [file] --data.weight w "
+    "--model Classification --model.backbone TabularMLP --model.backbone.widths [8]",
+    "several inputs": "-c several.yaml --data Paired --data.target t.csv --data.text text --data.numbers [w] "
+    "--data.label label",
+}
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """A table of 41 texts, numbers and recordings of unequal lengths."""
+    soundfile = pytest.importorskip("soundfile")
+    rows = ["text,label,w,file"]
+    for n in range(41):
+        rows.append(f"{'good' if n % 2 else 'bad'} {'film ' * (n % 7)},{'ab'[n % 2]},{1 + n % 3 / 2},{n}.wav")
+        wave = torch.sin(torch.arange(2000 + 100 * (n % 7)) * (0.2 + 0.3 * (n % 2)))
+        soundfile.write(tmp_path / f"{n}.wav", wave.numpy(), 8000)
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "v.txt").write_text("good 1 0\nbad 0 1\nfilm 1 1\n")
+    (tmp_path / "several.yaml").write_text(SEVERAL)
+    (tmp_path / "digest.py").write_text(DIGEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_data(kind, kinds, tmp_path):
+    """Both ranks end with the same parameters, and the predictions of both come back whole and in order."""
+    two = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp"
+    run(
+        f"fit {KINDS[kind]} {two} --trainer.max_epochs 2 --data.batch_size 4 --trainer.callbacks+=digest.Digest --name x",
+        tmp_path,
+    )
+    one, other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    devices = {"two": two, "one": "--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto"}
+    for name, options in devices.items():
+        run(f"predict --run runs/x --trust digest {options} --out {name}.csv", tmp_path)
+    found = {
+        name: [line.split(",") for line in (tmp_path / f"{name}.csv").read_text().splitlines()] for name in devices
+    }
+    assert [row[:2] for row in found["one"]] == [row[:2] for row in found["two"]]
+    names = [f"{n}.wav" if kind == "recordings" else str(n) for n in range(41)]
+    assert [row[0].rpartition("/")[2] for row in found["two"][1:]] == names

@@ -289,5 +289,5 @@ def test_a_run_resumes_with_another_rate_but_not_another_optimizer(ok, tl, tmp_p
     refused = tl(f"fit --run runs/a/version_0 --resume --trainer.max_epochs 2 {other}")
     assert refused.code == 2
     assert "optimizer: the checkpoint is of another one, with amsgrad, betas" in refused.err
-    ok("fit --run runs/a/version_0 --resume --trainer.max_epochs 2 --model.optimizer.lr 0.1")
-    assert float(rows(tmp_path, "a")[-1]["lr/head"]) > 0
+    ok("fit --run runs/a/version_0 --resume --trainer.max_epochs 3 --model.optimizer.lr 0.1")
+    assert float(rows(tmp_path, "a")[1]["lr/head"]) > 0

@@ -47,7 +47,7 @@ class RunFiles(Callback):
             self._write_config(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a resumed run's config.yaml, now that its checkpoint has been accepted: there is something to train."""
+        """Writes a resumed run's config.yaml too, now that its checkpoint has been accepted."""
         self.trained = True
         self._write_config(trainer)
 

@@ -32,7 +32,7 @@ def gather_classes(labels: Mapping[str, Iterable[Any]], what: str, same: bool = 
     Raises:
         DataError: The domains' classes differ, or there is but one class.
     """
-    found = {name: set(map(class_name, set(own))) for name, own in labels.items()}
+    found = {name: set(map(class_name, _distinct(own)[0])) for name, own in labels.items()}
     if same:
         check_same_classes(found)
     every = set().union(*found.values())
@@ -70,10 +70,20 @@ def encode_labels(labels: Iterable[Any], class_names: Sequence[str] | None, at: 
     if class_names is None:
         return read_numbers(cells, at, "label").astype(np.float32)
     number = {class_name(name): place for place, name in enumerate(class_names)}
-    names = {cell: class_name(cell) for cell in dict.fromkeys(cells)}
-    for name in names.values():
+    distinct, places = _distinct(cells)
+    for name in map(class_name, distinct):
         check_known("classes", name, number, "class")
-    return np.array([number[names[cell]] for cell in cells], np.int64)
+    return np.array([number[class_name(cell)] for cell in distinct], np.int64)[places]
+
+
+def _distinct(cells: Iterable[Any]) -> tuple[list[Any], Array]:
+    """The values of N cells, each once, and the place of each cell's value among them, (N,)."""
+    if isinstance(cells, np.ndarray):
+        values, places = np.unique(cells, return_inverse=True)
+        return values.tolist(), places
+    cells = list(cells)
+    number = {value: place for place, value in enumerate(dict.fromkeys(cells))}
+    return list(number), np.array([number[cell] for cell in cells], np.int64)
 
 
 def read_numbers(cells: Iterable[Any], at: At, what: str) -> Array:
@@ -83,7 +93,8 @@ def read_numbers(cells: Iterable[Any], at: At, what: str) -> Array:
         DataError: One is none.
     """
     cells = check_present(cells, at, what)
-    numbers = np.array([as_number(cell) for cell in cells], np.float64)
+    typed = isinstance(cells, np.ndarray) and cells.dtype.kind in "iuf"
+    numbers = np.asarray(cells if typed else [as_number(cell) for cell in cells], np.float64)
     for row in np.flatnonzero(~np.isfinite(numbers))[:1].tolist():
         advice = ", or pass --data.kind classes" if what == "label" else ""
         raise DataError(f"{at(row)}: its {what} '{cells[row]}' is no number; mend it{advice}")
@@ -105,16 +116,19 @@ def read_weights(cells: Iterable[Any], at: At) -> list[float]:
     return weights
 
 
-def check_present(cells: Iterable[Any], at: At, what: str) -> list[Any]:
+def check_present(cells: Iterable[Any], at: At, what: str) -> list[Any] | Array:
     """Returns the cells of a column, none of which is missing: None, nan or empty text.
 
     Raises:
         DataError: One is missing.
     """
-    found = cells.tolist() if isinstance(cells, np.ndarray) else list(cells)
-    for row, cell in enumerate(found):
-        if cell is None or cell == "" or cell != cell:
-            raise DataError(f"{at(row)}: its {what} is missing; fill it in or remove the row")
+    found = cells if isinstance(cells, np.ndarray) else list(cells)
+    if isinstance(found, np.ndarray) and found.dtype.kind != "O":
+        absent = np.flatnonzero(found == "" if found.dtype.kind == "U" else found != found).tolist()
+    else:
+        absent = [row for row, cell in enumerate(found) if cell is None or cell == "" or cell != cell]
+    if absent:
+        raise DataError(f"{at(absent[0])}: its {what} is missing; fill it in or remove the row")
     return found
 
 

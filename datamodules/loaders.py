@@ -314,8 +314,10 @@ class EpochSampler(DistributedSampler[Any]):
         order = np.concatenate(parts)[: self.num_samples * self.num_replicas]
         if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
             self._bucket(order, lengths)
-        mine = order[self.rank :: self.num_replicas]
-        return iter([self._drawn(place, seed) for place, seed in mine[self.start :].tolist()])
+        mine = order[self.rank :: self.num_replicas][self.start :]
+        for first in range(0, len(mine), 4096):  # as Python's numbers a large epoch would take six times the memory
+            for place, seed in mine[first : first + 4096].tolist():
+                yield self._drawn(place, seed)
 
     def _bucket(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
         """Makes whole batches of samples (place, seed) of like length, in chunks that lie within one pass each."""

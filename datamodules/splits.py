@@ -127,12 +127,17 @@ class Subset(Dataset[Any]):
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self.dataset, self.rows = dataset, rows
-        self.targets = targets_of(dataset)[list(rows)]
-        self.ids, self.groups, self.weights = map(self._own, ("ids", "groups", "weights"))
+        self.targets = targets_of(dataset)[np.asarray(rows, np.int64)]
+        self.groups, self.weights = map(self._own, ("groups", "weights"))
 
     def _own(self, name: str) -> list[Any] | None:
         known = getattr(self.dataset, name, None)
         return None if known is None else [known[row] for row in self.rows]
+
+    @property
+    def ids(self) -> list[Any] | None:
+        """The name of each sample; made when asked for, since those of millions of rows take hundreds of megabytes."""
+        return self._own("ids")
 
     @property
     def lengths(self) -> list[Any] | None:

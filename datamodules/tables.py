@@ -128,7 +128,9 @@ def _read_frame(
             table.labels = numbers[name].to_numpy()
         else:
             texts = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name]
-            table.labels = np.array(["" if text in MISSING else text for text in texts])
+            distinct = texts.unique(maintain_order=True)
+            places = texts.cast(polars.Enum(distinct)).to_physical().to_numpy()
+            table.labels = np.array(["" if text in MISSING else text for text in distinct])[places]
     if group is not None:
         name = _column("group", group, names, where)
         apart.append(name)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tl_modules import UserError
+from tl_modules.cli.compare import _chosen
 from tl_modules.cli.compare.plan import make_trials, read_plan
 from tl_modules.cli.compare.runner import Runner
 from tl_modules.cli.main import main
@@ -286,3 +287,11 @@ def test_a_soup_of_ways(ok, tmp_path):
     folder = tmp_path / "runs/g/runs/soup/seed-0/version_0"
     assert sorted(json.loads((folder / "metrics.json").read_text())["soup"].values()) == [0.5, 0.5]
     assert [row["way"] for row in results(tmp_path / "runs/g", "table.csv")] == ["one", "two", "soup"]
+
+
+def test_a_ways_name_may_have_a_comma():
+    ways = ["one", "one, frozen", "two"]
+    assert _chosen("one, frozen,two", ways) == ["one, frozen", "two"]
+    assert _chosen("two, one", ways) == ["two", "one"]
+    with pytest.raises(UserError, match="--only: there is no way three; there are one, one, frozen, two"):
+        _chosen("one,three", ways)

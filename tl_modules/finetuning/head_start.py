@@ -78,5 +78,5 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
 def _visible_labels(loaders: Mapping[str, Any]) -> list[Any]:
     """The labels of the training rows of each domain whose data set has `targets` in memory, as numbers."""
     views = [loader.dataset for loader in loaders.values() if getattr(loader.dataset, "label", "") == "y"]
-    found = [(np.asarray(getattr(view.dataset, "targets", None)), list(view.rows)) for view in views]
+    found = [(np.asarray(getattr(view.dataset, "targets", None)), np.asarray(view.rows)) for view in views]
     return [targets[rows] for targets, rows in found if targets.ndim and targets.dtype.kind in "fiu"]

@@ -50,12 +50,7 @@ def compare(args: Sequence[str], main: Main) -> None:
     given = parser.parse_args(args)
     plan = read_plan(given.file)
     seeds = read_seeds(yaml.safe_load(f"[{given.seeds}]"), "--seeds") if given.seeds else plan.seeds
-    only = [name.strip() for name in given.only.split(",")] if given.only else list(plan.ways)
-    for name in only:
-        if name not in plan.ways:
-            raise UserError(
-                f"--only: there is no way {name}{closest(name, plan.ways)}; there are {', '.join(plan.ways)}"
-            )
+    only = _chosen(given.only, list(plan.ways)) if given.only else list(plan.ways)
     cores = os.cpu_count() or 1
     processes = given.processes if given.processes is not None else 1 if torch.accelerator.is_available() else cores
     if processes < 1:
@@ -83,3 +78,16 @@ def compare(args: Sequence[str], main: Main) -> None:
     if failed:
         print(f"{failed} of {len(runner.graph)} cells failed; the same command tries them again")
         raise SystemExit(1)
+
+
+def _chosen(words: str, ways: list[str]) -> list[str]:
+    """The ways of WAY,WAY; a name may have a comma itself, and the longest name that fits is meant."""
+    found, parts = [], words.split(",")
+    while parts:
+        fitting = (count for count in range(len(parts), 0, -1) if ",".join(parts[:count]).strip() in ways)
+        if not (count := next(fitting, 0)):
+            name = parts[0].strip()
+            raise UserError(f"--only: there is no way {name}{closest(name, ways)}; there are {', '.join(ways)}")
+        found.append(",".join(parts[:count]).strip())
+        parts = parts[count:]
+    return found

@@ -43,6 +43,10 @@ def truncate(path):
 
 
 CASES = {
+    "an optimizer without groups": (FIT + "--model.optimizer torch.optim.LBFGS", "LBFGS doesn't support per-parameter options"),
+    "barebones": (FIT + "--trainer.barebones true", "Logging can impact raw speed so it is disabled in barebones mode"),
+    "a logger that is not installed": (FIT + "--trainer.logger CometLogger", "pip install -U 'comet-ml"),
+    "an argument that its class refuses": (FIT + "--model.optimizer.lr -1", "Invalid learning rate: -1.0"),
     "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, and the data's inputs are text"),
     "texts in another column": (TEXTS + "ConvNet --data.text txt", "text: there is no column txt (did you mean text?)"),
     "a malformed line of word vectors": (TEXTS + "WordVectors --model.backbone.name v.txt", "v.txt is no file of word vectors (line 2 has 1 numbers, not 2)"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 import datamodules
+import tl_modules
 from tl_modules.errors import UserError, closest
 from tl_modules.runs.directory import SECTIONS
 
@@ -156,9 +159,26 @@ def import_class(class_path: str) -> Any:
 
 def cause(error: BaseException | None) -> BaseException | None:
     """The mistake of the user's behind an exception, which the parser wraps in some of its own; None if it is ours."""
-    while error is not None and not isinstance(error, UserError | datamodules.DataError | MisconfigurationException):
-        error = error.__cause__ or error.__context__
-    return error
+    found = error
+    while found is not None and not isinstance(found, UserError | datamodules.DataError | MisconfigurationException):
+        found = found.__cause__ or found.__context__
+    return found or _refusal(error)
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """The exception by which a class of another package has refused the arguments that it was given, or None.
+
+    The last code of ours to run was then what makes objects of arguments: the command line, or an optimizer's rules.
+    """
+    frames: list[Path] = []
+    first = error
+    while error is not None:
+        frames += [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+        first, error = error, error.__cause__ or error.__context__
+    homes = [Path(str(package.__file__)).parent for package in (tl_modules, datamodules)]
+    ours = [path for path in frames if any(path.is_relative_to(home) for home in homes)]
+    makes = bool(ours) and ours[-1] != frames[-1] and (ours[-1].parent.name == "cli" or ours[-1].name == "optimizer.py")
+    return first if makes and isinstance(first, ValueError | TypeError | ImportError) else None
 
 
 def one_line(error: BaseException) -> str:

@@ -337,3 +337,9 @@ def test_the_help_of_heads_names_ours(ok, tl):
     assert all(f"tl_modules.{name}" in known for name in ("LinearHead", "MLPHead", "CosineHead"))
     assert "torch.nn.ReLU" not in text
     assert "torch.nn.Conv2d" not in text
+
+
+def test_a_trial_of_all_steps_names_no_run_to_test(ok):
+    said = ok("fit --name a --trainer.fast_dev_run true --model.backbone.width 4")
+    assert "fast_dev_run: all steps work; runs/a/version_0 has no checkpoint to test" in said
+    assert "tl test" not in said

@@ -349,6 +349,8 @@ class TransferCLI(OneCommand, LightningCLI):
 
     def after_fit(self) -> None:
         """Says where everything is."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return self._say(f"fast_dev_run: all steps work; {self.directory} has no checkpoint to test")
         if not self.files.trained:
             self._say(
                 f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"

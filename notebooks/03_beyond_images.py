@@ -75,8 +75,9 @@ def train(backbone, data, epochs=10, **options):
 # categories are those of the training rows and stay with the model.
 
 # %%
-cancer = load_breast_cancer(as_frame=True)
-frame = polars.from_pandas(cancer.frame.assign(target=cancer.target_names[cancer.target]))
+cancer = load_breast_cancer()
+frame = polars.DataFrame(cancer.data, schema=list(cancer.feature_names))
+frame = frame.with_columns(target=polars.Series(cancer.target_names[cancer.target].tolist()))
 for labelled in (20, 100, None):
     data = TabularData(frame, label="target", labelled=labelled)
     print(f"{labelled or 'all'} labelled rows: accuracy {train(TabularMLP, data, epochs=20):.3f}")

@@ -72,7 +72,7 @@ def main():
             ]
             fit += ["--trainer.max_epochs", given.epochs, "--trainer.logger", "false", "--seed_everything", seed]
             timed([*TL, "fit", *fit, "--data.seed", seed, "--name", f"clip{seed}"], folder)
-            new = ["--data.target", "unseen.csv", "--data.image", "unseen.npz", "--data.text", "null"]
+            new = ["--data.target", "unseen.csv", "--data.image", "unseen.npz", "--data.without", "[text]"]
             new += ["--data.label", "null", "--model.classes", f"[{', '.join(repr(name) for name in names)}]"]
             timed([*TL, "predict", "--run", f"runs/clip{seed}", *new, "--out", f"{seed}.csv"], folder)
             right, chance = accuracy(folder / f"{seed}.csv", folder / "unseen.csv", names)

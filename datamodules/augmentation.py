@@ -40,7 +40,7 @@ def transforms_of(
     if isinstance(augment, list):
         return nn.Sequential(*augment) if augment else None
     inputs = (dataset[row][0] for row in range(len(dataset)))  # of several, the image; a row may lack it
-    images = (x.get("image") if isinstance(x, Mapping) else x for x in inputs)
+    images = (x.get("image", x) if isinstance(x, Mapping) else x for x in inputs)
     like = next((image for image in images if image is not None), None)
     if not isinstance(like, Tensor) or like.ndim != 3 or len(like) not in (1, 3):
         raise DataError(

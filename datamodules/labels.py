@@ -11,6 +11,7 @@ import numpy as np
 from datamodules.errors import DataError, check_known
 
 Array = np.ndarray[Any, Any]
+Cells = Sequence[Any] | Array  # of a column
 At = Callable[[int], str]  # what messages call a row, e.g. "target: wine.csv row 3"
 
 
@@ -21,7 +22,7 @@ def are_values(labels: Iterable[Any], kind: str | None, classes: Sequence[str] |
     return kind == "values"
 
 
-def gather_classes(labels: Mapping[str, Iterable[Any]], what: str, same: bool = True) -> list[str]:
+def gather_classes(labels: Mapping[str, Cells], what: str, same: bool = True) -> list[str]:
     """Gathers the names of the classes, numbers in their order and text in that of the alphabet.
 
     Args:
@@ -60,39 +61,38 @@ def check_same_classes(found: Mapping[str, Collection[str]]) -> None:
         raise DataError(f"{', '.join(found)}: their classes differ: {parts}")
 
 
-def encode_labels(labels: Iterable[Any], class_names: Sequence[str] | None, at: At) -> Array:
+def encode_labels(labels: Cells, class_names: Sequence[str] | None, at: At) -> Array:
     """Labels of N samples -> their numbers in `class_names`, (N,) int64, or, where it is None, (N,) float32.
 
     Raises:
         DataError: A label is missing, not among the classes, or no number where there are no classes.
     """
-    cells = check_present(labels, at, "label")
     if class_names is None:
-        return read_numbers(cells, at, "label").astype(np.float32)
+        return read_numbers(labels, at, "label").astype(np.float32)
+    check_present(labels, at, "label")
     number = {class_name(name): place for place, name in enumerate(class_names)}
-    distinct, places = _distinct(cells)
+    distinct, places = _distinct(labels)
     for name in map(class_name, distinct):
         check_known("classes", name, number, "class")
     return np.array([number[class_name(cell)] for cell in distinct], np.int64)[places]
 
 
-def _distinct(cells: Iterable[Any]) -> tuple[list[Any], Array]:
+def _distinct(cells: Cells) -> tuple[list[Any], Array]:
     """The values of N cells, each once, and the place of each cell's value among them, (N,)."""
     if isinstance(cells, np.ndarray):
         values, places = np.unique(cells, return_inverse=True)
         return values.tolist(), places
-    cells = list(cells)
     number = {value: place for place, value in enumerate(dict.fromkeys(cells))}
     return list(number), np.array([number[cell] for cell in cells], np.int64)
 
 
-def read_numbers(cells: Iterable[Any], at: At, what: str) -> Array:
+def read_numbers(cells: Cells, at: At, what: str) -> Array:
     """Cells of a column as finite numbers, (N,) float64.
 
     Raises:
-        DataError: One is none.
+        DataError: One is no number.
     """
-    cells = check_present(cells, at, what)
+    check_present(cells, at, what)
     typed = isinstance(cells, np.ndarray) and cells.dtype.kind in "iuf"
     numbers = np.asarray(cells if typed else [as_number(cell) for cell in cells], np.float64)
     for row in np.flatnonzero(~np.isfinite(numbers))[:1].tolist():
@@ -101,7 +101,7 @@ def read_numbers(cells: Iterable[Any], at: At, what: str) -> Array:
     return numbers
 
 
-def read_weights(cells: Iterable[Any], at: At) -> list[float]:
+def read_weights(cells: Cells, at: At) -> list[float]:
     """How much the loss of each sample counts.
 
     Raises:
@@ -116,20 +116,18 @@ def read_weights(cells: Iterable[Any], at: At) -> list[float]:
     return weights
 
 
-def check_present(cells: Iterable[Any], at: At, what: str) -> list[Any] | Array:
-    """Returns the cells of a column, none of which is missing: None, nan or empty text.
+def check_present(cells: Cells, at: At, what: str) -> None:
+    """Refuses a column in which a cell is missing: None, nan or empty text.
 
     Raises:
         DataError: One is missing.
     """
-    found = cells if isinstance(cells, np.ndarray) else list(cells)
-    if isinstance(found, np.ndarray) and found.dtype.kind != "O":
-        absent = np.flatnonzero(found == "" if found.dtype.kind == "U" else found != found).tolist()
+    if isinstance(cells, np.ndarray) and cells.dtype.kind != "O":
+        absent = np.flatnonzero(cells == "" if cells.dtype.kind == "U" else cells != cells).tolist()
     else:
-        absent = [row for row, cell in enumerate(found) if cell is None or cell == "" or cell != cell]
+        absent = [row for row, cell in enumerate(cells) if cell is None or cell == "" or cell != cell]
     if absent:
         raise DataError(f"{at(absent[0])}: its {what} is missing; fill it in or remove the row")
-    return found
 
 
 def class_name(label: Any) -> str:

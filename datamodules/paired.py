@@ -146,20 +146,6 @@ class Paired(FileDomains):
         self.wheres = {name: f"{name}: {path}" for name, path in self.paths.items()}
         frames = {name: read_frame(path, self.wheres[name]) for name, path in self.paths.items()}
         weight = None if label is None else weight
-        images = {"target": image, "source": source_image or image}
-
-        def read(name: str) -> tuple[str | None, str | None, list[str]]:
-            """The columns of a domain's inputs that are there."""
-            there = {"image": images[name], "text": text, "row": numbers} | dict.fromkeys(without or ())
-            return there["image"], there["text"], there["row"] or []
-
-        for name, frame in frames.items():
-            own_image, own_text, own_numbers = read(name)
-            named: dict[str, str | None] = {"label": label, "split": split, "group": group, "weight": weight}
-            named |= {"image": own_image, "text": own_text} | {f"numbers: {n}": n for n in own_numbers}
-            for field, column in named.items():
-                if column is not None and not column.endswith(ARRAYS):
-                    check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
         given: dict[str, Any] = {
             "image": image and {"image": {}},
             "text": text and {"text": {}},
@@ -167,15 +153,25 @@ class Paired(FileDomains):
         }
         kinds = {name: what for name, what in given.items() if what}
         self.x_schema = kinds if len(kinds) > 1 else next(iter(kinds.values()))
-        for name in without or ():
-            check_known("without", name, kinds if len(kinds) > 1 else (), "input beside which there is another")
+        for absent in without or ():
+            check_known("without", absent, kinds if len(kinds) > 1 else (), "input beside which there is another")
+        image, source_image = (None, None) if "image" in (without or ()) else (image, source_image)
+        text = None if "text" in (without or ()) else text
+        numbers = None if "row" in (without or ()) else numbers
+        images = {"target": image, "source": source_image or image}
+        named: dict[str, str | None] = {"text": text, "label": label, "split": split, "group": group, "weight": weight}
+        named |= {f"numbers: {n}": n for n in numbers or ()}
+        for name, frame in frames.items():
+            for field, column in (named | {"image": images[name]}).items():
+                if column is not None and not column.endswith(ARRAYS):
+                    check_known(f"{field.partition(':')[0]}: {self.paths[name]}", column, frame.columns, "column")
         self._labels(frames, label, kind, classes)
         self.columns: dict[str, dict[str, Sequence[Any]]] = {}
         self._of_split: dict[str, dict[str, list[int]]] = {}
         self._of_group: dict[str, Sequence[Any] | None] = {}
         self._of_weight: dict[str, list[float] | None] = {}
         for name, frame in frames.items():
-            columns = self._inputs(frame, name, *read(name))
+            columns = self._inputs(frame, name, images[name], text, numbers)
             for missing in without or ():
                 columns[missing] = [None] * len(frame)
             alone = next(iter(columns.values()))
@@ -244,10 +240,9 @@ class Paired(FileDomains):
         if label is None:
             self.targets = {name: np.zeros(len(frame), np.int64) for name, frame in frames.items()}
             return
-        cells = {
-            name: check_present(frame[label].to_list(), partial(self._at, name), f"label {label}")
-            for name, frame in frames.items()
-        }
+        cells = {name: frame[label].to_list() for name, frame in frames.items()}
+        for name, own in cells.items():
+            check_present(own, partial(self._at, name), f"label {label}")
         if are_values(chain(*cells.values()), kind, classes):
             self.class_names = None
         elif classes is None:

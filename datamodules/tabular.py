@@ -205,7 +205,7 @@ def _label(
     if kind == "values":
         classes = None
     elif classes is None:
-        classes = gather_classes({name: table.labels.tolist() for name, table in tables.items()}, "rows", same=False)
+        classes = gather_classes({name: table.labels for name, table in tables.items()}, "rows", same=False)
     return {name: encode_labels(table.labels, classes, table.at) for name, table in tables.items()}, classes
 
 

@@ -237,7 +237,8 @@ class Reader:
         if None in texts:
             raise DataError(f"{part.at(texts.index(None))} has no text; fill it in or remove the row")
         if self.label in columns:
-            part.labels = list(check_present(frame.get_column(self.label).to_list(), part.at, "label"))
+            part.labels = frame.get_column(self.label).to_list()
+            check_present(part.labels, part.at, "label")
         if self.group is not None:
             check_known("group", self.group, columns, "column")
             part.groups = list(map(str, frame.get_column(self.group).to_list()))

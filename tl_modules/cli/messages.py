@@ -177,7 +177,7 @@ def _refusal(error: BaseException | None) -> BaseException | None:
         first, error = error, error.__cause__ or error.__context__
     homes = [Path(str(package.__file__)).parent for package in (tl_modules, datamodules)]
     ours = [path for path in frames if any(path.is_relative_to(home) for home in homes)]
-    makes = bool(ours) and ours[-1] != frames[-1] and (ours[-1].parent.name == "cli" or ours[-1].name == "optimizer.py")
+    makes = bool(ours) and ours[-1] != frames[-1] and ours[-1].name in ("command_line.py", "optimizer.py")
     return first if makes and isinstance(first, ValueError | TypeError | ImportError) else None
 
 

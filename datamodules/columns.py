@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datamodules.arrays import empty_array
 from datamodules.errors import DataError
 from datamodules.splits import log
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Columns = dict[str, Any]
+BLOCK = 1 << 18  # rows that are encoded at a time
 FEW_GAPS = 0.05  # share of gaps in the labelled rows below which nothing could be learnt of them
 
 
@@ -67,8 +69,8 @@ def as_text(name: str, kind: DataType) -> Expr:
     return polars.when(column == whole).then(whole.cast(polars.String)).otherwise(column.cast(polars.String))
 
 
-def read_cells(frame: LazyFrame, texts: Collection[str], numbers: Collection[str], where: str) -> Cells:
-    """Reads columns from a file, in batches, so that no more than the compact ones is in memory.
+def read_cells(frame: LazyFrame, count: int, texts: Collection[str], numbers: Collection[str], where: str) -> Cells:
+    """Reads columns of `count` rows from a file, in batches, so that at most the compact ones are in memory.
 
     Raises:
         DataError: A column is neither number, date nor text, or has text among its numbers, or infinite ones.
@@ -83,17 +85,19 @@ def read_cells(frame: LazyFrame, texts: Collection[str], numbers: Collection[str
     values = {name: column[0].to_list() for name, column in found.collect(engine="streaming").to_dict().items()}
     codes = {n: e.cast(polars.Enum(values[n])).to_physical().cast(polars.Int32).fill_null(-1) for n, e in text.items()}
     compact = [(e.cast(polars.Float32)).fill_null(float("nan")).alias(n) for n, e in numeric.items()]
-    whole = frame.select(polars.len().alias("\0count"), *compact, *(e.alias(f"\0{n}") for n, e in codes.items()))
-    table = whole.collect(engine="streaming")
-    cells = Cells(len(table), texts={name: (table[f"\0{name}"].to_numpy(), values[name]) for name in texts})
+    cells = Cells(count, order=[name for name in kinds if name in texts or name in numbers])
     cells.dates = {part: name for name, parts in made.items() for part in parts if part != name}
-    cells.order = [name for name in kinds if name in texts or name in numbers]
-    for name in numeric:
-        cells.numbers[name] = column = table[name].to_numpy()
-        if np.isinf(column).any():
-            raise DataError(
-                f"{where} row {int(np.isinf(column).argmax())}: column {name} is infinite; mend or remove it"
-            )
+    cells.numbers = {name: empty_array((count,), np.float32) for name in numeric}
+    cells.texts = {name: (empty_array((count,), np.int32), values[name]) for name in texts}
+    start = 0
+    for part in frame.select(*compact, *(e.alias(f"\0{n}") for n, e in codes.items())).collect_batches():
+        rows = slice(start, start := start + len(part))
+        for name, column in cells.numbers.items():
+            column[rows] = part[name].to_numpy()
+            for row in np.flatnonzero(np.isinf(column[rows])):
+                raise DataError(f"{where} row {rows.start + row}: column {name} is infinite; mend or remove it")
+        for name, (column, _) in cells.texts.items():
+            column[rows] = part[f"\0{name}"].to_numpy()
     for name in set(numbers) & {name for name, kind in kinds.items() if is_text(kind)}:
         lost = frame.select(polars.col(name).filter(numeric[name].is_null() & polars.col(name).is_not_null())).collect()
         if len(lost):
@@ -120,7 +124,9 @@ def _as_numbers(name: str, kind: DataType, where: str) -> dict[str, Expr]:
     return {name: days} | {f"{n} {wave}": getattr(turn, wave)() for n, turn in turns.items() for wave in ("sin", "cos")}
 
 
-def learn(tables: Sequence[Cells], rows: Sequence[Sequence[int]], labelled: Collection[int], where: str) -> Columns:
+def learn(
+    tables: Sequence[Cells], rows: Sequence[Sequence[int] | Array], labelled: Collection[int], where: str
+) -> Columns:
     """What the columns are.
 
     Args:
@@ -160,23 +166,28 @@ def learn(tables: Sequence[Cells], rows: Sequence[Sequence[int]], labelled: Coll
 def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
     """The numeric columns, float32 (N, D), and the categories, int64 (N, K); says once what training had not."""
     gaps = [known["name"] for known in columns["numeric"] if known.get("gaps")]
-    numeric = np.empty((cells.count, len(columns["numeric"]) + len(gaps)), np.float32)
-    for place, known in enumerate(columns["numeric"]):
-        name = known["name"]
-        column = cells.numbers.get(name, np.full(cells.count, np.nan, np.float32))
-        missing = np.isnan(column)
-        numeric[:, place] = np.where(missing, np.float32(known["mean"]), column)
-        if known.get("gaps"):
-            numeric[:, len(columns["numeric"]) + gaps.index(name)] = missing
-    categorical = np.zeros((cells.count, len(columns["categorical"])), np.int64)
+    categories = sorted(columns["categorical"].items())
+    numeric = empty_array((cells.count, len(columns["numeric"]) + len(gaps)), np.float32)
+    categorical = empty_array((cells.count, len(categories)), np.int64)
+    numbers: dict[str, Array] = {}  # of each text of the file its category's
     unseen: dict[str, list[str]] = {}
-    for place, (name, known) in enumerate(sorted(columns["categorical"].items())):
-        codes, values = cells.texts.get(name, (np.full(cells.count, -1), []))
+    for name, known in categories:
         number = {value: n for n, value in enumerate(known, 1)}
-        numbers = np.array([*(number.get(value, 0) for value in values), number.get("", 0)])  # -1 is the last
-        categorical[:, place] = numbers[codes]
+        values = cells.texts[name][1] if name in cells.texts else []
+        numbers[name] = np.array([*(number.get(value, 0) for value in values), number.get("", 0)])  # a gap, -1, is last
         if new := [value for value in values if value not in number]:
             unseen[name] = new
+    for start in range(0, cells.count, BLOCK):
+        rows = slice(start, start + BLOCK)
+        for place, known in enumerate(columns["numeric"]):
+            name, mean = known["name"], np.float32(known["mean"])
+            column = cells.numbers[name][rows] if name in cells.numbers else np.float32(np.nan)
+            missing = np.isnan(column)
+            numeric[rows, place] = np.where(missing, mean, column)
+            if known.get("gaps"):
+                numeric[rows, len(columns["numeric"]) + gaps.index(name)] = missing
+        for place, (name, _) in enumerate(categories):
+            categorical[rows, place] = numbers[name][cells.texts[name][0][rows] if name in cells.texts else -1]
     for name, new in unseen.items():
         log.warning("%s: column %s has what training had not (%s): it counts as unknown", where, name, some(new))
     return numeric, categorical

@@ -62,7 +62,7 @@ def scan_frame(path: Path, where: str) -> LazyFrame:
         else:
             frame = _scan_text(path, where)
         columns = frame.collect_schema()
-        if not columns or frame.limit(1).collect().is_empty():
+        if not columns or frame.limit(1).collect(engine="streaming").is_empty():
             raise DataError(f"{where} has no rows")
     except DataError:
         raise
@@ -98,10 +98,10 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         separator=separator,
         has_header=header,
         new_columns=names,
-        infer_schema_length=None,
-        decimal_comma=decimal_comma,
+        infer_schema=False,  # polars would read all lines for it, at every query
     )
-    return _typed(frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame)
+    frame = frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame
+    return _typed(frame, decimal_comma)
 
 
 def _cut(lines: Any, separator: str) -> Any:
@@ -167,16 +167,17 @@ def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
     return blank
 
 
-def _typed(frame: LazyFrame) -> LazyFrame:
+def _typed(frame: LazyFrame, decimal_comma: bool) -> LazyFrame:
     """Text columns stripped, and as numbers, dates or booleans where all that is not missing is one."""
     import polars
     from polars import col
 
-    texts = [name for name, kind in frame.collect_schema().items() if kind == polars.String]
-    plain = {name: col(name).str.strip_chars().replace("", None) for name in texts}
-    there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in plain.items()}
-    first = frame.select(text.drop_nulls().first().alias(name) for name, text in there.items()).collect()
-    tries = {name: _tries(there[name], first[name].item()) for name in texts}
+    texts = frame.collect_schema().names()
+    stripped = {name: col(name).str.strip_chars() for name in texts}  # no `replace`: it would read the file at once
+    plain = {name: polars.when(text != "").then(text) for name, text in stripped.items()}
+    there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in stripped.items()}
+    first = frame.select(text.drop_nulls().first().alias(n) for n, text in there.items()).collect(engine="streaming")
+    tries = {name: _tries(there[name], first[name].item(), decimal_comma) for name in texts}
     lost = frame.select(
         (there[name].is_not_null() & value.is_null()).any().alias(f"{name}/{number}")
         for name in texts
@@ -188,17 +189,18 @@ def _typed(frame: LazyFrame) -> LazyFrame:
     )
 
 
-def _tries(text: Any, first: str | None) -> list[Any]:
+def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
     """What a column of text may be, by its first cell."""
     import polars
 
     if first is None:
         return [text]
+    if decimal_comma and _is_number(first.replace(",", ".")):
+        first, text = first.replace(",", "."), text.str.replace(",", ".", literal=True)
     if not _is_number(first):
-        truth = {"true": True, "false": False}
-        if first.lower() not in truth:
-            return []
-        return [text.str.to_lowercase().replace_strict(truth, default=None, return_dtype=polars.Boolean)]
+        truth = text.str.to_lowercase()
+        known = first.lower() in ("true", "false")
+        return [polars.when(truth.is_in(("true", "false"))).then(truth == "true")] if known else []
     if "-" in first[1:] and ":" not in first and "e" not in first.lower():
         return [text.str.to_date("%Y-%m-%d", strict=False)]
     if ":" in first:

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from datamodules.errors import DataError
+from datamodules.orders import Order, generator_of
 from datamodules.splits import augmented, content_hash
 
 
@@ -105,11 +105,6 @@ def views_of(
             "pass views, strong, or transforms of your own"
         )
     return Views(dataset, rows, transform, label, count)
-
-
-def generator_of(*parts: int | str) -> np.random.Generator:
-    """Random numbers that follow from numbers and names, each of which tells one stream from another."""
-    return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts])
 
 
 @contextmanager
@@ -299,6 +294,7 @@ class EpochSampler(DistributedSampler[Any]):
         if 1 < self.batch_size < self.num_samples and self.num_samples % self.batch_size == 1:
             self.num_samples -= 1
         self.skip = (-1, 0)
+        self._key: Any = None  # of the pass that `_order` has
 
     @property
     def start(self) -> int:
@@ -306,18 +302,26 @@ class EpochSampler(DistributedSampler[Any]):
         return self.skip[1] if self.skip[0] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
-        size, parts = len(self.dataset), []  # type: ignore[arg-type]
-        for number in range(math.ceil(self.total_size / size)):
-            generator = generator_of(self.seed, self.domain, self.epoch, number)
-            order, seeds = generator.permutation(size), generator.integers(2**62, size=size)
-            parts.append(np.stack([order, seeds[order]], 1))
-        order = np.concatenate(parts)[: self.num_samples * self.num_replicas]
+        drawn, world = self._drawn_places, self.num_replicas
         if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
-            self._bucket(order, lengths)
-        mine = order[self.rank :: self.num_replicas][self.start :]
-        for first in range(0, len(mine), 4096):  # as Python's numbers a large epoch would take six times the memory
-            for place, seed in mine[first : first + 4096].tolist():
-                yield self._drawn(place, seed)
+            whole = drawn(0, self.num_samples * world)
+            self._bucket(whole, lengths)
+            drawn = lambda first, last: whole[first:last]  # noqa: E731
+        for first in range(self.start, self.num_samples, 4096):
+            last = min(first + 4096, self.num_samples)
+            for place, seed in drawn(first * world, last * world)[self.rank :: world].tolist():
+                yield self._view(place, seed)
+
+    def _drawn_places(self, first: int, last: int) -> np.ndarray[Any, Any]:
+        """Places and seeds of the samples from `first` to `last` of all processes, of one pass after the other."""
+        size, parts = len(self.dataset), []  # type: ignore[arg-type]
+        for number in range(first // size, math.ceil(last / size)):
+            key = (size, self.seed, self.domain, self.epoch, number)
+            if key != self._key:
+                self._key, self._order = key, Order(*key)
+            start = number * size
+            parts.append(self._order[max(first - start, 0) : min(last - start, size)])
+        return np.concatenate(parts)
 
     def _bucket(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
         """Makes whole batches of samples (place, seed) of like length, in chunks that lie within one pass each."""
@@ -334,7 +338,7 @@ class EpochSampler(DistributedSampler[Any]):
             worst = lengths[whole[:, :, 0]].max(1).argmax()
             whole[[0, worst]] = whole[[worst, 0]]
 
-    def _drawn(self, place: int, seed: int) -> SampleIndex:
+    def _view(self, place: int, seed: int) -> SampleIndex:
         if self.views is None:
             return place, seed
         view = seed % (len(self.views) + 1)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from datamodules.base import TransferDataModule
 from datamodules.errors import DataError, check_known
 from datamodules.image import ArrayImages
-from datamodules.loaders import generator_of
+from datamodules.orders import generator_of
 from datamodules.splits import SPLITS, ids_of
 
 Array = np.ndarray[Any, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,13 +71,21 @@ def few_shots(
     targets = targets_of(dataset)
     if class_names is None or targets.dtype.kind == "f":
         raise DataError(f"{field}: the labels are no classes; leave it out")
+    by_class, nothing = rows_by_class(targets), np.zeros(0, np.int64)
     generator, rows = np.random.default_rng(seed), []
     for number, name in enumerate(class_names):
-        own = np.flatnonzero(targets == number)
+        own = by_class.get(number, nothing)
         if len(own) < shots:
             raise DataError(f"{field}: class {name} has {len(own)} training samples, fewer than {shots}")
         rows += generator.permutation(own)[:shots].tolist()
     return sorted(rows)
+
+
+def rows_by_class(targets: np.ndarray[Any, Any]) -> dict[Any, np.ndarray[Any, Any]]:
+    """The rows of each label, ascending, by one sort however many labels there are."""
+    classes, counts = np.unique(targets, return_counts=True)
+    rows = np.split(np.argsort(targets, kind="stable"), np.cumsum(counts)[:-1])
+    return dict(zip(classes.tolist(), rows, strict=True))
 
 
 def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
@@ -86,11 +93,9 @@ def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
     targets = targets_of(dataset)
     order = np.random.default_rng(seed).permutation(len(targets))
     if targets.dtype.kind in "iub":
-        seen: Counter[int] = Counter()
-        turns = []
-        for row in order.tolist():  # the first of each class, then the second of each, ...
-            seen[int(targets[row])] += 1
-            turns.append(seen[int(targets[row])])
+        turns = np.empty(len(order), np.int64)  # the first of each class, then the second of each, ...
+        for rows in rows_by_class(targets[order]).values():
+            turns[rows] = np.arange(len(rows))
         order = order[np.argsort(turns, kind="stable")]
     return sorted(order[:count].tolist())
 
@@ -125,7 +130,7 @@ class Joined(ConcatDataset[Any]):
 class Subset(Dataset[Any]):
     """Some rows of a data set, with its `targets`, `ids`, `groups`, `weights` and `lengths`."""
 
-    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, rows: Sequence[int] | np.ndarray[Any, Any]) -> None:
         self.dataset, self.rows = dataset, rows
         self.targets = targets_of(dataset)[np.asarray(rows, np.int64)]
         self.groups, self.weights = map(self._own, ("groups", "weights"))
@@ -160,7 +165,7 @@ class Subset(Dataset[Any]):
         return augmented(self.dataset, self.rows[index], transform)
 
 
-def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -> list[list[int]]:
+def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -> list[np.ndarray[Any, Any]]:
     """Disjoint rows for each fraction and, last, the rest, where rows of one group stay together.
 
     Every part whose fraction is not zero gets one group at least.
@@ -182,7 +187,7 @@ def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -
             part.append(order.pop(0))
             missing -= sizes[part[-1]]
         parts.append(part)
-    return [np.flatnonzero(np.isin(numbers, part)).tolist() for part in (*parts, order)]
+    return [np.flatnonzero(np.isin(numbers, part)) for part in (*parts, order)]
 
 
 def split_rows(
@@ -191,7 +196,7 @@ def split_rows(
     seed: int,
     stratified: bool = True,
     groups: Sequence[Any] | None = None,
-) -> list[list[int]]:
+) -> list[np.ndarray[Any, Any]]:
     """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
 
     Without `stratified` the labels are not looked at. With `groups`, one for each row, see `split_groups`.
@@ -201,17 +206,19 @@ def split_rows(
     if groups is not None:
         return split_groups(groups, fractions, seed)
     generator = np.random.default_rng(seed)
-    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
-    real = targets.dtype.kind == "f" or not stratified
-    strata = [np.arange(len(targets))] if real else [np.flatnonzero(targets == c) for c in np.unique(targets)]
+    parts: list[list[Any]] = [[] for _ in range(len(fractions) + 1)]
+    if targets.dtype.kind == "f" or not stratified:
+        strata = [np.arange(len(targets))]
+    else:
+        strata = list(rows_by_class(targets).values())
     for stratum in strata:
-        rows = generator.permutation(stratum).tolist()
+        rows = generator.permutation(stratum)
         for part, fraction in zip(parts, fractions, strict=False):
             count = min(max(round(fraction * len(stratum)), int(fraction > 0)), len(rows) - 1)
-            part += rows[:count]
+            part.append(rows[:count])
             rows = rows[count:]
-        parts[-1] += rows
-    return [sorted(part) for part in parts]
+        parts[-1].append(rows)
+    return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def complete_splits(

@@ -204,7 +204,9 @@ def read_columns(
         if absent := [column for column in known if column not in kind]:
             log.warning("%s lacks what training had: %s; these cells count as missing", where, some(absent))
         numbers = [column for column in own if column not in texts]
-        tables[name].cells = read_cells(frames[name], [c for c in own if c in texts], numbers, where)
+        tables[name].cells = read_cells(
+            frames[name], tables[name].cells.count, [c for c in own if c in texts], numbers, where
+        )
 
 
 def _without(column: str, kind: DataType, value: float | str) -> Expr:

@@ -24,8 +24,16 @@ from torch import Tensor
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# pictures made of pixels; HEIF where a plugin of Pillow's is installed and imported
+_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
+_FORMATS |= {"TIFF", "WEBP"}
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
+
+
+def image_extensions() -> tuple[str, ...]:
+    """The endings of the names of images that the installed Pillow reads, in small letters."""
+    known = Image.registered_extensions().items()
+    return tuple(ending for ending, format in known if format in _FORMATS and format in Image.OPEN)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,9 @@ class FolderImages(FileSamples):
     skip = "on_bad_image"
     reader: ImageReader
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int], reader: ImageReader, keep: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[Path | str], targets: Sequence[int], reader: ImageReader, keep: bool = False
+    ) -> None:
         super().__init__(paths, np.asarray(targets, dtype=np.int64), reader)
         self.kept = _Kept(len(paths), reader) if keep else None
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -47,6 +48,7 @@ class ImageFolders(FileDomains):
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
         max_pixels: Larger images are bad images, found by their header before decoding.
+        background: The colour behind what is transparent, by name or as #rrggbb.
         keep_decoded: Keeps images, scaled to `resize_size`, in a temporary file mapped into memory, so that only the
             first epoch decodes. Where they are longer than twice their short side, augmentation sees the middle.
         num_workers: Processes that decode images; None is one per core, at most 8.
@@ -69,6 +71,7 @@ class ImageFolders(FileDomains):
         classes: list[str] | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
         max_pixels: int = 50_000_000,
+        background: str = "white",
         keep_decoded: bool = False,
         num_workers: int | None = None,
         **kwargs: Any,
@@ -87,7 +90,11 @@ class ImageFolders(FileDomains):
             "resize_size": resize_size,
             "interpolation": interpolation,
         }
-        self.max_pixels, self.on_bad_image = max_pixels, on_bad_image
+        self.max_pixels, self.on_bad_image, self.background = max_pixels, on_bad_image, background
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            raise DataError(f"background: {background} is no colour; give a name or #rrggbb") from error
         self.keep_decoded = keep_decoded
         self._found: dict[str, dict[str, dict[str, list[str]]]] = {}
         self.class_names = classes if classes is not None else self._read_classes()
@@ -109,7 +116,7 @@ class ImageFolders(FileDomains):
                 f"image_size, resize_size: a side of {size} pixels cannot be cropped from a short side of "
                 f"{found['resize_size']}; both must be at least 1, and resize_size the larger one"
             )
-        reader = ImageReader(size, found["resize_size"], found["interpolation"], self.max_pixels)
+        reader = ImageReader(size, found["resize_size"], found["interpolation"], self.max_pixels, self.background)
         if reader != getattr(self, "reader", None):
             self.reader = reader
             self._splits.clear()

@@ -213,7 +213,10 @@ class ArrayImages(Dataset[Any]):
     Attributes:
         targets: The labels, class numbers or real values.
         ids: A name for each, or None.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
+
+    unlabelled = ""
 
     def __init__(
         self, images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], ids: list[str] | None = None

@@ -8,7 +8,17 @@ import pytest
 from conftest import image, make_tree
 from PIL import Image
 
-from datamodules import AudioFolders, DataError, DomainFolders, ImageArrays, ImageFolders, TextFiles
+from datamodules import (
+    AudioFolders,
+    ClassSubset,
+    DataError,
+    DomainFolders,
+    ImageArrays,
+    ImageFolders,
+    NoShift,
+    Shifted,
+    TextFiles,
+)
 from datamodules.files import find_copies
 from datamodules.folders import files_below, split_folders
 from datamodules.splits import split_of
@@ -180,6 +190,16 @@ def test_an_empty_or_unlabelled_val_says_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"t/val has no labels for lack of class folders"):
         folders(root).val_dataloader()
     assert len(folders(root).predict_dataloader().dataset) == 6
+
+
+def test_what_wraps_images_says_so_too(tmp_path):
+    root = tree(tmp_path, ("train", 8))
+    flat(root / "test")
+    shifted = Shifted(folders(root), {"a": NoShift(), "b": NoShift()}, target="a")
+    assert len(shifted.predict_dataloader().dataset) == 3  # half of them are the other domain's
+    for data in (shifted, ClassSubset(folders(root), target=["blue", "red"])):
+        with pytest.raises(DataError, match="has no labels for lack of class folders"):
+            data.test_dataloader()
 
 
 def test_an_unlabelled_target_trains_beside_a_source(tmp_path):

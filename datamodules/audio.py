@@ -23,7 +23,7 @@ from datamodules.files import FileSamples
 from datamodules.labels import encode_labels, gather_classes, read_weights
 from datamodules.listing import Listing, list_files
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES
+from datamodules.splits import SPLIT_NAMES, no_labels
 
 PLAIN = (".wav", ".aif", ".aiff", ".au")  # their size tells how long they are
 EXTENSIONS = (*PLAIN, ".flac", ".ogg", ".oga", ".opus", ".mp3")
@@ -259,7 +259,7 @@ class AudioFolders(FileDomains):
         listing = self._files(self.roots["target"])
         if self.label in listing.fields:
             listing = self._listing("target")
-            if "unsplit" not in listing.splits(self.conditions):
+            if len(listing.splits(self.conditions)) > 1:
                 return None
         return self._without_bad(
             Recordings(listing.paths, np.zeros(len(listing.paths), np.int64), self.reader), "target"
@@ -283,6 +283,10 @@ class AudioFolders(FileDomains):
         return listing
 
     def _read(self, listing: Listing, name: str) -> Recordings:
+        if self.label == "label" and not any(listing.fields.get("label", [""])):  # a split without class folders
+            found = Recordings(listing.paths, np.zeros(len(listing.paths), np.int64), self.reader)
+            found.unlabelled = no_labels(f"{name}: {listing.where}", "class folders")
+            return self._without_bad(found, name)
         labels = listing.field("label", self.label)
 
         def at(row: int) -> str:
@@ -294,4 +298,5 @@ class AudioFolders(FileDomains):
         return self._without_bad(Recordings(listing.paths, targets, self.reader, groups, weights), name)
 
     def _without_bad(self, recordings: Recordings, name: str) -> Recordings:
-        return recordings.without_bad(name) if self.on_bad_file == "skip" else recordings
+        names = None if recordings.unlabelled else self.class_names
+        return recordings.without_bad(name, names) if self.on_bad_file == "skip" else recordings

@@ -38,7 +38,7 @@ from datamodules.loaders import (
     ignore_signals,
     views_of,
 )
-from datamodules.splits import SPLITS, Joined, few_shots, ids_of, log, some_of_each, targets_of
+from datamodules.splits import SPLITS, Joined, few_shots, ids_of, labels_of, log, named_labels, some_of_each
 
 
 class TransferDataModule(LightningDataModule):
@@ -307,14 +307,12 @@ class TransferDataModule(LightningDataModule):
         dataset = self.split_domains("val")["target"]
         if self.selection_labels is None:
             return [], np.zeros(0)
-        rows = list(range(len(dataset)))  # type: ignore[arg-type]
-        if self.selection_labels != "all":
-            rows = few_shots(dataset, self.selection_labels, self.class_names, self.seed, "selection_labels")
-        return rows, targets_of(dataset)[rows]
+        rows = few_shots(dataset, self.selection_labels, self.class_names, self.seed, "selection_labels")
+        return rows, cast(Any, labels_of(dataset))[rows]
 
-    def labels(self, split: str) -> np.ndarray[Any, Any]:
-        """The target's labels, for the report after `tl test`."""
-        return targets_of(self.split_domains(split)["target"])
+    def labels(self, split: str) -> np.ndarray[Any, Any] | None:
+        """The target's labels, for the report after `tl test`; None where it has none."""
+        return labels_of(self.split_domains(split)["target"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The target's test split (the source's, where there is no target)."""
@@ -341,11 +339,9 @@ class TransferDataModule(LightningDataModule):
         return found
 
     def ids_and_labels(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
-        """The names and the labels of a split's rows; a class by its name."""
+        """The names and the labels of a split's rows; a class by its name, "" where there are no labels."""
         dataset = self.split_domains(split)[domain]
-        labels = targets_of(dataset).tolist()
-        names = self.class_names
-        return ids_of(dataset), labels if names is None else [names[label] for label in labels]
+        return ids_of(dataset), named_labels(dataset, self.class_names)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """On a CPU the batch is there."""
@@ -362,6 +358,7 @@ class TransferDataModule(LightningDataModule):
 
     def _rows(self, dataset: Dataset[Any], domain: str, label: str, purpose: str, views: int = 1) -> DataLoader[Any]:
         rows = range(len(dataset))  # type: ignore[arg-type]
+        label = "none" if self.unlabelled and bool(getattr(dataset, "unlabelled", "")) else label
         view = IndexedSubset(dataset, rows, label=label) if views == 1 else self._augmented(dataset, rows, label)
         sampler = EvalSampler(view)
         size = even_batch_size(len(view), sampler.num_replicas, self.batch_size)

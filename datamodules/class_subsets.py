@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
 from datamodules.errors import DataError, check_known
-from datamodules.splits import Subset, content_hash, targets_of
+from datamodules.splits import Subset, check_labelled, content_hash, targets_of
 
 UNKNOWN = "unknown"
 
@@ -111,6 +111,7 @@ class ClassSubsetDataset(Subset):
     """
 
     def __init__(self, dataset: Dataset[Any], numbers: Mapping[int, int]) -> None:
+        check_labelled(dataset)
         super().__init__(dataset, np.flatnonzero(np.isin(targets_of(dataset), list(numbers))).tolist())
         self.targets = np.array([numbers[int(old)] for old in self.targets], dtype=np.int64)
 

@@ -18,14 +18,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")
+# pictures made of pixels; HEIF where a plugin of Pillow's is installed and imported
+_FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
+_FORMATS |= {"TIFF", "WEBP"}
+_ORIENTATION = 0x0112  # the tag of EXIF that says how the camera was held
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_LONGEST = 4  # short sides: of a longer strip the middle is scaled, which has all that is cropped
+
+
+def image_extensions() -> tuple[str, ...]:
+    """The endings of the names of images that the installed Pillow reads, in small letters."""
+    known = Image.registered_extensions().items()
+    return tuple(ending for ending, format in known if format in _FORMATS and format in Image.OPEN)
 
 
 @dataclass(frozen=True)
@@ -37,21 +55,26 @@ class ImageReader:
         resize: What the short side is scaled to before the centre is cropped, at least `size`.
         interpolation: How it is scaled, "bilinear" or "bicubic".
         max_pixels: Refuse larger images by their header, before decoding.
+        background: The colour behind what is transparent.
     """
 
     size: int
     resize: int
     interpolation: str
     max_pixels: int
+    background: str = "white"
 
     def decode(self, path: Path) -> Image.Image:
         """Decodes and turns upright by EXIF; a JPEG at a reduced scale, if that still covers `resize`.
+
+        Grey, palette and CMYK become RGB; of 16 bits the upper 8 are kept; what is transparent shows `background`; the
+        first frame of an animation, or page, is read.
 
         Returns:
             An RGB image.
 
         Raises:
-            DataError: It is no image, truncated, too large, or in colours that have no exact RGB (CMYK, 16 bits, ...).
+            DataError: It is no image, truncated, too large, or its numbers have no known range (32 bits, floats).
         """
         try:
             with warnings.catch_warnings():
@@ -61,17 +84,22 @@ class ImageReader:
                 width, height = image.size
                 if width * height > self.max_pixels:
                     raise DataError(f"{path}: {width} x {height} pixels are more than max_pixels {self.max_pixels}")
-                if image.mode not in _MODES:
-                    raise DataError(f"{path}: its {image.mode} colours have no exact RGB; convert it first")
                 image.draft("RGB", (self.resize, self.resize))
-                return ImageOps.exif_transpose(image).convert("RGB")
+                image.load()
+                return _upright(_rgb(image, self.background, path), image)
+        except (DataError, MemoryError):
+            raise
         except Image.DecompressionBombError as error:
             raise DataError(f"{path}: it has more pixels than max_pixels {self.max_pixels}") from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path}: it cannot be decoded as an image ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{path}: it cannot be decoded as an image ({reason})") from error
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """Scales the short side to `resize`."""
+        """Scales the short side to `resize`, of a strip the middle."""
+        longest = _LONGEST * min(image.size)
+        if max(image.size) > longest:
+            image = middle(image, min(image.width, longest), min(image.height, longest))
         scale = self.resize / min(image.size)
         shape = (max(self.resize, round(image.width * scale)), max(self.resize, round(image.height * scale)))
         return image.resize(shape, Image.Resampling[self.interpolation.upper()])
@@ -86,8 +114,33 @@ class ImageReader:
             return x.contiguous()
         from torchvision.transforms.v2 import functional
 
+        height, width = x.shape[-2:]
+        longest = _LONGEST * min(height, width)
+        if max(height, width) > longest:
+            x = functional.center_crop(x, [min(height, longest), min(width, longest)])
         scaled = functional.resize(x, [self.resize], functional.InterpolationMode(self.interpolation))
         return functional.center_crop(scaled, [self.size]).contiguous()
+
+
+def _rgb(image: Image.Image, background: str, path: Path) -> Image.Image:
+    """An image in RGB, whatever its pixels are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # these have 16 bits
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(f"{path}: its {image.mode} numbers have no known range; convert it to 8 or 16 bits first")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    plain = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(plain, image.convert("RGBA")).convert("RGB")
+
+
+def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """The pixels of an image, turned as its EXIF says; other tags, which may be odd, are not looked at."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF that cannot be read says nothing
+        turn = None
+    return pixels if turn is None else pixels.transpose(turn)
 
 
 def middle(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -113,7 +166,9 @@ class FolderImages(FileSamples):
     skip = "on_bad_image"
     reader: ImageReader
 
-    def __init__(self, paths: Sequence[Path], targets: Sequence[int], reader: ImageReader, keep: bool = False) -> None:
+    def __init__(
+        self, paths: Sequence[Path | str], targets: Sequence[int], reader: ImageReader, keep: bool = False
+    ) -> None:
         super().__init__(paths, np.asarray(targets, dtype=np.int64), reader)
         self.kept = _Kept(len(paths), reader) if keep else None
 

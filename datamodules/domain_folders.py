@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from datamodules.errors import DataError, check_known
-from datamodules.image import ImageFolders, class_folders
+from datamodules.folders import class_folders
+from datamodules.image import ImageFolders
 from datamodules.paths import expand_path
 
 

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
 from datamodules.errors import DataError
-from datamodules.splits import SPLIT_NAMES, complete_splits
+from datamodules.files import FileSamples, find_copies
+from datamodules.splits import SPLIT_NAMES, SPLITS, Subset, complete_splits, ids_of, log
 
 
 class FileDomains(TransferDataModule):
@@ -17,7 +18,7 @@ class FileDomains(TransferDataModule):
 
     Args:
         val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said.
+        test_fraction: Share for testing, where nothing else is said; 1 takes all samples for `tl test`.
         **kwargs: As for `TransferDataModule`.
 
     Attributes:
@@ -30,9 +31,10 @@ class FileDomains(TransferDataModule):
 
     def __init__(self, val_fraction: float = 0.2, test_fraction: float = 0.2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not (0 < val_fraction < 1 and 0 < test_fraction < 1 and val_fraction + test_fraction < 1):
+        if test_fraction != 1 and not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise DataError(
-                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0 and below 1 together"
+                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0 and below 1 together "
+                "(a test_fraction of 1 takes all for testing)"
             )
         self.fractions = val_fraction, test_fraction
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
@@ -42,8 +44,32 @@ class FileDomains(TransferDataModule):
         raise NotImplementedError
 
     def whole(self) -> Dataset[Any] | None:
-        """All samples of the target, if there is one and its files say nothing of splits."""
-        return self.parts("target").get("unsplit") if "target" in self.wheres else None
+        """All samples of the target, if there is one and its files do not tell several splits apart."""
+        parts = list(self.parts("target").values()) if "target" in self.wheres else []
+        return parts[0] if len(parts) == 1 else None
+
+    def setup(self, stage: str) -> None:
+        """Looks also for copies of files in several splits, before training."""
+        super().setup(stage)
+        if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
+            self.warn_of_copies()
+
+    def warn_of_copies(self) -> None:
+        """Says how many files are also in another split, where the result would look better than it is."""
+        files: dict[str, list[str]] = {split: [] for split in SPLITS}
+        seen: list[Dataset[Any]] = []
+        for name in self.wheres:
+            for split, part in self.splits(name).items():
+                whole = part.dataset if isinstance(part, Subset) else part
+                if isinstance(whole, FileSamples) and not any(part is other for other in seen):
+                    files[split] += ids_of(part)
+                    seen.append(part)
+        if copies := find_copies(files):
+            (one, first), *others = copies[0]
+            other, second = next(each for each in others if each[0] != one)
+            where = f"{first} ({one}) and {second} ({other})"
+            told = "%d files are in several splits, byte for byte, e.g. %s: what is measured looks better than it is"
+            log.warning(told, len(copies), where)
 
     def splits(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each split of a domain, the same objects each time."""
@@ -60,6 +86,8 @@ class FileDomains(TransferDataModule):
             if split not in self.splits(name):
                 missing = self.split_is.format(split=split, names=" or ".join(SPLIT_NAMES[split]))
                 raise DataError(f"{where} has no {missing}")
+            if not len(self.splits(name)[split]):  # type: ignore[arg-type]
+                raise DataError(f"{where}: its {split} split has no samples; fill it, or remove it")
         return {name: self.splits(name)[split] for name in self.wheres}
 
     def wrapped(self, seed: int, blind: bool) -> None:
@@ -68,7 +96,7 @@ class FileDomains(TransferDataModule):
         self._splits.clear()
 
     def predict_dataloader(self) -> Any:
-        """The target's test split, or all its samples where nothing says how they are split; without labels."""
+        """The target's test split, or all its samples where nothing tells splits apart; without labels."""
         if (whole := self.whole()) is not None:
             self._domains["test"] = {"target": whole}
         return super().predict_dataloader()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,10 @@ class FileSamples(Dataset[Any]):
         ids: The paths.
         targets: The class numbers, or real values.
         reader: How a file is read.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
 
+    unlabelled: str = ""
     what: ClassVar[str] = "files"
     skip: ClassVar[str] = ""
 
@@ -68,8 +71,12 @@ class FileSamples(Dataset[Any]):
         """The same with these rows only."""
         raise NotImplementedError
 
-    def without_bad(self: Samples, field: str) -> Samples:
-        """The same without the files that cannot be read, and a line that counts them."""
+    def without_bad(self: Samples, field: str, class_names: Sequence[str] | None = None) -> Samples:
+        """The same without the files that cannot be read, and a line that counts them.
+
+        Raises:
+            DataError: None of all, or none of a class, can be read.
+        """
 
         def readable(path: str) -> bool:
             try:
@@ -85,7 +92,11 @@ class FileSamples(Dataset[Any]):
             raise DataError(f"{field}: none of its {len(good)} {self.what} can be read")
         if not all(good):
             log.warning("%s: skipped %d of %d %s", field, good.count(False), len(good), self.what)
-        return self.taken(np.flatnonzero(good).tolist())
+        kept = self.taken(np.flatnonzero(good).tolist())
+        kept.unlabelled = self.unlabelled
+        if class_names and (lost := np.setdiff1d(self.targets, kept.targets).tolist()):
+            raise DataError(f"{field}: class {class_names[lost[0]]} is empty: none of its {self.what} can be read")
+        return kept
 
     @contextmanager
     def with_advice(self) -> Iterator[None]:
@@ -94,3 +105,32 @@ class FileSamples(Dataset[Any]):
             yield
         except DataError as error:
             raise DataError(f"{error}; mend or remove it, or pass --data.{self.skip} skip") from error
+
+
+def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
+    """Groups (split, path) of files of one content that are in several splits.
+
+    A file is opened only if one of another split has its size, and read whole only if a part of it is the same too.
+    """
+    groups = [[(split, path) for split, paths in files.items() for path in paths]]
+    with ThreadPoolExecutor() as pool:
+        for key in (os.path.getsize, _middle_hash, _hash):
+            finer: list[list[tuple[str, str]]] = []
+            for group in groups:
+                alike: dict[Any, list[tuple[str, str]]] = {}
+                for member, value in zip(group, pool.map(key, [path for _, path in group]), strict=True):
+                    alike.setdefault(value, []).append(member)
+                finer += [each for each in alike.values() if len({split for split, _ in each}) > 1]
+            groups = finer
+    return groups
+
+
+def _middle_hash(path: str) -> bytes:
+    """Of 4 kB from the middle of a file: what stands at the start, many have in common."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) // 2 - 2048))
+        return hashlib.sha256(file.read(4096)).digest()
+
+
+def _hash(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.decoding import EXTENSIONS, FolderImages, ImageReader
+from datamodules.decoding import FolderImages, ImageReader, image_extensions
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
+from datamodules.folders import class_folders, files_below, split_folders
 from datamodules.labels import check_same_classes
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, SPLIT_OF, SPLITS, content_hash
+from datamodules.splits import content_hash, log, no_labels, split_of
 
 
 class ImageFolders(FileDomains):
@@ -24,9 +28,13 @@ class ImageFolders(FileDomains):
 
         DIR/train/<class>/*.jpg   DIR/val|validation|valid/<class>/*.jpg   DIR/test/<class>/*.jpg
 
-    Without a validation folder a stratified part of the training images is kept for it; without a test folder `tl test`
-    takes the validation images and says so; without train/ the class folders stand in DIR and are split in three.
-    `tl predict` also takes a folder of images without classes as its target.
+    Split folders may be written in other ways (Train, training, test_set). Without a validation folder a stratified
+    part of the training images is kept for it; without a test folder `tl test` takes the validation images and says so;
+    without train/ the class folders stand in DIR and are split in three. Links are followed; hidden files and what
+    systems leave (__MACOSX, Thumbs.db) are no part of the data; other files that are no images are counted.
+
+    Images in no class folder have no labels: `tl predict` takes them, or a single file, as its target, and training
+    takes them as a target beside a source.
 
     Args:
         target: The target's tree; ~ and $VARIABLES are filled in.
@@ -40,6 +48,7 @@ class ImageFolders(FileDomains):
         on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
             price of reading every image once more at the start.
         max_pixels: Larger images are bad images, found by their header before decoding.
+        background: The colour behind what is transparent, by name or as #rrggbb.
         keep_decoded: Keeps images, scaled to `resize_size`, in a temporary file mapped into memory, so that only the
             first epoch decodes. Where they are longer than twice their short side, augmentation sees the middle.
         num_workers: Processes that decode images; None is one per core, at most 8.
@@ -62,6 +71,7 @@ class ImageFolders(FileDomains):
         classes: list[str] | None = None,
         on_bad_image: Literal["raise", "skip"] = "raise",
         max_pixels: int = 50_000_000,
+        background: str = "white",
         keep_decoded: bool = False,
         num_workers: int | None = None,
         **kwargs: Any,
@@ -80,8 +90,13 @@ class ImageFolders(FileDomains):
             "resize_size": resize_size,
             "interpolation": interpolation,
         }
-        self.max_pixels, self.on_bad_image = max_pixels, on_bad_image
+        self.max_pixels, self.on_bad_image, self.background = max_pixels, on_bad_image, background
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            raise DataError(f"background: {background} is no colour; give a name or #rrggbb") from error
         self.keep_decoded = keep_decoded
+        self._found: dict[str, dict[str, dict[str, list[str]]]] = {}
         self.class_names = classes if classes is not None else self._read_classes()
         self.resolve({})
 
@@ -101,7 +116,7 @@ class ImageFolders(FileDomains):
                 f"image_size, resize_size: a side of {size} pixels cannot be cropped from a short side of "
                 f"{found['resize_size']}; both must be at least 1, and resize_size the larger one"
             )
-        reader = ImageReader(size, found["resize_size"], found["interpolation"], self.max_pixels)
+        reader = ImageReader(size, found["resize_size"], found["interpolation"], self.max_pixels, self.background)
         if reader != getattr(self, "reader", None):
             self.reader = reader
             self._splits.clear()
@@ -110,6 +125,8 @@ class ImageFolders(FileDomains):
 
     def _read_classes(self) -> list[str]:
         found = {name: class_folders(next(iter(self._folders(root).values()))) for name, root in self.roots.items()}
+        if len(found) > 1 and not found.get("target", ["?"]):  # unlabelled, beside a source
+            del found["target"]
         for name, classes in found.items():
             root = self.roots[name]
             if not classes:
@@ -123,55 +140,71 @@ class ImageFolders(FileDomains):
         """The folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
         return split_folders(root) or {"unsplit": root}
 
+    def _paths(self, name: str) -> dict[str, dict[str, list[str]]]:
+        """The images of a tree by split and class, "" for those in no class folder; says once what it leaves out."""
+        if name not in self._found:
+            root = self.roots[name]
+            folders = self._folders(root)
+            found: dict[str, dict[str, list[str]]] = {
+                split: {label: [] for label in class_folders(folder)} for split, folder in folders.items()
+            }
+            names = files_below(root) if root.is_dir() else [""]
+            split_by, extensions, others = {f.name: split for split, f in folders.items()}, image_extensions(), []
+            for path in names:
+                top, _, rest = path.partition("/")
+                split, inside = ("unsplit", path) if "unsplit" in folders else (split_by.get(top), rest)
+                if split is None or not (inside or root.name).lower().endswith(extensions):
+                    others.append(path)
+                else:
+                    found[split].setdefault(inside.rpartition("/")[0].partition("/")[0], []).append(f"{root / path}")
+            if others:
+                what = "no images" + ("" if "unsplit" in folders else ", or in no folder of a split")
+                told = "%s: left out %d files that are %s, e.g. %s"
+                log.warning(told, self.wheres[name], len(others), what, others[0])
+            self._found[name] = found
+        return self._found[name]
+
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The images of a tree by split, as far as it says so."""
-        return {split: self._read(folder, name) for split, folder in self._folders(self.roots[name]).items()}
+        folders = self._folders(self.roots[name])
+        return {split: self._read(by_class, folders[split], name) for split, by_class in self._paths(name).items()}
 
     def whole(self) -> Dataset[Any] | None:
-        """All images below the target, with or without classes, where it has no folders of splits."""
-        root = self.roots.get("target")
-        if root is None or "unsplit" not in self._folders(root):
+        """All images below the target, in class folders or not, where it does not tell several splits apart."""
+        splits = list(self._paths("target").values()) if "target" in self.roots else []
+        if len(splits) != 1:
             return None
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
+        paths = sorted(chain(*splits[0].values()), key=lambda path: path.split(os.sep))
         if not paths:
-            raise DataError(f"target: there are no images in {root}")
-        return self._images(paths, [0] * len(paths), "target")
+            raise DataError(f"target: there are no images in {self.roots['target']}")
+        return self._images(paths, [0] * len(paths), "target", no_labels(self.wheres["target"], "class folders"))
 
-    def _read(self, folder: Path, name: str) -> FolderImages:
+    def _read(self, by_class: Mapping[str, list[str]], folder: Path, name: str) -> FolderImages:
         assert self.class_names is not None
-        present = class_folders(folder)
-        unknown = sorted(set(present) - set(self.class_names))
+        present = by_class.keys() - {""}
+        loose = by_class.get("", [])
+        if not present:
+            return self._images(loose, [0] * len(loose), name, no_labels(f"{name}: {folder}", "class folders"))
+        if loose:
+            log.warning("%s: left out %d images in no class folder, e.g. %s", self.wheres[name], len(loose), loose[0])
+        unknown = sorted(present - set(self.class_names))
         if unknown:
             raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}")
-        paths: list[Path] = []
+        paths: list[str] = []
         targets: list[int] = []
         for number, label in enumerate(self.class_names):
-            if label not in present:
-                continue
-            images = sorted(p for p in (folder / label).rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not images:
+            images = by_class.get(label, [])
+            if label in present and not images:
                 raise DataError(f"{name}: class {label} is empty: there are no images in {folder / label}")
             paths += images
             targets += [number] * len(images)
         return self._images(paths, targets, name)
 
-    def _images(self, paths: list[Path], targets: list[int], name: str) -> FolderImages:
+    def _images(self, paths: Sequence[Path | str], targets: list[int], name: str, unlabelled: str = "") -> FolderImages:
         images = FolderImages(paths, targets, self.reader, self.keep_decoded)
-        return images.without_bad(name) if self.on_bad_image == "skip" else images
-
-
-def split_folders(root: Path) -> dict[str, Path]:
-    """The split folders of a tree by our name for the split."""
-    found = {split: [name for name in SPLIT_NAMES[split] if (root / name).is_dir()] for split in SPLITS}
-    for split, names in found.items():
-        if len(names) > 1:
-            raise DataError(f"{root}: {' and '.join(names)} are both folders of {split} images; keep one")
-    return {split: root / names[0] for split, names in found.items() if names}
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted; hidden ones are none."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        images.unlabelled = unlabelled
+        names = None if unlabelled else self.class_names
+        return images.without_bad(name, names) if self.on_bad_image == "skip" and paths else images
 
 
 class ArrayImages(Dataset[Any]):
@@ -180,7 +213,10 @@ class ArrayImages(Dataset[Any]):
     Attributes:
         targets: The labels, class numbers or real values.
         ids: A name for each, or None.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
+
+    unlabelled = ""
 
     def __init__(
         self, images: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], ids: list[str] | None = None
@@ -269,20 +305,20 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
     where = f"{name}: {path}"
-    split_of = {"": "unsplit"} | {f"{name}_": split for name, split in SPLIT_OF.items()}
     found: dict[str, Dataset[Any]] = {}
     for key in arrays:
         prefix = key.removesuffix("images").removesuffix("labels")
         if prefix == key:
             continue
-        if prefix not in split_of:
-            raise DataError(f"{where}: {key} belongs to no split; names begin with {', '.join(filter(None, split_of))}")
+        split = split_of(prefix.removesuffix("_")) if prefix else "unsplit"
+        if split is None:
+            raise DataError(f"{where}: {key} belongs to no split; names begin with train_, val_ or test_")
         if f"{prefix}images" not in arrays:
             raise DataError(f"{where}: {key} has no {prefix}images beside it; add them, or take {key} out")
         if key.endswith("images"):
-            if split_of[prefix] in found:
-                raise DataError(f"{where}: {key} is a second array of {split_of[prefix]} images; keep one")
-            found[split_of[prefix]] = _checked(arrays, prefix, where)
+            if split in found:
+                raise DataError(f"{where}: {key} is a second array of {split} images; keep one")
+            found[split] = _checked(arrays, prefix, where)
     if "unsplit" not in found and "train" not in found:
         raise DataError(f"{where} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
     if "unsplit" in found and "train" in found:

@@ -46,11 +46,15 @@ def gather_classes(labels: Mapping[str, Cells], what: str, same: bool = True) ->
 
 
 def check_same_classes(found: Mapping[str, Collection[str]]) -> None:
-    """Refuses domains whose classes differ, and says which has what alone.
+    """Refuses domains whose classes differ, and says which has what alone; and names that config.yaml cannot hold.
 
     Raises:
-        DataError: They differ.
+        DataError: They differ, or one is no UTF-8.
     """
+    for name, classes in found.items():
+        for label in classes:
+            if (shown := label.encode(errors="backslashreplace").decode()) != label:
+                raise DataError(f"{name}: the name of the class {shown} is no UTF-8; rename its folder or files")
     only: dict[str, list[str]] = {}
     for label in sorted(set().union(*found.values())):
         owners = [name for name, classes in found.items() if label in classes]

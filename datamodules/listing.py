@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from datamodules.errors import DataError, check_known
-from datamodules.splits import SPLIT_NAMES, SPLIT_OF, log
+from datamodules.folders import files_below
+from datamodules.splits import SPLITS, log, read_split, split_of
 
 Array = np.ndarray[Any, Any]
 # the official lists of Speech Commands, and of data sets made like it
@@ -79,11 +79,9 @@ class Listing:
         """The rows of each split, as far as conditions or a field `split` say; all rows as "unsplit" otherwise."""
         chosen = {split: self.matches(f"where.{split}", text) for split, text in conditions.items()}
         if not chosen and "split" in self.fields:
-            texts = self.field("split", "split")
-            for text in np.unique(texts):
-                check_known("split", str(text), SPLIT_OF, "split")
-            ours = np.array([SPLIT_OF[text] for text in texts])
-            chosen = {split: ours == split for split in SPLIT_NAMES if (ours == split).any()}
+            known, places = np.unique(self.field("split", "split"), return_inverse=True)
+            ours = np.array([read_split("split", str(text)) for text in known])[places]
+            chosen = {split: ours == split for split in SPLITS if (ours == split).any()}
         if not chosen:
             return {"unsplit": np.arange(len(self.paths))}
         if "train" not in chosen:
@@ -113,37 +111,29 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
     where = str(root)
     if root.is_file():
         return _from_table(root, column)
-    names = sorted(_walk(str(root), "", tuple(extensions)))
+    below = [name for name in files_below(root) if not name.startswith("_") and "/_" not in name]
+    names = sorted(name for name in below if name.lower().endswith(tuple(extensions)))
     if not names:
         raise DataError(f"{where} has no files ending in {', '.join(extensions)}")
+    others = [name for name in below if not name.lower().endswith(tuple(extensions)) and name not in LISTS.values()]
+    if others:
+        log.warning("%s: left out %d files that are no recordings, e.g. %s", where, len(others), others[0])
     paths = [root / name for name in names]
     if pattern is not None:
         return _by_pattern(names, paths, where, pattern)
     parts = [name.split("/") for name in names]
-    split_folders = all(len(each) > 2 and each[0] in SPLIT_OF for each in parts)
+    split_folders = all(len(each) > 1 and split_of(each[0]) for each in parts) and any(len(each) > 2 for each in parts)
     fields: dict[str, Array] = {}
-    if all(len(each) > 1 + split_folders for each in parts):
-        fields["label"] = np.array([each[split_folders] for each in parts])
+    if split_folders or all(len(each) > 1 for each in parts):  # "" where a split has no class folders
+        fields["label"] = np.array(["/".join(each[split_folders:-1]).partition("/")[0] for each in parts])
     lists = {split: root / name for split, name in LISTS.items() if (root / name).is_file()}
     if split_folders:
         fields["split"] = np.array([each[0] for each in parts])
     elif lists:
-        split_of = {line: split for split, file in lists.items() for line in file.read_text().split()}
-        fields["split"] = np.array([split_of.get(name, "train") for name in names])
+        listed = {line: split for split, file in lists.items() for line in file.read_text().split()}
+        fields["split"] = np.array([listed.get(name, "train") for name in names])
     unknown = f"{where} has no class folders; it needs {where}/<class>/*{extensions[0]}, or --data.pattern"
     return Listing(where, paths, fields, unknown)
-
-
-def _walk(folder: str, below: str, extensions: tuple[str, ...]) -> Iterator[str]:
-    """The files below a folder by their paths in it, with /; what begins with . or _ is left out."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "_")):
-                continue
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{below}{entry.name}/", extensions)
-            elif entry.name.lower().endswith(extensions):
-                yield below + entry.name
 
 
 def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern: str) -> Listing:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from datamodules.errors import DataError
 from datamodules.orders import Order, generator_of
-from datamodules.splits import augmented, content_hash
+from datamodules.splits import augmented, check_labelled, content_hash
 
 
 class IndexedSubset(Dataset[Any]):
@@ -31,6 +31,8 @@ class IndexedSubset(Dataset[Any]):
     ) -> None:
         self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
         self.weights = getattr(dataset, "weights", None) if label == "y" else None
+        if label == "y":
+            check_labelled(dataset)
 
     def __len__(self) -> int:
         return len(self.rows)

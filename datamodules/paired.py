@@ -22,7 +22,7 @@ from datamodules.file_domains import FileDomains
 from datamodules.frames import read_frame
 from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_OF, Subset, content_hash
+from datamodules.splits import Subset, content_hash, no_labels, read_split
 
 ARRAYS = (".npz", ".npy")
 PIXELS = 50_000_000
@@ -41,7 +41,10 @@ class Several(Dataset[Any]):
 
     Attributes:
         ids: The numbers of the rows.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
+
+    unlabelled = ""
 
     def __init__(
         self,
@@ -205,6 +208,7 @@ class Paired(FileDomains):
         """The rows of a domain by split, as far as its table says so."""
         known = self._of_group[name], self._of_weight[name]
         whole = Several(self.columns[name], self.targets[name], *known, self.reader)
+        whole.unlabelled = "" if self.labelled_rows else no_labels(self.wheres[name], "--data.label")
         return {part: Subset(whole, rows) for part, rows in self._of_split[name].items()} or {"unsplit": whole}
 
     def _inputs(
@@ -236,7 +240,7 @@ class Paired(FileDomains):
         self, frames: Mapping[str, Any], label: str | None, kind: str | None, classes: list[str] | None
     ) -> None:
         """Sets the targets of each domain, and the names of the classes (None: they are real values)."""
-        self.class_names = classes
+        self.class_names, self.labelled_rows = classes, label is not None
         if label is None:
             self.targets = {name: np.zeros(len(frame), np.int64) for name, frame in frames.items()}
             return
@@ -277,6 +281,5 @@ def _split_rows(frame: Any, split: str | None, path: Path) -> dict[str, list[int
         return {}
     rows: dict[str, list[int]] = {}
     for row, cell in enumerate(frame[split].to_list()):
-        check_known(f"split: {path} row {row}", str(cell), SPLIT_OF, "split")
-        rows.setdefault(SPLIT_OF[str(cell)], []).append(row)
+        rows.setdefault(read_split(f"split: {path} row {row}", str(cell)), []).append(row)
     return rows

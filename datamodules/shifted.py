@@ -282,7 +282,9 @@ class Shifted(TransferDataModule):
             images.append(image)
             labels.append(label)
         ids = ids_of(whole)
-        return ArrayImages(np.stack(images).transpose(0, 2, 3, 1), np.asarray(labels), [ids[row] for row in rows])
+        made = ArrayImages(np.stack(images).transpose(0, 2, 3, 1), np.asarray(labels), [ids[row] for row in rows])
+        made.unlabelled = getattr(whole, "unlabelled", "")
+        return made
 
 
 def _pixels(x: Any, data: TransferDataModule) -> Array:

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from datamodules.errors import DataError
+from datamodules.errors import DataError, check_known
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+_SPLIT = re.compile(
+    r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing))[ _-]?(?:set|data|images)?",
+    re.IGNORECASE,
+)
+
+
+def split_of(name: str) -> str | None:
+    """Which split a name means, however it is written (Train, training, VALID, test_set); None: it is none's."""
+    found = _SPLIT.fullmatch(name.strip())
+    return found and found.lastgroup
+
+
+def read_split(field: str, name: str) -> str:
+    """The same of a name that must be one.
+
+    Raises:
+        DataError: It is none's.
+    """
+    split = split_of(name) or name
+    check_known(field, split, SPLITS, "split")
+    return split
 
 
 def content_hash(*parts: Any) -> str:
@@ -56,18 +77,49 @@ def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
     return np.asarray(targets)
 
 
+def labels_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any] | None:
+    """The same; None of a data set without labels, which says in a sentence, its `unlabelled`, what is missing."""
+    return None if getattr(dataset, "unlabelled", "") else targets_of(dataset)
+
+
+def check_labelled(dataset: Dataset[Any]) -> None:
+    """Refuses a data set without labels.
+
+    Raises:
+        DataError: It has none.
+    """
+    if reason := getattr(dataset, "unlabelled", ""):
+        raise DataError(reason)
+
+
+def no_labels(where: str, missing: str) -> str:
+    """The sentence of a data set without labels."""
+    uses = "`tl predict` can use it, and training as a target beside a source"
+    return f"{where} has no labels for lack of {missing}; {uses}"
+
+
+def named_labels(dataset: Dataset[Any], class_names: Sequence[str] | None) -> list[Any]:
+    """The labels of all samples, a class by its name; "" where there are none."""
+    if (labels := labels_of(dataset)) is None:
+        return [""] * len(dataset)  # type: ignore[arg-type]
+    return labels.tolist() if class_names is None else [class_names[label] for label in labels.tolist()]
+
+
 def few_shots(
     dataset: Dataset[Any],
-    shots: int,
+    shots: int | Literal["all"],
     class_names: Sequence[str] | None,
     seed: int,
     field: str = "shots_per_class",
 ) -> list[int]:
-    """Rows of `shots` samples of each class, drawn by `seed`.
+    """Rows of `shots` samples of each class, drawn by `seed`, or all.
 
     Raises:
         DataError: A class has fewer; the labels are real values.
     """
+    check_labelled(dataset)
+    if shots == "all":
+        return list(range(len(dataset)))  # type: ignore[arg-type]
     targets = targets_of(dataset)
     if class_names is None or targets.dtype.kind == "f":
         raise DataError(f"{field}: the labels are no classes; leave it out")
@@ -90,6 +142,7 @@ def rows_by_class(targets: np.ndarray[Any, Any]) -> dict[Any, np.ndarray[Any, An
 
 def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
     """Rows of `count` samples in all, as evenly over the classes as there are samples, drawn by `seed`."""
+    check_labelled(dataset)
     targets = targets_of(dataset)
     order = np.random.default_rng(seed).permutation(len(targets))
     if targets.dtype.kind in "iub":
@@ -116,6 +169,7 @@ class Joined(ConcatDataset[Any]):
         super().__init__(datasets)
         self.targets = np.concatenate([targets_of(dataset) for dataset in datasets])
         self.ids = [name for dataset in datasets for name in ids_of(dataset)]
+        self.unlabelled = next(filter(None, (getattr(dataset, "unlabelled", "") for dataset in datasets)), "")
         weights = [getattr(dataset, "weights", None) for dataset in datasets]
         if any(own is not None for own in weights):  # 1 where a data set has none
             filled = (own or [1.0] * len(part) for own, part in zip(weights, datasets, strict=True))  # type: ignore[arg-type]
@@ -134,6 +188,7 @@ class Subset(Dataset[Any]):
         self.dataset, self.rows = dataset, rows
         self.targets = targets_of(dataset)[np.asarray(rows, np.int64)]
         self.groups, self.weights = map(self._own, ("groups", "weights"))
+        self.unlabelled = getattr(dataset, "unlabelled", "")
 
     def _own(self, name: str) -> list[Any] | None:
         known = getattr(self.dataset, name, None)
@@ -233,13 +288,24 @@ def complete_splits(
 
     From "unsplit" seeded parts are cut, stratified unless the labels are hidden; a data set with `groups`, one for each
     sample, is cut between groups. A missing validation split is cut from the training split; without a test split the
-    validation split is used, with a warning.
+    validation split is used, with a warning. With a `test_fraction` of 1 a single part is all for testing.
     """
     splits = dict(found)
+    if test_fraction == 1 and len(splits) == 1:
+        return {"test": next(iter(splits.values()))}
     if "unsplit" in splits:
         pool = splits.pop("unsplit")
         val, test, train = split_rows(
             targets_of(pool), (val_fraction, test_fraction), seed, stratified, groups_of(pool)
+        )
+        log.info(
+            "%s says nothing of splits: of %d samples %d are for training, %d for validation and %d for the test; "
+            "`tl test --data.test_fraction 1` takes all",
+            where,
+            len(targets_of(pool)),
+            len(train),
+            len(val),
+            len(test),
         )
         return {"train": Subset(pool, train), "val": Subset(pool, val), "test": Subset(pool, test)}
     if "val" not in splits and "train" in splits:
@@ -247,6 +313,12 @@ def complete_splits(
         val, train = split_rows(targets_of(pool), (val_fraction,), seed, stratified, groups_of(pool))
         splits |= {"train": Subset(pool, train), "val": Subset(pool, val)}
     if "test" not in splits and "val" in splits:
-        log.warning("%s has no test split: `tl test` uses its validation split, which also chooses the epoch", where)
         splits["test"] = splits["val"]
+        count, total = len(splits["test"]), sum(len(part) for part in found.values())  # type: ignore[arg-type,misc]
+        log.warning(
+            "%s has no test split: `tl test` uses its validation split, %d of %d samples, which also chooses the epoch",
+            where,
+            count,
+            total,
+        )
     return splits

@@ -271,7 +271,7 @@ def _read_embedded(path: Path, name: str, where: str) -> Table:
             features = load_file(path / "features.safetensors")["features"]
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    with (path / "index.csv").open(newline="") as file:
+    with (path / "index.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         index = list(csv.DictReader(file))
     if len({row["domain"] for row in index}) > 1:
         index = [row for row in index if row["domain"].partition("/")[0] == name]

@@ -17,7 +17,7 @@ from datamodules.columns import Cells, Columns, encode, learn, numeric_names, on
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
 from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
-from datamodules.splits import Subset, content_hash
+from datamodules.splits import Subset, content_hash, no_labels
 from datamodules.tables import Table, read_columns, read_table
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +31,10 @@ class Rows(Dataset[Any]):
         ids: A name for each row.
         groups: The group of each row, or None.
         weights: How much the loss of each row counts, or None.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
+
+    unlabelled = ""
 
     def __init__(self, table: Table, targets: Array) -> None:
         self.cells, self.targets, self.ids = table.cells, targets, table.ids
@@ -129,6 +132,9 @@ class TabularData(FileDomains):
         self.wheres = {name: table.where for name, table in tables.items()}
         self._one_unit = all(table.frame is None for table in tables.values())
         self._whole = {name: Rows(table, y[name]) for name, table in tables.items()}
+        if label is None:
+            for name, rows in self._whole.items():
+                rows.unlabelled = no_labels(self.wheres[name], "--data.label")
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._known = False
         for name, table in tables.items():

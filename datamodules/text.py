@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from datamodules.errors import DataError, check_known
 from datamodules.file_domains import FileDomains
+from datamodules.folders import is_litter
 from datamodules.frames import read_frame
 from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, content_hash
+from datamodules.splits import SPLITS, content_hash, no_labels, split_of
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
 NO_TEXTS = ("README", "LICENSE", "LICENCE")  # what files beside the texts begin with
@@ -33,7 +34,10 @@ class Texts(Dataset[Any]):
         groups: Of each, or None.
         weights: How much the loss of each counts, or None.
         lengths: The characters of each.
+        unlabelled: Where there are no labels, what is missing, in a sentence.
     """
+
+    unlabelled = ""
 
     def __init__(self, part: Part, targets: np.ndarray[Any, Any]) -> None:
         self.texts, self.targets, self.ids = part.texts, targets, part.ids
@@ -106,14 +110,10 @@ class TextFiles(FileDomains):
         domains = {name: given for name, given in (("source", source), ("target", target)) if given is not None}
         self.wheres = {name: where_of(given, name) for name, given in domains.items()}
         found = {name: reader.read(given, name) for name, given in domains.items()}
-        self.labelled_domains = {
-            name: label is not None and all(part.labels is not None for part in parts.values())
-            for name, parts in found.items()
-        }
         labels = {
             name: [value for part in parts.values() for value in part.labels or ()]
             for name, parts in found.items()
-            if self.labelled_domains[name]
+            if any(part.labels is not None for part in parts.values())
         }
         if classes is None and label is not None:
             for name in found.keys() - labels.keys() - ({"target"} if "source" in labels else set()):
@@ -127,28 +127,15 @@ class TextFiles(FileDomains):
         }
 
     def _texts(self, part: Part, name: str) -> Texts:
-        if self.labelled_domains[name]:
-            targets = encode_labels(part.labels or (), self.class_names, part.at)
-        else:
-            targets = np.zeros(len(part.texts), np.float32 if self.class_names is None else np.int64)
-        return Texts(part, targets)
+        if part.labels is not None:
+            return Texts(part, encode_labels(part.labels, self.class_names, part.at))
+        texts = Texts(part, np.zeros(len(part.texts), np.float32 if self.class_names is None else np.int64))
+        texts.unlabelled = no_labels(part.where, "a column or classes that say them")
+        return texts
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The texts of a domain by split, as far as its files say so."""
         return self._found[name]
-
-    def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's texts in each domain."""
-        for name, where in self.wheres.items():
-            if not self.labelled_domains[name] and not self.would_hide_labels(self.wheres):
-                raise DataError(f"{where} has no labels, so that only `tl predict` can use it")
-        return super().domains(split)
-
-    def test_dataloader(self) -> Any:
-        """The target's test split (the source's, where there is no target)."""
-        if not self.labelled_domains.get("target", True):
-            raise DataError(f"{self.wheres['target']} has no labels to test against; `tl predict` needs none")
-        return super().test_dataloader()
 
 
 def where_of(given: Any, name: str) -> str:
@@ -254,12 +241,12 @@ class Reader:
         folders = {entry.name: entry for entry in inner if entry.is_dir()}
         read, parts = (self._of_table, tables) if tables else (self._of_classes, folders)
         found: dict[str, Part] = {}
-        for split, names in SPLIT_NAMES.items():
-            for name in names:
-                if name in parts and split in found:
-                    raise DataError(f"{where} has {' and '.join(n for n in names if n in parts)}; keep one")
-                if name in parts:
-                    found[split] = read(parts[name], where)
+        for split in SPLITS:
+            names = [name for name in parts if split_of(name) == split]
+            if len(names) > 1:
+                raise DataError(f"{where} has {' and '.join(names)}; keep one")
+            if names:
+                found[split] = read(parts[names[0]], where)
         if not found and len(tables) == 1:
             return {"unsplit": self._of_table(next(iter(tables.values())), where)}
         if not found and tables:
@@ -329,7 +316,7 @@ class Reader:
 
 def _visible(folder: Any) -> list[Any]:
     """What is in a folder, without what is no text, in the order of the names."""
-    entries = [e for e in folder.iterdir() if not e.name.startswith((".", "__MACOSX", *NO_TEXTS))]
+    entries = [e for e in folder.iterdir() if not is_litter(e.name) and not e.name.startswith(NO_TEXTS)]
     return sorted(entries, key=lambda entry: str(entry.name))
 
 

@@ -61,7 +61,8 @@ CASES = {
     "corrupt image": (FOLDERS, "bad.jpg: it cannot be decoded as an image"),
     "truncated image": (FOLDERS, "bad.jpg: it cannot be decoded as an image (image file is truncated"),
     "truncated image in a worker": (FOLDERS.replace("workers 0", "workers 1"), "bad.jpg: it cannot be decoded"),
-    "CMYK image": (FOLDERS, "bad.jpg: its CMYK colours have no exact RGB"),
+    "image of floats": (FOLDERS, "bad.tif: its F numbers have no known range; convert it to 8 or 16 bits first"),
+    "unknown colour": (FOLDERS + "--data.background whitish", "background: whitish is no colour; give a name or #rrggbb"),
     "huge header": (FOLDERS, "than max_pixels 50000000"),
     "more labelled than there are": (FIT + "--data Digits --data.labelled 500", "labelled: none of the target's 449 training samples is left unlabelled"),
     "labelled of no target": (FIT + "--data Digits --data.source true --data.target false --data.labelled 5", "give --data.target"),
@@ -191,8 +192,8 @@ def prepare(case, root, trained):
         case "truncated image" | "truncated image in a worker":
             image(bad, (9, 9, 9), size=(200, 200))
             truncate(bad)
-        case "CMYK image":
-            image(bad, (9, 9, 9), mode="CMYK")
+        case "image of floats":
+            image(bad.with_suffix(".tif"), (9, 9, 9), mode="F")
         case "huge header":
             huge_header(bad.with_suffix(".png"))
         case "unknown class in YAML":

@@ -6,7 +6,6 @@ No code of a model's repository is run, `trust_remote_code` is never passed on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from tl_modules.backbones.weights import StateDict
+from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError
 
 # of an encoder's config what says nothing of the network, and its path on somebody's machine
@@ -23,7 +23,7 @@ UNSAID = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", 
 
 def folder_or_name(name: Path | str) -> str:
     """A folder with ~ and $VARIABLES filled in, or what is none, the name on the hub, as it is."""
-    folder = Path(os.path.expandvars(name)).expanduser()
+    folder = fill_in(name)
     return str(folder if folder.is_dir() else name)
 
 

@@ -8,7 +8,6 @@ What cuts a text into words is any function; the rest is the same for all langua
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tl_modules.backbones.pooling import SequencePooling
 from tl_modules.backbones.weights import Pretrained
 from tl_modules.backbones.word_vectors import read_vectors
 from tl_modules.batch.samples import Padded
+from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError
 
 __all__ = ["TextBackbone", "WordVectors"]
@@ -206,7 +206,7 @@ class WordVectors(TextBackbone):
 
 def _occurring(file: Path | str, cut: Callable[[str], Sequence[str]]) -> set[str]:
     """The words of a text file, as they are written and in lower case."""
-    path = Path(os.path.expandvars(file)).expanduser()
+    path = fill_in(file)
     try:
         with path.open(encoding="utf-8") as lines:
             found = {word for line in lines for word in cut(line)}

@@ -8,7 +8,6 @@ blocks at one resolution, and the single blocks of a transformer.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tl_modules.backbones.base import Backbone, PretrainedWeights
 from tl_modules.backbones.stages import resolution_stages, stages_by_name, strip_classifier
 from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
+from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError, closest
 
 __all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchHubBackbone", "TorchvisionBackbone"]
@@ -253,7 +253,7 @@ class TorchHubBackbone(ImageBackbone):
         mean: Statistics = None,
         std: Statistics = None,
     ) -> None:
-        folder = Path(os.path.expandvars(repo)).expanduser()
+        folder = fill_in(repo)
         source = "local" if folder.is_dir() else "github"
         if source == "local" and not (folder / "hubconf.py").is_file():
             raise UserError(f"repo: {folder} has no hubconf.py, so it is no torch.hub repository")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.checkpoints.compressed import dequantized, fit_shapes
-from tl_modules.checkpoints.files import find_corruption, find_run
+from tl_modules.checkpoints.files import fill_in, find_corruption, find_run
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     Raises:
         UserError: The file is missing, is no run, or holds anything but tensors and plain data.
     """
-    path = Path(os.path.expandvars(weights)).expanduser()
+    path = fill_in(weights)
     if not path.exists():
         raise UserError(f"weights: there is no file or run directory {path}")
     if path.is_dir():

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError
 
 LONGEST_WORD = 10_000  # bytes; one that does not end is no word
@@ -49,7 +50,7 @@ def read_vectors(
     Raises:
         UserError: The file cannot be read, or a line of it is malformed.
     """
-    path = Path(os.path.expandvars(file)).expanduser()
+    path = fill_in(file)
     if not path.is_file():
         raise UserError(f"name: there is no file {path} of word vectors")
     kept: dict[str, None] = {}

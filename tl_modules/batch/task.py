@@ -153,7 +153,7 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
         x = next((part for part in parts if getattr(part, "ndim", 0) == 3), parts[0])
     if lines:
         shown = lines if len(lines) <= ROWS else [*lines[: ROWS - 1], f"and {len(lines) - ROWS + 1} more"]
-        axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7)
+        axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7, parse_math=False)
     elif getattr(x, "ndim", 0) == 3:
         image = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         low, high = float(image.min()), float(image.max())
@@ -163,7 +163,8 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
     elif getattr(x, "ndim", 0) == 1:
         axes.plot(x)
     else:
-        axes.text(0.02, 0.5, str(x)[:200], wrap=True, va="center", fontsize=7)
+        text = str(x)[:200].replace("$", r"\$")  # or what is between two of them would be a formula
+        axes.text(0.02, 0.5, text, wrap=True, va="center", fontsize=7)
 
 
 def row_lines(x: Any, schema: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from tl_modules.checkpoints.compressed import dequantized
 from tl_modules.errors import UserError
 
 log = logging.getLogger(__name__)
+AS_NAMED: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -186,6 +187,11 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
     known = json.loads(file.read_text()) if file.is_file() else {}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
     write_whole(file, json.dumps(known | finite, indent=2) + "\n")
+
+
+def fill_in(path: str | os.PathLike[str]) -> Path:
+    """A path with ~ and $VARIABLES filled in, unless there is one that is written just so."""
+    return Path(path) if os.path.lexists(path) else Path(os.path.expandvars(path)).expanduser()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -39,7 +39,16 @@ from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.finetuning.optimizer import default_epochs
 from tl_modules.methods.teacher import Distillation
 from tl_modules.runs import EpochProgressBar, ExactResume, GracefulShutdown, LineProgress, RunFiles
-from tl_modules.runs.directory import SECTIONS, decided, load_run, new_run, read_config, without_weights, write_config
+from tl_modules.runs.directory import (
+    SECTIONS,
+    decided,
+    load_run,
+    new_run,
+    read_config,
+    to_yaml,
+    without_weights,
+    write_config,
+)
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
@@ -140,7 +149,7 @@ class TransferCLI(OneCommand, LightningCLI):
         check_links(self.run)
         # a command line with --name says everything itself, as a job that is run again does
         self.configured = bool(values(args, "--run")) or not resume
-        config = ["--config", yaml.safe_dump(read_config(self.run, self.trusted))] if self.configured else []
+        config = ["--config", to_yaml(read_config(self.run, self.trusted))] if self.configured else []
         if self.command not in BEFORE and (resume or not given(args, "--ckpt_path")):
             file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")

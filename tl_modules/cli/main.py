@@ -9,7 +9,7 @@ import torch
 
 from tl_modules.cli.command_line import TransferCLI
 from tl_modules.cli.messages import cause, one_line
-from tl_modules.cli.process import importable, quiet, stop
+from tl_modules.cli.process import check_utf8, importable, quiet, stop
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -22,6 +22,7 @@ def main(args: Sequence[str] | None = None) -> None:
     quiet()
     words = sys.argv[1:] if args is None else args
     try:
+        check_utf8(words)
         if words and words[0] == "compare":  # it has no model and data of its own, but starts runs
             from tl_modules.cli.compare import compare
 

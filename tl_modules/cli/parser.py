@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import set_dumper, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,6 +16,7 @@ import tl_modules
 from tl_modules.batch.compat import name_classes_too, options
 from tl_modules.cli.messages import explain
 from tl_modules.cli.process import stop
+from tl_modules.runs.directory import to_yaml
 
 
 def _number(value: Any) -> float:
@@ -31,6 +32,9 @@ register_type(Number, serializer=_number, deserializer=_number)
 
 # averaging callbacks have one as their default
 register_type(torch.device)
+
+# what the parser writes, it reads again as it was
+set_dumper("yaml", to_yaml)
 
 # a value may not name what runs commands, e.g. os.system
 set_parsing_settings(import_path_denylist=[])

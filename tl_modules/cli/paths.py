@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
 
+from tl_modules.checkpoints.files import fill_in
 from tl_modules.cli.messages import import_class
 
 
@@ -40,5 +41,5 @@ def absolute_paths(config: Any) -> None:
 
 
 def _absolute(path: str | Path) -> str:
-    full = Path(os.path.expandvars(path)).expanduser()
+    full = fill_in(path)
     return os.path.abspath(full) if full.exists() else str(path)

@@ -6,10 +6,13 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities import rank_zero_only
+
+from tl_modules.errors import UserError
 
 
 def first_process() -> bool:
@@ -22,6 +25,17 @@ def stop(text: str) -> NoReturn:
     if first_process():
         print(f"tl: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def check_utf8(words: Sequence[str]) -> None:
+    """Refuses what a config could not hold.
+
+    Raises:
+        UserError: A word is no UTF-8.
+    """
+    for word in words:
+        if (shown := word.encode(errors="backslashreplace").decode()) != word:
+            raise UserError(f"{shown} is no UTF-8, so that config.yaml cannot hold it; rename it, or make a link to it")
 
 
 def importable(own: bool) -> None:

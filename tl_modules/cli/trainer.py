@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.compressed import Kind
-from tl_modules.checkpoints.files import load_checkpoint, weight_bytes, write_whole
+from tl_modules.checkpoints.files import AS_NAMED, load_checkpoint, weight_bytes, write_whole
 from tl_modules.cli.calibrate import calibrate
 from tl_modules.cli.compress import compress_run
 from tl_modules.cli.lr_find import report, sweep_rates
@@ -90,7 +90,7 @@ class TransferTrainer(QuickHooks, Trainer):
             from safetensors.torch import save_file
 
             save_file({"features": features}, folder / "features.safetensors")
-        with (folder / "index.csv").open("w", newline="") as file:
+        with (folder / "index.csv").open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
             writer.writerow(["row", "domain", "split", "id", "label"])
             number = 0

@@ -37,7 +37,7 @@ def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[An
     parts = figure.subfigures(len(rows), squeeze=False, height_ratios=[0.4 + 1.9 * count for count in rows])
     for part, count, (name, pairs) in zip(parts[:, 0], rows, domains.items(), strict=True):
         height = 0.4 + 1.9 * count
-        part.suptitle(name, x=0.01, y=1 - 0.05 / height, ha="left", weight="bold", size=11)
+        part.suptitle(name, x=0.01, y=1 - 0.05 / height, ha="left", weight="bold", size=11, parse_math=False)
         draw = [lambda axes, x=x, y=y: _short(module.draw(axes, x, y, None)) for x, y in pairs]
         _fill(part, draw, 8, top=1 - 0.52 / height)
     return figure
@@ -72,7 +72,7 @@ def grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
 def _fill(figure: Any, drawn: Sequence[Callable[[Any], str]], columns: int, top: float) -> None:
     for place, draw in enumerate(drawn):
         axes = figure.add_subplot(-(-len(drawn) // columns), columns, place + 1)
-        axes.set_title(draw(axes), fontsize=9)
+        axes.set_title(draw(axes), fontsize=9, parse_math=False)  # $ is a letter of a name
         axes.axis("off")
     figure.subplots_adjust(0.02, 0.02, 0.98, top, 0.1, 0.2)
 
@@ -90,8 +90,8 @@ def confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     if len(names) <= 30:
         for row in range(len(names)):
             for column in range(len(names)):

@@ -224,7 +224,10 @@ class ModelSelection(Callback):
             return
         kept = torch.load(file, weights_only=True)
         splits = [split for split in ("val", "test") if split in kept["rows"][0]]
-        labels = {split: pl_module.label(list(data.labels(split))) for split in splits} if data is not None else {}
+        known = {split: data.labels(split) for split in splits} if data is not None else {}
+        if any(own is None for own in known.values()):
+            return
+        labels = {split: pl_module.label(list(own)) for split, own in known.items()}
         if not labels or any(samples.count(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
             return  # of other data, or of a limited validation
         found = report(pl_module, kept["rows"], labels)

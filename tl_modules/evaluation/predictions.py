@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.batch import samples
+from tl_modules.checkpoints.files import AS_NAMED
 from tl_modules.errors import UserError
 from tl_modules.evaluation.ensembles import Ensemble
 from tl_modules.evaluation.gather import Gathering
@@ -58,7 +59,7 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         ids = trainer.datamodule.ids()  # type: ignore[attr-defined]
-        with self.file.open("w", newline="") as file:
+        with self.file.open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
             if rows:
                 writer.writerow(["id", *columns])

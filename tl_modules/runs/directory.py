@@ -67,9 +67,29 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
         ) from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes also texts that YAML 1.1 does not take for numbers, and the parser does, e.g. 1e3."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML, in which a text stays a text whoever reads it."""
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False)
+
+
 def write_config(run: Path, config: dict[str, Any]) -> None:
     """Writes a run's config.yaml."""
-    write_whole(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_whole(run / "config.yaml", to_yaml(config))
 
 
 def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:

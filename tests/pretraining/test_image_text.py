@@ -10,7 +10,7 @@ from lightning.pytorch import seed_everything
 from small_runs import fit
 
 from datamodules import TransferDataModule
-from tl_modules import CLIP, ConvNet, SeveralBackbones, TabularMLP, UserError
+from tl_modules import CLIP, ConvNet, FeatureExtraction, SeveralBackbones, TabularMLP, UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins"))
 from text_classes import Bytes
@@ -105,6 +105,14 @@ def test_the_scale_has_a_limit():
 def test_refusals(backbone, options, message):
     with pytest.raises(UserError, match=message):
         CLIP(backbone(), schema=Shades().schema, **options)
+
+
+def test_projections_of_frozen_parts_are_learnt_alone():
+    module, start = build(finetuning=FeatureExtraction()), build(finetuning=FeatureExtraction())
+    fit(module, Shades(batch_size=12), epochs=2)
+    before, after = start.state_dict(), module.state_dict()
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"head"}
 
 
 def test_prediction_needs_names_and_a_text():

@@ -66,12 +66,14 @@ class Pretraining(TransferModule):
 
     Attributes:
         views: How many augmented views of each sample it compares; 1 takes samples as training data usually are.
+        head_is_used: Whether the network behind the backbone predicts, so that training it alone makes sense.
 
     Raises:
-        UserError: The strategy keeps the whole backbone frozen.
+        UserError: The strategy keeps the whole backbone frozen, and the network behind it is not used.
     """
 
     views: ClassVar[int] = 1
+    head_is_used: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     monitor = ("val/knn", "max")
     adapts = True  # its data are new to the backbone, whose BatchNorm follows them
@@ -95,7 +97,7 @@ class Pretraining(TransferModule):
             lr_scheduler=lr_scheduler,
             save=save,
         )
-        if not self.trainable_stages():
+        if not (self.head_is_used or self.trainable_stages()):
             raise UserError(
                 f"finetuning: {self.strategy_name()} keeps the whole backbone frozen, so that pretraining would train "
                 "only what is thrown away; take Full, or LastStages"

@@ -35,8 +35,9 @@ class CLIP(Pretraining):
     to its other input, of the classes that the split's labels hold. `val/recall_1` and `val/recall_5` say how often the
     first input of a sample is the nearest, or one of the five nearest, to its second, of all samples of the split.
 
-    `tl predict` classifies by the names of `classes`, whether training has seen such or not. The next run starts from
-    the parts by `SeveralBackbones.weights`.
+    The epoch is chosen by `val/loss`. `FeatureExtraction` learns the projections alone, as suits pretrained parts and
+    few pairs. `tl predict` classifies by the names of `classes`, whether training has seen such or not. The next run
+    starts from the parts by `SeveralBackbones.weights`.
 
     Args:
         backbone: A `SeveralBackbones` with two parts, e.g. image and text, and concatenation.
@@ -51,6 +52,7 @@ class CLIP(Pretraining):
     """
 
     views: ClassVar[int] = 1
+    head_is_used: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class CLIP(Pretraining):
             return Projections({name: part.width for name, part in backbone.parts.items()}, dim, temperature)
 
         super().__init__(backbone, head=head, **kwargs)
+        self.monitor = ("val/loss", "min")  # of the projections; neighbours of frozen features would never change
         self.prompt, self.chosen_classes = prompt, classes
 
     def objective(self, *views: Any) -> dict[str, Tensor]:

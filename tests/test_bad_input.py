@@ -69,6 +69,7 @@ CASES = {
     "no range of rates": ("lr-find --min_lr 1 --max_lr 0.1", "min_lr, max_lr: 1.0 must be above 0 and below 0.1"),
     "too short a sweep": ("lr-find --steps 5", "steps: 5 must be at least 10"),
     "nothing to draw": ("show-batch --count 0", "count: 0 must be at least 1"),
+    "too much to draw": ("show-batch --data Digits --count 1000", "count: 1000 of each of 1 domains are more than a picture's 512 samples"),
     "a folder that is a file": ("show-batch --out file/batch.png", "out: file cannot be written"),
     "unknown command": ("fitt", "there is no command fitt (did you mean fit?)"),
     "unknown option": (FIT + "--modle.backbone ConvNet", "there is no option --modle.backbone (did you mean --model.backbone?)"),

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,13 @@ def linear_head(state: StateDict, name: str) -> StateDict:
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}
 
 
-def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    pretrained: Pretrained,
+    strict: bool = True,
+    name: str | None = None,
+    resized: Callable[[StateDict], StateDict] | None = None,
+) -> LoadReport:
     """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
 
     Args:
@@ -146,6 +152,7 @@ def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, 
         pretrained: The weights.
         strict: Refuse when a tensor of `model` is missing or has another shape; otherwise it stays random.
         name: What messages call the model.
+        resized: Brings tensors of another image size into the shapes of `model`; asked if some do not fit.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
@@ -161,6 +168,10 @@ def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, 
         fit_shapes(model, {own[key]: value for key, value in given.items() if key in own})
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
+    if misshaped and resized is not None:
+        given = dict(resized(given))
+        log.info("weights from %s: %s interpolated to another image size", pretrained.origin, _some(misshaped))
+        misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]
     match = LoadReport(
         matched,

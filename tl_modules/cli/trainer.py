@@ -285,7 +285,7 @@ class TransferTrainer(QuickHooks, Trainer):
             out: The PNG; None is runs/NAME/batch.png.
 
         Raises:
-            UserError: `count` is not positive or too many to draw, the data are not ours, or the file cannot be written.
+            UserError: `count` is below 1 or too large for a picture, the data are not ours, the file cannot be written.
         """
         if count < 1:
             raise UserError(f"count: {count} must be at least 1")

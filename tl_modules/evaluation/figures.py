@@ -78,7 +78,7 @@ class TensorBoardFigures(Callback):
         for domain, part in batch.items():
             x, y, index = (*part, None)[:3]
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
-            rate = getattr(pl_module.backbone, "rate", None)
+            rate: Any = getattr(pl_module.backbone, "rate", None)
             plays = rate is not None and isinstance(x, samples.Padded)
             reads = _has_text(pl_module) and hasattr(getattr(loaders[domain], "dataset", None), "rows")
             if not plays and not reads and not (isinstance(x, Tensor) and _is_image(x[0])):

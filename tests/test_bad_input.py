@@ -94,7 +94,7 @@ CASES = {
     "missing config": ("fit -c nowhere.yaml", "nowhere.yaml"),
     "unknown architecture": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name resnet19", "no classifier resnet19 (did you mean resnet1"),
     "wrong-shaped weights": (FIT + "--model.backbone.weights w.pth", "tensors have another shape, 0.0.weight is (8, 3, 3, 3) instead of (4, 3, 3, 3)"),
-    "another architecture's weights": (FIT + "--model.backbone.weights w.pth", "none of its 120 tensors has a name and shape"),
+    "another architecture's weights": (FIT + "--model.backbone.weights w.pth", "none of its 120 tensors (conv1.weight, bn1.weight, bn1.bias, ...) has a name and shape"),
     "a part of the weights": (FIT + "--model.backbone.weights w.pth", "tensors are not in it"),
     "missing weights": (FIT + "--model.backbone.weights nowhere.pth", "there is no file or run directory nowhere.pth"),
     "weights that are a pickle": (FIT + "--model.backbone.weights w.pth", "holds Python objects besides tensors"),

@@ -44,9 +44,9 @@ layer(images).square().sum().backward()
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels are those of x86")
 def test_the_convolution_that_kills_a_process_still_does():
-    """Once it does not, `memory_format` of backbones/stages.py has no need to look for it."""
+    """Once it does not, `suits_channels_last` of backbones/stages.py has no need to look for it."""
     code = subprocess.run([sys.executable, "-c", CONVOLUTION], capture_output=True, timeout=120).returncode
-    assert code < 0, "oneDNN's issue 6035 is mended in this torch: let stages.memory_format go"
+    assert code < 0, "oneDNN's issue 6035 is mended in this torch: let stages.suits_channels_last go"
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
@@ -56,7 +56,7 @@ def test_networks_with_that_convolution_train(name):
 import torch
 from tl_modules import TimmBackbone
 backbone = TimmBackbone({name!r})
-assert backbone.normalize.layout == torch.contiguous_format
+assert not backbone.normalize.channels_last
 backbone(torch.randint(0, 256, (16, 3, 128, 128), dtype=torch.uint8)).square().sum().backward()
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
@@ -64,5 +64,5 @@ backbone(torch.randint(0, 256, (16, 3, 128, 128), dtype=torch.uint8)).square().s
 
 def test_other_networks_are_channels_last():
     backbone = TorchvisionBackbone("resnet18")
-    assert backbone.normalize.layout == torch.channels_last
+    assert backbone.normalize.channels_last
     assert backbone.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)

@@ -38,10 +38,10 @@ def strip_classifier(model: nn.Module) -> Classifier | None:
     return None
 
 
-def memory_format(model: nn.Module) -> torch.memory_format:
-    """The layout in which a network is fast: channels last, also on CPUs where convolutions are twice as fast.
+def suits_channels_last(model: nn.Module) -> bool:
+    """Whether a network may have the layout that makes convolutions twice as fast, also on CPUs.
 
-    It is the plain one for a network with a 1 x 1 convolution of stride 2 and few channels, e.g. RepVGG's: its backward
+    It keeps the plain one with a 1 x 1 convolution of stride 2 and few channels, e.g. RepVGG's: its backward
     in oneDNN writes past its memory, which kills the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
 
@@ -50,7 +50,7 @@ def memory_format(model: nn.Module) -> torch.memory_format:
             return False
         return layer.groups == 1 and layer.in_channels < 16  # the block of AVX-512
 
-    return torch.contiguous_format if any(map(fatal, model.modules())) else torch.channels_last
+    return not any(map(fatal, model.modules()))
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import Backbone, PretrainedWeights
-from tl_modules.backbones.stages import memory_format, resolution_stages, stages_by_name, strip_classifier
+from tl_modules.backbones.stages import resolution_stages, stages_by_name, strip_classifier, suits_channels_last
 from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
 from tl_modules.errors import UserError, closest
 
@@ -37,9 +37,9 @@ class Normalize(nn.Module):
 
     in_no_stage = True  # and yet frozen: it holds nothing
 
-    def __init__(self, layout: torch.memory_format = torch.channels_last) -> None:
+    def __init__(self, channels_last: bool = True) -> None:
         super().__init__()
-        self.layout = layout
+        self.channels_last = channels_last
 
     def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W), in the network's layout."""
@@ -47,7 +47,7 @@ class Normalize(nn.Module):
         if images.dtype == torch.uint8:
             x = x / 255
         x = (x.expand(-1, len(mean), -1, -1) - mean) / std
-        return x.contiguous(memory_format=self.layout)
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ class ImageBackbone(Backbone):
 
     def __init__(self, model: nn.Module, out_features: int, mean: Statistics = None, std: Statistics = None) -> None:
         super().__init__()
-        self.normalize = Normalize(memory_format(model))
-        self.model = model.to(memory_format=self.normalize.layout)
+        self.normalize = Normalize(suits_channels_last(model))
+        self.model = model.to(memory_format=torch.channels_last) if self.normalize.channels_last else model
         # on CPUs grouped convolutions train slower in bfloat16 (benchmarks/precision.py)
         grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
         self.bf16_devices = ("cuda",) if grouped else ("cuda", "cpu")
@@ -142,6 +142,7 @@ class TorchvisionBackbone(ImageBackbone):
         std: Per channel, on the [0, 1] scale; None is the weights' own.
         image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for it, and
             position embeddings of another size are interpolated.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: Unknown name; weights that cannot be fetched or do not fit; a size that the network cannot have.
@@ -155,6 +156,7 @@ class TorchvisionBackbone(ImageBackbone):
         mean: Statistics = None,
         std: Statistics = None,
         image_size: int | None = None,
+        weights_prefix: str | None = None,
     ) -> None:
         from torchvision import models
 
@@ -208,7 +210,7 @@ class TorchvisionBackbone(ImageBackbone):
                 raise UserError(_offline(f"{name} {entry}", known[entry].url)) from error
             return state
 
-        self.load_pretrained(weights, strict, hub, resized)
+        self.load_pretrained(weights, strict, hub, resized, weights_prefix)
 
 
 class TimmBackbone(ImageBackbone):
@@ -220,6 +222,7 @@ class TimmBackbone(ImageBackbone):
         strict: Refuse weights that lack a tensor or have one of another shape.
         image_size: Side of the images in pixels; None is the weights' own. A network that is made for one size (ViT,
             Swin, ...) is built for it, and position embeddings of another size are interpolated.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: timm is missing, the name is unknown, the weights cannot be fetched or do not fit, or the network
@@ -227,7 +230,12 @@ class TimmBackbone(ImageBackbone):
     """
 
     def __init__(
-        self, name: str, weights: PretrainedWeights = None, strict: bool = True, image_size: int | None = None
+        self,
+        name: str,
+        weights: PretrainedWeights = None,
+        strict: bool = True,
+        image_size: int | None = None,
+        weights_prefix: str | None = None,
     ) -> None:
         try:
             import timm
@@ -270,7 +278,7 @@ class TimmBackbone(ImageBackbone):
                 raise UserError(_offline(f"timm's {name}")) from error
             return state
 
-        self.load_pretrained(weights, strict, hub, resized)
+        self.load_pretrained(weights, strict, hub, resized, weights_prefix)
 
     def stages(self) -> list[nn.Module]:
         """The groups that timm itself gives for layer-wise learning rates."""
@@ -295,6 +303,7 @@ class TorchHubBackbone(ImageBackbone):
         image_size: Side in pixels of the images that the width of the features is probed with, where it is not known.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: The repository or entry is not found, or the weights do not fit.
@@ -310,6 +319,7 @@ class TorchHubBackbone(ImageBackbone):
         image_size: int = 224,
         mean: Statistics = None,
         std: Statistics = None,
+        weights_prefix: str | None = None,
     ) -> None:
         folder = Path(os.path.expandvars(repo)).expanduser()
         source = "local" if folder.is_dir() else "github"
@@ -343,7 +353,7 @@ class TorchHubBackbone(ImageBackbone):
                 f"weights: {entry} is no file or run; a hub entry takes its own weights through `arguments`"
             )
 
-        self.load_pretrained(weights, strict, hub)
+        self.load_pretrained(weights, strict, hub, prefix=weights_prefix)
         said = [value for name, value in (arguments or {}).items() if name in ("pretrained", "weights")]
         self.random = weights is None and bool(said) and not any(said)  # many entries are pretrained unless told
         if weights is None and not self.random:

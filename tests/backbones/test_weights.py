@@ -1,12 +1,13 @@
 """Weights by name: what matched is said, and what does not fit is refused."""
 
+import argparse
 import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tl_modules import Classification, ConvNet, Regression, UserError
+from tl_modules import Classification, ConvNet, Regression, TorchvisionBackbone, UserError
 from tl_modules.backbones.weights import Pretrained, load_weights, read_weights
 
 
@@ -113,3 +114,87 @@ def test_a_run_from_before_keeps_its_head(ok, tmp_path):
     file.write_text("".join(line for line in lines if "normalize: false" not in line))
     assert len(file.read_text().splitlines()) == len(lines) - 1
     ok("test --run runs/x/version_0")
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def foreign(net, other):
+    """Files as others write them: what is in them, and the prefix that is said."""
+    yield (
+        "moco",
+        {"epoch": 1, "state_dict": prefixed("module.encoder_q.", net) | prefixed("module.encoder_k.", other)},
+        "encoder_q.",
+    )
+    yield (
+        "dino",
+        {"student": prefixed("module.backbone.", other), "teacher": prefixed("backbone.", net)},
+        "teacher.backbone.",
+    )
+    yield (
+        "fastai",
+        {"model": prefixed("0.", net) | {"1.8.weight": torch.ones(3)}, "opt": {"state": [{"mom": net}]}},
+        "0.",
+    )
+    yield "net", {"net": net, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, "net."
+    yield "params", {"params": net}, "params."
+    yield "encoder", prefixed("encoder.", net) | {"decoder.weight": torch.ones(3)}, "encoder."
+    yield "hugging face", prefixed("resnet.", net) | {"classifier.1.weight": torch.ones(3)}, "resnet."
+    yield "timm", {"state_dict": net, "args": argparse.Namespace(lr=0.1, model="x"), "arch": "x"}, None
+    yield "accelerate", {"ema": {"module": net}, "step": torch.tensor(3)}, "ema.module."
+    yield "model beside its mean", {"model": net, "model_ema": other}, None
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_checkpoints_of_others(number, tmp_path, caplog):
+    caplog.set_level("INFO", "tl_modules")
+    there, other = ConvNet(4), ConvNet(4)
+    _, content, prefix = list(foreign(there.model.state_dict(), other.model.state_dict()))[number]
+    torch.save(content, tmp_path / "w.pth")
+    assert same(ConvNet(4, weights=tmp_path / "w.pth"), there)
+    assert (f"the tensors behind {prefix}" in caplog.text) == (prefix is not None)
+
+
+def test_a_body_of_fastai_has_numbers_for_names(tmp_path):
+    there = TorchvisionBackbone("resnet18")
+    body = torch.nn.Sequential(*list(there.model.children())[:-2])
+    torch.save({"model": prefixed("0.", body.state_dict()) | {"1.8.weight": torch.ones(3, 512)}}, tmp_path / "w.pth")
+    assert same(TorchvisionBackbone("resnet18", weights=tmp_path / "w.pth"), there)
+
+
+def test_several_prefixes_are_asked_for(tmp_path):
+    one, two = TorchvisionBackbone("squeezenet1_1"), TorchvisionBackbone("squeezenet1_1")
+    torch.save({"params": one.model.state_dict(), "params_ema": two.model.state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"several times, behind params\., params_ema\.; pass one .*weights_prefix"):
+        TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth")
+    for prefix in ("params_ema", "params_ema."):
+        assert same(TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix=prefix), two)
+    with pytest.raises(UserError, match=r"weights_prefix: no name in .* begins with ema\.; there are params\.features"):
+        TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix="ema")
+
+
+def test_a_prefix_that_is_not_the_one_found(tmp_path):
+    one, two = TorchvisionBackbone("squeezenet1_1"), TorchvisionBackbone("squeezenet1_1")
+    q, k = (prefixed(f"module.encoder_{name}.", each.model.state_dict()) for name, each in (("q", one), ("k", two)))
+    torch.save({"state_dict": q | k}, tmp_path / "w.pth")
+    for prefix in ("encoder_k", "state_dict.module.encoder_k."):
+        assert same(TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix=prefix), two)
+
+
+def test_errors_show_what_is_found_and_wanted(tmp_path):
+    torch.save({"resnet.embedder.weight": torch.ones(2), "resnet.pooler.bias": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=r"2 tensors \(resnet.embedder.weight, resnet.pooler.bias\) has .* \(0.0.weight, "
+    ):
+        ConvNet(4, weights=tmp_path / "w.pth")
+    state = ConvNet(4).model.state_dict()
+    torch.save({k: v for k, v in state.items() if k != "0.0.weight"} | {"stem": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"are not in it \(0.0.weight; it has stem\)"):
+        ConvNet(4, weights=tmp_path / "w.pth")
+
+
+def test_a_namespace_hides_no_code(tmp_path):
+    torch.save({"state_dict": {}, "args": argparse.Namespace(x=Evil())}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="could run code"):
+        read_weights(tmp_path / "w.pth")

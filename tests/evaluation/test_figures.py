@@ -1,7 +1,14 @@
 """What a run shows: plain lines, and everything in TensorBoard."""
 
+import io
+import time
+
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tl_modules.evaluation.drawing import confusion, grid, raw
+from tl_modules.evaluation.figures import rotated
 
 tensorboard = pytest.mark.tensorboard
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 4"
@@ -97,3 +104,67 @@ def test_texts_are_shown_as_texts(ok, tmp_path):
         for row in rows:
             cells = row.removeprefix("| ").removesuffix(" |").split(" | ")
             assert cells[-1].startswith("a good film" if cells[0] == "pos" else "a\\|bad film")
+
+
+def drawn(figure):
+    """Draws it; gives its pixels and the seconds that took."""
+    start = time.perf_counter()
+    figure.savefig(io.BytesIO(), format="png")
+    return max(figure.get_size_inches()) * figure.dpi, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("classes", [30, 400, 1000])
+def test_of_many_classes_the_most_confused_are_drawn(classes):
+    pairs = {(k, k): 5 for k in range(classes)} | {(k, k - 1): 3 for k in range(3, classes, classes // 10)}
+    figure = confusion(pairs, [f"class {k} {'of many letters ' * 50}" for k in range(classes)])
+    pixels, seconds = drawn(figure)
+    assert pixels <= 1500
+    assert seconds < 20
+    (axes,) = figure.axes
+    names = [label.get_text().split()[1] for label in axes.get_yticklabels()]
+    assert names == sorted(names, key=int)
+    assert len(names) == 30
+    assert {str(k) for k in range(3, classes, classes // 10)} <= set(names)
+    assert axes.get_title() == ("" if classes == 30 else f"the 30 of {classes:,} classes that are confused most")
+    assert sum(text.get_text() == "3" for text in axes.texts) == len(range(3, classes, classes // 10))
+
+
+def test_a_confusion_matrix_of_few_classes_is_whole():
+    (axes,) = confusion({(0, 0): 3, (0, 1): 1, (1, 1): 2}, ["cat", "dog"]).axes
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0.0, 1.0]]
+    assert axes.get_title() == ""
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 4000, 6000, dtype=torch.uint8),
+        torch.zeros(3, 65_000, 1),
+        torch.zeros(10_000_000),
+        "word " * 10**6,
+    ],
+    ids=["photo", "strip", "recording", "text"],
+)
+def test_large_samples_are_drawn_small(x):
+    figure = grid([raw(x, "a title of many letters " * 100)] * 4)
+    pixels, seconds = drawn(figure)
+    assert pixels <= 1000
+    assert seconds < 20
+    for axes in figure.axes:
+        assert len(axes.get_title()) <= 40
+        assert all(max(image.get_array().shape) <= 512 for image in axes.images)
+        assert all(len(line.get_xdata()) <= 10_000 for line in axes.lines)
+
+
+def test_a_name_with_dollars_is_no_formula():
+    name = "$\\bad{$"
+    assert drawn(grid([raw(torch.zeros(3, 8, 8), name), raw(name, name)]))
+    assert drawn(confusion({(0, 1): 1}, [name, "b"]))
+
+
+def test_the_projector_gets_few_numbers_of_wide_features():
+    wide = torch.randn(50, 2000, dtype=torch.double)
+    few = rotated(wide)
+    assert few.shape == (50, 50)
+    assert torch.allclose(few @ few.T, wide @ wide.T)
+    assert rotated(few) is few

@@ -131,9 +131,16 @@ class Backbone(BaseBackbone):
         """The parts from input to output; together they hold every parameter exactly once."""
 
     def load_pretrained(
-        self, weights: PretrainedWeights, strict: bool, hub: Callable[[str], StateDict] | None = None
+        self,
+        weights: PretrainedWeights,
+        strict: bool,
+        hub: Callable[[str], StateDict] | None = None,
+        resized: Callable[[StateDict], StateDict] | None = None,
+        prefix: str | None = None,
     ) -> None:
         """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
+
+        `resized` brings tensors of another image size into the shapes of `model`; `prefix` precedes the file's names.
 
         Raises:
             UserError: The weights cannot be had or do not fit.
@@ -153,6 +160,7 @@ class Backbone(BaseBackbone):
         carried = state.pop(CARRIED, None)
         if carried is not None and isinstance(self, CarriesText):
             self.set_extra_state(carried)
-        load_weights(self.model, replace(self.pretrained, state=state), strict, f"{kind} {self.name}".strip())
-        head = self.pretrained.head or linear_head(self.pretrained.state, self.classifier)
+        named = f"{kind} {self.name}".strip()
+        report = load_weights(self.model, replace(self.pretrained, state=state), strict, named, resized, prefix)
+        head = self.pretrained.head or linear_head(state, report.prefix + self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now

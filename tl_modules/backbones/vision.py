@@ -8,6 +8,8 @@ blocks at one resolution, and the single blocks of a transformer.
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_modules.backbones.base import Backbone, PretrainedWeights
-from tl_modules.backbones.stages import resolution_stages, stages_by_name, strip_classifier
+from tl_modules.backbones.stages import resolution_stages, stages_by_name, strip_classifier, suits_channels_last
 from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
 from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError, closest
@@ -35,13 +37,17 @@ class Normalize(nn.Module):
 
     in_no_stage = True  # and yet frozen: it holds nothing
 
+    def __init__(self, channels_last: bool = True) -> None:
+        super().__init__()
+        self.channels_last = channels_last
+
     def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W), channels last."""
+        """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W), in the network's layout."""
         x = images.to(mean.dtype)
         if images.dtype == torch.uint8:
             x = x / 255
         x = (x.expand(-1, len(mean), -1, -1) - mean) / std
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -57,15 +63,19 @@ class ImageBackbone(Backbone):
         out_features: Width of the features.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
+
+    Attributes:
+        side: The only side of images, in pixels, that `model` takes; None: it takes any.
     """
 
     mean: Tensor
     std: Tensor
+    side: int | None = None
 
     def __init__(self, model: nn.Module, out_features: int, mean: Statistics = None, std: Statistics = None) -> None:
         super().__init__()
-        self.normalize = Normalize()
-        self.model = model.to(memory_format=torch.channels_last)  # twice as fast for convolutions, also on CPU
+        self.normalize = Normalize(suits_channels_last(model))
+        self.model = model.to(memory_format=torch.channels_last) if self.normalize.channels_last else model
         # on CPUs grouped convolutions train slower in bfloat16 (benchmarks/precision.py)
         grouped = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
         self.bf16_devices = ("cuda",) if grouped else ("cuda", "cpu")
@@ -77,12 +87,19 @@ class ImageBackbone(Backbone):
         """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated.
 
         Raises:
-            UserError: They have unequal sizes.
+            UserError: They have unequal sizes, or another one than the network takes.
         """
         if not isinstance(images, Tensor):
             raise UserError(
                 f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let "
                 "the data set resize them"
+            )
+        height, width = images.shape[-2:]
+        if self.side is not None and (height, width) != (self.side, self.side):
+            advice = f"pass --model.backbone.image_size {height}, or " if height == width else ""
+            raise UserError(
+                f"image_size: {self.name} takes images of {self.side} x {self.side} pixels, and the data's have "
+                f"{height} x {width}; {advice}--data.image_size {self.side}"
             )
         normalized: Tensor = self.normalize(images, self.mean, self.std)
         return normalized
@@ -123,9 +140,12 @@ class TorchvisionBackbone(ImageBackbone):
         strict: Refuse weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is the weights' own.
         std: Per channel, on the [0, 1] scale; None is the weights' own.
+        image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for it, and
+            position embeddings of another size are interpolated.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
-        UserError: Unknown name; weights that cannot be fetched or do not fit.
+        UserError: Unknown name; weights that cannot be fetched or do not fit; a size that the network cannot have.
     """
 
     def __init__(
@@ -135,6 +155,8 @@ class TorchvisionBackbone(ImageBackbone):
         strict: bool = True,
         mean: Statistics = None,
         std: Statistics = None,
+        image_size: int | None = None,
+        weights_prefix: str | None = None,
     ) -> None:
         from torchvision import models
 
@@ -142,22 +164,39 @@ class TorchvisionBackbone(ImageBackbone):
         if name not in names:
             raise UserError(f"name: torchvision has no classifier {name}{closest(name, names)}")
         # these two have an auxiliary classifier for training from scratch, and an initialisation that takes a minute
-        options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        model = models.get_model(name, weights=None, **options)
-        classifier = strip_classifier(model)
-        if classifier is None:  # pragma: no cover - a family newer than this file
-            raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
+        options: dict[str, Any] = {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": False}
         known = models.get_model_weights(name).__members__
         # of a file nobody knows which: those of the size that the network is made for
         usual = min(known.values(), key=lambda entry: entry.transforms().crop_size[0], default=None)
         entry = known.get(str(weights), usual)
-        preset = None if weights is None or entry is None else entry.transforms()
-        if preset is not None:
+        preset = None if entry is None else entry.transforms()
+        if name.startswith(("vit_", "maxvit_")):
+            self.side = image_size or (preset.crop_size[0] if preset else 224)
+            options = {"image_size": self.side} if name.startswith("vit_") else {"input_size": (self.side,) * 2}
+        try:
+            model = models.get_model(name, weights=None, **options)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"image_size: {name} cannot be built for {self.side} pixels ({error})") from error
+        classifier = strip_classifier(model)
+        if classifier is None:  # pragma: no cover - a family newer than this file
+            raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
+        if weights is not None and preset is not None:
             mean, std = mean or preset.mean, std or preset.std
         super().__init__(model, classifier.in_features, mean, std)
         self.name, self.classifier = name, classifier.name
-        if preset is not None:
-            self.data_defaults = as_measured(preset.crop_size[0], preset.resize_size[0], preset.interpolation.value)
+        if preset is not None and (weights is not None or image_size or self.side):
+            crop, resize = preset.crop_size[0], preset.resize_size[0]
+            self.data_defaults = as_measured(crop, resize, preset.interpolation.value, image_size or self.side)
+
+        def resized(state: StateDict) -> StateDict:
+            from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
+
+            if not isinstance(model, VisionTransformer) or "encoder.pos_embedding" not in state:
+                return state
+            fits: StateDict = interpolate_embeddings(model.image_size, model.patch_size, OrderedDict(state))
+            return fits
 
         def hub(entry: str) -> StateDict:
             if entry not in known:
@@ -171,7 +210,7 @@ class TorchvisionBackbone(ImageBackbone):
                 raise UserError(_offline(f"{name} {entry}", known[entry].url)) from error
             return state
 
-        self.load_pretrained(weights, strict, hub)
+        self.load_pretrained(weights, strict, hub, resized, weights_prefix)
 
 
 class TimmBackbone(ImageBackbone):
@@ -181,27 +220,54 @@ class TimmBackbone(ImageBackbone):
         name: As in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
         weights: DEFAULT for the pretrained weights that timm knows for this name (downloaded), a local file, or a run.
         strict: Refuse weights that lack a tensor or have one of another shape.
+        image_size: Side of the images in pixels; None is the weights' own. A network that is made for one size (ViT,
+            Swin, ...) is built for it, and position embeddings of another size are interpolated.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
-        UserError: timm is missing, the name is unknown, or the weights cannot be fetched or do not fit.
+        UserError: timm is missing, the name is unknown, the weights cannot be fetched or do not fit, or the network
+            cannot have that size.
     """
 
-    def __init__(self, name: str, weights: PretrainedWeights = None, strict: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: PretrainedWeights = None,
+        strict: bool = True,
+        image_size: int | None = None,
+        weights_prefix: str | None = None,
+    ) -> None:
         try:
             import timm
         except ImportError as error:
             raise UserError("TimmBackbone needs timm: pip install 'lightning-transfer[timm]'") from error
         if not timm.is_model(name.split(".")[0]):
             raise UserError(f"name: timm has no model {name}{closest(name, timm.list_models())}")
-        model = timm.create_model(name, pretrained=False, num_classes=0)
+        known: Any = timm.get_pretrained_cfg(name)
+        fixed = known is not None and known.fixed_input_size
+        sized: dict[str, Any] = {"img_size": image_size} if fixed and image_size else {}
+        try:
+            model = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+            if getattr(getattr(model, "patch_embed", None), "num_patches", None) == 0:
+                raise ValueError("a patch is larger")
+        except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            if not sized:
+                raise
+            raise UserError(f"image_size: {name} cannot be built for {image_size} pixels ({error})") from error
         config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         # some heads widen the features after pooling, and only timm knows by how much
         width: Any = getattr(model, "head_hidden_size", None) or model.num_features
         super().__init__(model, width, config.get("mean"), config.get("std"))
         self.name, self.classifier = name, str(config.get("classifier", ""))
-        if weights is not None or config.get("fixed_input_size"):
-            size = config["input_size"][-1]
-            self.data_defaults = as_measured(size, int(size / config["crop_pct"]), config["interpolation"])
+        size = config["input_size"][-1]
+        self.side = (image_size or size) if fixed else None
+        if weights is not None or self.side or image_size:
+            resize = int(size / config["crop_pct"])
+            self.data_defaults = as_measured(size, resize, config["interpolation"], image_size)
+
+        def resized(state: StateDict) -> StateDict:
+            adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # each family's own
+            return state if adapt is None else adapt(dict(state), model)
 
         def hub(entry: str) -> StateDict:
             if entry != "DEFAULT":
@@ -212,7 +278,7 @@ class TimmBackbone(ImageBackbone):
                 raise UserError(_offline(f"timm's {name}")) from error
             return state
 
-        self.load_pretrained(weights, strict, hub)
+        self.load_pretrained(weights, strict, hub, resized, weights_prefix)
 
     def stages(self) -> list[nn.Module]:
         """The groups that timm itself gives for layer-wise learning rates."""
@@ -237,6 +303,7 @@ class TorchHubBackbone(ImageBackbone):
         image_size: Side in pixels of the images that the width of the features is probed with, where it is not known.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
+        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: The repository or entry is not found, or the weights do not fit.
@@ -252,6 +319,7 @@ class TorchHubBackbone(ImageBackbone):
         image_size: int = 224,
         mean: Statistics = None,
         std: Statistics = None,
+        weights_prefix: str | None = None,
     ) -> None:
         folder = fill_in(repo)
         source = "local" if folder.is_dir() else "github"
@@ -285,7 +353,7 @@ class TorchHubBackbone(ImageBackbone):
                 f"weights: {entry} is no file or run; a hub entry takes its own weights through `arguments`"
             )
 
-        self.load_pretrained(weights, strict, hub)
+        self.load_pretrained(weights, strict, hub, prefix=weights_prefix)
         said = [value for name, value in (arguments or {}).items() if name in ("pretrained", "weights")]
         self.random = weights is None and bool(said) and not any(said)  # many entries are pretrained unless told
         if weights is None and not self.random:
@@ -296,10 +364,15 @@ class TorchHubBackbone(ImageBackbone):
 HubBackbone = TorchHubBackbone  # earlier name, which a config may hold
 
 
-def as_measured(image_size: int, resize_size: int, interpolation: str) -> dict[str, Any]:
-    """How weights were measured, in the words of `ImageFolders`: sizes in pixels, and how images are scaled to them."""
+def as_measured(crop: int, resize: int, interpolation: str, image_size: int | None = None) -> dict[str, Any]:
+    """How weights were measured, in the words of `ImageFolders`: sizes in pixels, and how images are scaled to them.
+
+    Another `image_size` keeps their ratio.
+    """
+    side = image_size or crop
+    resize = resize if side == crop else round(side * resize / crop)
     known = interpolation if interpolation in ("bilinear", "bicubic") else "bilinear"  # timm also has "random"
-    return {"image_size": image_size, "resize_size": resize_size, "interpolation": known}
+    return {"image_size": side, "resize_size": resize, "interpolation": known}
 
 
 def _offline(what: str, url: str | None = None) -> str:

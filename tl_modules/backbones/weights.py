@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 
 from tl_modules.checkpoints.compressed import dequantized, fit_shapes
 from tl_modules.checkpoints.files import fill_in, find_corruption, find_run
-from tl_modules.errors import UserError
+from tl_modules.errors import UserError, short
 
 log = logging.getLogger(__name__)
 
-# What wrappers put before a key: DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
-_PREFIX = re.compile(r"^(?:(?:module|model|backbone|_orig_mod)\.)+")
+# What wrappers put before a key: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
+_PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
+_TRAINED = {"encoder_q", "teacher"}  # parts of a prefix that win where its copy fits as well: MoCo's, DINO's
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 StateDict = Mapping[str, Tensor]
 
@@ -55,6 +58,7 @@ class LoadReport:
     missing: list[str]
     unexpected: list[str]
     misshaped: list[str]
+    prefix: str = ""  # what preceded the names in the file
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} matched"]
@@ -66,6 +70,12 @@ class LoadReport:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _unwrapped(state: StateDict) -> StateDict:
+    """Names without what wrappers put before them, unless two would then be one."""
+    names = {_PREFIX.sub("", key): value for key, value in state.items()}
+    return names if len(names) == len(state) else state
 
 
 def is_local(weights: str | os.PathLike[str]) -> bool:
@@ -95,7 +105,8 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([Namespace]):  # of timm: the arguments of its script
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"weights: {path} holds Python objects besides tensors, which could run code, so it is not loaded;"
@@ -113,10 +124,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     content = dequantized(content) if isinstance(content, dict) and "quantized" in content else content
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
     pruned = bool(task) and bool(content.get("pruned"))
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    tensors = dict(_named(content["state_dict"] if task else content))
     if not tensors:
         raise UserError(f"weights: {path} holds no tensors by name")
     if any(".base_layer." in key for key in tensors):
@@ -131,36 +139,112 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(str(path), tensors)
 
 
+def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested plain data, by dotted names."""
+    if isinstance(content, Tensor):
+        yield prefix[:-1], content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            if isinstance(key, str):
+                yield from _named(value, f"{prefix}{key}.")
+
+
+def _prefixes(given: StateDict, own: StateDict) -> Counter[str]:
+    """What precedes names of the network in a file, and how many tensors it fits; a shape counts more than a name."""
+    fits: Counter[str] = Counter()
+    for key, tensor in given.items():
+        for at in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            if key[at:] in own:
+                fits[key[:at]] += 1 + (tensor.shape == own[key[at:]].shape) * len(own)
+    return fits
+
+
+def _choose(fits: Counter[str], enough: int, origin: str) -> str:
+    """The prefix that fits most tensors, which may be none.
+
+    Args:
+        fits: The count of each.
+        enough: Where several fit as well, and so much, one has to be named.
+        origin: The file, for messages.
+
+    Raises:
+        UserError: Several fit equally well.
+    """
+    best = sorted(prefix for prefix, count in fits.items() if count == max(fits.values()))
+    trained = [prefix for prefix in best if _TRAINED & {*prefix.split(".")}]
+    chosen = "" if not best or "" in best else trained[0] if len(trained) == 1 else best[0]
+    if chosen and len(best) > 1 and len(trained) != 1:
+        if fits[chosen] < enough:
+            return ""
+        raise UserError(
+            f"weights: {origin} has the network's tensors several times, behind {short(best)}; pass one of these as "
+            "--model.backbone.weights_prefix"
+        )
+    if chosen:
+        others = f" ({short(prefix for prefix in best if prefix != chosen)} fits too)" if len(best) > 1 else ""
+        log.info("weights from %s: the tensors behind %s%s", origin, chosen, others)
+    return chosen
+
+
 def linear_head(state: StateDict, name: str) -> StateDict:
-    """Weight and bias of a classifier's last layer, whatever prefixes the keys have; empty if it is not linear."""
-    given = {_PREFIX.sub("", key): value for key, value in state.items()}
+    """Weight and bias of a classifier's last layer, whatever wrappers have put before it; empty if it is not linear."""
+    given = _unwrapped(state)
     found = {part: given[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in given}
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}
 
 
-def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, name: str | None = None) -> LoadReport:
-    """Copies the weights into `model` by name, whatever wrapper prefixes either side carries.
+def load_weights(
+    model: nn.Module,
+    pretrained: Pretrained,
+    strict: bool = True,
+    name: str | None = None,
+    resized: Callable[[StateDict], StateDict] | None = None,
+    prefix: str | None = None,
+) -> LoadReport:
+    """Copies the weights into `model` by name, whatever wrappers have put before the names on either side.
 
     Args:
         model: The network to fill, in place.
         pretrained: The weights.
         strict: Refuse when a tensor of `model` is missing or has another shape; otherwise it stays random.
         name: What messages call the model.
+        resized: Brings tensors of another image size into the shapes of `model`; asked if some do not fit.
+        prefix: What precedes the names in the file; None finds it.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
 
     Raises:
-        UserError: Nothing matched, or `strict` and something is missing or misshaped.
+        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing or misshaped.
     """
-    own = {_PREFIX.sub("", key): key for key in model.state_dict()}
-    if len(own) < len(model.state_dict()):  # it has parts of such names itself
-        own = {key: key for key in model.state_dict()}
-    given = {key if key in own else _PREFIX.sub("", key): value for key, value in pretrained.state.items()}
+    state = model.state_dict()
+    own = dict(zip(_unwrapped(state), state, strict=True))
+    names = zip(pretrained.state, _unwrapped(pretrained.state), strict=True)
+    given = {key if key in own else name: pretrained.state[key] for key, name in names}
+    if prefix is None:
+        # fastai numbers the children of a network
+        numbers = {child: str(number) for number, (child, _) in enumerate(model.named_children())}
+        counted = {re.sub(r"^[^.]+", lambda at: numbers.get(at[0], at[0]), name): key for name, key in own.items()}
+        by_name, by_number = (_prefixes(given, {name: state[n[name]] for name in n}) for n in (own, counted))
+        if max(by_number.values(), default=0) > max(by_name.values(), default=0):
+            own, by_name = counted, by_number
+        prefix = _choose(by_name, len(own) ** 2 // 2, pretrained.origin)
+    else:
+        prefix = f"{prefix.rstrip('.')}." if prefix else ""
+        prefix = prefix if any(key.startswith(prefix) for key in given) else _PREFIX.sub("", prefix)
+        if not any(key.startswith(prefix) for key in given):
+            raise UserError(
+                f"weights_prefix: no name in {pretrained.origin} begins with {prefix}; there are {_some([*given])}"
+            )
+    given = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
     if pretrained.pruned:
         fit_shapes(model, {own[key]: value for key, value in given.items() if key in own})
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
+    if misshaped and resized is not None:
+        given = dict(resized(given))
+        log.info("weights from %s: %s interpolated to another image size", pretrained.origin, _some(misshaped))
+        misshaped = [k for k in own if k in given and given[k].shape != shapes[own[k]]]
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]
     match = LoadReport(
         matched,
@@ -168,10 +252,14 @@ def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, 
         missing=[k for k in own if k not in given and not k.endswith("num_batches_tracked")],
         unexpected=[k for k in given if k not in own],
         misshaped=misshaped,
+        prefix=prefix,
     )
     wrong = f"weights: {pretrained.origin} does not fit {name or type(model).__name__}"
     if not matched:
-        raise UserError(f"{wrong}: none of its {len(given)} tensors has a name and shape of this network's {len(own)}")
+        raise UserError(
+            f"{wrong}: none of its {len(given)} tensors ({_some([*given])}) has a name and shape of this network's "
+            f"{len(own)} ({_some([*own])}); if they are behind a prefix, pass --model.backbone.weights_prefix"
+        )
     if strict and misshaped:
         key = misshaped[0]
         raise UserError(
@@ -180,8 +268,9 @@ def load_weights(model: nn.Module, pretrained: Pretrained, strict: bool = True, 
         )
     if strict and match.missing:
         raise UserError(
-            f"{wrong}: {len(match.missing)} of {len(own)} tensors are not in it ({_some(match.missing)}); "
-            "name the matching architecture, or pass strict: false to start them at random"
+            f"{wrong}: {len(match.missing)} of {len(own)} tensors are not in it ({_some(match.missing)}"
+            + (f"; it has {_some(match.unexpected)}" if match.unexpected else "")
+            + "); name the matching architecture, or pass strict: false to start them at random"
         )
     model.load_state_dict({own[k]: given[k] for k in matched}, strict=False)
     log.info("weights from %s: %s", pretrained.origin, match)

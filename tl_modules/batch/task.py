@@ -20,6 +20,8 @@ from tl_modules.batch.output import DomainOutput
 #   y   {"classes": ["cat", "dog"]} · {"values": 1} · {"boxes": [...]} · {"masks": [...]} · {"characters": "abc"} · ...
 Schema = Mapping[str, Any]
 ROWS = 12  # numbers of a row that are drawn
+SIDE = 512  # pixels of a drawn image
+POINTS = 10_000  # of a drawn curve
 
 
 class Task(LightningModule):
@@ -155,16 +157,23 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
         shown = lines if len(lines) <= ROWS else [*lines[: ROWS - 1], f"and {len(lines) - ROWS + 1} more"]
         axes.text(0.02, 0.98, "\n".join(shown), va="top", fontsize=7, parse_math=False)
     elif getattr(x, "ndim", 0) == 3:
+        x = _thinned(x, SIDE)
         image = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         low, high = float(image.min()), float(image.max())
         if low < 0 or high > 1:  # it was normalised
             image = (image - low) / (high - low)
         axes.imshow(image.permute(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
     elif getattr(x, "ndim", 0) == 1:
-        axes.plot(x)
+        axes.plot(_thinned(x, POINTS))
     else:
         text = str(x)[:200].replace("$", r"\$")  # or what is between two of them would be a formula
         axes.text(0.02, 0.5, text, wrap=True, va="center", fontsize=7)
+
+
+def _thinned(x: Tensor, most: int) -> Tensor:
+    """Every n-th value of a curve (T,) or every n-th pixel of an image (C, H, W), so that at most so many are left."""
+    step = -(-max(x.shape[-2:]) // most)
+    return x[..., ::step] if x.ndim == 1 else x[..., ::step, ::step]
 
 
 def row_lines(x: Any, schema: Mapping[str, Any]) -> list[str]:

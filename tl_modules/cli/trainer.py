@@ -26,7 +26,7 @@ from tl_modules.cli.soup import How, soup
 from tl_modules.deployment.pruning import Importance
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
-from tl_modules.evaluation.drawing import batch_figure, save_figure
+from tl_modules.evaluation.drawing import DRAWN, batch_figure, save_figure
 from tl_modules.evaluation.gather import Gathering
 from tl_modules.finetuning.lr_finder import LearningRateSweep
 from tl_modules.module import TransferModule
@@ -285,7 +285,7 @@ class TransferTrainer(QuickHooks, Trainer):
             out: The PNG; None is runs/NAME/batch.png.
 
         Raises:
-            UserError: `count` is not positive, the data are not ours, or the file cannot be written.
+            UserError: `count` is below 1 or too large for a picture, the data are not ours, the file cannot be written.
         """
         if count < 1:
             raise UserError(f"count: {count} must be at least 1")
@@ -296,6 +296,10 @@ class TransferTrainer(QuickHooks, Trainer):
         loaders = by_domain(getattr(datamodule.train_dataloader(), "iterables", None), DataLoader)
         if not all(hasattr(loader, "first") for loader in loaders.values()):
             raise UserError(f"data: {type(datamodule).__name__} is no TransferDataModule, whose samples can be drawn")
+        if count * len(loaders) > DRAWN:
+            raise UserError(
+                f"count: {count} of each of {len(loaders)} domains are more than a picture's {DRAWN} samples"
+            )
         shown = {name: loader.first(count) for name, loader in loaders.items()}
         save_figure(batch_figure(module, shown), file)
         print(f"first training batch of {' and '.join(shown)}: {file}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from tl_modules.batch.task import draw_input
 from tl_modules.errors import UserError
 from tl_modules.module import TransferModule
+
+CLASSES = 30  # of a confusion matrix, which grows by the square of them
+LETTERS = 40  # of a title or a class name
+DRAWN = 512  # samples of a training batch, together
 
 
 def raw(x: Any, title: str) -> Callable[[Any], str]:
@@ -38,7 +43,7 @@ def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[An
     for part, count, (name, pairs) in zip(parts[:, 0], rows, domains.items(), strict=True):
         height = 0.4 + 1.9 * count
         part.suptitle(name, x=0.01, y=1 - 0.05 / height, ha="left", weight="bold", size=11, parse_math=False)
-        draw = [lambda axes, x=x, y=y: _short(module.draw(axes, x, y, None)) for x, y in pairs]
+        draw = [lambda axes, x=x, y=y: short(module.draw(axes, x, y, None), 22) for x, y in pairs]
         _fill(part, draw, 8, top=1 - 0.52 / height)
     return figure
 
@@ -55,7 +60,9 @@ def save_figure(figure: Any, file: Path) -> None:
         raise UserError(f"out: {file} cannot be written ({error.strerror})") from error
 
 
-def _short(title: str, most: int = 22) -> str:
+def short(title: str, most: int = LETTERS) -> str:
+    """Cuts a title or a name off."""
+    title = " ".join(title.split())
     return title if len(title) <= most else title[: most - 1] + "\u2026"
 
 
@@ -72,31 +79,42 @@ def grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
 def _fill(figure: Any, drawn: Sequence[Callable[[Any], str]], columns: int, top: float) -> None:
     for place, draw in enumerate(drawn):
         axes = figure.add_subplot(-(-len(drawn) // columns), columns, place + 1)
-        axes.set_title(draw(axes), fontsize=9, parse_math=False)  # $ is a letter of a name
+        axes.set_title(short(draw(axes)), fontsize=9, parse_math=False)  # a name may have a $
         axes.axis("off")
     figure.subplots_adjust(0.02, 0.02, 0.98, top, 0.1, 0.2)
 
 
-def confusion(pairs: Mapping[tuple[int, int], int], names: list[str]) -> Any:
-    """True classes down, predicted across; a row sums to 1, the numbers are counts."""
+def confusion(pairs: Mapping[tuple[int, int], int], names: Sequence[str]) -> Any:
+    """True classes down, predicted across; colours are shares of the true class, the numbers are counts.
+
+    Of many classes those are drawn that are in most mistakes, as the title then says.
+
+    Args:
+        pairs: How often each (true, predicted) is found.
+        names: Of all classes.
+    """
     from matplotlib.figure import Figure
 
-    counts = torch.zeros(len(names), len(names))
-    for pair, times in pairs.items():
-        counts[pair] = times
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    side = max(5.0, 0.55 * len(names) + 1.5)
+    totals: Counter[int] = Counter()
+    mistakes: Counter[int] = Counter()
+    for (true, guess), times in pairs.items():
+        totals[true] += times
+        if true != guess:
+            mistakes.update({true: times, guess: times})
+    drawn = sorted(sorted(range(len(names)), key=lambda number: -mistakes[number])[:CLASSES])
+    counts = torch.tensor([[pairs.get((true, guess), 0) for guess in drawn] for true in drawn])
+    shares = counts / torch.tensor([[max(1, totals[true])] for true in drawn])
+    side = max(5.0, 0.55 * len(drawn) + 1.5)
     figure = Figure(figsize=(side, side), dpi=80, layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(len(names)), names, parse_math=False)
-    if len(names) <= 30:
-        for row in range(len(names)):
-            for column in range(len(names)):
-                if counts[row, column]:
-                    colour = "white" if shares[row, column] > 0.5 else "black"
-                    text = str(int(counts[row, column]))
-                    axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    if len(drawn) < len(names):
+        axes.set_title(f"the {len(drawn)} of {len(names):,} classes that are confused most")
+    labels = [short(names[number]) for number in drawn]
+    axes.set_xticks(range(len(drawn)), labels, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(drawn)), labels, parse_math=False)
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
     return figure

@@ -21,7 +21,7 @@ from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations
 from tl_modules.batch.output import DomainOutput, by_domain
 from tl_modules.batch.ranks import every_rank
-from tl_modules.evaluation.drawing import confusion, grid, raw
+from tl_modules.evaluation.drawing import confusion, grid, raw, short
 from tl_modules.evaluation.gather import Gathering, eval_dataloaders
 from tl_modules.evaluation.monitor import BestMetrics
 from tl_modules.module import TransferModule
@@ -30,6 +30,7 @@ __all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
 PLAYED = 4  # recordings with a player each
+SECONDS = 30  # of a recording that is played
 READ = 1000  # letters of a text that is shown
 SHOWN_LETTERS = 100  # of a text in the projector
 POINTS = 500  # samples in the embedding projector
@@ -77,7 +78,7 @@ class TensorBoardFigures(Callback):
         for domain, part in batch.items():
             x, y, index = (*part, None)[:3]
             x = x.read(SHOWN) if isinstance(x, CachedActivations) else x
-            rate = getattr(pl_module.backbone, "rate", None)
+            rate: Any = getattr(pl_module.backbone, "rate", None)
             plays = rate is not None and isinstance(x, samples.Padded)
             reads = _has_text(pl_module) and hasattr(getattr(loaders[domain], "dataset", None), "rows")
             if not plays and not reads and not (isinstance(x, Tensor) and _is_image(x[0])):
@@ -91,7 +92,8 @@ class TensorBoardFigures(Callback):
                 writer.add_text(f"inputs/{domain}", _table(("label", "text"), zip(names, texts, strict=False)), 0)
             elif plays:
                 for place, (wave, name) in enumerate(zip(x.tensors()[:PLAYED], names, strict=False)):
-                    writer.add_audio(f"inputs/{domain}/{place}: {name}", wave[None].cpu(), 0, rate)
+                    heard = wave[None, : SECONDS * rate].cpu()
+                    writer.add_audio(f"inputs/{domain}/{place}: {name}", heard, 0, rate)
             else:
                 drawn = [raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
                 writer.add_figure(f"inputs/{domain}", grid(drawn), 0)
@@ -185,7 +187,7 @@ class _Kept:
         def of_prediction(each: tuple[float, int, Any]) -> Callable[[Any], str]:
             loss, row, prediction = each
             x, y = dataset[row][:2]
-            return lambda axes: f"{module.draw(axes, x, y, prediction)}  {loss:.2f}"
+            return lambda axes: f"{short(module.draw(axes, x, y, prediction), 30)}  {loss:.2f}"
 
         writer.add_figure(f"{split}/worst: true, predicted, loss", grid([of_prediction(each) for each in worst]), step)
         rate = (module.schema.get("x") or {}).get("audio", {}).get("rate")
@@ -196,7 +198,8 @@ class _Kept:
             guess = module.name_of(samples.first(module.to_labels(prediction)))
             lines.append((true, guess, f"{loss:.2f}", _text(x)))
             if rate:
-                writer.add_audio(f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}", x[None], step, rate)
+                title = f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}"
+                writer.add_audio(title, x[None, : SECONDS * rate], step, rate)
         if reads:
             writer.add_text(f"{split}/worst", _table(("true", "predicted", "loss", "text"), lines), step)
         names = module.class_names
@@ -208,7 +211,10 @@ class _Kept:
             counts = _table(("true", "predicted", "times"), [(names[a], names[b], n) for (a, b), n in top])
             writer.add_text(f"{split}/most confused", counts, step)
             drawn = [
-                raw(dataset[rows[decided.index((a, b))]][0], f"{names[a]} \u2192 {names[b]}  {n} x")
+                raw(
+                    dataset[rows[decided.index((a, b))]][0],
+                    f"{short(names[a], 15)} \u2192 {short(names[b], 15)}  {n} x",
+                )
                 for (a, b), n in top
             ]
             if drawn:
@@ -227,7 +233,7 @@ class _Kept:
             header = ["label", "text"]
             texts = [" ".join(dataset[row][0].split())[:SHOWN_LETTERS] for row in points]
             shown = [[name, text] for name, text in zip(shown, texts, strict=True)]
-        writer.add_embedding(features, shown, thumbnails, 0, folder.name, header)
+        writer.add_embedding(rotated(features), shown, thumbnails, 0, folder.name, header)
         writer.flush()
 
 
@@ -238,7 +244,7 @@ def _loss(each: tuple[float, int, Any]) -> float:
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"model": {"init_args": {"k": 1}}} -> {"model.k": 1}, for TensorBoard."""
     if not isinstance(config, dict):
-        return {prefix: config if isinstance(config, int | float | str | bool) else str(config)}
+        return {prefix: config if isinstance(config, int | float | str | bool) else str(config)[:READ]}
     if "class_path" in config:
         short = {prefix: config["class_path"].rpartition(".")[2]}
         return short | flat({k: v for k, v in (config.get("init_args") or {}).items() if v is not None}, prefix)
@@ -287,6 +293,11 @@ def _thumbnail(image: Tensor) -> Tensor:
     return small[0].expand(3, -1, -1).clamp(0, 1)
 
 
+def rotated(features: Tensor) -> Tensor:
+    """(N, D) -> (N, min(N, D)) with the same distances and angles, since the projector's file is text."""
+    return features if features.shape[1] <= len(features) else torch.linalg.qr(features.T, mode="r").R.T
+
+
 def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[str, Any]) -> None:
     """t-SNE maps of source and target features side by side, coloured by the label, and for the target by the guess.
 
@@ -306,7 +317,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     for place, (title, each) in enumerate(found.items()):
         features = torch.cat([each.source_features, each.target_features]).flatten(1)
         perplexity = min(30.0, (len(features) - 1) / 3)
-        points = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(features.numpy())
+        points = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(rotated(features).numpy())
         axes = figure.add_subplot(1, len(found), place + 1)
         count = len(each.source_features)
         guess = each.target_output.argmax(1)

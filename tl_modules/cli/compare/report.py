@@ -20,6 +20,7 @@ from tl_modules.cli.compare.scores import Scores, count, interval
 
 WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
 PANELS = 6  # of the plot; with more tasks it shows their mean
+PIXELS = 12_000  # of a plot's longer side
 
 
 def table_rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ def plot(scores: Scores, file: Path, title: str) -> None:
         axes.set_ylim(len(ways) - 0.5, -0.5)
         axes.set_title(name, fontsize=10)
     figure.suptitle(f"{title}\nlines: 95 % interval of the mean, dots: seeds", fontsize=10)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=min(120, PIXELS / max(figure.get_size_inches())))
 
 
 def plot_fronts(scores: Scores, file: Path, title: str) -> None:

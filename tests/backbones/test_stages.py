@@ -1,0 +1,68 @@
+"""Stages of networks that share modules, and the layout in which a network is fast."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tl_modules import TimmBackbone, TorchvisionBackbone
+from tl_modules.backbones.stages import stages_by_name
+
+
+def test_what_stages_share_belongs_to_the_deepest():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.position = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.blocks = nn.ModuleList([nn.ModuleDict({"p": self.position, "own": nn.Linear(2, 2)}) for _ in range(2)])
+
+    model = Shared()
+    stages = stages_by_name(model, {"stem": 0, "position": 0, "blocks.0": 1, "blocks.1": 2})
+    held = [{id(p) for p in stage.parameters()} for stage in stages]
+    assert [len(part) for part in held] == [2, 2, 4]
+    assert len(set().union(*held)) == len(list(model.parameters()))
+    assert id(model.position.weight) in held[2]
+
+
+def test_timm_network_that_shares_modules():
+    pytest.importorskip("timm")
+    backbone = TimmBackbone("coat_lite_tiny")
+    held = [id(p) for stage in backbone.stages() for p in stage.parameters()]
+    assert sorted(held) == sorted(id(p) for p in backbone.parameters())
+
+
+CONVOLUTION = """
+import torch
+layer = torch.nn.Conv2d(3, 64, 1, 2, bias=False).to(memory_format=torch.channels_last)
+images = torch.randn(16, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+layer(images).square().sum().backward()
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's kernels are those of x86")
+def test_the_convolution_that_kills_a_process_still_does():
+    """Once it does not, `suits_channels_last` of backbones/stages.py has no need to look for it."""
+    code = subprocess.run([sys.executable, "-c", CONVOLUTION], capture_output=True, timeout=120).returncode
+    assert code < 0, "oneDNN's issue 6035 is mended in this torch: let stages.suits_channels_last go"
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])
+def test_networks_with_that_convolution_train(name):
+    pytest.importorskip("timm")
+    script = f"""
+import torch
+from tl_modules import TimmBackbone
+backbone = TimmBackbone({name!r})
+assert not backbone.normalize.channels_last
+backbone(torch.randint(0, 256, (16, 3, 128, 128), dtype=torch.uint8)).square().sum().backward()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+def test_other_networks_are_channels_last():
+    backbone = TorchvisionBackbone("resnet18")
+    assert backbone.normalize.channels_last
+    assert backbone.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)

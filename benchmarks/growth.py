@@ -148,7 +148,7 @@ CASES = {
 
 def measure(function, size, pipe):
     """Sends seconds and MiB above what the imports take, of the second of two calls and of both."""
-    function(min(size, 1000))  # imports, caches, folders
+    function(min(size, 10_000))  # imports, caches, folders
     if function in (listing, listing_usual):
         tree(size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -121,7 +121,7 @@ def few_shots(
     if shots == "all":
         return list(range(len(dataset)))  # type: ignore[arg-type]
     targets = targets_of(dataset)
-    if class_names is None or targets.dtype.kind == "f":
+    if class_names is None or targets.dtype.kind not in "iub":
         raise DataError(f"{field}: the labels are no classes; leave it out")
     by_class, nothing = rows_by_class(targets), np.zeros(0, np.int64)
     generator, rows = np.random.default_rng(seed), []

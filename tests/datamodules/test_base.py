@@ -83,6 +83,14 @@ def test_splits_are_disjoint_stratified_and_seeded(seed):
     assert all(map(np.array_equal, parts, split_rows(targets, (0.2, 0.3), seed)))
 
 
+@pytest.mark.parametrize("targets", [np.linspace(0, 1, 4), [{"boxes": torch.zeros(1, 4)}] * 4])
+def test_shots_are_of_classes(targets):
+    data = TensorDataset(torch.zeros(4))
+    data.targets = targets
+    with pytest.raises(DataError, match="shots_per_class: the labels are no classes"):
+        few_shots(data, 1, ["a", "b"], seed=0)
+
+
 def test_real_valued_targets_are_split_too():
     parts = split_rows(np.linspace(0, 1, 10), (0.2, 0.2), 0)
     assert [len(p) for p in parts] == [2, 2, 6]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from typing import NoReturn
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities import rank_zero_only
+
+from tl_modules.errors import disk_full
 
 
 def first_process() -> bool:
@@ -35,8 +38,14 @@ def importable(own: bool) -> None:
         sys.path.append("")
 
 
+def _without_full_disks(told: threading.ExceptHookArgs) -> None:
+    if not disk_full(told.exc_value):  # TensorBoard raises it again in the main thread
+        threading.__excepthook__(told)
+
+
 def quiet() -> None:
     """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
+    threading.excepthook = _without_full_disks
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("tl_modules", "datamodules"):
         logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)

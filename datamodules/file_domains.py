@@ -69,7 +69,7 @@ class FileDomains(TransferDataModule):
             other, second = next(each for each in others if each[0] != one)
             where = f"{first} ({one}) and {second} ({other})"
             told = "%d files are in several splits, byte for byte, e.g. %s: what is measured looks better than it is"
-            log.warning(told, len(copies), where)
+            log.warning(told, len(copies), where.encode(errors="backslashreplace").decode())  # names need not be UTF-8
 
     def splits(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each split of a domain, the same objects each time."""

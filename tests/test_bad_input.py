@@ -45,6 +45,7 @@ def truncate(path):
 CASES = {
     "an optimizer without groups": (FIT + "--model.optimizer torch.optim.LBFGS", "LBFGS doesn't support per-parameter options"),
     "barebones": (FIT + "--trainer.barebones true", "Logging can impact raw speed so it is disabled in barebones mode"),
+    "Lightning's finder of rates": (FIT + "--trainer.callbacks LearningRateFinder", "callbacks: LearningRateFinder needs a model with one rate; `tl lr-find`"),
     "a logger that is not installed": (FIT + "--trainer.logger CometLogger", "pip install -U 'comet-ml"),
     "an argument that its class refuses": (FIT + "--model.optimizer.lr -1", "Invalid learning rate: -1.0"),
     "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, and the data's inputs are text"),

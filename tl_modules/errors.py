@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
     """A mistake in the input; its text names the file, field or value and what to do."""
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those behind it, each once: raised again in another thread, one can be behind itself."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether there was no room for a file, or none left for this user's, or for a file so large."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -83,13 +83,15 @@ def test_columns_and_categories_through_fit_test_and_predict(ok, tmp_path):
 
 
 @linux
-def test_files_that_are_no_utf8_are_written_as_they_are_named(ok, tl, tmp_path):
+def test_files_that_are_no_utf8_are_written_as_they_are_named(ok, tl, tmp_path, caplog):
     for name in ("a", "b"):
         for i in range(10):
             image(tmp_path / "t" / name / f"{i}.png", (9, 9, 9), size=(8, 8), seed=i)
             (tmp_path / "t" / name / f"{i}.png").rename(tmp_path / "t" / name / f"{NOT_UTF8}{i}.png")
     ok(FIT.format(backbone="ConvNet --model.backbone.width 4")
        + "ImageFolders --data.image_size 8 --data.num_workers 0 --data.target t")  # fmt: skip
+    assert "6 files are in several splits" in caplog.text
+    caplog.text.encode()  # what is said can be written
     ok("predict --run runs/a")
     ok("embed --run runs/a")
     run = tmp_path / "runs/a/version_0"

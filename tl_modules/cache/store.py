@@ -109,10 +109,14 @@ class Store:
         if create:
             self._evict(size + size_of(specs))
             part.mkdir(parents=True)
-        return [
-            Growing(dtype, part / f"{number}.bin", rank) if shape is None else _map(part, number, shape, dtype, create)
-            for number, (shape, dtype) in enumerate(specs)
-        ]
+        try:
+            return [
+                Growing(dtype, part / f"{n}.bin", rank) if shape is None else _map(part, n, shape, dtype, create)
+                for n, (shape, dtype) in enumerate(specs)
+            ]
+        except OSError:
+            self.drop(key, token)
+            raise
 
     def commit(self, key: str, token: str, tensors: Sequence[Tensor]) -> None:
         """Gives a finished entry its place; a second run that was as fast keeps its own."""
@@ -215,8 +219,10 @@ def size_of(specs: Sequence[Spec]) -> int:
 
 def _map(place: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, create: bool) -> Tensor:
     file, size = place / f"{number}.bin", math.prod(shape)
-    if create and size == 0:
-        file.touch()
+    if create:
+        with file.open("wb") as whole:
+            if size and hasattr(os, "posix_fallocate"):  # writing to a map of a full disk kills the process
+                os.posix_fallocate(whole.fileno(), 0, size * dtype.itemsize)
     if not create and file.stat().st_size != size * dtype.itemsize:
         raise ValueError(f"{file} is cut short")
     # an empty file cannot be mapped

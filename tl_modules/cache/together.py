@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from tl_modules.batch.ranks import every_rank
 from tl_modules.cache.cut import CannotCut
-from tl_modules.errors import UserError
+from tl_modules.errors import UserError, disk_full
 
 Result = TypeVar("Result")
 
@@ -25,7 +25,7 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except Exception as error:  # whatever it is, the others must know
-        fault = error
+        fault = CannotCut("the disk is full, so the entry cannot be written") if disk_full(error) else error
     mine = None if fault is None else (isinstance(fault, CannotCut), str(fault))
     told = [each for each in every_rank(trainer, mine) if each is not None]
     if not told:

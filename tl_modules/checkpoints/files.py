@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
 from tl_modules.checkpoints.compressed import dequantized
-from tl_modules.errors import UserError
+from tl_modules.errors import UserError, chain
 
 log = logging.getLogger(__name__)
 AS_NAMED: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
@@ -51,10 +51,8 @@ class AtomicCheckpointIO(CheckpointIO):
             part.replace(path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            if not isinstance(cause, OSError):
+            cause = next((each for each in chain(error) if isinstance(each, OSError)), None)
+            if cause is None:
                 raise
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -194,16 +192,34 @@ def fill_in(path: str | os.PathLike[str]) -> Path:
     return Path(path) if os.path.lexists(path) else Path(os.path.expandvars(path)).expanduser()
 
 
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives the path of a file beside another, whose place it takes at the end; so that this is never half written.
+
+    What is no regular file, e.g. /dev/stdout, is written itself.
+
+    Raises:
+        UserError: It cannot be written; whatever stood there still does.
+    """
+    part = file.with_name(f".{file.name}.part") if file.is_file() or not file.exists() else file
+    try:
+        yield part
+        if part != file:
+            part.replace(file)
+    except BaseException as error:
+        if part != file:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UserError(f"{file} cannot be written ({getattr(error, 'strerror', None) or error})") from error
+        raise
+
+
 def write_whole(file: Path, text: str) -> None:
-    """Replaces a file at once, so that it is never half written.
+    """Replaces a file at once.
 
     Raises:
         UserError: It cannot be written.
     """
-    part = file.with_name(f".{file.name}.part")
-    try:
-        with part.open("w", newline="") as stream:
-            stream.write(text)
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written ({error.strerror})") from error
+    with replacing(file) as part, part.open("w", newline="") as stream:
+        stream.write(text)

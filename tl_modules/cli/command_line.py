@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +27,7 @@ from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_ch
 from tl_modules.cli.arguments import given, help_last, merge, named_runs, nested_nulls, own_config, values, without
 from tl_modules.cli.batch_size import find_batch_size, out_of_memory
 from tl_modules.cli.default_model import with_defaults
+from tl_modules.cli.messages import no_room
 from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, QUIET, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
@@ -241,13 +242,12 @@ class TransferCLI(OneCommand, LightningCLI):
             kwargs["logger"] = False
         elif trainer.logger in (None, True):
             kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
-        given_plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
-        kwargs["plugins"] = [
-            *(given_plugins if isinstance(given_plugins, list) else [given_plugins]),
-            AtomicCheckpointIO(),
-        ]
+        plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs.setdefault("default_root_dir", str(path))
         built = cast(TransferTrainer, super().instantiate_trainer(**kwargs))
+        if any(isinstance(each, LearningRateFinder) for each in built.callbacks):
+            raise UserError("callbacks: LearningRateFinder needs a model with one rate; `tl lr-find` finds them all")
         built.root = Path(self.root)  # of what it makes of runs: the user's to say, not a run's config's
         return built
 
@@ -329,17 +329,17 @@ class TransferCLI(OneCommand, LightningCLI):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Says what to do where memory is too small."""
+        """Says what to do where memory is too small, or the disk."""
         try:
             yield
+        except OSError as error:  # of a logger, which does not say of which file
+            raise no_room(error, self.directory) or error from error.__cause__
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             size = getattr(self.datamodule, "batch_size", 1)
-            raise UserError(
-                f"out of memory with a batch size of {size}; try --data.batch_size {max(1, size // 2)}"
-                + (", or pass --auto_batch" if self.subcommand == "fit" else "")
-            ) from error
+            smaller = f"try --data.batch_size {max(1, size // 2)}, or pass --auto_batch to tl fit"
+            raise UserError(f"out of memory with a batch size of {size}; {smaller}") from error
 
     def before_fit(self) -> None:
         """Finds the batch size, if asked to, and writes it into the run's config; compiles."""

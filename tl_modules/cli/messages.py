@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 
 import datamodules
 import tl_modules
-from tl_modules.errors import UserError, closest
+from tl_modules.errors import UserError, chain, closest, disk_full
 from tl_modules.runs.directory import SECTIONS
 
 BASES = {
@@ -159,10 +159,17 @@ def import_class(class_path: str) -> Any:
 
 def cause(error: BaseException | None) -> BaseException | None:
     """The mistake of the user's behind an exception, which the parser wraps in some of its own; None if it is ours."""
-    found = error
-    while found is not None and not isinstance(found, UserError | datamodules.DataError | MisconfigurationException):
-        found = found.__cause__ or found.__context__
-    return found or _refusal(error)
+    known = UserError, datamodules.DataError, MisconfigurationException
+    found = next((each for each in chain(error) if isinstance(each, known)), None)
+    return found or no_room(error, "a file") or _refusal(error)
+
+
+def no_room(error: BaseException | None, place: object) -> UserError | None:
+    """The sentence about a full disk behind an exception of what others write, or None; `place` if it names no file."""
+    full = next((each for each in chain(error) if isinstance(each, OSError) and disk_full(each)), None)
+    if full is None:
+        return None
+    return UserError(f"{full.filename or place} cannot be written ({full.strerror}); make room on the disk")
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
@@ -172,9 +179,8 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     """
     frames: list[Path] = []
     first = error
-    while error is not None:
-        frames += [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-        first, error = error, error.__cause__ or error.__context__
+    for first in chain(error):
+        frames += [Path(frame.filename) for frame in traceback.extract_tb(first.__traceback__)]
     homes = [Path(str(package.__file__)).parent for package in (tl_modules, datamodules)]
     ours = [path for path in frames if any(path.is_relative_to(home) for home in homes)]
     makes = bool(ours) and ours[-1] != frames[-1] and ours[-1].name in ("command_line.py", "optimizer.py")

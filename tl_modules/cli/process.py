@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,7 +13,7 @@ from typing import NoReturn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities import rank_zero_only
 
-from tl_modules.errors import UserError
+from tl_modules.errors import UserError, disk_full
 
 
 def first_process() -> bool:
@@ -49,8 +50,14 @@ def importable(own: bool) -> None:
         sys.path.append("")
 
 
+def _without_full_disks(told: threading.ExceptHookArgs) -> None:
+    if not disk_full(told.exc_value):  # TensorBoard raises it again in the main thread
+        threading.__excepthook__(told)
+
+
 def quiet() -> None:
     """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
+    threading.excepthook = _without_full_disks
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("tl_modules", "datamodules"):
         logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)

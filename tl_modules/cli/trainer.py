@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.compressed import Kind
-from tl_modules.checkpoints.files import AS_NAMED, load_checkpoint, weight_bytes, write_whole
+from tl_modules.checkpoints.files import AS_NAMED, load_checkpoint, replacing, weight_bytes, write_whole
 from tl_modules.cli.calibrate import calibrate
 from tl_modules.cli.compress import compress_run
 from tl_modules.cli.lr_find import report, sweep_rates
@@ -84,13 +84,15 @@ class TransferTrainer(QuickHooks, Trainer):
         if not self.is_global_zero:
             return
         features = torch.cat([part for _, part in parts if part is not None]).float()
-        if format == "npy":
-            np.save(folder / "features.npy", features.numpy())
-        else:
-            from safetensors.torch import save_file
+        with replacing(folder / f"features.{format}") as part:
+            if format == "npy":
+                with part.open("wb") as stream:
+                    np.save(stream, features.numpy())
+            else:
+                from safetensors.torch import save_file
 
-            save_file({"features": features}, folder / "features.safetensors")
-        with (folder / "index.csv").open("w", newline="", **AS_NAMED) as file:
+                save_file({"features": features}, part)
+        with replacing(folder / "index.csv") as part, part.open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
             writer.writerow(["row", "domain", "split", "id", "label"])
             number = 0

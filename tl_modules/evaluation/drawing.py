@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tl_modules.batch.task import draw_input
-from tl_modules.errors import UserError
+from tl_modules.checkpoints.files import replacing
 from tl_modules.module import TransferModule
 
 CLASSES = 30  # of a confusion matrix, which grows by the square of them
@@ -48,16 +48,14 @@ def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[An
     return figure
 
 
-def save_figure(figure: Any, file: Path) -> None:
-    """Writes a figure as a PNG.
+def save_figure(figure: Any, file: Path, **options: Any) -> None:
+    """Writes a figure as a PNG, with options of matplotlib's `savefig`.
 
     Raises:
         UserError: It cannot be written.
     """
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise UserError(f"out: {file} cannot be written ({error.strerror})") from error
+    with replacing(file) as part:
+        figure.savefig(part, format="png", **options)
 
 
 def short(title: str, most: int = LETTERS) -> str:

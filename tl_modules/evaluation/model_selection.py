@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tl_modules.batch import samples
-from tl_modules.checkpoints.files import write_metrics
+from tl_modules.checkpoints.files import replacing, write_metrics
 from tl_modules.errors import UserError
 from tl_modules.evaluation.criteria import CRITERIA, CriterionInputs, a_distance
 from tl_modules.evaluation.figures import draw_domains
@@ -265,7 +265,7 @@ def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[s
 
 
 def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None:
-    with (run / "selection.csv").open("w", newline="") as file:
+    with replacing(run / "selection.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
         writer.writerows(found)

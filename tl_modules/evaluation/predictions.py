@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_modules.batch import samples
-from tl_modules.checkpoints.files import AS_NAMED
+from tl_modules.checkpoints.files import AS_NAMED, replacing
 from tl_modules.errors import UserError
 from tl_modules.evaluation.ensembles import Ensemble
 from tl_modules.evaluation.gather import Gathering
@@ -38,7 +38,10 @@ class PredictionWriter(Callback):
         try:
             if trainer.is_global_zero:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
+                there = self.file.exists()
                 self.file.open("a").close()
+                if not there:
+                    self.file.unlink()
         except OSError as error:
             raise UserError(f"out: {self.file} cannot be written ({error.strerror})") from error
 
@@ -59,7 +62,7 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         ids = trainer.datamodule.ids()  # type: ignore[attr-defined]
-        with self.file.open("w", newline="", **AS_NAMED) as file:
+        with replacing(self.file) as part, part.open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
             if rows:
                 writer.writerow(["id", *columns])

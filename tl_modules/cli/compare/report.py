@@ -17,6 +17,7 @@ from rich.table import Table
 from tl_modules.checkpoints.files import write_whole
 from tl_modules.cli.compare.plan import Trial
 from tl_modules.cli.compare.scores import Scores, count, interval
+from tl_modules.evaluation.drawing import save_figure
 
 WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
 PANELS = 6  # of the plot; with more tasks it shows their mean
@@ -108,7 +109,7 @@ def plot(scores: Scores, file: Path, title: str) -> None:
         axes.set_ylim(len(ways) - 0.5, -0.5)
         axes.set_title(name, fontsize=10)
     figure.suptitle(f"{title}\nlines: 95 % interval of the mean, dots: seeds", fontsize=10)
-    figure.savefig(file, dpi=min(120, PIXELS / max(figure.get_size_inches())))
+    save_figure(figure, file, dpi=min(120, PIXELS / max(figure.get_size_inches())))
 
 
 def plot_fronts(scores: Scores, file: Path, title: str) -> None:
@@ -130,4 +131,4 @@ def plot_fronts(scores: Scores, file: Path, title: str) -> None:
         axes.set_xlabel(name)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper", handlelength=0)
     figure.suptitle(f"{title}; line: Pareto front", fontsize=10)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)

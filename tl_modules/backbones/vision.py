@@ -94,8 +94,8 @@ class ImageBackbone(Backbone):
                 f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let "
                 "the data set resize them"
             )
-        height, width = images.shape[-2:]
-        if self.side is not None and (height, width) != (self.side, self.side):
+        if self.side is not None and images.shape[-2:] != (self.side, self.side):
+            height, width = images.shape[-2:]
             advice = f"pass --model.backbone.image_size {height}, or " if height == width else ""
             raise UserError(
                 f"image_size: {self.name} takes images of {self.side} x {self.side} pixels, and the data's have "

@@ -8,6 +8,7 @@ Each case runs in a process of its own, so that its peak memory is its own. An e
 import argparse
 import math
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -94,7 +95,7 @@ def listing_usual(files):
 
 
 def tree(files):
-    """A folder of empty files, made once for each count."""
+    """A folder of empty files, made once for each count in the temporary folder of this benchmark."""
     root = Path(tempfile.gettempdir()) / f"growth-{files}"
     for number in range(0 if root.exists() else files):
         folder = root / f"{number // 1000:05}"
@@ -147,8 +148,8 @@ CASES = {
 
 
 def measure(function, size, pipe):
-    """Sends seconds and MiB above what the imports take, of the second of two calls and of both."""
-    function(min(size, 10_000))  # imports, caches, folders
+    """Sends the seconds of a call and the MiB that it takes above those of a small one before it."""
+    function(min(size, 10_000))  # imports
     if function in (listing, listing_usual):
         tree(size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -174,6 +175,13 @@ def main():
     parser.add_argument("--largest", type=int, default=10_000_000, help="rows")
     parser.add_argument("--only", nargs="*", default=[function.__name__ for function in CASES])
     given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder  # of the processes
+        show(given)
+
+
+def show(given):
+    """Prints the table."""
     print(f"{machine()}\n\n| what | size | s | MiB | exponent | usual, s | usual, MiB |\n|---|---|---|---|---|---|---|")
     for function, (usual, sizes) in CASES.items():
         if function.__name__ not in given.only:

@@ -87,8 +87,8 @@ def read_cells(frame: LazyFrame, count: int, texts: Collection[str], numbers: Co
     compact = [(e.cast(polars.Float32)).fill_null(float("nan")).alias(n) for n, e in numeric.items()]
     cells = Cells(count, order=[name for name in kinds if name in texts or name in numbers])
     cells.dates = {part: name for name, parts in made.items() for part in parts if part != name}
-    cells.numbers = {name: empty_array((count,), np.float32) for name in numeric}
-    cells.texts = {name: (empty_array((count,), np.int32), values[name]) for name in texts}
+    cells.numbers = dict(zip(numeric, empty_array((len(numeric), count), np.float32), strict=True))
+    cells.texts = {n: (a, values[n]) for n, a in zip(text, empty_array((len(text), count), np.int32), strict=True)}
     start = 0
     for part in frame.select(*compact, *(e.alias(f"\0{n}") for n, e in codes.items())).collect_batches():
         rows = slice(start, start := start + len(part))

@@ -10,6 +10,11 @@ class DataError(Exception):
     """A mistake in the data or its settings; its text names the file, field or value and what to do."""
 
 
+def printable(name: str) -> str:
+    """A name of a file as it can be said and written: bytes that are no UTF-8 are spelt out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:
     """Refuses a name that is not known, and says which are.
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
-from datamodules.errors import DataError
+from datamodules.errors import DataError, printable
 from datamodules.files import FileSamples, find_copies
 from datamodules.splits import SPLIT_NAMES, SPLITS, Subset, complete_splits, ids_of, log
 
@@ -69,7 +69,7 @@ class FileDomains(TransferDataModule):
             other, second = next(each for each in others if each[0] != one)
             where = f"{first} ({one}) and {second} ({other})"
             told = "%d files are in several splits, byte for byte, e.g. %s: what is measured looks better than it is"
-            log.warning(told, len(copies), where.encode(errors="backslashreplace").decode())  # names need not be UTF-8
+            log.warning(told, len(copies), printable(where))
 
     def splits(self, name: str) -> Mapping[str, Dataset[Any]]:
         """The data set of each split of a domain, the same objects each time."""

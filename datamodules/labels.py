@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.errors import DataError, check_known
+from datamodules.errors import DataError, check_known, printable
 
 Array = np.ndarray[Any, Any]
 Cells = Sequence[Any] | Array  # of a column
@@ -53,8 +53,10 @@ def check_same_classes(found: Mapping[str, Collection[str]]) -> None:
     """
     for name, classes in found.items():
         for label in classes:
-            if (shown := label.encode(errors="backslashreplace").decode()) != label:
-                raise DataError(f"{name}: the name of the class {shown} is no UTF-8; rename its folder or files")
+            if printable(label) != label:
+                raise DataError(
+                    f"{name}: the name of the class {printable(label)} is no UTF-8; rename its folder or files"
+                )
     only: dict[str, list[str]] = {}
     for label in sorted(set().union(*found.values())):
         owners = [name for name, classes in found.items() if label in classes]

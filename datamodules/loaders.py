@@ -304,14 +304,14 @@ class EpochSampler(DistributedSampler[Any]):
         return self.skip[1] if self.skip[0] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
-        drawn, world = self._drawn_places, self.num_replicas
+        world, whole = self.num_replicas, None
         if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
-            whole = drawn(0, self.num_samples * world)
+            whole = self._drawn_places(0, self.num_samples * world)
             self._bucket(whole, lengths)
-            drawn = lambda first, last: whole[first:last]  # noqa: E731
-        for first in range(self.start, self.num_samples, 4096):
-            last = min(first + 4096, self.num_samples)
-            for place, seed in drawn(first * world, last * world)[self.rank :: world].tolist():
+        for start in range(self.start, self.num_samples, 4096):
+            first, last = start * world, min(start + 4096, self.num_samples) * world
+            drawn = self._drawn_places(first, last) if whole is None else whole[first:last]
+            for place, seed in drawn[self.rank :: world].tolist():
                 yield self._view(place, seed)
 
     def _drawn_places(self, first: int, last: int) -> np.ndarray[Any, Any]:

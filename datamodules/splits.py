@@ -135,9 +135,9 @@ def few_shots(
 
 def rows_by_class(targets: np.ndarray[Any, Any]) -> dict[Any, np.ndarray[Any, Any]]:
     """The rows of each label, ascending, by one sort however many labels there are."""
-    classes, counts = np.unique(targets, return_counts=True)
-    rows = np.split(np.argsort(targets, kind="stable"), np.cumsum(counts)[:-1])
-    return dict(zip(classes.tolist(), rows, strict=True))
+    order = np.argsort(targets, kind="stable")
+    classes, starts = np.unique(targets[order], return_index=True)
+    return dict(zip(classes.tolist(), np.split(order, starts)[1:], strict=True))  # before the first is nothing
 
 
 def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
@@ -261,7 +261,7 @@ def split_rows(
     if groups is not None:
         return split_groups(groups, fractions, seed)
     generator = np.random.default_rng(seed)
-    parts: list[list[Any]] = [[] for _ in range(len(fractions) + 1)]
+    parts = [[np.zeros(0, np.int64)] for _ in range(len(fractions) + 1)]
     if targets.dtype.kind == "f" or not stratified:
         strata = [np.arange(len(targets))]
     else:

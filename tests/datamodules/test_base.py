@@ -91,6 +91,10 @@ def test_shots_are_of_classes(targets):
         few_shots(data, 1, ["a", "b"], seed=0)
 
 
+def test_nothing_is_split_into_nothing():
+    assert [part.tolist() for part in split_rows(np.zeros(0, np.int64), (0.2, 0.3), 0)] == [[], [], []]
+
+
 def test_real_valued_targets_are_split_too():
     parts = split_rows(np.linspace(0, 1, 10), (0.2, 0.2), 0)
     assert [len(p) for p in parts] == [2, 2, 6]

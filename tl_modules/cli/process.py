@@ -13,6 +13,7 @@ from typing import NoReturn
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.errors import printable
 from tl_modules.errors import UserError, disk_full
 
 
@@ -35,7 +36,7 @@ def check_utf8(words: Sequence[str]) -> None:
         UserError: A word is no UTF-8.
     """
     for word in words:
-        if (shown := word.encode(errors="backslashreplace").decode()) != word:
+        if (shown := printable(word)) != word:
             raise UserError(f"{shown} is no UTF-8, so that config.yaml cannot hold it; rename it, or make a link to it")
 
 

@@ -165,6 +165,7 @@ def apart(function, size):
     here, there = context.Pipe()
     process = context.Process(target=measure, args=(function, size, there))
     process.start()
+    there.close()  # so that a process that fails ends this one
     found = here.recv()
     process.join()
     return found
@@ -172,9 +173,11 @@ def apart(function, size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=10_000_000, help="rows")
+    parser.add_argument("--largest", type=int, default=10_000_000, help="rows, at least 1,000,000")
     parser.add_argument("--only", nargs="*", default=[function.__name__ for function in CASES])
     given = parser.parse_args()
+    if given.largest < 1_000_000:
+        parser.error("--largest: a split of 1,000 classes takes 1,000,000 rows, of which a hundredth is the first case")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # of the processes
         show(given)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
-from tl_modules.batch.cached import CachedActivations, align_cached
+from tl_modules.batch.cached import CachedActivations, align_cached, pass_together
 from tl_modules.batch.compat import QuickNames, attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.full_pass import full_pass, whole_domains
@@ -144,7 +144,7 @@ class TransferModule(QuickNames, StagedModule):
         owners = [name.partition("/")[0] for name in names]
         rows = list(zip(owners, map(samples.count, xs), strict=True))
         apart = any(method.separate_domains for _, method in self.named_methods())
-        if samples.alike(xs) and not apart:
+        if pass_together(xs, self.backbone.align) and not apart:
             with passing(rows):
                 features = samples.split(self.encode(samples.concat(xs)), [count for _, count in rows])
         else:  # one after the other

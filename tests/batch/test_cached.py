@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tl_modules import ConvNet, UserError
+from tl_modules import Classification, ConvNet, FeatureExtraction, LastStages, UserError
 from tl_modules.batch import samples
 from tl_modules.batch.cached import CachedActivations, align_cached
 from tl_modules.cache.cut import Cut
@@ -47,3 +47,26 @@ def test_what_is_not_cached_is_brought_to_the_same_cut():
     half = batch.replace(samples.move(batch.tree, torch.float16))
     assert samples.alike(align_cached([half, x]))
     assert align_cached([batch, odd := torch.rand(3, 3, 16, 16)])[1] is odd  # its activations have another shape
+
+
+class ReadsShapes(ConvNet):
+    """Reads the shape of its images, as a backbone of one image size does."""
+
+    def preprocess(self, images):
+        assert images.shape[-1] > 0
+        return super().preprocess(images)
+
+
+@pytest.mark.parametrize("net", [ConvNet, ReadsShapes])
+@pytest.mark.parametrize(("closed", "sides"), [(2, (8, 8)), (3, (8, 16))], ids=["channels", "sizes"])
+def test_cached_domains_pass_together_where_they_would_uncached(net, closed, sides):
+    torch.manual_seed(0)
+    strategy = FeatureExtraction() if closed == 3 else LastStages(1)
+    module = Classification(net(4), 3, finetuning=strategy, bottleneck=4).train()
+    module.finetuning.apply(module, 0)
+    xs = {"source": torch.rand(6, 1, sides[0], sides[0]), "target": torch.rand(6, 3, sides[1], sides[1])}
+    raw = module.forward_domains({name: samples.Batch(x) for name, x in xs.items()})
+    cuts = {name: Cut(module.backbone, closed, x, module.uses_pooled_features) for name, x in xs.items()}
+    kept = {name: samples.Batch(CachedActivations(cut.record(xs[name]), cut)) for name, cut in cuts.items()}
+    for name, output in module.forward_domains(kept).items():
+        torch.testing.assert_close(output.output, raw[name].output, rtol=1e-4, atol=1e-5)

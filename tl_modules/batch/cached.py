@@ -14,6 +14,7 @@ class Replays(Protocol):
 
     backbone: Any
     plan: Any
+    like: Any
 
     def replay(self, tree: Any) -> Any:
         """Gives the features of recorded activations."""
@@ -75,6 +76,14 @@ def align_cached(xs: Sequence[Any]) -> list[Any]:
     if cached is None or all(isinstance(x, CachedActivations) for x in xs):
         return list(xs)
     return [x if isinstance(x, CachedActivations) else _as(cached, cached.cut.cache_now(x)) for x in xs]
+
+
+def pass_together(xs: Sequence[Any], align: Callable[[list[Any]], list[Any]]) -> bool:
+    """Tells whether the inputs of several domains pass as one batch: they do if they would, had none been cached."""
+    if not any(isinstance(x, CachedActivations) for x in xs):
+        return samples.alike(xs)
+    raw = [x.cut.like if isinstance(x, CachedActivations) else samples.take(x, slice(0, 1)) for x in xs]
+    return samples.alike(xs) and samples.alike(align(raw))
 
 
 def _as(cached: CachedActivations, x: Any) -> Any:

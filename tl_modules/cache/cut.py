@@ -60,7 +60,8 @@ class Cut(Recorder):
         pooled: Whether `replay` gives one vector per sample, and not the features as they are.
 
     Attributes:
-        plan: What is kept of a sample, as plain data; batches of equal plans of a backbone can be put together.
+        like: One of the samples: what batches are like that can be put together.
+        plan: What is kept of a sample, as plain data; what is kept by equal plans of a backbone can be put together.
 
     Raises:
         CannotCut: What is frozen is no function of each single sample, or nothing of it can be recorded.
@@ -75,6 +76,7 @@ class Cut(Recorder):
         # an inference tensor could not be part of a graph later
         with torch.inference_mode(False), torch.no_grad(), in_eval_mode(backbone), generator_kept(device_of(x)):
             x = samples.copied(x if samples.count(x) > 1 else samples.concat([x, x]))
+            self.like = samples.take(x, slice(0, 1))
             features = forward(backbone, x)
             if not self.whole:
                 self._find_plan(x, features)

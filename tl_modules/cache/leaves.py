@@ -90,10 +90,10 @@ class Leaf:
         return tuple(self.example.shape[self.per_sample :])
 
     def plan(self) -> Any:
-        """Describes it as plain data, without values."""
+        """Describes it as plain data, without values; a shape that is only read is no part of what is kept."""
         if not self.is_tensor:
             return repr(self.example)
-        shape = self.shape if (self.shaped or self.needed) and not self.padded else None
+        shape = self.shape if self.needed and not self.padded else None
         return self.needed, self.shaped, self.solid, self.per_sample, self.padded, self.channels_last, shape
 
     def placeholder(self, shape: Sequence[int], fill: int = 0) -> Tensor:

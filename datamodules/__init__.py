@@ -1,4 +1,4 @@
-"""Datamodules: source and target domains, split, few-shot, augmented."""
+"""Datamodules: source and target domains, with splits, few-shot subsets and augmentation."""
 
 from datamodules.audio import AudioFolders
 from datamodules.base import TransferDataModule
@@ -13,7 +13,7 @@ from datamodules.tabular import TabularData
 from datamodules.text import TextFiles
 from datamodules.waveforms import BackgroundNoise, RandomGain, RandomTimeShift
 
-# earlier names, which a config may hold
+# earlier names, which a saved config may contain
 Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [

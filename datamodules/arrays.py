@@ -1,4 +1,4 @@
-"""Arrays that may be larger than memory: beyond a size they are in a temporary file, paged in and out by the system."""
+"""Arrays that may be larger than memory: above a size they live in a temporary file, paged in and out by the system."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LARGE = 256 << 20  # bytes
 
 
 def empty_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Makes an array that is not filled yet.
+    """Allocates an uninitialised array.
 
-    One of more than 256 MiB is in a file without a name in the folder for temporary files (TMPDIR chooses another
-    disk), and is gone when nobody uses it any more.
+    If it is larger than 256 MiB, it is memory-mapped from an unlinked file in the folder for temporary files (set
+    TMPDIR to choose another disk), which disappears with its last user.
     """
     if math.prod(shape) * np.dtype(dtype).itemsize <= LARGE:
         return np.empty(shape, dtype)

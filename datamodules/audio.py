@@ -1,6 +1,6 @@
 """Recordings from folders, named by a pattern, or listed in a table.
 
-files -> Listing: what is known of each -> label, split, group -> Recordings
+files -> Listing: what is known of each file -> label, split, group -> Recordings
 file -> decoded, mixed to one channel, resampled -> (x, y), x float32 (T,)
 """
 
@@ -25,13 +25,13 @@ from datamodules.listing import Listing, list_files
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, no_labels
 
-PLAIN = (".wav", ".aif", ".aiff", ".au")  # their size tells how long they are
+PLAIN = (".wav", ".aif", ".aiff", ".au")  # uncompressed: the file's size tells the length
 EXTENSIONS = (*PLAIN, ".flac", ".ogg", ".oga", ".opus", ".mp3")
 Array = np.ndarray[Any, Any]
 
 
 def soundfile() -> Any:
-    """The library that decodes.
+    """Imports the decoder.
 
     Raises:
         DataError: It is not installed.
@@ -48,9 +48,9 @@ class AudioReader:
     """Reads recordings as one channel of floats.
 
     Args:
-        rate: Samples a second of what it gives.
-        max_seconds: Of longer recordings the middle is read.
-        keep_silent: Whether a recording without any sound is a sample like others.
+        rate: Samples per second of the result.
+        max_seconds: Of longer recordings only the middle is read.
+        keep_silent: Whether a silent recording is a valid sample.
     """
 
     rate: int
@@ -58,10 +58,10 @@ class AudioReader:
     keep_silent: bool
 
     def read(self, path: Path) -> Tensor:
-        """The mean of a recording's channels, (T,) float32 in [-1, 1].
+        """Returns the mean of a recording's channels, (T,) float32 in [-1, 1].
 
         Raises:
-            DataError: It cannot be decoded, is cut off, empty or silent, or holds values that are not finite.
+            DataError: The file cannot be decoded, is truncated, empty or silent, or holds values that are not finite.
         """
         library = soundfile()
         try:
@@ -86,7 +86,7 @@ class AudioReader:
 
 
 def resampled(wave: Array, rate: int, wanted: int) -> Array:
-    """A waveform (T,) at another rate.
+    """Resamples a waveform (T,) to another rate.
 
     Raises:
         DataError: soxr is not installed.
@@ -102,10 +102,10 @@ def resampled(wave: Array, rate: int, wanted: int) -> Array:
 
 
 def first_rate(paths: Sequence[Path], field: str) -> int:
-    """The rate of the first of some recordings whose header can be read.
+    """Returns the rate of the first recording whose header can be read.
 
     Raises:
-        DataError: There is none among the first hundred.
+        DataError: None of the first hundred can be read.
     """
     library, reason = soundfile(), ""
     for path in paths[:100]:
@@ -113,15 +113,15 @@ def first_rate(paths: Sequence[Path], field: str) -> int:
             return int(library.info(path).samplerate)
         except (OSError, RuntimeError) as error:
             reason = reason or f"{path}: it cannot be decoded as audio ({str(error).splitlines()[0]})"
-    raise DataError(f"{field}: {reason}; mend or remove it, or give the rate")
+    raise DataError(f"{field}: {reason}; fix or remove it, or give the rate")
 
 
 class Recordings(FileSamples):
     """Recordings of one split, by path.
 
     Attributes:
-        groups: What belongs together, one for each, e.g. its speaker; None where nothing is said.
-        weights: How much the loss of each counts, or None.
+        groups: The group of each recording, e.g. its speaker; None if there are no groups.
+        weights: How much the loss of each recording counts, or None.
     """
 
     what = "recordings"
@@ -141,7 +141,7 @@ class Recordings(FileSamples):
 
     @cached_property
     def lengths(self) -> list[int] | None:
-        """The bytes of each, which tell how long it is without a file being opened; None where some are compressed."""
+        """Returns the bytes of each file, a cheap measure of its length; None if some are compressed."""
         plain = all(path.lower().endswith(PLAIN) for path in self.ids)
         return [stat.st_size for stat in self.stats()] if plain else None
 
@@ -150,11 +150,11 @@ class Recordings(FileSamples):
             return self.reader.read(Path(self.ids[index])), self.targets[index]
 
     def check(self, path: Path) -> None:
-        """Decodes it."""
+        """Decodes the file."""
         self.reader.read(path)
 
     def taken(self, rows: Sequence[int]) -> Recordings:
-        """The same with these rows only."""
+        """Returns the recordings of these rows."""
         groups = None if self.groups is None else [self.groups[row] for row in rows]
         weights = None if self.weights is None else [self.weights[row] for row in rows]
         return Recordings([self.ids[row] for row in rows], self.targets[list(rows)], self.reader, groups, weights)
@@ -164,37 +164,37 @@ class AudioFolders(FileDomains):
     """Recordings in wav, flac, ogg, opus or mp3 files, for either domain (`pip install 'lightning-transfer[audio]'`).
 
         DIR/train/<class>/*.wav   DIR/val|validation|valid/<class>/*.wav   DIR/test/<class>/*.wav
-        DIR/<class>/*.wav         with validation_list.txt and testing_list.txt, as in Speech Commands, or without
-        DIR/*.wav                 with `pattern`, which says what the parts of the names are
-        FILE.csv                  a row for each file: its path and its label, and what else is known of it
+        DIR/<class>/*.wav          with or without validation_list.txt and testing_list.txt, as in Speech Commands
+        DIR/*.wav                  with `pattern`, which names the parts of the file names
+        FILE.csv                   a row per file: its path, its label, and further fields
 
-    What is known of a file are its fields: of `pattern`, a table's columns, of folders `label` and `split`. A field
-    `split` says train, val or test; without one the files are split in three, by class, or between the groups of
+    The fields of a file come from `pattern`, from a table's columns, or from folders (`label` and `split`). A field
+    `split` says train, val or test; without it the files are split in three, stratified by class, or by the groups of
     `group`. Files are opened when they are needed; folders that begin with _ or . are left out. Several channels are
-    mixed to one, and all recordings brought to one rate. `tl predict` also takes a folder without classes.
+    mixed to one, and all recordings are resampled to one rate. `tl predict` also takes a folder without classes.
 
     Args:
-        target: The target's folder or table; ~ and $VARIABLES are filled in.
+        target: The target's folder or table; ~ and $VARIABLES are expanded.
         source: The source's folder or table, or several by name.
-        pattern: Names parts of the files' names, or of their paths, e.g. {label}_{speaker}_{index}.wav.
+        pattern: Names the parts of file names, or of paths, e.g. {label}_{speaker}_{index}.wav.
         where: Conditions on fields, by domain or split: {test: index<5}, {target: speaker=theo, source: speaker!=theo};
-            several values are given as speaker=theo,lucas. What fulfils no split's condition is for training.
+            several values are given as speaker=theo,lucas. Files that fulfil no split's condition are for training.
         label: The field of the label.
-        group: The field that says what no split tears apart, e.g. speaker.
+        group: The field whose groups are never divided between splits, e.g. speaker.
         weight: The field that says how much the loss of each recording counts, from 0 up.
-        file: A table's column of paths, relative to the table.
+        file: The table's column of paths, relative to the table.
         kind: Whether labels are classes or values.
         classes: The classes and their order; None reads them from both domains, which must have the same.
-        rate: Samples a second; None is that of the first recording.
-        max_seconds: Of longer recordings the middle is taken.
-        on_bad_file: "raise" stops at a recording that cannot be decoded, is empty or silent; "skip" leaves all such out
-            and counts them, at the price of reading every file once more at the start.
-        keep_silent: Takes recordings of silence as they are.
+        rate: Samples per second; None takes the rate of the first recording.
+        max_seconds: Of longer recordings only the middle is used.
+        on_bad_file: "raise" stops at a recording that cannot be decoded, is empty or silent; "skip" leaves these out
+            and counts them, which reads every file once more at the start.
+        keep_silent: Accepts silent recordings.
         num_workers: Processes that decode; None is one per core, at most 8.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
-        DataError: A file or field is missing, there is but one class, or the domains' classes differ.
+        DataError: A file or field is missing, there is only one class, or the domains' classes differ.
     """
 
     def __init__(
@@ -244,16 +244,16 @@ class AudioFolders(FileDomains):
             self.class_names = gather_classes(labels, "recordings")
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Says also the rate, which later recordings are brought to."""
+        """Also decides on the rate to which later recordings are resampled."""
         return super().resolve(defaults) | {"rate": self.reader.rate}
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The recordings of a domain by split, as far as something says so."""
+        """Returns the recordings of a domain by split, as far as folders or fields name splits."""
         listing = self._listing(name)
         return {part: self._read(listing.taken(rows), name) for part, rows in listing.splits(self.conditions).items()}
 
     def whole(self) -> Dataset[Any] | None:
-        """All recordings of the target, where nothing says how they are split or what they are."""
+        """Returns all recordings of the target if nothing says how they are split or labelled."""
         if "target" not in self.roots:
             return None
         listing = self._files(self.roots["target"])
@@ -266,13 +266,13 @@ class AudioFolders(FileDomains):
         )
 
     def _files(self, root: Path) -> Listing:
-        """All files of a folder or table."""
+        """Lists all files of a folder or table."""
         if root not in self._found:
             self._found[root] = list_files(root, EXTENSIONS, self.pattern, self.file)
         return self._found[root]
 
     def _listing(self, name: str) -> Listing:
-        """The files of a domain."""
+        """Lists the files of a domain."""
         listing = self._files(self.roots[name])
         for key in dict.fromkeys((name.partition("/")[0], name)):
             if key in self.where:

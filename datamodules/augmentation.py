@@ -1,4 +1,4 @@
-"""Named augmentations of training images, each a list of torchvision's transforms."""
+"""Named augmentations of training images, each a list of torchvision transforms."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ Augmentation = Literal["auto", "none", "light", "strong", "views"]
 def transforms_of(
     augment: list[nn.Module] | str | None, dataset: Any, data: str, photos: bool = True
 ) -> nn.Module | None:
-    """Returns what a training image goes through; None where it is left as it is.
+    """Returns the transform of a training image; None if it is left as it is.
 
         none     nothing
-        light    a random part, of 50 to 100 % of the area and an aspect of 3:4 to 4:3, scaled to the size; a horizontal
-                 flip
-        strong   a part of 25 to 100 %, a flip, TrivialAugment (Mueller and Hutter, ICCV 2021), random erasing (Zhong et
-                 al., AAAI 2020)
-        views    for pretraining, as MoCo v2 (Chen et al., 2020): a part of 20 to 100 %, a flip, other colours, grey,
-                 from 64 px on blur; of images that are no photos, and that a flip may turn into something else, a turn,
-                 a shift, a shear and a scale, a part of 50 to 100 %, and of coloured ones brightness and contrast
+        light    a random crop of 50 to 100 % of the area, aspect 3:4 to 4:3, resized to the size; a horizontal flip
+        strong   a crop of 25 to 100 %, a flip, TrivialAugment (Mueller and Hutter, ICCV 2021), random erasing (Zhong
+                 et al., AAAI 2020)
+        views    for pretraining, as MoCo v2 (Chen et al., 2020): a crop of 20 to 100 %, a flip, colour jitter,
+                 greyscale, from 64 px on blur; for images that are not photos, and whose meaning a flip may change, a
+                 crop of 50 to 100 %, rotation, translation, shear, scale, and for coloured ones brightness and contrast
 
     Args:
-        augment: The name, or the transforms themselves in their order.
-        dataset: The named ones end with the size of its first image.
-        data: What messages call it.
-        photos: Whether its images are.
+        augment: The name, or a list of transforms in their order.
+        dataset: The training data; named augmentations end with the size of its first image.
+        data: The data's name for messages.
+        photos: Whether the images are photos.
 
     Raises:
-        DataError: A named one is asked for what is no image.
+        DataError: A named augmentation is asked for, but x is not an image.
     """
     if augment is None or augment == "none":
         return None
     if isinstance(augment, list):
         return nn.Sequential(*augment) if augment else None
-    inputs = (dataset[row][0] for row in range(len(dataset)))  # of several, the image; a row may lack it
+    inputs = (dataset[row][0] for row in range(len(dataset)))  # with several inputs: the image, which a row may lack
     images = (x.get("image", x) if isinstance(x, Mapping) else x for x in inputs)
     like = next((image for image in images if image is not None), None)
     if not isinstance(like, Tensor) or like.ndim != 3 or len(like) not in (1, 3):

@@ -1,4 +1,4 @@
-"""What every datamodule is: domains with splits, and the one convention that data and models share, the batch.
+"""The base class of all datamodules: domains with splits, and the convention that data and models share, the batch.
 
     training    {"source": (x, y, index), "target": (x, y, index)}    y is None where labels are hidden; index is the
                                                                       samples' numbers in their data set
@@ -7,8 +7,8 @@
     evaluation  {"target": (x, y, index)}                             one domain
     prediction  {"target": (x, None, index)}
 
-Datamodules know nothing of models, nor the other way round: `schema` says what x and y are, and the model's `collate`
-makes batches of samples.
+Datamodules do not know models, and models do not know datamodules: `schema` describes x and y, and the model's
+`collate` makes batches of samples.
 """
 
 from __future__ import annotations
@@ -42,47 +42,47 @@ from datamodules.splits import SPLITS, Joined, few_shots, ids_of, labels_of, log
 
 
 class TransferDataModule(LightningDataModule):
-    """Loads source domains and/or a target; a subclass writes `domains` and says what x and y are.
+    """Loads source domains and/or a target; a subclass writes `domains` and describes x and y.
 
-    A target alone is labelled (fine-tuning). **Beside a source the target's labels reach neither training nor model
-    selection**, unless `target_labels` opens them; validation then runs on the source's labelled samples, and gives
-    what the model says of the target's validation and test samples without their labels.
+    If there is only a target, its labels are used (fine-tuning). **Beside a source the target's labels reach neither
+    training nor model selection**, unless `target_labels` is true; validation then runs on the source's labelled
+    samples, and also gives the model's outputs for the target's validation and test samples, without their labels.
 
-    A data set is map-style and gives (x, y). It may have `targets`, all labels, for few shots and stratified splits,
-    `ids`, `groups`, e.g. speakers, which no split tears apart, `weights` in the loss, `lengths`, to batch like with
-    like, and `fingerprint()`, a text that changes whenever a sample does, with which cached features serve other runs.
+    A data set is map-style and returns (x, y). Optional attributes: `targets`, all labels, for few shots and stratified
+    splits; `ids`; `groups`, e.g. speakers, which are never divided between splits; `weights` of the loss; `lengths`, to
+    batch similar lengths; `fingerprint()`, a text that changes whenever a sample does, needed to reuse cached features.
 
     Args:
-        batch_size: Samples per domain in a step; a few less where the last batch would be tiny.
-        num_workers: Processes that load data; 0 loads in the main one; None is one per core, at most 8.
-        shots_per_class: Keeps that many labelled target training samples of each class.
-        labelled: How many of the target's training samples have labels, as many of each class as can be; the others
-            are there without (semi-supervised). The draw, by `seed`, looks at all labels of the training split; nothing
-            after it does. None: all of them, or where the labels are hidden none.
-        unlabelled_ratio: How many unlabelled target samples a step has for each labelled one, beside `labelled`: mu of
-            FixMatch, which takes 7. A step has `batch_size` labelled samples and mu times as many unlabelled ones.
-        target_labels: Whether training and model selection see the target's labels; None shows those of a target alone
-            (fine-tuning) and hides them beside a source (adaptation). False hides them also of a target alone
+        batch_size: Samples per domain in a step; a few less if the last batch would be tiny.
+        num_workers: Processes that load data; 0 loads in the main process; None is one per core, at most 8.
+        shots_per_class: Keeps this many labelled target training samples of each class.
+        labelled: How many of the target's training samples have labels, balanced over the classes as far as possible;
+            the others are unlabelled (semi-supervised). The draw, by `seed`, looks at all labels of the training split;
+            nothing after it does. None: all of them, or none if the labels are hidden.
+        unlabelled_ratio: Number of unlabelled target samples per labelled one in a step, beside `labelled`: mu of
+            FixMatch (7 in the paper). A step has `batch_size` labelled samples and mu times as many unlabelled ones.
+        target_labels: Whether training and model selection see the target's labels; None shows them if there is only a
+            target (fine-tuning) and hides them beside a source (adaptation). False also hides them without a source
             (source-free adaptation).
-        target_unseen: Keeps the target out of training altogether (domain generalisation).
-        selection_labels: So many labels of each class of the target's validation split, or "all", are open to the
-            choice of the model, `--select.by few` or `oracle`; to nothing else.
-        augment: none, light, strong, views (see `augmentation.transforms_of`), or transforms of a training x, in their
-            order, e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos where the whole
+        target_unseen: Excludes the target from training altogether (domain generalisation).
+        selection_labels: This many labels of each class of the target's validation split, or "all", are visible to
+            model selection (`--select.by few` or `oracle`), and to nothing else.
+        augment: none, light, strong, views (see `augmentation.transforms_of`), or a list of transforms of a training x,
+            e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos if the whole
             backbone trains from the start, views for pretraining that compares views, otherwise none.
-        drop_last: Drops the last training batch where it is smaller than the others.
+        drop_last: Drops the last training batch if it is smaller than the others.
         seed: Seeds splits, shots and shuffling.
 
     Attributes:
-        x_schema: What x is, as plain data, e.g. {"image": {}}, or of several inputs {"photo": {"image": {}}, "title":
+        x_schema: Describes x as plain data, e.g. {"image": {}}, or several inputs, {"photo": {"image": {}}, "title":
             {"text": {}}}; {} says nothing.
-        y_schema: What y is, as plain data, e.g. {"boxes": ["car", "bus"]}; None makes it of the next two.
+        y_schema: Describes y as plain data, e.g. {"boxes": ["car", "bus"]}; None derives it from the next two.
         class_names: Names of the classes, in the order of their numbers; None for real-valued labels.
-        num_outputs: How many values a real-valued label has.
-        photos: Whether x are photos: they suit a network pretrained on such, and may be flipped and cropped.
-        collate: Makes a batch of samples (x, y, number); None takes the model's.
-        views: So many augmented views of a sample are handed out together; the model's wish, in `resolve`.
-        unlabelled: Whether training sees no label at all, also the model's wish.
+        num_outputs: Number of values of a real-valued label.
+        photos: Whether x are photos: they suit a network pretrained on photos, and may be flipped and cropped.
+        collate: Makes a batch of samples (x, y, index); None takes the model's.
+        views: Number of augmented views of a sample that a batch holds; requested by the model, see `resolve`.
+        unlabelled: Whether training sees no labels at all; also requested by the model.
     """
 
     x_schema: Mapping[str, Any] = {}
@@ -115,7 +115,7 @@ class TransferDataModule(LightningDataModule):
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
         if labelled is not None and (shots_per_class is not None or target_labels is not None or target_unseen):
             raise DataError(
-                "labelled: it says itself which labels of the target training sees; leave shots_per_class, "
+                "labelled: it decides which of the target's labels training sees; leave shots_per_class, "
                 "target_labels and target_unseen out"
             )
         if unlabelled_ratio > 1 and labelled is None:
@@ -136,22 +136,22 @@ class TransferDataModule(LightningDataModule):
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What x and y are, as plain data, from which models are built."""
+        """Describes x and y as plain data, from which models are built."""
         named = {"classes": list(self.class_names)} if self.class_names is not None else {"values": self.num_outputs}
         return {"x": dict(self.x_schema), "y": dict(self.y_schema) if self.y_schema is not None else named}
 
     def setup(self, stage: str) -> None:
-        """Lets the model that is trained decide what the arguments leave open."""
+        """Lets the model that is trained decide the arguments that are left open."""
         self.resolve(getattr(getattr(self.trainer, "lightning_module", None), "data_defaults", {}))
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Decides what the arguments leave open.
+        """Decides the arguments that are left open.
 
         Args:
-            defaults: What the model wants them to be, by name.
+            defaults: The values that the model prefers, by name.
 
         Returns:
-            What they are now, by name; of data that this wraps, as its `data`, {"data": {"init_args": ...}}.
+            The values as decided, by name; for wrapped data nested as its `data`, {"data": {"init_args": ...}}.
         """
         found: dict[str, Any] = {}
         self.views, self.unlabelled = defaults.get("views", 1), defaults.get("unlabelled", False)
@@ -161,13 +161,13 @@ class TransferDataModule(LightningDataModule):
             found["augment"] = self.augmentation
         if isinstance(inner := getattr(self, "data", None), TransferDataModule):
             found["data"] = {"init_args": inner.resolve(defaults)}
-        if found != self.resolved:  # what was made before was made by others
+        if found != self.resolved:  # data sets made before used other values
             self.resolved = found
             self._domains.clear()
         return found
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The data set of each domain that this split has.
+        """Returns the data set of each domain that this split has.
 
         Args:
             split: "train", "val" or "test".
@@ -178,39 +178,39 @@ class TransferDataModule(LightningDataModule):
         raise NotImplementedError
 
     def split_domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """What `domains` gives, the same objects each time."""
+        """Returns the data sets of `domains`, the same objects each time."""
         if split not in self._domains:
             self._domains[split] = self.domains(split)
         return self._domains[split]
 
     def labels_hidden(self, split: str = "train") -> bool:
-        """Whether the target's labels are kept from training and model selection."""
+        """Returns whether the target's labels are hidden from training and model selection."""
         return self.would_hide_labels(self.split_domains(split))
 
     def would_hide_labels(self, domains: Collection[str]) -> bool:
-        """The same for the domains of these names."""
+        """Returns whether labels would be hidden if there were domains of these names."""
         beside = len(domains) > 1 if self.target_labels is None else not self.target_labels
         return "target" in domains and (beside or self.target_unseen)
 
     def wrapped(self, seed: int, blind: bool) -> None:
-        """Takes over what a datamodule says that makes its own domains of this one's; before any split is made.
+        """Takes over settings of a datamodule that builds its domains from this one; called before any split is made.
 
         Args:
-            seed: Its seed.
-            blind: Whether it hides the labels, which splits then don't look at.
+            seed: The outer datamodule's seed.
+            blind: Whether it hides the labels; splits then do not look at them.
         """
         self.seed, self.blind = seed, blind
 
     def stratifies(self, name: str, domains: Collection[str]) -> bool:
-        """Whether the splits of the domain `name`, one of `domains`, may look at its labels."""
+        """Returns whether the splits of the domain `name`, one of `domains`, may look at its labels."""
         return not self.blind and (name != "target" or not self.would_hide_labels(domains))
 
     def has_source(self) -> bool:
-        """Whether there is a source to validate on."""
+        """Returns whether there is a source to validate on."""
         return any(name != "target" for name in self.split_domains("val"))
 
     def _evaluation_domain(self, split: str) -> tuple[str, Dataset[Any]]:
-        """The domain that an evaluation runs on: the target, but for model selection only where its labels are open."""
+        """Returns the domain to evaluate: the target, but for model selection only if its labels are visible."""
         domains = dict(self.split_domains(split))
         target = domains.pop("target", None)
         if target is not None and (not domains or split == "test" or not self.labels_hidden(split)):
@@ -219,7 +219,7 @@ class TransferDataModule(LightningDataModule):
         return "source", sources[0] if len(sources) == 1 else Joined(sources)
 
     def train_dataloader(self) -> CombinedLoader:
-        """All domains side by side; an epoch is the longest one's, and a shorter one starts over, in a new order."""
+        """Loads all domains side by side; the longest one sets the epoch, shorter ones start over in a new order."""
         domains = {
             name: d for name, d in self.split_domains("train").items() if name != "target" or not self.target_unseen
         }
@@ -235,10 +235,10 @@ class TransferDataModule(LightningDataModule):
             )
         if self.augmentation == "auto":
             self.resolve({})
-        if self.augment == "auto" and (self.photos or self.views > 1) and self.trainer:  # who only counts has none
+        if self.augment == "auto" and (self.photos or self.views > 1) and self.trainer:  # only while training
             whole = "views are compared" if self.views > 1 else "photos train the whole backbone"
             why = whole if self.augmentation != "none" else "some of the backbone is frozen"
-            log.info("augment: %s, the default where %s; --data.augment changes it", self.augmentation, why)
+            log.info("augment: %s, the default if %s; --data.augment changes it", self.augmentation, why)
         views, loaders = {}, {}
         for name, dataset in domains.items():
             rows: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
@@ -259,10 +259,10 @@ class TransferDataModule(LightningDataModule):
             sampler = EpochSampler(view, samples, size, self.seed, name, not self.drop_last)
             # the CombinedLoader names the batches
             loaders[name] = self._loader(view, sampler.batch_size, sampler, name, named=False, drop_last=self.drop_last)
-        return CombinedLoader(loaders, "min_size")  # of one length, but for a last batch of one that is left out
+        return CombinedLoader(loaders, "min_size")  # equal, except for a last batch of one sample
 
     def labelled_dataloader(self) -> Loader:
-        """The target's labelled training samples (a source's, where there is no target), in order, not augmented.
+        """Loads the target's labelled training samples (without a target, the source's), in order, not augmented.
 
         Raises:
             DataError: The target's labels are hidden from training, or there are several sources and no target.
@@ -273,8 +273,8 @@ class TransferDataModule(LightningDataModule):
             shown = {name: loader for name, loader in shown.items() if name.startswith("target")}
         if len(shown) != 1:
             raise DataError(
-                "target: labels of its training samples are needed, and they are hidden or there is no target; leave "
-                "--data.source out, or open some with --data.labelled N or all with --data.target_labels true"
+                "target: labels of its training samples are needed, but they are hidden or there is no target; leave "
+                "--data.source out, or show some with --data.labelled N or all with --data.target_labels true"
             )
         ((name, loader),) = shown.items()
         view = IndexedSubset(loader.dataset.dataset, loader.dataset.rows)
@@ -283,7 +283,7 @@ class TransferDataModule(LightningDataModule):
         return found
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """The labelled validation split; where the target's labels are hidden, also its samples without them."""
+        """Loads the labelled validation split, and, if the target's labels are hidden, its samples without labels."""
         name, dataset = self._evaluation_domain("val")
         hidden = self.labels_hidden("val")
         loaders: list[DataLoader[Any]] = []
@@ -299,11 +299,11 @@ class TransferDataModule(LightningDataModule):
         return loaders[0] if len(loaders) == 1 else loaders
 
     def tests_on_validation(self) -> bool:
-        """Whether the target's test split is its validation split."""
+        """Returns whether the target's test split is its validation split."""
         return self.split_domains("test").get("target") is self.split_domains("val").get("target")
 
     def open_labels(self) -> tuple[list[int], np.ndarray[Any, Any]]:
-        """The rows of the target's validation split whose labels `selection_labels` opens, and these labels."""
+        """Returns the rows of the target's validation split whose labels `selection_labels` shows, and these labels."""
         dataset = self.split_domains("val")["target"]
         if self.selection_labels is None:
             return [], np.zeros(0)
@@ -311,24 +311,24 @@ class TransferDataModule(LightningDataModule):
         return rows, cast(Any, labels_of(dataset))[rows]
 
     def labels(self, split: str) -> np.ndarray[Any, Any] | None:
-        """The target's labels, for the report after `tl test`; None where it has none."""
+        """Returns the target's labels, for the report after `tl test`; None if it has none."""
         return labels_of(self.split_domains(split)["target"])
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The target's test split (the source's, where there is no target)."""
+        """Loads the target's test split (without a target, the source's)."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """What `test_dataloader` loads, without labels; `index` counts the rows of `ids`."""
+        """Loads the samples of `test_dataloader`, without labels; `index` counts the rows of `ids`."""
         return self._evaluation("test", label="none")
 
     def ids(self) -> list[str]:
-        """The name of each row of `predict_dataloader`."""
+        """Returns the name of each row of `predict_dataloader`."""
         _, dataset = self._evaluation_domain("test")
         return ids_of(dataset)
 
     def all_dataloaders(self) -> dict[tuple[str, str], DataLoader[Any]]:
-        """A loader without labels for each (domain, split), without augmentation; a split that is another one, once."""
+        """Returns unlabelled, unaugmented loaders of each (domain, split); a split with two names appears once."""
         found: dict[tuple[str, str], DataLoader[Any]] = {}
         seen: list[Dataset[Any]] = []
         for split in SPLITS:
@@ -339,12 +339,12 @@ class TransferDataModule(LightningDataModule):
         return found
 
     def ids_and_labels(self, domain: str, split: str) -> tuple[Sequence[str], Sequence[Any]]:
-        """The names and the labels of a split's rows; a class by its name, "" where there are no labels."""
+        """Returns the ids and labels of a split's rows; classes by name, "" without labels."""
         dataset = self.split_domains(split)[domain]
         return ids_of(dataset), named_labels(dataset, self.class_names)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """On a CPU the batch is there."""
+        """Skips the transfer on a CPU."""
         return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _evaluation(self, split: str, label: str = "y") -> DataLoader[Any]:
@@ -352,7 +352,7 @@ class TransferDataModule(LightningDataModule):
         return self._rows(dataset, name, label, split)
 
     def _augmented(self, dataset: Dataset[Any], rows: Sequence[int], label: str = "y") -> IndexedSubset:
-        """Rows as training sees them."""
+        """Returns rows with training augmentation."""
         augment = transforms_of(self.augmentation, dataset, type(self).__name__, self.photos)
         return views_of(dataset, rows, augment, label, self.views)
 
@@ -381,17 +381,17 @@ class TransferDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
             worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # of its own, so that making an iterator leaves the model's numbers alone
+            generator=torch.Generator(),  # its own, so that making an iterator does not change the global random state
         )
         loader.domain = domain
         self._loaders.append(loader)
         return loader
 
     def teardown(self, stage: str) -> None:
-        """Ends the loaders' workers."""
+        """Stops the loaders' workers."""
         while self._loaders:
             self._loaders.pop().stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends them too where a run ends early."""
+        """Stops the loaders' workers when a run ends early."""
         self.teardown("")

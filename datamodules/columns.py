@@ -1,13 +1,13 @@
-"""The columns of a table as numbers: what they are is learnt on training rows, and is plain data that a run keeps.
+"""The columns of a table as numbers: their meaning is learnt from training rows, and is plain data that a run keeps.
 
-number, truth value     float32; a gap is the column's mean, and where training has gaps a column of 0 and 1 says so
-date                    days since 1970, and sine and cosine of the place in year and week, and of a time in the day
-text                    a category, 1, 2, ...; a gap is a category of its own, "", and what training had not is 0
+number, truth value     float32; a gap becomes the column's mean; if training has gaps, a 0/1 column marks them
+date                    days since 1970, and sine and cosine of the position in year and week, and of a time in the day
+text                    a category, 1, 2, ...; a gap is the category ""; a text not seen in training is 0
 
     {"numeric": [{"name": "age", "mean": 38.6}, {"name": "debt", "mean": 7.1, "gaps": True}],
      "categorical": {"job": ["", "clerk"]}}
 
-Columns of numbers keep their order, categories are in the order of their names: a config keeps that of lists only.
+Numeric columns keep their order, categories are sorted by column name: a config keeps the order of lists only.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Columns = dict[str, Any]
-BLOCK = 1 << 18  # rows that are encoded at a time
-FEW_GAPS = 0.05  # share of gaps in the labelled rows below which nothing could be learnt of them
+BLOCK = 1 << 18  # rows encoded at a time
+FEW_GAPS = 0.05  # below this share of gaps in the labelled rows, nothing can be learnt from them
 
 
 @dataclass
 class Cells:
-    """The columns of one file, compact.
+    """The columns of one file, in compact form.
 
     Attributes:
-        count: N.
-        numbers: Float32 (N,) by name; a gap is NaN.
-        texts: Number of the text, (N,), and the texts, by name; a gap is -1.
-        dates: The date that a numeric column was made of, by the column's name.
-        order: The columns as the file has them.
+        count: Number of rows, N.
+        numbers: Float32 (N,) by column name; a gap is NaN.
+        texts: Codes (N,) and the distinct texts, by column name; a gap is -1.
+        dates: The date column that a numeric column was made from, by the numeric column's name.
+        order: The columns in the file's order.
     """
 
     count: int
@@ -52,14 +52,14 @@ class Cells:
 
 
 def is_text(kind: DataType) -> bool:
-    """Whether a column holds text."""
+    """Returns whether a column holds text."""
     import polars
 
     return kind == polars.String or isinstance(kind, polars.Categorical | polars.Enum)
 
 
 def as_text(name: str, kind: DataType) -> Expr:
-    """A column as text, whole numbers without a point, so that 1.0 of one file is 1 of another."""
+    """Converts a column to text, whole numbers without a point, so that 1.0 in one file equals 1 in another."""
     import polars
 
     column = polars.col(name)
@@ -70,10 +70,10 @@ def as_text(name: str, kind: DataType) -> Expr:
 
 
 def read_cells(frame: LazyFrame, count: int, texts: Collection[str], numbers: Collection[str], where: str) -> Cells:
-    """Reads columns of `count` rows from a file, in batches, so that at most the compact ones are in memory.
+    """Reads columns of `count` rows from a file, in batches, so that only the compact form is in memory.
 
     Raises:
-        DataError: A column is neither number, date nor text, or has text among its numbers, or infinite ones.
+        DataError: A column is neither number, date nor text, has text among its numbers, or is infinite.
     """
     import polars
 
@@ -95,18 +95,18 @@ def read_cells(frame: LazyFrame, count: int, texts: Collection[str], numbers: Co
         for name, column in cells.numbers.items():
             column[rows] = part[name].to_numpy()
             for row in np.flatnonzero(np.isinf(column[rows])):
-                raise DataError(f"{where} row {rows.start + row}: column {name} is infinite; mend or remove it")
+                raise DataError(f"{where} row {rows.start + row}: column {name} is infinite; fix or remove it")
         for name, (column, _) in cells.texts.items():
             column[rows] = part[f"\0{name}"].to_numpy()
     for name in set(numbers) & {name for name, kind in kinds.items() if is_text(kind)}:
         lost = frame.select(polars.col(name).filter(numeric[name].is_null() & polars.col(name).is_not_null())).collect()
         if len(lost):
-            raise DataError(f"{where}: column {name} has '{lost[name][0]}', no number; mend or remove the row")
+            raise DataError(f"{where}: column {name} has '{lost[name][0]}', not a number; fix or remove the row")
     return cells
 
 
 def _as_numbers(name: str, kind: DataType, where: str) -> dict[str, Expr]:
-    """The numeric columns that a number, a truth value or a date becomes."""
+    """Returns the numeric columns that a number, a truth value or a date becomes."""
     import polars
 
     column = polars.col(name)
@@ -115,7 +115,7 @@ def _as_numbers(name: str, kind: DataType, where: str) -> dict[str, Expr]:
     if kind.is_numeric() or kind in (polars.Boolean, polars.Null):
         return {name: column.cast(polars.Float64)}
     if kind != polars.Date and kind != polars.Datetime:
-        raise DataError(f"{where}: column {name} is {kind}, neither number, date nor text; pass --data.drop+={name}")
+        raise DataError(f"{where}: column {name} is {kind}, not a number, date or text; pass --data.drop+={name}")
     days = column.cast(polars.Datetime("ms")).cast(polars.Int64) / 86_400_000
     cycles = {"year": column.dt.ordinal_day() / 365.25, "week": column.dt.weekday() / 7}
     if kind == polars.Datetime:
@@ -127,16 +127,16 @@ def _as_numbers(name: str, kind: DataType, where: str) -> dict[str, Expr]:
 def learn(
     tables: Sequence[Cells], rows: Sequence[Sequence[int] | Array], labelled: Collection[int], where: str
 ) -> Columns:
-    """What the columns are.
+    """Learns what the columns are.
 
     Args:
         tables: The cells of each domain that training sees.
-        rows: The training rows of each.
-        labelled: Places of the domains whose labels training sees.
-        where: What messages call them.
+        rows: The training rows of each domain.
+        labelled: Indices of the domains whose labels training sees.
+        where: The data's name for messages.
 
     Raises:
-        DataError: A column of text has too many texts for categories.
+        DataError: A text column has too many distinct texts for categories.
     """
     columns: Columns = {"numeric": [], "categorical": {}}
     for name in tables[0].numbers:
@@ -156,25 +156,25 @@ def learn(
         count = sum(map(len, rows))
         if len(found) > max(20, count / 2):
             raise DataError(
-                f"{where}: column {name} has {len(found)} texts in {count} rows, too many for categories; "
-                f"leave it out, --data.drop+={name}, or write numbers with a point"
+                f"{where}: column {name} has {len(found)} distinct texts in {count} rows, too many for categories; "
+                f"leave it out, --data.drop+={name}, or write its numbers with a decimal point"
             )
         columns["categorical"][name] = sorted(found)
     return columns
 
 
 def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
-    """The numeric columns, float32 (N, D), and the categories, int64 (N, K); says once what training had not."""
+    """Returns numeric columns, float32 (N, D), and categories, int64 (N, K); warns of values that training lacked."""
     gaps = [known["name"] for known in columns["numeric"] if known.get("gaps")]
     categories = sorted(columns["categorical"].items())
     numeric = empty_array((cells.count, len(columns["numeric"]) + len(gaps)), np.float32)
     categorical = empty_array((cells.count, len(categories)), np.int64)
-    numbers: dict[str, Array] = {}  # of each text of the file its category's
+    numbers: dict[str, Array] = {}  # text code in the file -> category number
     unseen: dict[str, list[str]] = {}
     for name, known in categories:
         number = {value: n for n, value in enumerate(known, 1)}
         values = cells.texts[name][1] if name in cells.texts else []
-        numbers[name] = np.array([*(number.get(value, 0) for value in values), number.get("", 0)])  # a gap, -1, is last
+        numbers[name] = np.array([*(number.get(value, 0) for value in values), number.get("", 0)])  # -1 is a gap
         if new := [value for value in values if value not in number]:
             unseen[name] = new
     for start in range(0, cells.count, BLOCK):
@@ -189,12 +189,12 @@ def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
         for place, (name, _) in enumerate(categories):
             categorical[rows, place] = numbers[name][cells.texts[name][0][rows] if name in cells.texts else -1]
     for name, new in unseen.items():
-        log.warning("%s: column %s has what training had not (%s): it counts as unknown", where, name, some(new))
+        log.warning("%s: column %s has values not seen in training (%s): they count as unknown", where, name, some(new))
     return numeric, categorical
 
 
 def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Array:
-    """A 0 or 1 for each category, in the place of its column, as runs of version 0.1 had it.
+    """Returns a 0/1 column for each category, in the place of its column, as version 0.1 did.
 
     Raises:
         DataError: A cell is empty, or a category is unknown.
@@ -204,24 +204,24 @@ def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Ar
         if name not in categories:
             parts.append(cells.numbers[name])
             for row in np.flatnonzero(np.isnan(parts[-1])):
-                raise DataError(f"{where} row {row}: column {name} is '', no number; mend or remove the row")
+                raise DataError(f"{where} row {row}: column {name} is '', not a number; fix or remove the row")
             continue
         codes, values = cells.texts[name]
         for row in np.flatnonzero(~np.isin(codes, [n for n, value in enumerate(values) if value in categories[name]])):
             raise DataError(
-                f"{where} row {row}: column {name} is '{[*values, ''][codes[row]]}', no category that was there in "
-                f"training ({', '.join(categories[name])}); mend or remove the row"
+                f"{where} row {row}: column {name} is '{[*values, ''][codes[row]]}', not one of the categories seen in "
+                f"training ({', '.join(categories[name])}); fix or remove the row"
             )
         parts += [codes == (values.index(value) if value in values else -2) for value in categories[name]]
     return np.stack(parts, 1).astype(np.float32)
 
 
 def numeric_names(columns: Columns) -> list[str]:
-    """The names of the numeric columns that `encode` gives."""
+    """Returns the names of the numeric columns that `encode` gives."""
     known = columns["numeric"]
     return [each["name"] for each in known] + [f"{each['name']} is missing" for each in known if each.get("gaps")]
 
 
 def some(names: Collection[str]) -> str:
-    """Names for a message, the first of many."""
+    """Lists names for a message, the first five of many."""
     return ", ".join(list(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,9 +1,9 @@
-"""Image files become tensors, or are refused.
+"""Decodes image files to tensors, or rejects them.
 
-    evaluation   decode -> short side to `resize` -> centre cropped to `size`
-    training     decode -> augmentation at the image's own size -> `fit`, the same two steps unless it has the size
+    evaluation   decode -> resize the short side to `resize` -> crop the centre to `size`
+    training     decode -> augment at the image's own size -> `fit`: the same two steps unless the size already matches
 
-`ImageFolders.resolve` decides on the sizes: those of the weights, otherwise 224.
+`ImageFolders.resolve` decides on the sizes: those of the pretrained weights, otherwise 224.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
 
-# pictures made of pixels; HEIF where a plugin of Pillow's is installed and imported
+# raster formats only; HEIF if a Pillow plugin for it is installed and imported
 _FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
 _FORMATS |= {"TIFF", "WEBP"}
-_ORIENTATION = 0x0112  # the tag of EXIF that says how the camera was held
+_ORIENTATION = 0x0112  # the EXIF tag of the camera's orientation
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,25 +37,25 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LONGEST = 4  # short sides: of a longer strip the middle is scaled, which has all that is cropped
+_LONGEST = 4  # in short sides: of a longer strip only the middle is resized, which contains the crop
 
 
 def image_extensions() -> tuple[str, ...]:
-    """The endings of the names of images that the installed Pillow reads, in small letters."""
+    """Returns the file extensions of images that the installed Pillow reads, in lower case."""
     known = Image.registered_extensions().items()
     return tuple(ending for ending, format in known if format in _FORMATS and format in Image.OPEN)
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images as evaluation sees them, and as training transforms do.
+    """Reads images for evaluation, and for training transforms.
 
     Args:
         size: Side of the result in pixels.
-        resize: What the short side is scaled to before the centre is cropped, at least `size`.
-        interpolation: How it is scaled, "bilinear" or "bicubic".
-        max_pixels: Refuse larger images by their header, before decoding.
-        background: The colour behind what is transparent.
+        resize: Length of the short side before the centre is cropped, at least `size`.
+        interpolation: "bilinear" or "bicubic".
+        max_pixels: Rejects larger images by their header, before decoding.
+        background: The colour behind transparent pixels.
     """
 
     size: int
@@ -65,16 +65,17 @@ class ImageReader:
     background: str = "white"
 
     def decode(self, path: Path) -> Image.Image:
-        """Decodes and turns upright by EXIF; a JPEG at a reduced scale, if that still covers `resize`.
+        """Decodes an image, upright by EXIF; a JPEG at a reduced scale if that still covers `resize`.
 
-        Grey, palette and CMYK become RGB; of 16 bits the upper 8 are kept; what is transparent shows `background`; the
-        first frame of an animation, or page, is read.
+        Grey, palette and CMYK images become RGB; of 16 bits the upper 8 are kept; transparent pixels show `background`;
+        of an animation or a multi-page file the first frame is read.
 
         Returns:
             An RGB image.
 
         Raises:
-            DataError: It is no image, truncated, too large, or its numbers have no known range (32 bits, floats).
+            DataError: It is not an image, is truncated or too large, or its values have no known range (32 bits,
+                float).
         """
         try:
             with warnings.catch_warnings():
@@ -91,12 +92,12 @@ class ImageReader:
             raise
         except Image.DecompressionBombError as error:
             raise DataError(f"{path}: it has more pixels than max_pixels {self.max_pixels}") from error
-        except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
+        except Exception as error:  # Pillow's plugins raise anything on broken files
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(f"{path}: it cannot be decoded as an image ({reason})") from error
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """Scales the short side to `resize`, of a strip the middle."""
+        """Resizes the short side to `resize`; of a strip only the middle."""
         longest = _LONGEST * min(image.size)
         if max(image.size) > longest:
             image = middle(image, min(image.width, longest), min(image.height, longest))
@@ -105,11 +106,11 @@ class ImageReader:
         return image.resize(shape, Image.Resampling[self.interpolation.upper()])
 
     def read(self, path: Path) -> Tensor:
-        """An image as evaluation sees it: scaled, and the centre cropped, (3, size, size) uint8."""
+        """Reads an image for evaluation: resized and centre-cropped, (3, size, size) uint8."""
         return pixels(middle(self.scaled(self.decode(path)), self.size, self.size)).contiguous()
 
     def fit(self, x: Any) -> Any:
-        """What transforms made of an image: as it is where that has the size, otherwise scaled and cropped like all."""
+        """Brings a transformed image to evaluation's size: unchanged if it has it, otherwise resized and cropped."""
         if x.shape[-2:] == (self.size, self.size):
             return x.contiguous()
         from torchvision.transforms.v2 import functional
@@ -123,7 +124,7 @@ class ImageReader:
 
 
 def _rgb(image: Image.Image, background: str, path: Path) -> Image.Image:
-    """An image in RGB, whatever its pixels are."""
+    """Converts an image of any mode to RGB."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # these have 16 bits
         return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -135,10 +136,10 @@ def _rgb(image: Image.Image, background: str, path: Path) -> Image.Image:
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """The pixels of an image, turned as its EXIF says; other tags, which may be odd, are not looked at."""
+    """Turns the pixels of an image as its EXIF says; other tags, which may be malformed, are not read."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF that cannot be read says nothing
+    except Exception:  # unreadable EXIF is ignored
         turn = None
     return pixels if turn is None else pixels.transpose(turn)
 
@@ -150,7 +151,7 @@ def middle(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) uint8, channels last in memory, which scaling is fastest on."""
+    """Returns an RGB image as (3, H, W) uint8 in channels-last memory, which resizes fastest."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -178,10 +179,10 @@ class FolderImages(FileSamples):
             return (self.kept.middle(index, path) if self.kept else self.reader.read(path)), target
 
     def augmented(self, index: int, transform: Callable[[Tensor], Any]) -> tuple[Any, int]:
-        """The sample with what `transform` makes of the decoded image, (3, H, W) uint8 at a size of its own.
+        """Returns the sample with `transform` applied to the decoded image, (3, H, W) uint8 at its own size.
 
-        Its short side is at least the one that evaluation scales to, unless the file's is not; with `keep` it is scaled
-        to that. What comes out in another size than evaluation's is scaled and cropped as there.
+        The short side is at least evaluation's `resize`, unless the file is smaller; with `keep` it is scaled to
+        `resize`. A result of another size than evaluation's is resized and cropped as in evaluation.
         """
         path = Path(self.ids[index])
         with self.with_advice():
@@ -189,29 +190,29 @@ class FolderImages(FileSamples):
         return self.reader.fit(transform(image)), int(self.targets[index])
 
     def check(self, path: Path) -> None:
-        """Decodes it, a JPEG at a small scale."""
+        """Decodes the file, a JPEG at a small scale."""
         replace(self.reader, resize=32).decode(path)
 
     def taken(self, rows: Sequence[int]) -> FolderImages:
-        """The same with these rows only."""
+        """Returns the images of these rows."""
         paths = [Path(self.ids[i]) for i in rows]
         return FolderImages(paths, self.targets[list(rows)].tolist(), self.reader, self.kept is not None)
 
 
 class _Kept:
-    """Scaled images in a file that has no name any more.
+    """Resized images in an unlinked, memory-mapped temporary file, shared by the workers.
 
-    An image has a place of twice the square of its short side, and of a longer one the middle is kept; what of the
-    place is not filled takes no room, in memory or on disk.
+    Each image has a slot of twice its short side squared; of a longer one the middle is kept. Unfilled parts of a slot
+    take no memory or disk space.
     """
 
     def __init__(self, count: int, reader: ImageReader) -> None:
         self.reader, self.longest = reader, 2 * reader.resize
         self.places = _in_file(count * 3 * reader.resize * self.longest, torch.uint8).view(count, -1)
-        self.shapes = _in_file(count, torch.int64)  # height and width in one number, so that it is written at once
+        self.shapes = _in_file(count, torch.int64)  # height and width in one number, so that a write is atomic
 
     def whole(self, index: int, path: Path) -> Tensor:
-        """The scaled image, (3, H, W)."""
+        """Returns the resized image, (3, H, W)."""
         height, width = divmod(int(self.shapes[index]), 2**16)
         if not height:
             scaled = self.reader.scaled(self.reader.decode(path))
@@ -222,14 +223,14 @@ class _Kept:
         return self.places[index, : 3 * height * width].view(height, width, 3).permute(2, 0, 1)
 
     def middle(self, index: int, path: Path) -> Tensor:
-        """What evaluation crops of it, (3, size, size)."""
+        """Returns evaluation's centre crop, (3, size, size)."""
         whole, size = self.whole(index, path), self.reader.size
         top, left = (whole.shape[1] - size) // 2, (whole.shape[2] - size) // 2
         return whole[:, top : top + size, left : left + size].contiguous()
 
 
 def _in_file(count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in a file of their own, which all processes share that are forked from this one."""
+    """Allocates zeros in a file that all forked processes share."""
     handle, name = tempfile.mkstemp()
     os.close(handle)
     mapped: Tensor = torch.from_file(name, shared=True, size=count, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Two real domains with no download: scanned digits, and the same task on photographs."""
+"""Two real domains without a download: scanned digits, and the same digits blended with photos."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SIZE = 28
 
 
 class Digits(TransferDataModule):
-    """scikit-learn's 1,797 handwritten digits: half of them the source, half on photographs the target.
+    """scikit-learn's 1,797 handwritten digits: half are the source, the other half, on photos, the target.
 
-    A target image is `|photo patch - digit|` per channel, as MNIST-M was made (Ganin et al., JMLR 2016), from
-    scikit-learn's two sample photos. The domains share no digit, and a photo's left 60 %, next 20 % and last 20 % serve
-    the training, validation and test split. Images are 28 x 28. No label of the target decides where its digit goes.
+    A target image is `|photo patch - digit|` per channel, as in MNIST-M (Ganin et al., JMLR 2016), with scikit-learn's
+    two sample photos. The domains share no digit; a photo's left 60 %, next 20 % and last 20 % are for the training,
+    validation and test split. Images are 28 x 28. The split of the target does not look at its labels.
 
     Args:
-        target: Whether the target domain is there.
-        source: Whether the source domain is there.
+        target: Whether to include the target domain.
+        source: Whether to include the source domain.
         **kwargs: As for `TransferDataModule`.
     """
 
@@ -35,18 +35,18 @@ class Digits(TransferDataModule):
     def __init__(self, target: bool = True, source: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not (target or source):
-            raise DataError("target: with source false, target must be true")
+            raise DataError("target: target and source cannot both be false")
         self.class_names = [str(digit) for digit in range(10)]
         self.wanted = {"source": source, "target": target}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's digits in each domain."""
+        """Returns the split's digits in each domain."""
         return {name: build()[name][split] for name, wanted in self.wanted.items() if wanted}
 
 
 @cache
 def build() -> dict[str, dict[str, Dataset[Any]]]:
-    """Both domains, split; the same in every call, whatever the run's seed."""
+    """Builds both domains, split; the result is the same for every seed."""
     from sklearn.datasets import load_digits, load_sample_images
 
     digits = load_digits()
@@ -67,7 +67,7 @@ def build() -> dict[str, dict[str, Dataset[Any]]]:
 
 
 def _enlarge(digit: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """8 x 8 in 0..16 -> 28 x 28 uint8."""
+    """Resizes 8 x 8 in 0..16 to 28 x 28 uint8."""
     from PIL import Image
 
     image = Image.fromarray((digit * 255 / 16).astype(np.uint8))
@@ -77,7 +77,7 @@ def _enlarge(digit: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _blend(
     digit: np.ndarray[Any, Any], photos: list[np.ndarray[Any, Any]], split: str, generator: np.random.Generator
 ) -> np.ndarray[Any, Any]:
-    """|photo patch - digit| from the part of a photo that belongs to the split."""
+    """Computes |photo patch - digit| from the part of a photo that belongs to the split."""
     photo = photos[generator.integers(len(photos))]
     height, width, _ = photo.shape
     start, end = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}[split]

@@ -1,4 +1,4 @@
-"""Trees with a folder per domain: Office-31, Office-Home, PACS, VisDA-2017, DomainNet."""
+"""Folders with one subfolder per domain: Office-31, Office-Home, PACS, VisDA-2017, DomainNet."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class DomainFolders(ImageFolders):
         VisDA-2017    train/<class>  validation/<class>                source train, target validation
         DomainNet     clipart/<class>  ...  with clipart_train.txt and clipart_test.txt beside them
 
-    Each domain is split in three by the seed, the target without a look at its labels where they are hidden. Where
-    DomainNet's lists are there, they give the test images, and the training images of which a part is for validation;
-    an image's class is its folder. Files beside the folders and hidden ones are ignored.
+    Each domain is split in three by the seed, the target without its labels if they are hidden. If DomainNet's lists
+    are there, they name the test images, and the training images, of which a part is for validation; an image's class
+    is its folder. Files beside the folders and hidden files are ignored.
 
     Args:
-        root: The folder of the domains; ~ and $VARIABLES are filled in.
+        root: The folder of the domains; ~ and $VARIABLES are expanded.
         target: The target's name; None: there is none.
         sources: The sources' names; None takes all other domains, [] takes none.
         **kwargs: As for `ImageFolders`.
 
     Raises:
-        DataError: Unknown domain; for the rest as `ImageFolders`.
+        DataError: A domain is unknown; otherwise as `ImageFolders`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DomainFolders(ImageFolders):
         return {"unsplit": root}  # VisDA has a class named train
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The images of a domain by DomainNet's lists, where they are there."""
+        """Returns the images of a domain by DomainNet's lists, if they exist."""
         domain = self.roots[name].relative_to(self.root).parts[0]
         lists = {split: self.root / f"{domain}_{split}.txt" for split in ("train", "test")}
         there = [file for file in lists.values() if file.is_file()]
@@ -69,11 +69,11 @@ class DomainFolders(ImageFolders):
             return super().parts(name)
         if len(there) < len(lists):
             missing = next(file for file in lists.values() if file not in there)
-            raise DataError(f"{name}: {there[0]} is there, but not {missing.name}; add it, or take the other one away")
+            raise DataError(f"{name}: {there[0]} is there, but not {missing.name}; add it, or remove {there[0]}")
         return {split: self._listed(file, name) for split, file in lists.items()}
 
     def _listed(self, file: Path, name: str) -> Dataset[Any]:
-        """The images that a file names, a line `domain/class/image.jpg label` each."""
+        """Returns the images that a file lists, one `domain/class/image.jpg label` per line."""
         numbers = {label: number for number, label in enumerate(self.class_names or [])}
         lines = [line.rpartition(" ")[0] for line in file.read_text().splitlines() if line.strip()]
         paths = [self.root / line for line in lines]
@@ -84,7 +84,7 @@ class DomainFolders(ImageFolders):
 
 
 def domain_folders(root: Path) -> dict[str, Path]:
-    """The domains below `root`: each one's name and the folder of its class folders."""
+    """Returns the domains below `root`: each name and the folder that holds its class folders."""
     found = {}
     for name in class_folders(root):
         images = root / name / "images"

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend in the data or its settings, and the mistake that is made most."""
+"""The exception for mistakes in the data or its settings that a user can fix, and the check for unknown names."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Collection
 
 
 class DataError(Exception):
-    """A mistake in the data or its settings; its text names the file, field or value and what to do."""
+    """A mistake in the data or its settings; the message names the file, field or value and says what to do."""
 
 
 def printable(name: str) -> str:
-    """A name of a file as it can be said and written: bytes that are no UTF-8 are spelt out."""
+    """Returns a file name that can be printed and encoded: bytes that are not UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def check_known(field: str, name: str, known: Collection[str], what: str = "domain") -> None:
-    """Refuses a name that is not known, and says which are.
+    """Rejects an unknown name and lists the known ones.
 
     Raises:
-        DataError: It is not among them.
+        DataError: The name is not in `known`.
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.5)

@@ -1,4 +1,4 @@
-"""Domains whose files may say how they are split; what they leave open is split by the seed."""
+"""Domains whose files may define their splits; what they leave open is split by the seed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class FileDomains(TransferDataModule):
     """Domains that are read from files; a subclass sets `wheres` and writes `parts`.
 
     Args:
-        val_fraction: Share for validation, where nothing else is said.
-        test_fraction: Share for testing, where nothing else is said; 1 takes all samples for `tl test`.
+        val_fraction: Share of the samples for validation, if the files do not define it.
+        test_fraction: Share for testing, if the files do not define it; 1 takes all samples for `tl test`.
         **kwargs: As for `TransferDataModule`.
 
     Attributes:
-        wheres: What messages call the files of each domain, by its name, e.g. {"target": "target: wine.csv"}.
-        split_is: What they call a split that is not there.
+        wheres: The files of each domain for messages, by its name, e.g. {"target": "target: wine.csv"}.
+        split_is: What messages call a missing split.
     """
 
     wheres: Mapping[str, str]
@@ -33,29 +33,29 @@ class FileDomains(TransferDataModule):
         super().__init__(**kwargs)
         if test_fraction != 1 and not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise DataError(
-                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0 and below 1 together "
+                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0, and below 1 together "
                 "(a test_fraction of 1 takes all for testing)"
             )
         self.fractions = val_fraction, test_fraction
         self._splits: dict[str, Mapping[str, Dataset[Any]]] = {}
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The data set of each split that a domain's files name, or of all there is, as "unsplit"."""
+        """Returns the data set of each split that a domain's files define, or everything as "unsplit"."""
         raise NotImplementedError
 
     def whole(self) -> Dataset[Any] | None:
-        """All samples of the target, if there is one and its files do not tell several splits apart."""
+        """Returns all samples of the target, if there is one and its files do not define several splits."""
         parts = list(self.parts("target").values()) if "target" in self.wheres else []
         return parts[0] if len(parts) == 1 else None
 
     def setup(self, stage: str) -> None:
-        """Looks also for copies of files in several splits, before training."""
+        """Also warns of files that are in several splits, before training."""
         super().setup(stage)
         if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
             self.warn_of_copies()
 
     def warn_of_copies(self) -> None:
-        """Says how many files are also in another split, where the result would look better than it is."""
+        """Warns of files that are also in another split: they make results look better than they are."""
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
         seen: list[Dataset[Any]] = []
         for name in self.wheres:
@@ -68,11 +68,11 @@ class FileDomains(TransferDataModule):
             (one, first), *others = copies[0]
             other, second = next(each for each in others if each[0] != one)
             where = f"{first} ({one}) and {second} ({other})"
-            told = "%d files are in several splits, byte for byte, e.g. %s: what is measured looks better than it is"
+            told = "%d files are in several splits, byte for byte, e.g. %s: results will look better than they are"
             log.warning(told, len(copies), printable(where))
 
     def splits(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The data set of each split of a domain, the same objects each time."""
+        """Returns the data set of each split of a domain, the same objects each time."""
         if name not in self._splits:
             stratified = self.stratifies(name, self.wheres)
             self._splits[name] = complete_splits(
@@ -81,7 +81,7 @@ class FileDomains(TransferDataModule):
         return self._splits[name]
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's samples in each domain."""
+        """Returns the split's samples in each domain."""
         for name, where in self.wheres.items():
             if split not in self.splits(name):
                 missing = self.split_is.format(split=split, names=" or ".join(SPLIT_NAMES[split]))
@@ -91,12 +91,12 @@ class FileDomains(TransferDataModule):
         return {name: self.splits(name)[split] for name in self.wheres}
 
     def wrapped(self, seed: int, blind: bool) -> None:
-        """Takes both; splits by another seed are made anew."""
+        """Takes over both; splits made with another seed are made again."""
         super().wrapped(seed, blind)
         self._splits.clear()
 
     def predict_dataloader(self) -> Any:
-        """The target's test split, or all its samples where nothing tells splits apart; without labels."""
+        """Loads the target's test split, or all its samples if nothing defines splits; without labels."""
         if (whole := self.whole()) is not None:
             self._domains["test"] = {"target": whole}
         return super().predict_dataloader()

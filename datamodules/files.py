@@ -1,4 +1,4 @@
-"""Samples that lie in files of their own and are read when they are asked for."""
+"""Samples that are files of their own, read when they are needed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class FileSamples(Dataset[Any]):
     """Samples of one split, by path; a subclass writes `__getitem__`, `check` and `taken`.
 
     Attributes:
-        what: What messages call the files.
-        skip: The option that leaves out those that cannot be read.
+        what: What messages call the files, e.g. "images".
+        skip: The option that leaves out files that cannot be read.
         ids: The paths.
         targets: The class numbers, or real values.
-        reader: How a file is read.
-        unlabelled: Where there are no labels, what is missing, in a sentence.
+        reader: Reads a file.
+        unlabelled: If there are no labels, a sentence that says what is missing.
     """
 
     unlabelled: str = ""
@@ -43,16 +43,16 @@ class FileSamples(Dataset[Any]):
         return len(self.ids)
 
     def fingerprint(self) -> str:
-        """What names its contents: a file's size, and when its contents, and when its entry, last changed."""
+        """Returns a hash of paths, sizes, mtimes and ctimes."""
         stats = zip(self.ids, self.stats(), strict=True)
         files = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
         return content_hash(files, self.targets, self.reader)
 
     def stats(self) -> list[os.stat_result]:
-        """What the file system says of each file.
+        """Returns what the file system says about each file.
 
         Raises:
-            DataError: One is not there any more.
+            DataError: A file no longer exists.
         """
         try:
             return [os.stat(path) for path in self.ids]
@@ -60,22 +60,22 @@ class FileSamples(Dataset[Any]):
             raise DataError(f"{error.filename}: it cannot be read any more ({error.strerror})") from error
 
     def check(self, path: Path) -> None:
-        """Reads a file as cheaply as finds out whether it can be read.
+        """Checks, as cheaply as possible, that a file can be read.
 
         Raises:
-            DataError: It cannot.
+            DataError: It cannot be read.
         """
         raise NotImplementedError
 
     def taken(self: Samples, rows: Sequence[int]) -> Samples:
-        """The same with these rows only."""
+        """Returns the samples of these rows."""
         raise NotImplementedError
 
     def without_bad(self: Samples, field: str, class_names: Sequence[str] | None = None) -> Samples:
-        """The same without the files that cannot be read, and a line that counts them.
+        """Returns the samples whose files can be read, and logs how many are left out.
 
         Raises:
-            DataError: None of all, or none of a class, can be read.
+            DataError: No file, or no file of a class, can be read.
         """
 
         def readable(path: str) -> bool:
@@ -100,17 +100,17 @@ class FileSamples(Dataset[Any]):
 
     @contextmanager
     def with_advice(self) -> Iterator[None]:
-        """Adds to an error inside what to do about a file that cannot be read."""
+        """Adds advice to an error about a file that cannot be read."""
         try:
             yield
         except DataError as error:
-            raise DataError(f"{error}; mend or remove it, or pass --data.{self.skip} skip") from error
+            raise DataError(f"{error}; fix or remove it, or pass --data.{self.skip} skip") from error
 
 
 def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
-    """Groups (split, path) of files of one content that are in several splits.
+    """Groups identical files, as (split, path), that are in several splits.
 
-    A file is opened only if one of another split has its size, and read whole only if a part of it is the same too.
+    A file is opened only if one of another split has its size, and read whole only if a part of both is the same.
     """
     groups = [[(split, path) for split, paths in files.items() for path in paths]]
     with ThreadPoolExecutor() as pool:
@@ -126,7 +126,7 @@ def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]
 
 
 def _middle_hash(path: str) -> bytes:
-    """Of 4 kB from the middle of a file: what stands at the start, many have in common."""
+    """Hashes 4 kB from the middle of a file, because many files start alike."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) // 2 - 2048))
         return hashlib.sha256(file.read(4096)).digest()

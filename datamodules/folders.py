@@ -1,4 +1,4 @@
-"""Folders as people and systems leave them: what is litter, what is a class, which files lie below."""
+"""Folders as people and systems leave them: which names are litter, which folders are classes, what is in them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LITTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lo
 
 
 def is_litter(name: str) -> bool:
-    """Whether a name is hidden (.DS_Store, ._0.jpg, .ipynb_checkpoints), or a system has left it behind."""
+    """Returns whether a name is hidden (.DS_Store, ._0.jpg, .ipynb_checkpoints), or left behind by a system."""
     return name.startswith(".") or name.casefold() in LITTER
 
 
 def files_below(root: Path | str) -> Iterator[str]:
-    """The files below a folder by their paths in it, with /, in the order of the names; litter is left out.
+    """Yields the files below a folder as paths relative to it, with /, sorted by name; litter is left out.
 
-    Links are followed, but for those to a folder that they lie in.
+    Links are followed, except those to a folder that contains them.
 
     Raises:
         DataError: A folder cannot be read.
@@ -47,15 +47,15 @@ def files_below(root: Path | str) -> Iterator[str]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; litter is left out. A file has none."""
+    """Returns the names of the subfolders of a folder, sorted, without litter; [] for a file."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_litter(p.name)) if folder.is_dir() else []
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The split folders of a tree by our name for the split; none where its folders are classes.
+    """Returns the split folders of a tree by split; {} if its folders are classes.
 
     Raises:
-        DataError: There are two of a split, or it has folders of splits without classes beside others.
+        DataError: A split has two folders, or split folders without classes lie beside other folders.
     """
     found: dict[str, list[str]] = {}
     others = []
@@ -69,7 +69,7 @@ def split_folders(root: Path) -> dict[str, Path]:
             raise DataError(f"{root}: {' and '.join(names)} are both folders of {split} images; keep one")
     folders = {split: root / found[split][0] for split in SPLITS if split in found}
     if folders and others and not any(map(class_folders, folders.values())):
-        if list(folders) == ["train"]:  # vehicles: car, plane, train
+        if list(folders) == ["train"]:  # a class: car, plane, train
             return {}
         names = [folder.name for folder in folders.values()]
         raise DataError(

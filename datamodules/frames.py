@@ -1,4 +1,4 @@
-"""Tables from files of any usual format, by polars: `read_frame` is the one place that opens them.
+"""Tables in any common format, read by polars; `read_frame` is the only function that opens them.
 
 file -> delimiter and header (of text) -> typed columns; an empty cell is null
 """
@@ -18,20 +18,20 @@ from datamodules.errors import DataError
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
 
-MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # what stands for no number, date or label
-DELIMITERS = "\t;|,"  # the first that cuts all lines alike; a decimal comma does so too, and comes last
-UNCUT = "\x1f"  # in a file of one column nothing is cut
-EXAMINED = 100  # rows by which a text file's form is decided
+MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # text that means a missing value
+DELIMITERS = "\t;|,"  # in order of preference; the comma is last, since it may be decimal
+UNCUT = "\x1f"  # the delimiter of a file with one column
+EXAMINED = 100  # rows from which the format of a text file is inferred
 
 
 def read_frame(path: Path, where: str) -> DataFrame:
     """Reads CSV, TSV and other delimited text, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
 
-    The suffix says which; any that is not of these is text. Of text, delimiter (tab, semicolon, bar, comma) and header
-    are found by its first lines: a header is text above numbers or dates, or, where all is text, a first line without
-    a number whose cells do not come again below them. Without a header the names are "0", "1", ... Cells are stripped,
-    and an empty one is null; where all others of a column are numbers, ISO dates, or true and false, NA, ? and the
-    like (`MISSING`) are null too.
+    The suffix decides; any other file is text. Delimiter (tab, semicolon, bar, comma) and header of text are found from
+    its first lines: a header is text above numbers or dates, or, if everything is text, a first line without a number
+    whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
+    cell is null; in a column whose other cells are numbers, ISO dates, or true and false, NA, ? and the like
+    (`MISSING`) are null too.
 
     Args:
         path: The file.
@@ -39,14 +39,14 @@ def read_frame(path: Path, where: str) -> DataFrame:
 
     Raises:
         DataError: polars is not installed, or the file cannot be read, is empty, has two columns of one name or a line
-            of another number of cells.
+            with a different number of cells.
     """
     frame: DataFrame = scan_frame(path, where).collect()
     return frame
 
 
 def scan_frame(path: Path, where: str) -> LazyFrame:
-    """The same without reading it all: a query that polars runs, in batches where it is asked to."""
+    """Returns the table as a lazy polars query, which can run in batches."""
     kind = path.suffix.lower()
     try:
         import polars
@@ -67,10 +67,10 @@ def scan_frame(path: Path, where: str) -> LazyFrame:
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} cannot be read as a table (no UTF-8 text, byte {error.start}); save it so") from error
+        raise DataError(f"{where} cannot be read as a table (not UTF-8 at byte {error.start}); save it so") from error
     except ModuleNotFoundError as error:
-        raise DataError(f"{where}: it takes {error.name}: pip install 'lightning-transfer[tables]'") from error
-    except Exception as error:  # of polars, or of what it reads Excel by
+        raise DataError(f"{where}: it needs {error.name}: pip install 'lightning-transfer[tables]'") from error
+    except Exception as error:  # from polars, or its Excel reader
         raise DataError(f"{where} cannot be read as a table ({(str(error) or 'empty').splitlines()[0]})") from error
     return frame
 
@@ -90,7 +90,7 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
     )
     for name, count in Counter(names).items():
         if count > 1:
-            raise DataError(f"{where} has {count} columns of the name {name}; rename or remove all but one")
+            raise DataError(f"{where} has {count} columns named {name}; rename or remove all but one")
     blank = _check_lines(path, separator, len(names), where)
     decimal_comma = separator == ";" and any(_is_number(c.replace(",", ".")) for row in rows for c in row if "," in c)
     frame = polars.scan_csv(
@@ -98,21 +98,21 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         separator=separator,
         has_header=header,
         new_columns=names,
-        infer_schema=False,  # polars would read all lines for it, at every query
+        infer_schema=False,  # polars would read all lines at every query
     )
     frame = frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame
     return _typed(frame, decimal_comma)
 
 
 def _cut(lines: Any, separator: str) -> Any:
-    """The rows of text that are not empty, with stripped cells."""
+    """Yields the rows of text that are not empty, with stripped cells."""
     for row in csv.reader(lines, delimiter=separator, skipinitialspace=True):
         if row:
             yield [cell.strip() for cell in row]
 
 
 def _delimiter(head: str) -> str:
-    """What cuts most of the first lines into equally many cells, more than one."""
+    """Finds the delimiter that cuts most of the first lines into the same number of cells, more than one."""
     shares = {}
     for mark in DELIMITERS:
         widths = Counter(map(len, islice(_cut(head.splitlines(keepends=True), mark), EXAMINED)))
@@ -123,7 +123,7 @@ def _delimiter(head: str) -> str:
 
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Whether a first line names the columns of those below it."""
+    """Returns whether a first line names the columns of the rows below it."""
     columns = [[row[place] for row in rows if place < len(row)] for place in range(len(first))]
     for name, column in zip(first, columns, strict=True):
         values = [cell for cell in column if cell not in MISSING]
@@ -134,7 +134,7 @@ def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell is a number or a date."""
+    """Returns whether a cell is a number or a date."""
     try:
         float(cell)
     except ValueError:
@@ -146,14 +146,14 @@ def _is_number(cell: str) -> bool:
 
 
 def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
-    """Names a line of another number of cells, which polars would fill up; says whether there are empty lines."""
+    """Rejects a line with a different number of cells, which polars would pad; returns whether lines are empty."""
     mark, blank, odd = separator.encode(), False, False
     with path.open("rb") as file:
         for line in file:
             if line.isspace():
                 blank = True
             elif line.count(mark) != width - 1:
-                odd = True  # or a delimiter or a line's end within quotes
+                odd = True  # or a delimiter or line break inside quotes
                 break
     if odd:
         with path.open(newline="", encoding="utf-8-sig") as text:
@@ -168,7 +168,7 @@ def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
 
 
 def _typed(frame: LazyFrame, decimal_comma: bool) -> LazyFrame:
-    """Text columns stripped, and as numbers, dates or booleans where all that is not missing is one."""
+    """Strips text columns, and converts them to numbers, dates or booleans if all cells that are not missing are."""
     import polars
     from polars import col
 
@@ -190,7 +190,7 @@ def _typed(frame: LazyFrame, decimal_comma: bool) -> LazyFrame:
 
 
 def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
-    """What a column of text may be, by its first cell."""
+    """Returns the types that a text column may have, judged by its first cell."""
     import polars
 
     if first is None:

@@ -28,34 +28,34 @@ class ImageFolders(FileDomains):
 
         DIR/train/<class>/*.jpg   DIR/val|validation|valid/<class>/*.jpg   DIR/test/<class>/*.jpg
 
-    Split folders may be written in other ways (Train, training, test_set). Without a validation folder a stratified
-    part of the training images is kept for it; without a test folder `tl test` takes the validation images and says so;
-    without train/ the class folders stand in DIR and are split in three. Links are followed; hidden files and what
-    systems leave (__MACOSX, Thumbs.db) are no part of the data; other files that are no images are counted.
+    Split folders may have other common names (Train, training, test_set). Without a validation folder a stratified part
+    of the training images is used; without a test folder `tl test` uses the validation images and says so; without
+    train/ the class folders are in DIR and are split in three. Links are followed; hidden files and system files
+    (__MACOSX, Thumbs.db) are ignored; other files that are not images are counted.
 
-    Images in no class folder have no labels: `tl predict` takes them, or a single file, as its target, and training
-    takes them as a target beside a source.
+    Images that are not in a class folder have no labels: `tl predict` takes them, or a single file, as its target, and
+    training takes them as a target beside a source.
 
     Args:
-        target: The target's tree; ~ and $VARIABLES are filled in.
-        source: The source's tree, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the target's.
-        image_size: Side in pixels of what the network sees. null takes it, and the next two, as the pretrained weights
-            were measured; 224 where nobody knows.
-        resize_size: What evaluation scales the short side to, in pixels, before it crops the centre; null beside an
-            `image_size` is that size.
-        interpolation: How it scales; null beside an `image_size` is bilinear.
+        target: The target's folder; ~ and $VARIABLES are expanded.
+        source: The source's folder, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the target's.
+        image_size: Side in pixels of the network's input. null takes it, and the next two, from the pretrained weights'
+            evaluation; 224 if these are not known.
+        resize_size: Length in pixels to which evaluation resizes the short side before it crops the centre; null beside
+            an `image_size` is that size.
+        interpolation: Of this resizing; null beside an `image_size` is bilinear.
         classes: The classes and their order; None reads them from the folders.
-        on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves all such out and counts them, at the
-            price of reading every image once more at the start.
-        max_pixels: Larger images are bad images, found by their header before decoding.
-        background: The colour behind what is transparent, by name or as #rrggbb.
-        keep_decoded: Keeps images, scaled to `resize_size`, in a temporary file mapped into memory, so that only the
-            first epoch decodes. Where they are longer than twice their short side, augmentation sees the middle.
+        on_bad_image: "raise" stops at an image that cannot be read; "skip" leaves these out and counts them, which
+            reads every image once more at the start.
+        max_pixels: Larger images count as bad images, found by their header before decoding.
+        background: The colour behind transparent pixels, by name or as #rrggbb.
+        keep_decoded: Keeps images, resized to `resize_size`, in a memory-mapped temporary file, so that only the first
+            epoch decodes. Of images longer than twice their short side, augmentation sees the middle.
         num_workers: Processes that decode images; None is one per core, at most 8.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
-        DataError: A folder is missing, a class is empty, there is but one, or the domains' classes differ.
+        DataError: A folder is missing, a class is empty, there is only one class, or the domains' classes differ.
     """
 
     x_schema: Mapping[str, Any] = {"image": {}}
@@ -94,17 +94,17 @@ class ImageFolders(FileDomains):
         try:
             ImageColor.getrgb(background)
         except ValueError as error:
-            raise DataError(f"background: {background} is no colour; give a name or #rrggbb") from error
+            raise DataError(f"background: {background} is not a colour; give a name or #rrggbb") from error
         self.keep_decoded = keep_decoded
         self._found: dict[str, dict[str, dict[str, list[str]]]] = {}
         self.class_names = classes if classes is not None else self._read_classes()
         self.resolve({})
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Decides also on the size of the images and how they are scaled to it.
+        """Also decides on the size of the images and the interpolation.
 
         Raises:
-            DataError: The sizes are not positive, or the crop is larger than what it is cropped from.
+            DataError: The sizes are not positive, or the crop is larger than the resized image.
         """
         unknown: dict[str, Any] = {"image_size": 224, "interpolation": "bilinear"}
         known = {**unknown, **defaults} if self.given["image_size"] is None else unknown
@@ -125,7 +125,7 @@ class ImageFolders(FileDomains):
 
     def _read_classes(self) -> list[str]:
         found = {name: class_folders(next(iter(self._folders(root).values()))) for name, root in self.roots.items()}
-        if len(found) > 1 and not found.get("target", ["?"]):  # unlabelled, beside a source
+        if len(found) > 1 and not found.get("target", ["?"]):  # an unlabelled target beside a source
             del found["target"]
         for name, classes in found.items():
             root = self.roots[name]
@@ -137,11 +137,11 @@ class ImageFolders(FileDomains):
         return next(iter(found.values()))
 
     def _folders(self, root: Path) -> dict[str, Path]:
-        """The folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
+        """Returns the folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
         return split_folders(root) or {"unsplit": root}
 
     def _paths(self, name: str) -> dict[str, dict[str, list[str]]]:
-        """The images of a tree by split and class, "" for those in no class folder; says once what it leaves out."""
+        """Returns image paths by split and class, "" if not in a class folder; logs what is left out."""
         if name not in self._found:
             root = self.roots[name]
             folders = self._folders(root)
@@ -158,19 +158,19 @@ class ImageFolders(FileDomains):
                 else:
                     found[split].setdefault(inside.rpartition("/")[0].partition("/")[0], []).append(f"{root / path}")
             if others:
-                what = "no images" + ("" if "unsplit" in folders else ", or in no folder of a split")
+                what = "not images" + ("" if "unsplit" in folders else ", or not in a split folder")
                 told = "%s: left out %d files that are %s, e.g. %s"
                 log.warning(told, self.wheres[name], len(others), what, others[0])
             self._found[name] = found
         return self._found[name]
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The images of a tree by split, as far as it says so."""
+        """Returns the images of a tree by split, as far as its folders define splits."""
         folders = self._folders(self.roots[name])
         return {split: self._read(by_class, folders[split], name) for split, by_class in self._paths(name).items()}
 
     def whole(self) -> Dataset[Any] | None:
-        """All images below the target, in class folders or not, where it does not tell several splits apart."""
+        """Returns all images below the target, if it does not define several splits."""
         splits = list(self._paths("target").values()) if "target" in self.roots else []
         if len(splits) != 1:
             return None
@@ -208,12 +208,12 @@ class ImageFolders(FileDomains):
 
 
 class ArrayImages(Dataset[Any]):
-    """Images in memory.
+    """Images in memory, (N, C, H, W).
 
     Attributes:
         targets: The labels, class numbers or real values.
-        ids: A name for each, or None.
-        unlabelled: Where there are no labels, what is missing, in a sentence.
+        ids: The name of each image, or None.
+        unlabelled: If there are no labels, a sentence that says what is missing.
     """
 
     unlabelled = ""
@@ -229,7 +229,7 @@ class ArrayImages(Dataset[Any]):
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """What names its contents."""
+        """Returns a hash of the contents."""
         return content_hash(self.images, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
@@ -237,16 +237,16 @@ class ArrayImages(Dataset[Any]):
 
 
 class ImageArrays(FileDomains):
-    """Images from an .npz file, or from a folder of .npy files of the same names, for either domain.
+    """Images from an .npz file, or from a folder of .npy files with the same names, for either domain.
 
     Keys are `images` and `labels` (split in three), or `train_images`, `train_labels`, `test_images`, ...; beside
-    arrays of another split, `images` are those to train on. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float
+    arrays of another split, `images` are the training images. Images are (N, H, W) or (N, H, W, 1 or 3), uint8 or float
     in [0, 1]. Integer labels 0, 1, ... are classes, floats are values.
 
     Args:
-        target: The target's file or folder; ~ and $VARIABLES are filled in.
+        target: The target's file or folder; ~ and $VARIABLES are expanded.
         source: The source's file or folder.
-        classes: Names of the classes; None calls them 0, 1, ...
+        classes: Names of the classes; None names them 0, 1, ...
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -271,7 +271,7 @@ class ImageArrays(FileDomains):
         labels = {name: self._labels(name) for name in self._found}
         kinds = {name: values.dtype.kind == "f" for name, values in labels.items()}
         if len(set(kinds.values())) == 2:
-            raise DataError("source, target: the labels of one are classes and of the other real values")
+            raise DataError("source, target: one has classes as labels, the other real values")
         if next(iter(kinds.values())):
             shape = next(iter(labels.values())).shape
             self.class_names, self.num_outputs = None, shape[1] if len(shape) > 1 else 1
@@ -290,12 +290,12 @@ class ImageArrays(FileDomains):
         return np.concatenate([np.asarray(d.targets) for d in self._found[name].values()])  # type: ignore[attr-defined]
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The images of a file by split, as far as it says so."""
+        """Returns the images of a file by split, as far as its keys define splits."""
         return self._found[name]
 
 
 def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
-    """The image arrays of a file or folder by split, or all under "unsplit"."""
+    """Reads the image arrays of a file or folder by split, or all as "unsplit"."""
     try:
         if path.is_dir():
             arrays = {file.stem: np.load(file, allow_pickle=False) for file in sorted(path.glob("*.npy"))}
@@ -303,7 +303,7 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
     except (OSError, ValueError, EOFError, TypeError) as error:
-        raise DataError(f"{name}: {path} is no .npz file of plain arrays ({error})") from error
+        raise DataError(f"{name}: {path} is not an .npz file of plain arrays ({error})") from error
     where = f"{name}: {path}"
     found: dict[str, Dataset[Any]] = {}
     for key in arrays:
@@ -312,9 +312,9 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
             continue
         split = split_of(prefix.removesuffix("_")) if prefix else "unsplit"
         if split is None:
-            raise DataError(f"{where}: {key} belongs to no split; names begin with train_, val_ or test_")
+            raise DataError(f"{where}: {key} belongs to no split; names must begin with train_, val_ or test_")
         if f"{prefix}images" not in arrays:
-            raise DataError(f"{where}: {key} has no {prefix}images beside it; add them, or take {key} out")
+            raise DataError(f"{where}: {key} has no {prefix}images beside it; add them, or remove {key}")
         if key.endswith("images"):
             if split in found:
                 raise DataError(f"{where}: {key} is a second array of {split} images; keep one")
@@ -322,7 +322,7 @@ def _read_arrays(path: Path, name: str) -> dict[str, Dataset[Any]]:
     if "unsplit" not in found and "train" not in found:
         raise DataError(f"{where} has neither images nor train_images; it has {', '.join(arrays) or 'nothing'}")
     if "unsplit" in found and "train" in found:
-        raise DataError(f"{where} has images and train_images; keep those to train on")
+        raise DataError(f"{where} has both images and train_images; keep one")
     if "unsplit" in found and len(found) > 1:
         found["train"] = found.pop("unsplit")
     return found
@@ -332,7 +332,7 @@ def _checked(arrays: dict[str, Any], prefix: str, where: str) -> ArrayImages:
     images, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
     if labels is None or len(labels) != len(images):
         have = "none" if labels is None else str(len(labels))
-        raise DataError(f"{where}: {prefix}labels must be one for each of the {len(images)} images, there are {have}")
+        raise DataError(f"{where}: {prefix}labels must have one entry for each of the {len(images)} images, not {have}")
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise DataError(f"{where}: {prefix}images has shape {images.shape}, not (N, H, W) or (N, H, W, 1 or 3)")
     if images.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""Labels as files hold them, text or numbers -> class numbers or real values, and the names of the classes."""
+"""Labels as stored in files, text or numbers -> class numbers or real values, and the names of the classes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 from datamodules.errors import DataError, check_known, printable
 
 Array = np.ndarray[Any, Any]
-Cells = Sequence[Any] | Array  # of a column
-At = Callable[[int], str]  # what messages call a row, e.g. "target: wine.csv row 3"
+Cells = Sequence[Any] | Array  # the cells of a column
+At = Callable[[int], str]  # index -> the row's name in messages, e.g. "target: wine.csv row 3"
 
 
 def are_values(labels: Iterable[Any], kind: str | None, classes: Sequence[str] | None) -> bool:
-    """Whether labels are real values: `kind` says so, or, without it and without `classes`, a number has a point."""
+    """Returns whether labels are real values: by `kind`, or, without it and `classes`, by a decimal point."""
     if kind is None:
         return classes is None and any(isinstance(label, float) for label in labels)
     return kind == "values"
 
 
 def gather_classes(labels: Mapping[str, Cells], what: str, same: bool = True) -> list[str]:
-    """Gathers the names of the classes, numbers in their order and text in that of the alphabet.
+    """Gathers the names of the classes, numbers in numeric and text in alphabetical order.
 
     Args:
-        labels: Those of each domain.
+        labels: The labels of each domain.
         what: What messages call the samples, e.g. "texts".
         same: Whether all domains must have the same classes.
 
     Raises:
-        DataError: The domains' classes differ, or there is but one class.
+        DataError: The domains' classes differ, or there is only one class.
     """
     found = {name: set(map(class_name, _distinct(own)[0])) for name, own in labels.items()}
     if same:
@@ -46,16 +46,16 @@ def gather_classes(labels: Mapping[str, Cells], what: str, same: bool = True) ->
 
 
 def check_same_classes(found: Mapping[str, Collection[str]]) -> None:
-    """Refuses domains whose classes differ, and says which has what alone; and names that config.yaml cannot hold.
+    """Rejects domains whose classes differ, and class names that config.yaml cannot hold.
 
     Raises:
-        DataError: They differ, or one is no UTF-8.
+        DataError: The classes differ, or a name is not UTF-8.
     """
     for name, classes in found.items():
         for label in classes:
             if printable(label) != label:
                 raise DataError(
-                    f"{name}: the name of the class {printable(label)} is no UTF-8; rename its folder or files"
+                    f"{name}: the name of the class {printable(label)} is not UTF-8; rename its folder or files"
                 )
     only: dict[str, list[str]] = {}
     for label in sorted(set().union(*found.values())):
@@ -68,10 +68,10 @@ def check_same_classes(found: Mapping[str, Collection[str]]) -> None:
 
 
 def encode_labels(labels: Cells, class_names: Sequence[str] | None, at: At) -> Array:
-    """Labels of N samples -> their numbers in `class_names`, (N,) int64, or, where it is None, (N,) float32.
+    """Encodes N labels as their numbers in `class_names`, (N,) int64, or, if that is None, as (N,) float32.
 
     Raises:
-        DataError: A label is missing, not among the classes, or no number where there are no classes.
+        DataError: A label is missing, not one of the classes, or, without classes, not a number.
     """
     if class_names is None:
         return read_numbers(labels, at, "label").astype(np.float32)
@@ -84,7 +84,7 @@ def encode_labels(labels: Cells, class_names: Sequence[str] | None, at: At) -> A
 
 
 def _distinct(cells: Cells) -> tuple[list[Any], Array]:
-    """The values of N cells, each once, and the place of each cell's value among them, (N,)."""
+    """Returns the distinct values of N cells, and each cell's index among them, (N,)."""
     if isinstance(cells, np.ndarray):
         values, places = np.unique(cells, return_inverse=True)
         return values.tolist(), places
@@ -93,40 +93,40 @@ def _distinct(cells: Cells) -> tuple[list[Any], Array]:
 
 
 def read_numbers(cells: Cells, at: At, what: str) -> Array:
-    """Cells of a column as finite numbers, (N,) float64.
+    """Converts the cells of a column to finite numbers, (N,) float64.
 
     Raises:
-        DataError: One is no number.
+        DataError: A cell is not a number.
     """
     check_present(cells, at, what)
     typed = isinstance(cells, np.ndarray) and cells.dtype.kind in "iuf"
     numbers = np.asarray(cells if typed else [as_number(cell) for cell in cells], np.float64)
     for row in np.flatnonzero(~np.isfinite(numbers))[:1].tolist():
         advice = ", or pass --data.kind classes" if what == "label" else ""
-        raise DataError(f"{at(row)}: its {what} '{cells[row]}' is no number; mend it{advice}")
+        raise DataError(f"{at(row)}: its {what} '{cells[row]}' is not a number; fix it{advice}")
     return numbers
 
 
 def read_weights(cells: Cells, at: At) -> list[float]:
-    """How much the loss of each sample counts.
+    """Reads how much the loss of each sample counts.
 
     Raises:
-        DataError: A weight is missing, no number or negative, or all are 0.
+        DataError: A weight is missing, not a number or negative, or all are 0.
     """
     weights: list[float] = read_numbers(cells, at, "weight").tolist()
     for row, weight in enumerate(weights):
         if weight < 0:
-            raise DataError(f"{at(row)}: its weight {weight:g} is negative; mend it")
+            raise DataError(f"{at(row)}: its weight {weight:g} is negative; fix it")
     if not any(weights):
-        raise DataError(f"{at(0)}: its weight is 0, as all others are; mend them, or leave --data.weight out")
+        raise DataError(f"{at(0)}: all weights are 0; fix them, or leave --data.weight out")
     return weights
 
 
 def check_present(cells: Cells, at: At, what: str) -> None:
-    """Refuses a column in which a cell is missing: None, nan or empty text.
+    """Rejects a column with a missing cell: None, nan or empty text.
 
     Raises:
-        DataError: One is missing.
+        DataError: A cell is missing.
     """
     if isinstance(cells, np.ndarray) and cells.dtype.kind != "O":
         absent = np.flatnonzero(cells == "" if cells.dtype.kind == "U" else cells != cells).tolist()
@@ -137,13 +137,13 @@ def check_present(cells: Cells, at: At, what: str) -> None:
 
 
 def class_name(label: Any) -> str:
-    """A label as text, a whole number without a point."""
+    """Converts a label to text, a whole number without a decimal point."""
     number = as_number(label)
     return str(int(number)) if number.is_integer() and str(number) == str(label) else str(label)
 
 
 def as_number(cell: Any) -> float:
-    """A cell as a number, nan where it is none."""
+    """Converts a cell to a number, nan if it is not one."""
     try:
         return float(cell)
     except (TypeError, ValueError):

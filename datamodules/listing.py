@@ -1,4 +1,4 @@
-"""Which files there are and what is known of each: by its folders, by its name, or by a table."""
+"""Lists files and what is known of each: from its folders, its name, or a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datamodules.folders import files_below
 from datamodules.splits import SPLITS, log, read_split, split_of
 
 Array = np.ndarray[Any, Any]
-# the official lists of Speech Commands, and of data sets made like it
+# the official split lists of Speech Commands and similar data sets
 LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
 CONDITION = re.compile(r"\s*(\w+)\s*(!=|<=|>=|=|<|>)\s*(.+?)\s*")
 COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
@@ -24,12 +24,12 @@ COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_
 
 @dataclass
 class Listing:
-    """Files and what is known of each.
+    """Files and their fields.
 
     Attributes:
         where: The folder or table, for messages.
-        paths: The files, not opened.
-        fields: Texts by the field's name, one for each file; `label` and `split` of folders.
+        paths: The files, unopened.
+        fields: The texts of each field, one per file; for folders `label` and `split`.
         unknown: Why there are no fields.
     """
 
@@ -39,32 +39,32 @@ class Listing:
     unknown: str = ""
 
     def field(self, argument: str, name: str) -> Array:
-        """The texts of a field that `argument` names.
+        """Returns the texts of a field that `argument` names.
 
         Raises:
-            DataError: There is no such field, or it is empty somewhere.
+            DataError: The field does not exist, or is empty for a file.
         """
         if not self.fields:
             raise DataError(f"{argument}: {self.unknown}")
         check_known(argument, name, self.fields, "field")
         for row in np.flatnonzero(self.fields[name] == "")[:1]:
-            raise DataError(f"{argument}: {self.where}: {self.paths[row]} has no {name}; fill it in or take it out")
+            raise DataError(f"{argument}: {self.where}: {self.paths[row]} has no {name}; fill it in or remove the file")
         return self.fields[name]
 
     def taken(self, rows: Array) -> Listing:
-        """The same with these rows only."""
+        """Returns the files of these rows."""
         fields = {name: texts[rows] for name, texts in self.fields.items()}
         return Listing(self.where, [self.paths[row] for row in rows], fields)
 
     def matches(self, argument: str, condition: str) -> Array:
-        """Which files fulfil a condition on a field, e.g. index<5, speaker=theo,lucas or speaker!=theo, (N,) booleans.
+        """Returns which files fulfil a condition, e.g. index<5, speaker=theo,lucas or speaker!=theo, (N,) bool.
 
         Raises:
-            DataError: It is no condition, its field is not known, or < and > compare what is no number.
+            DataError: The condition is malformed, its field is unknown, or < or > compares text.
         """
         parts = CONDITION.fullmatch(condition)
         if parts is None:
-            raise DataError(f"{argument}: {condition} is no condition such as index<5, speaker=theo or speaker!=theo")
+            raise DataError(f"{argument}: {condition} is not a condition like index<5, speaker=theo or speaker!=theo")
         name, sign, value = parts.groups()
         texts = self.field(argument, name)
         if sign in ("=", "!="):
@@ -72,11 +72,11 @@ class Listing:
         try:
             found: Array = COMPARE[sign](texts.astype(float), float(value))
         except ValueError as error:
-            raise DataError(f"{argument}: {condition} compares numbers, and {self.where}: {error}") from error
+            raise DataError(f"{argument}: {condition} compares numbers, but {self.where}: {error}") from error
         return found
 
     def splits(self, conditions: Mapping[str, str]) -> dict[str, Array]:
-        """The rows of each split, as far as conditions or a field `split` say; all rows as "unsplit" otherwise."""
+        """Returns the rows of each split, as defined by conditions or a field `split`; otherwise all as "unsplit"."""
         chosen = {split: self.matches(f"where.{split}", text) for split, text in conditions.items()}
         if not chosen and "split" in self.fields:
             known, places = np.unique(self.field("split", "split"), return_inverse=True)
@@ -87,26 +87,26 @@ class Listing:
         if "train" not in chosen:
             chosen = {"train": ~np.logical_or.reduce(list(chosen.values())), **chosen}
         found, taken = dict[str, Array](), np.zeros(len(self.paths), bool)
-        for split in ("test", "val", "train"):  # what is for testing trains nothing, whatever the conditions say
+        for split in ("test", "val", "train"):  # test comes first: a test file is never trained on
             if split in chosen:
                 found[split], taken = np.flatnonzero(chosen[split] & ~taken), taken | chosen[split]
         for split, rows in found.items():
             if not len(rows):
-                raise DataError(f"{self.where} has no file for {split}; look at --data.where")
+                raise DataError(f"{self.where} has no file for {split}; check --data.where")
         return found
 
 
 def list_files(root: Path, extensions: Sequence[str], pattern: str | None, column: str) -> Listing:
-    """Lists files without opening one, and what is known of them.
+    """Lists files and their fields, without opening a file.
 
     Args:
-        root: A folder, or a table (see `read_frame`) whose `column` holds paths, relative to the table's folder.
-        extensions: The endings of the files' names, in small letters.
-        pattern: Names parts of the files' names, e.g. {label}_{speaker}_{index}.wav, or of their paths below `root`.
+        root: A folder, or a table (see `read_frame`) whose `column` holds paths relative to the table's folder.
+        extensions: The file extensions, in lower case.
+        pattern: Names the parts of file names, e.g. {label}_{speaker}_{index}.wav, or of paths below `root`.
         column: The table's column of paths.
 
     Raises:
-        DataError: There are no files, or it is no pattern.
+        DataError: There are no files, or the pattern is malformed.
     """
     where = str(root)
     if root.is_file():
@@ -117,14 +117,14 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
         raise DataError(f"{where} has no files ending in {', '.join(extensions)}")
     others = [name for name in below if not name.lower().endswith(tuple(extensions)) and name not in LISTS.values()]
     if others:
-        log.warning("%s: left out %d files that are no recordings, e.g. %s", where, len(others), others[0])
+        log.warning("%s: left out %d files that are not recordings, e.g. %s", where, len(others), others[0])
     paths = [root / name for name in names]
     if pattern is not None:
         return _by_pattern(names, paths, where, pattern)
     parts = [name.split("/") for name in names]
     split_folders = all(len(each) > 1 and split_of(each[0]) for each in parts) and any(len(each) > 2 for each in parts)
     fields: dict[str, Array] = {}
-    if split_folders or all(len(each) > 1 for each in parts):  # "" where a split has no class folders
+    if split_folders or all(len(each) > 1 for each in parts):  # "" if a split has no class folders
         fields["label"] = np.array(["/".join(each[split_folders:-1]).partition("/")[0] for each in parts])
     lists = {split: root / name for split, name in LISTS.items() if (root / name).is_file()}
     if split_folders:
@@ -141,7 +141,7 @@ def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern
     try:
         for text, name, form, conversion in Formatter().parse(pattern):
             if name is not None and (not name.isidentifier() or form or conversion or name in fields):
-                raise ValueError(f"{{{name}}} is no name, or stands there twice")
+                raise ValueError(f"{{{name}}} is not a name, or occurs twice")
             regex += re.escape(text) + (f"(?P<{name}>[^/]+?)" if name else "")
             fields += [name] if name else []
     except ValueError as error:
@@ -150,10 +150,10 @@ def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern
     found = [compiled.fullmatch(name if "/" in pattern else name.rpartition("/")[2]) for name in names]
     rows = [row for row, match in enumerate(found) if match]
     if not rows:
-        return Listing(where, list(paths), {}, f"none of the files is named like {pattern}; the first is {names[0]}")
+        return Listing(where, list(paths), {}, f"no file name matches {pattern}; the first is {names[0]}")
     if len(rows) < len(names):
         other = names[next(row for row, match in enumerate(found) if not match)]
-        log.warning("%s: left out %d files not named like %s, e.g. %s", where, len(names) - len(rows), pattern, other)
+        log.warning("%s: left out %d files not matching %s, e.g. %s", where, len(names) - len(rows), pattern, other)
     texts = [match.groupdict() for match in found if match]
     return Listing(where, [paths[row] for row in rows], {name: np.array([t[name] for t in texts]) for name in fields})
 

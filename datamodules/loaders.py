@@ -1,4 +1,4 @@
-"""Loaders that give the same batches whatever the number of workers and processes, and can go on where they were."""
+"""Loaders whose batches do not depend on the number of workers and processes, and that can resume within an epoch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from datamodules.splits import augmented, check_labelled, content_hash
 
 
 class IndexedSubset(Dataset[Any]):
-    """Some rows of a data set as (x, y, number in it), or (x, y, number, weight); y is None where labels are hidden.
+    """Some rows of a data set as (x, y, index) or (x, y, index, weight); y is None where labels are hidden.
 
-    Indexed by (index, seed) it augments with that seed, by an index alone it does not.
+    Indexed by (index, seed) it augments with that seed; indexed by an index alone it does not augment.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class IndexedSubset(Dataset[Any]):
         return len(self.rows)
 
     def fingerprint(self) -> str | None:
-        """What names its contents before augmentation, their order and labels; None if the data set cannot say."""
+        """Returns a hash of the unaugmented contents, order and labels; None if the data set has no fingerprint."""
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
         return inner and content_hash(inner, np.asarray(self.rows), self.label)
 
     def lengths(self) -> np.ndarray[Any, Any] | None:
-        """How long each sample is, in any unit; None where that is not known without reading it."""
+        """Returns the length of each sample, in any unit; None if it is not known without reading the sample."""
         known = getattr(self.dataset, "lengths", None)
         return None if known is None else np.asarray(known)[np.asarray(self.rows)]
 
     def known_of(self, index: int) -> tuple[Any, ...]:
-        """What follows x and y of a sample, without reading it: its number, and its weight where there are any."""
+        """Returns what follows x and y of a sample, without reading it: its index, and its weight if it has one."""
         row = self.rows[index]
         return (row,) if self.weights is None else (row, self.weights[row])
 
@@ -64,17 +64,17 @@ class IndexedSubset(Dataset[Any]):
 
 
 class Views(IndexedSubset):
-    """Several views of each sample, x = (view, ...), each augmented by itself.
+    """Several views of each sample, x = (view, ...), each augmented independently.
 
-    Indexed by (index, seed), the views follow from that seed. Indexed by a number alone, as in validation, x begins
-    with the sample as it is, (plain, view, ...), and its views are the same each time.
+    Indexed by (index, seed), the views follow from that seed. Indexed by an index alone, as in validation, x begins
+    with the unaugmented sample, (plain, view, ...), and the views are the same each time.
 
     Args:
-        dataset: What has the samples.
-        rows: Which of them.
-        transform: What augments a view.
+        dataset: Holds the samples.
+        rows: Indices of the samples to use.
+        transform: Augments a view.
         label: "y", or "none" where labels are hidden.
-        count: How many views.
+        count: Number of views.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Views(IndexedSubset):
 def views_of(
     dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None, label: str, count: int
 ) -> IndexedSubset:
-    """Rows of a data set as training sees them: augmented, in so many views.
+    """Returns rows of a data set with training augmentation, in `count` views.
 
     Raises:
         DataError: Several views would all be the same.
@@ -103,15 +103,15 @@ def views_of(
         return IndexedSubset(dataset, rows, transform, label)
     if transform is None:
         raise DataError(
-            "augment: views of a sample are compared, and without augmentation they are all the same; leave it out, or "
-            "pass views, strong, or transforms of your own"
+            "augment: pretraining compares views of a sample, and without augmentation they are all the same; leave it "
+            "out, or pass views, strong, or transforms of your own"
         )
     return Views(dataset, rows, transform, label, count)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of torch, numpy and random follow from `seed` inside, and go on outside as if nothing were."""
+    """Seeds torch, numpy and random inside the context, and restores their states on exit."""
     state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -128,9 +128,9 @@ SIGTERM_GRACE = 30  # seconds
 
 
 def ignore_signals(worker: int) -> None:
-    """Keeps a worker alive through a signal to the whole process group or job: the main process still needs it to save.
+    """Worker init: ignores signals to the whole process group or job, so that the main process can finish and save.
 
-    SIGTERM is also how a process ends its workers, so it is obeyed, but only after a while; `Loader.stop` is faster.
+    SIGTERM is also how a process ends its workers, so it is obeyed, but only after a delay; `Loader.stop` is faster.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
@@ -143,13 +143,13 @@ SampleIndex = int | tuple[int, int]
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader that can say how far it is in an epoch and go on from there; Lightning saves and restores this.
+    """A DataLoader that can resume within an epoch; Lightning saves and restores its state.
 
     Attributes:
-        batch_source: Gives the batch of some indices without reading the data set, e.g. cached features; None reads.
-        beside: Adds to a batch what is known of its indices, e.g. what a teacher has said of them.
-        domain: Whose samples it gives.
-        purpose: In validation, what its samples are for: "val", or without labels "target val" and "target test".
+        batch_source: Returns the batch of some indices without reading the data set, e.g. from a cache; None reads it.
+        beside: Adds to a batch what is stored for its indices, e.g. a teacher's outputs.
+        domain: The domain of its samples.
+        purpose: In validation, what its samples are for: "val", or, without labels, "target val" or "target test".
     """
 
     domain: str = "target"
@@ -159,10 +159,10 @@ class Loader(DataLoader[Any]):
     dataset: IndexedSubset
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The epoch's batches; an iterator reads nothing before its first `next`, when the epoch is known."""
+        """Yields the epoch's batches; nothing is read before the first `next`, when the epoch is known."""
         self.batches_done = getattr(self.sampler, "start", 0) // (self.batch_size or 1)
         batches = super().__iter__() if self.batch_source is None else self._from_source(self.batch_source)
-        if self.beside is not None:  # the sampler says the same twice
+        if self.beside is not None:  # iterating the sampler twice gives the same
             batches = map(self.beside, batches, cast(Any, self.batch_sampler))
         for batch in batches:
             self.batches_done += 1
@@ -174,7 +174,7 @@ class Loader(DataLoader[Any]):
             yield source(places) if domain is None else {domain: source(places)}
 
     def read(self, places: Sequence[SampleIndex], batch_size: int = 1) -> DataLoader[Any]:
-        """Reads these places in their order once, with as many workers; batches do not name the domain."""
+        """Reads these samples once, in order, with as many workers; batches do not name the domain."""
         return DataLoader(
             self.dataset,
             batch_size,
@@ -186,14 +186,14 @@ class Loader(DataLoader[Any]):
         )
 
     def plain(self, rows: Sequence[int]) -> Iterator[Any]:
-        """Batches of these rows once, in their order, without augmentation; from `batch_source`, if there is one."""
+        """Yields batches of these rows once, in order, without augmentation; from `batch_source`, if there is one."""
         size = self.batch_size or 1
         if self.batch_source is None:
             return iter(self.read(rows, size))
         return (self.batch_source(rows[start : start + size]) for start in range(0, len(rows), size))
 
     def first(self, count: int) -> list[Any]:
-        """Reads the raw (x, y) of the next epoch's first batch, augmented as that will be; at most so many."""
+        """Reads raw (x, y) of the next epoch's first batch, augmented as they will be; at most `count`."""
         places = list(self.sampler)[: min(count, self.batch_size or 1)]
         found = [self.dataset[place][:2] for place in places]
         if isinstance(self.dataset, Views):  # side by side
@@ -201,34 +201,34 @@ class Loader(DataLoader[Any]):
         return found
 
     def stop(self) -> None:
-        """Ends its worker processes, which would otherwise live until the interpreter waits for them."""
+        """Ends the worker processes, which would otherwise live until the interpreter waits for them."""
         iterator: Any = self._iterator
         self._iterator = None
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch and the batches that it has given."""
+        """Returns the epoch and the number of batches given so far."""
         return {"epoch": getattr(self.sampler, "epoch", 0), "batches": getattr(self, "batches_done", 0)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Leaves those batches out of that epoch."""
+        """Skips the batches already given in that epoch."""
         self.sampler.skip = (state["epoch"], state["batches"] * (self.batch_size or 1))  # type: ignore[attr-defined]
 
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Stacks samples where no model says how; a hidden label stays None."""
+    """Stacks samples if no model defines how; a hidden label stays None."""
     xs, ys, *known = zip(*samples, strict=True)
     y = None if ys[0] is None else default_collate(list(ys))
     return default_collate(list(xs)), y, *map(torch.tensor, known)
 
 
 class Named:
-    """Makes a batch of samples and names its domain.
+    """Makes a batch of samples and adds its domain's name.
 
     Args:
-        collate: What makes the batch.
-        domain: None leaves the naming to somebody else.
+        collate: Makes the batch.
+        domain: The name; None returns the batch without one.
     """
 
     def __init__(self, collate: Callable[[Sequence[Any]], Any], domain: str | None) -> None:
@@ -241,7 +241,7 @@ class Named:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -251,32 +251,32 @@ def _world() -> tuple[int, int]:
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """This process's part of an epoch: places and seeds that follow from (seed, domain, epoch, place) alone.
+    """Yields this process's part of an epoch: indices and seeds that depend on (seed, domain, epoch, position) only.
 
-    The domain counts because two of equal size would otherwise be in the same order: where files are sorted by class, a
-    hidden target label would then be that of the source sample beside it.
+    The domain is included because two domains of equal size would otherwise have the same order: if files are sorted by
+    class, a hidden target label would then be that of the source sample beside it.
 
-    The order of one pass after the other is cut into global batches, and each process takes every world-th sample, so
-    that the batches of two processes together are those of one with twice the size. A last batch of a single sample, on
-    which BatchNorm could not train, is left out; in each epoch that is another sample. Where lengths are known, samples
-    of like length make a batch, so that little is padded; which batch comes when is drawn, but for the longest. It is a
-    DistributedSampler so that Lightning keeps it and tells it the epoch.
+    The orders of successive passes are concatenated and cut into global batches, and each process takes every world-th
+    sample, so that the batches of two processes together equal those of one with twice the size. A last batch of a
+    single sample, on which BatchNorm cannot train, is left out; each epoch leaves out another sample. If lengths are
+    known, samples of similar length make a batch, to reduce padding; the order of batches is random, except that the
+    longest comes first. It is a DistributedSampler so that Lightning keeps it and tells it the epoch.
 
     Args:
-        dataset: What is sampled.
-        longest: Samples of the longest domain, which sets the length of an epoch.
-        batch_size: Samples in a step of this process.
+        dataset: The data set that is sampled.
+        longest: Size of the longest domain, which sets the length of an epoch.
+        batch_size: Samples per step of this process.
         seed: The run's seed.
         domain: The name of the domain.
-        even: Makes the batches of an epoch smaller rather than the last one tiny, whose statistics would be noise to
-            BatchNorm and whose samples would count more than others.
+        even: Makes all batches of an epoch a little smaller instead of leaving a tiny last one, whose BatchNorm
+            statistics would be noise and whose samples would count more than others.
 
     Attributes:
-        batch_size: What it comes to.
-        skip: An epoch and the samples to leave out of it, since they were seen before the run was interrupted.
-        views: Seeds of each sample's fixed views, (views - 1, samples): an epoch draws one of these or the sample as
-            it is. None: each epoch draws a new seed.
-        chunk: How many batches are drawn together and sorted by length, where the data set has `lengths`.
+        batch_size: The resulting batch size.
+        skip: An epoch and the number of its samples to skip, because they were seen before the run was interrupted.
+        views: Seeds of each sample's fixed views, (views - 1, samples): an epoch draws one of these or the plain
+            sample. None: each epoch draws a new seed.
+        chunk: Number of batches that are drawn together and sorted by length, if the data set has `lengths`.
     """
 
     views: Sequence[Sequence[int]] | None = None
@@ -296,11 +296,11 @@ class EpochSampler(DistributedSampler[Any]):
         if 1 < self.batch_size < self.num_samples and self.num_samples % self.batch_size == 1:
             self.num_samples -= 1
         self.skip = (-1, 0)
-        self._key: Any = None  # of the pass that `_order` has
+        self._key: Any = None  # identifies the pass in `_order`
 
     @property
     def start(self) -> int:
-        """How many samples of this epoch are left out."""
+        """Returns how many samples of this epoch are skipped."""
         return self.skip[1] if self.skip[0] == self.epoch else 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -315,7 +315,7 @@ class EpochSampler(DistributedSampler[Any]):
                 yield self._view(place, seed)
 
     def _drawn_places(self, first: int, last: int) -> np.ndarray[Any, Any]:
-        """Places and seeds of the samples from `first` to `last` of all processes, of one pass after the other."""
+        """Returns indices and seeds of the samples from `first` to `last` of all processes, over successive passes."""
         size, parts = len(self.dataset), []  # type: ignore[arg-type]
         for number in range(first // size, math.ceil(last / size)):
             key = (size, self.seed, self.domain, self.epoch, number)
@@ -326,7 +326,7 @@ class EpochSampler(DistributedSampler[Any]):
         return np.concatenate(parts)
 
     def _bucket(self, order: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
-        """Makes whole batches of samples (place, seed) of like length, in chunks that lie within one pass each."""
+        """Groups samples (index, seed) of similar length into batches, in chunks that lie within one pass each."""
         batch, size = self.batch_size * self.num_replicas, len(lengths)
         generator = generator_of(self.seed, self.domain, self.epoch, "batches")
         for start in range(0, len(order), size):
@@ -334,9 +334,9 @@ class EpochSampler(DistributedSampler[Any]):
             for place in range(first, end, self.chunk):
                 part = order[place * batch : min(place + self.chunk, end) * batch]
                 batches = np.argsort(lengths[part[:, 0]], kind="stable").reshape(-1, batch)
-                part[:] = part[generator.permutation(np.sort(batches, 1)).ravel()]  # within a batch as they were drawn
+                part[:] = part[generator.permutation(np.sort(batches, 1)).ravel()]  # within a batch in the order drawn
         whole = order[: min(size, len(order)) // batch * batch].reshape(-1, batch, 2)
-        if len(whole):  # the longest comes first, so that what does not fit the memory is seen at once
+        if len(whole):  # the longest comes first, to run out of memory at once if at all
             worst = lengths[whole[:, :, 0]].max(1).argmax()
             whole[[0, worst]] = whole[[worst, 0]]
 
@@ -348,7 +348,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class EvalSampler(DistributedSampler[Any]):
-    """This process's part of the samples in their order, none of them twice (torch's own pads with repetitions).
+    """Yields this process's part of the samples in order, without repetition (torch's sampler pads with repetitions).
 
     It is a DistributedSampler so that Lightning keeps it.
     """
@@ -366,7 +366,7 @@ class EvalSampler(DistributedSampler[Any]):
 
 
 def even_batch_size(samples: int, world: int, batch_size: int) -> int:
-    """The batch size near `batch_size` with which every process runs the same number of batches, so that none waits.
+    """Returns the batch size near `batch_size` with which all processes run the same number of batches, so none waits.
 
     Raises:
         DataError: There are fewer samples than processes.

@@ -1,4 +1,4 @@
-"""Drawn orders of samples that follow from numbers and names alone, at no cost in memory where there are many."""
+"""Random orders of samples that depend on numbers and names only, in constant memory if there are many samples."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-STORED = 1 << 20  # samples up to which an order is drawn at once, which is faster
+STORED = 1 << 20  # up to this size an order is drawn at once, which is faster
 ROUNDS = 6
 
 
 def generator_of(*parts: int | str) -> np.random.Generator:
-    """Random numbers that follow from numbers and names, each of which tells one stream from another."""
+    """Returns a generator seeded by numbers and names, each of which selects another stream."""
     return np.random.default_rng([zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts])
 
 
 class Order:
-    """A random order of the numbers below `size`, with a seed for each; any slice of it can be asked for.
+    """A random order of the numbers below `size`, with a seed for each; any slice of it can be computed.
 
-    Beyond a million the order is computed by place, so that neither memory nor the start of an epoch grows with the
-    data: a Feistel network permutes the numbers below the next power of four, and is applied again where it leaves the
-    range (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    Above a million each position is computed separately, so that neither memory nor the start of an epoch grows with
+    the data: a Feistel network permutes the numbers below the next power of four, and is applied again to results
+    outside the range (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
 
     Args:
-        size: How many there are.
-        *parts: What the order follows from, see `generator_of`.
+        size: Number of samples.
+        *parts: Seed the order, see `generator_of`.
     """
 
     def __init__(self, size: int, *parts: int | str) -> None:
@@ -40,7 +40,7 @@ class Order:
         self.half = np.uint64(-(-(size - 1).bit_length() // 2))  # bits of each half of a number
 
     def __getitem__(self, places: slice) -> Array:
-        """The numbers at these places and their seeds, int64 (n, 2)."""
+        """Returns the numbers at these positions and their seeds, int64 (n, 2)."""
         if self.stored is not None:
             return self.stored[places]
         numbers = self._permuted(np.arange(*places.indices(self.size), dtype=np.uint64))
@@ -58,7 +58,7 @@ class Order:
 
 
 def _mixed(numbers: Array) -> Array:
-    """A hash of 64 bits (the end of MurmurHash3, as SplitMix64 has it)."""
+    """Hashes to 64 bits (the finaliser of MurmurHash3, as in SplitMix64)."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: Array = numbers ^ (numbers >> np.uint64(31))

@@ -1,6 +1,6 @@
-"""Samples of several inputs: a table whose columns are an image, a text and numbers.
+"""Samples with several inputs: a table whose columns are an image, a text and numbers.
 
-a row -> {"image": (3, H, W) uint8, "text": str, "row": (D,) float32}, None where a cell is empty -> (x, y)
+a row -> {"image": (3, H, W) uint8, "text": str, "row": (D,) float32}, None for an empty cell -> (x, y)
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ PIXELS = 50_000_000
 
 
 class Several(Dataset[Any]):
-    """Rows of a table, with an image, a text and numbers each, or some of these.
+    """Rows of a table, each with an image, a text and numbers, or some of these.
 
     Args:
-        inputs: By name, one entry for each row, None where it is missing: images as tensors or paths, texts, and rows
-            of numbers. Of a single input x is that alone, otherwise a dict.
+        inputs: By name, one entry per row, None if missing: images as tensors or paths, texts, and arrays of numbers.
+            With a single input x is that input, otherwise a dict.
         targets: The labels, class numbers or real values.
-        groups: Of each row, what must stay together; None: nothing.
+        groups: The group of each row, which stays together; None: no groups.
         weights: How much the loss of each row counts; None: all the same.
-        reader: Reads images that are paths.
+        reader: Reads images given as paths.
 
     Attributes:
         ids: The numbers of the rows.
-        unlabelled: Where there are no labels, what is missing, in a sentence.
+        unlabelled: If there are no labels, a sentence that says what is missing.
     """
 
     unlabelled = ""
@@ -62,7 +62,7 @@ class Several(Dataset[Any]):
         return len(self.targets)
 
     def fingerprint(self) -> str:
-        """What names its contents; of image files their paths, sizes and times."""
+        """Returns a hash of the contents; for image files of their paths, sizes and times."""
         parts: list[Any] = [self.targets, self.reader]
         for name, column in self.inputs.items():
             paths = [path for path in column if isinstance(path, Path)]
@@ -75,7 +75,7 @@ class Several(Dataset[Any]):
         return self.augmented(index, lambda image: image)
 
     def augmented(self, index: int, transform: Callable[[Tensor], Any]) -> tuple[Any, Any]:
-        """The sample with what `transform` makes of its image."""
+        """Returns the sample with `transform` applied to its image."""
         x = {name: column[index] for name, column in self.inputs.items()}
         image = x.get("image")
         if isinstance(image, Path):
@@ -86,38 +86,38 @@ class Several(Dataset[Any]):
 
 
 class Paired(FileDomains):
-    """A table (CSV, TSV, JSONL, parquet, Arrow, Excel) with an image, a text and numbers in a row, for either domain.
+    """A table (CSV, TSV, JSONL, parquet, Arrow, Excel) with an image, a text and numbers per row, for either domain.
 
         image          text            age   label   split
         img/1.png      a red rose      3     flower  train
         img/2.png                      4     tree    test       an empty cell is a missing input
 
-    Inputs are called `image`, `text` and `row` (the numbers); a backbone for several, `SeveralBackbones`, has a part
-    for each. Where one of them alone is named, x is that input itself, as any backbone takes it. The ids are the
-    numbers of the rows. `tl predict` takes the test split, or all rows where the table says nothing of splits.
+    The inputs are named `image`, `text` and `row` (the numbers); a backbone for several inputs, `SeveralBackbones`, has
+    a part for each. If there is only one, x is that input itself, as any backbone takes it. The ids are the numbers of
+    the rows. `tl predict` takes the test split, or all rows if the table defines no splits.
 
     Args:
-        target: The target's table; ~ and $VARIABLES are filled in.
+        target: The target's table; ~ and $VARIABLES are expanded.
         source: The source's table.
-        image: The column of image files, relative to the table; or an .npz (its `images`) or .npy file with an image
-            for each row, (N, H, W, 3) uint8.
-        source_image: The same for the source, where it differs.
+        image: The column of image files, relative to the table; or an .npz (its `images`) or .npy file with one image
+            per row, (N, H, W, 3) uint8.
+        source_image: The same for the source, if it differs.
         text: The column of texts.
         numbers: The columns of numbers.
         label: The label's column. None: there are no labels, for `tl predict`.
         kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
         classes: The classes and their order; None gathers them over both domains.
-        split: The column that says train, val or test; None cuts the rows in three.
-        group: The column of what no split tears apart, e.g. a speaker.
+        split: The column that says train, val or test; None splits the rows in three.
+        group: The column whose groups are never divided between splits, e.g. a speaker.
         weight: The column that says how much the loss of each row counts, from 0 up.
-        without: Inputs that count as missing in every row, to see what a model says without them; the table need not
+        without: Inputs that are treated as missing in every row, to measure a model without them; the table need not
             have their columns.
-        image_size: Side in pixels that image files are brought to; null: as the pretrained weights were measured.
+        image_size: Side in pixels to which image files are brought; null: as the pretrained weights were evaluated.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
         DataError: A file cannot be read, a column is missing or of another kind, a label is missing, or the domains'
-            labels are not of one kind.
+            labels are of different kinds.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Paired(FileDomains):
         if target is None and source is None:
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         if not (image or text or numbers):
-            raise DataError("image, text, numbers: name the columns that are inputs, at least one")
+            raise DataError("image, text, numbers: name at least one column as input")
         self.image_size = image_size
         found = {name: expand_path(path, name) for name, path in (("source", source), ("target", target)) if path}
         self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
@@ -157,7 +157,7 @@ class Paired(FileDomains):
         kinds = {name: what for name, what in given.items() if what}
         self.x_schema = kinds if len(kinds) > 1 else next(iter(kinds.values()))
         for absent in without or ():
-            check_known("without", absent, kinds if len(kinds) > 1 else (), "input beside which there is another")
+            check_known("without", absent, kinds if len(kinds) > 1 else (), "removable input")
         image, source_image = (None, None) if "image" in (without or ()) else (image, source_image)
         text = None if "text" in (without or ()) else text
         numbers = None if "row" in (without or ()) else numbers
@@ -194,7 +194,7 @@ class Paired(FileDomains):
         return f"{self.wheres[name]} row {row}"
 
     def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Decides also on the size of image files."""
+        """Also decides on the size of image files."""
         size = self.image_size or defaults.get("image_size", 224)
         resize = size if self.image_size else defaults.get("resize_size", size)
         reader = ImageReader(size, resize, defaults.get("interpolation", "bilinear"), PIXELS)
@@ -205,7 +205,7 @@ class Paired(FileDomains):
         return super().resolve(defaults) | {"image_size": size}
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The rows of a domain by split, as far as its table says so."""
+        """Returns the rows of a domain by split, as far as its table defines splits."""
         known = self._of_group[name], self._of_weight[name]
         whole = Several(self.columns[name], self.targets[name], *known, self.reader)
         whole.unlabelled = "" if self.labelled_rows else no_labels(self.wheres[name], "--data.label")
@@ -214,7 +214,7 @@ class Paired(FileDomains):
     def _inputs(
         self, frame: Any, name: str, image: str | None, text: str | None, numbers: Sequence[str] | None
     ) -> dict[str, Sequence[Any]]:
-        """The inputs by name, one entry for each row, None where it is missing."""
+        """Returns the inputs by name, one entry per row, None if missing."""
         found: dict[str, Sequence[Any]] = {}
         if image and image.endswith(ARRAYS):
             found["image"] = _images(image, len(frame), name)
@@ -230,7 +230,7 @@ class Paired(FileDomains):
             for column in numbers:
                 if not frame[column].dtype.is_numeric():
                     raise DataError(
-                        f"numbers: column {column} of {self.paths[name]} is {frame[column].dtype}, no numbers"
+                        f"numbers: column {column} of {self.paths[name]} is {frame[column].dtype}, not numbers"
                     )
             rows = zip(*(frame[column].to_list() for column in numbers), strict=True)
             found["row"] = [None if None in cells else torch.tensor(cells, dtype=torch.float32) for cells in rows]
@@ -239,7 +239,7 @@ class Paired(FileDomains):
     def _labels(
         self, frames: Mapping[str, Any], label: str | None, kind: str | None, classes: list[str] | None
     ) -> None:
-        """Sets the targets of each domain, and the names of the classes (None: they are real values)."""
+        """Sets the targets of each domain, and the names of the classes (None for real values)."""
         self.class_names, self.labelled_rows = classes, label is not None
         if label is None:
             self.targets = {name: np.zeros(len(frame), np.int64) for name, frame in frames.items()}
@@ -261,7 +261,7 @@ def _tensors(column: Sequence[Any]) -> bool:
 
 
 def _images(path: str, rows: int, name: str) -> list[Tensor]:
-    """The images of a file of arrays, (3, H, W) uint8 each."""
+    """Reads the images of a file of arrays, (3, H, W) uint8 each."""
     file = expand_path(path, "image")
     try:
         content: Any = np.load(file, allow_pickle=False)  # type: ignore[arg-type]
@@ -271,12 +271,12 @@ def _images(path: str, rows: int, name: str) -> list[Tensor]:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise DataError(f"image: {file} has {images.dtype} of shape {images.shape}, not uint8 (N, H, W, 3)")
     if len(images) != rows:
-        raise DataError(f"image: {file} has {len(images)} images, and the {name}'s table {rows} rows")
+        raise DataError(f"image: {file} has {len(images)} images, but the {name}'s table has {rows} rows")
     return list(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
 
 
 def _split_rows(frame: Any, split: str | None, path: Path) -> dict[str, list[int]]:
-    """The rows of each split by our name for it; empty where the table does not say."""
+    """Returns the rows of each split; empty if the table does not define splits."""
     if split is None:
         return {}
     rows: dict[str, list[int]] = {}

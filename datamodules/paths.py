@@ -1,4 +1,4 @@
-"""Paths that arguments name."""
+"""Paths given as arguments."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from datamodules.errors import DataError
 
 
 def fill_in(path: str | os.PathLike[str]) -> Path:
-    """A path with ~ and $VARIABLES filled in, unless there is one that is written just so."""
+    """Expands ~ and $VARIABLES in a path, unless a path of exactly this name exists."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expandvars(path)).expanduser()
 
 
 def expand_path(path: str | os.PathLike[str] | None, field: str) -> Path | None:
-    """A path with ~ and $VARIABLES filled in.
+    """Expands ~ and $VARIABLES in a path that must exist.
 
     Raises:
-        DataError: A variable is not set, or nothing is there.
+        DataError: A variable is not set, or the path does not exist.
     """
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""Domains made of one image set: rotated, coloured, corrupted.
+"""Domains made from one image set: rotated, coloured, corrupted.
 
 Digits -> its samples in disjoint parts -> a Shift for each part -> "source/a", "source/b", "target"
 """
@@ -25,13 +25,13 @@ Array = np.ndarray[Any, Any]
 
 
 class Shift(nn.Module):
-    """What a domain does to an image and, in some, to its label.
+    """What a domain does to an image and, for some shifts, to its label.
 
     A subclass writes `forward`, and `class_names` if it merges classes.
     """
 
     def class_names(self, names: list[str] | None) -> list[str] | None:
-        """What the classes become; K of N classes are N / K neighbours each. None: the labels are real values."""
+        """Returns the new class names: K of N classes merge N / K neighbours each. None: labels are real values."""
         return names
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
@@ -40,7 +40,7 @@ class Shift(nn.Module):
         Args:
             image: (C, H, W) uint8 with 1 or 3 channels.
             label: One of `class_names`, as a number, or a real value.
-            generator: Where random numbers come from.
+            generator: The source of random numbers.
         """
         raise NotImplementedError
 
@@ -49,12 +49,12 @@ class NoShift(Shift):
     """Leaves images as they are."""
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
-        """The same."""
+        """Returns the image unchanged."""
         return image, label
 
 
 class Rotation(Shift):
-    """Turns images anticlockwise about their centre; what comes in at the corners is black.
+    """Rotates images anticlockwise about their centre; the corners that come into view are black.
 
     Args:
         degrees: The angle.
@@ -65,38 +65,38 @@ class Rotation(Shift):
         self.degrees = degrees
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
-        """Turned, with bilinear interpolation."""
+        """Rotates with bilinear interpolation."""
         return _array(_picture(image).rotate(self.degrees, Image.Resampling.BILINEAR)), label
 
 
 class SpuriousColour(Shift):
-    """Colour that tells more than the shape, but not in every domain (ColoredMNIST; Arjovsky et al., 2019).
+    """Spurious colour: predicts the label better than the shape does, but not in every domain (ColoredMNIST).
 
-    The classes become two, their lower and their upper half. A label is flipped with probability `label_noise`, and the
-    colour is the resulting label flipped with probability `flip`. The image's grey is written into the red channel
-    (colour 0) or the green one (colour 1).
+    Arjovsky et al., 2019. The classes become two, the lower and the upper half. A label is flipped with probability
+    `label_noise`, and the colour is the resulting label flipped with probability `flip`. The image's grey values go
+    into the red channel (colour 0) or the green one (colour 1).
 
     Args:
         flip: Probability that colour and label differ.
-        label_noise: Probability that label and shape differ; the paper takes 0.25.
+        label_noise: Probability that label and shape differ; 0.25 in the paper.
     """
 
     def __init__(self, flip: float, label_noise: float = 0.25) -> None:
         super().__init__()
         for name, value in (("flip", flip), ("label_noise", label_noise)):
             if not 0 <= value <= 1:
-                raise DataError(f"{name}: {value} is no probability; it must lie in [0, 1]")
+                raise DataError(f"{name}: {value} is not a probability; it must be in [0, 1]")
         self.flip, self.label_noise = flip, label_noise
 
     def class_names(self, names: list[str] | None) -> list[str] | None:
-        """The two halves."""
+        """Returns the names of the two halves."""
         if names is None or len(names) < 2:
-            raise DataError("shifts: SpuriousColour makes two classes of more, but the labels are no classes")
+            raise DataError("shifts: SpuriousColour merges classes into two, but the labels are not classes")
         middle = (len(names) + 1) // 2
         return [f"{half[0]} to {half[-1]}" for half in (names[:middle], names[middle:])]
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
-        """(1 or 3, H, W) -> (3, H, W), in red or green."""
+        """Turns (1 or 3, H, W) into (3, H, W), in red or green."""
         wrong, other = generator.random(2) < (self.label_noise, self.flip)
         label = int(label) ^ int(wrong)
         coloured = np.zeros((3, *image.shape[1:]), np.uint8)
@@ -104,26 +104,26 @@ class SpuriousColour(Shift):
         return coloured, label
 
 
-# ImageNet-C's five severities (Hendrycks and Dietterich, ICLR 2019); pixels are those of a side of 224
+# ImageNet-C's five severities (Hendrycks and Dietterich, ICLR 2019); pixels refer to a side of 224
 SEVERITIES = {
     "noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation, on the [0, 1] scale
     "blur": (1, 2, 3, 4, 6),  # standard deviation of the Gaussian, pixels
-    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # what is left of the distance to the mean
-    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # what is added to HSV's value, on the [0, 1] scale
-    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),  # resolution that is left
+    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # factor of the distance to the mean
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to HSV's value, on the [0, 1] scale
+    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),  # factor of the resolution
     "jpeg": (25, 18, 15, 10, 7),  # quality
 }
 
 
 class Corruption(Shift):
-    """One of the corruptions of ImageNet-C (Hendrycks and Dietterich, ICLR 2019), with its numbers.
+    """One of the corruptions of ImageNet-C (Hendrycks and Dietterich, ICLR 2019), with its parameters.
 
     Args:
-        kind: Gaussian noise, Gaussian blur (as wide in relation to the image), contrast, brightness, pixelate or jpeg.
+        kind: Gaussian noise, Gaussian blur (scaled with the image), contrast, brightness, pixelate or jpeg.
         severity: 1 to 5.
 
     Raises:
-        DataError: There is no such severity.
+        DataError: The severity does not exist.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Corruption(Shift):
         self.kind, self.amount = kind, SEVERITIES[kind][severity - 1]
 
     def forward(self, image: Array, label: Any, generator: np.random.Generator) -> tuple[Array, Any]:
-        """Corrupted."""
+        """Corrupts the image."""
         x, amount, picture = image / 255, self.amount, _picture(image)
         if self.kind == "noise":
             x = x + generator.normal(0, amount, x.shape)
@@ -146,7 +146,7 @@ class Corruption(Shift):
         elif self.kind == "brightness":
             value = x.max(0)
             brighter = np.minimum(value + amount, 1)
-            # HSV's hue and saturation stay, so the channels keep their ratios; black becomes grey
+            # hue and saturation stay, so the channels keep their ratios; black becomes grey
             x = np.where(value > 0, x * brighter / np.maximum(value, 1e-9), brighter)
         elif self.kind == "blur":
             return _array(picture.filter(ImageFilter.GaussianBlur(amount * min(picture.size) / 224))), label
@@ -162,7 +162,7 @@ class Corruption(Shift):
 
 
 class Shifted(TransferDataModule):
-    """One image set as several domains, each shifted in its way; any of them the target.
+    """One image set as several domains, each with its own shift; any of them can be the target.
 
     RotatedMNIST (Ghifary et al., ICCV 2015), with the target unseen as in domain generalisation:
 
@@ -188,22 +188,22 @@ class Shifted(TransferDataModule):
               plus80: {class_path: SpuriousColour, init_args: {flip: 0.2}}
               minus90: {class_path: SpuriousColour, init_args: {flip: 0.9}}
 
-    The splits are those that `data` makes, without a look at the labels where the target's are hidden; its other
-    settings (batch size, shots, ...) are not used. A split's images are made when it is first asked for, and stay in
-    memory. They follow from the seed, the split, the domain's name and the row; a split that serves as another one too
-    (a test split that is the validation split) has the same images in both.
+    The splits are those of `data`, made without labels if the target's are hidden; its other settings (batch size,
+    shots, ...) are not used. A split's images are made when they are first needed, and stay in memory. They depend on
+    the seed, the split, the domain's name and the row; a split that also serves as another one (a test split that is
+    the validation split) has the same images in both.
 
     Args:
-        data: Any datamodule of images; of two domains the target is taken.
+        data: Any datamodule of images; of two domains the target is used.
         shifts: The domains by name.
         target: The target's name; None: there is none.
-        split_samples: Gives each domain a part of the samples of its own, as DomainBed does; otherwise each has all.
+        split_samples: Gives each domain a disjoint part of the samples, as DomainBed does; otherwise each has all.
         source: The name of the one source; None takes all other domains.
-        seed: Seeds the splits of `data`, the parts, the shifts and shuffling; None is the seed of `data`.
+        seed: Seeds the splits of `data`, the parts, the shifts and shuffling; None takes the seed of `data`.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
-        DataError: Unknown domain, data without images, or shifts that do not agree on the classes.
+        DataError: A domain is unknown, the data has no images, or the shifts do not agree on the classes.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Shifted(TransferDataModule):
         first = next(iter(classes))
         for name in classes:
             if classes[name] != classes[first]:
-                raise DataError(f"shifts: {first} and {name} make different classes; take shifts that agree")
+                raise DataError(f"shifts: {first} and {name} make different classes; use shifts that agree")
         self.class_names = classes[first]
         self.data, self.shifts, self.split_samples = data, shifts, split_samples
         data.wrapped(self.seed, self.would_hide_labels(self.names))
@@ -240,7 +240,7 @@ class Shifted(TransferDataModule):
         self._made: dict[tuple[str, Dataset[Any]], ArrayImages] = {}
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's images in each domain."""
+        """Returns the split's images in each domain."""
         whole, first = self._whole(split), self._first(split)
         for name in self.names.values():
             if (name, whole) not in self._made:
@@ -248,14 +248,14 @@ class Shifted(TransferDataModule):
         return {role: self._made[name, whole] for role, name in self.names.items()}
 
     def wrapped(self, seed: int, blind: bool) -> None:
-        """Takes both, and hands them on."""
+        """Passes both on to `data`."""
         super().wrapped(seed, blind)
         self.data.wrapped(seed, blind or self.would_hide_labels(self.names))
 
     def _first(self, split: str) -> str:
-        """The split by whose name the images are made: another one, if that has the same samples."""
+        """Returns the first split with the same samples, whose name seeds the images."""
         for other in SPLITS[: SPLITS.index(split)]:
-            with contextlib.suppress(DataError):  # it is not there
+            with contextlib.suppress(DataError):  # the split does not exist
                 if self._whole(other) is self._whole(split):
                     return other
         return split
@@ -288,10 +288,10 @@ class Shifted(TransferDataModule):
 
 
 def _pixels(x: Any, data: TransferDataModule) -> Array:
-    """An image of any datamodule -> (C, H, W) uint8."""
+    """Converts an image of any datamodule to (C, H, W) uint8."""
     pixels = np.asarray(x)
     if pixels.ndim != 3 or len(pixels) not in (1, 3):
-        raise DataError(f"data: {type(data).__name__} gives {pixels.shape}, no image of 1 or 3 channels")
+        raise DataError(f"data: {type(data).__name__} gives shape {pixels.shape}, not an image with 1 or 3 channels")
     return pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8)
 
 

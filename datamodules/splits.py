@@ -1,4 +1,4 @@
-"""Data sets cut into splits, shots and parts, with their labels and names, and what names their contents."""
+"""Cuts data sets into splits, shots and parts; reads their labels and ids; hashes their contents."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _SPLIT = re.compile(
 
 
 def split_of(name: str) -> str | None:
-    """Which split a name means, however it is written (Train, training, VALID, test_set); None: it is none's."""
+    """Returns the split that a name means, in any spelling (Train, training, VALID, test_set), or None."""
     found = _SPLIT.fullmatch(name.strip())
     return found and found.lastgroup
 
 
 def read_split(field: str, name: str) -> str:
-    """The same of a name that must be one.
+    """Returns the split that a name means.
 
     Raises:
-        DataError: It is none's.
+        DataError: It is not the name of a split.
     """
     split = split_of(name) or name
     check_known(field, split, SPLITS, "split")
@@ -41,7 +41,7 @@ def read_split(field: str, name: str) -> str:
 
 
 def content_hash(*parts: Any) -> str:
-    """SHA-256 of texts, numbers and arrays, which names what a data set holds."""
+    """Returns the SHA-256 of texts, numbers and arrays, to identify the contents of a data set."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray | Tensor):
@@ -54,52 +54,52 @@ def content_hash(*parts: Any) -> str:
 
 
 def ids_of(dataset: Dataset[Any]) -> list[str]:
-    """The name of each sample: the data set's `ids`, or its number."""
+    """Returns the id of each sample: from the data set's `ids`, or its number."""
     return list(getattr(dataset, "ids", None) or map(str, range(len(dataset))))  # type: ignore[arg-type]
 
 
 def groups_of(dataset: Dataset[Any]) -> Sequence[Any] | None:
-    """The group of each sample, such as its speaker; None where the data set has no `groups`."""
+    """Returns the group of each sample, such as its speaker; None if the data set has no `groups`."""
     return getattr(dataset, "groups", None)
 
 
 def targets_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any]:
-    """The labels of all samples: the data set's `targets`, or, where it has none, read one by one."""
+    """Returns the labels of all samples: the data set's `targets`, otherwise read one by one."""
     targets = getattr(dataset, "targets", None)
     if targets is None:
         targets = [dataset[i][1] for i in range(len(dataset))]  # type: ignore[arg-type]
     if isinstance(targets, Tensor):
         return targets.cpu().numpy()
     if any(isinstance(target, Tensor | dict) and getattr(target, "ndim", 1) for target in targets[:1]):
-        whole = np.empty(len(targets), dtype=object)  # boxes, masks and the like, one by one
+        whole = np.empty(len(targets), dtype=object)  # boxes, masks and the like are objects
         whole[:] = targets
         return whole
     return np.asarray(targets)
 
 
 def labels_of(dataset: Dataset[Any]) -> np.ndarray[Any, Any] | None:
-    """The same; None of a data set without labels, which says in a sentence, its `unlabelled`, what is missing."""
+    """Returns the labels of all samples; None if there are none, and then `unlabelled` says what is missing."""
     return None if getattr(dataset, "unlabelled", "") else targets_of(dataset)
 
 
 def check_labelled(dataset: Dataset[Any]) -> None:
-    """Refuses a data set without labels.
+    """Rejects a data set without labels.
 
     Raises:
-        DataError: It has none.
+        DataError: It has no labels.
     """
     if reason := getattr(dataset, "unlabelled", ""):
         raise DataError(reason)
 
 
 def no_labels(where: str, missing: str) -> str:
-    """The sentence of a data set without labels."""
-    uses = "`tl predict` can use it, and training as a target beside a source"
+    """Returns the message for a data set without labels."""
+    uses = "`tl predict` can use it, and so can training, as a target beside a source"
     return f"{where} has no labels for lack of {missing}; {uses}"
 
 
 def named_labels(dataset: Dataset[Any], class_names: Sequence[str] | None) -> list[Any]:
-    """The labels of all samples, a class by its name; "" where there are none."""
+    """Returns the labels of all samples, classes by name; "" without labels."""
     if (labels := labels_of(dataset)) is None:
         return [""] * len(dataset)  # type: ignore[arg-type]
     return labels.tolist() if class_names is None else [class_names[label] for label in labels.tolist()]
@@ -112,7 +112,7 @@ def few_shots(
     seed: int,
     field: str = "shots_per_class",
 ) -> list[int]:
-    """Rows of `shots` samples of each class, drawn by `seed`, or all.
+    """Returns the rows of `shots` samples of each class, drawn by `seed`, or all rows.
 
     Raises:
         DataError: A class has fewer; the labels are real values.
@@ -122,7 +122,7 @@ def few_shots(
         return list(range(len(dataset)))  # type: ignore[arg-type]
     targets = targets_of(dataset)
     if class_names is None or targets.dtype.kind not in "iub":
-        raise DataError(f"{field}: the labels are no classes; leave it out")
+        raise DataError(f"{field}: the labels are not classes; leave it out")
     by_class, nothing = rows_by_class(targets), np.zeros(0, np.int64)
     generator, rows = np.random.default_rng(seed), []
     for number, name in enumerate(class_names):
@@ -134,19 +134,19 @@ def few_shots(
 
 
 def rows_by_class(targets: np.ndarray[Any, Any]) -> dict[Any, np.ndarray[Any, Any]]:
-    """The rows of each label, ascending, by one sort however many labels there are."""
+    """Returns the rows of each label, ascending, by a single sort."""
     order = np.argsort(targets, kind="stable")
     classes, starts = np.unique(targets[order], return_index=True)
-    return dict(zip(classes.tolist(), np.split(order, starts)[1:], strict=True))  # before the first is nothing
+    return dict(zip(classes.tolist(), np.split(order, starts)[1:], strict=True))  # the first part is empty
 
 
 def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
-    """Rows of `count` samples in all, as evenly over the classes as there are samples, drawn by `seed`."""
+    """Returns the rows of `count` samples in all, balanced over the classes as far as possible, drawn by `seed`."""
     check_labelled(dataset)
     targets = targets_of(dataset)
     order = np.random.default_rng(seed).permutation(len(targets))
     if targets.dtype.kind in "iub":
-        turns = np.empty(len(order), np.int64)  # the first of each class, then the second of each, ...
+        turns = np.empty(len(order), np.int64)  # 0 for the first of each class, 1 for the second, ...
         for rows in rows_by_class(targets[order]).values():
             turns[rows] = np.arange(len(rows))
         order = order[np.argsort(turns, kind="stable")]
@@ -154,7 +154,7 @@ def some_of_each(dataset: Dataset[Any], count: int, seed: int) -> list[int]:
 
 
 def augmented(dataset: Any, index: int, transform: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """A sample whose x went through `transform`, where the data set says so before it brings x to its size."""
+    """Returns a sample with `transform` applied to x; a data set with `augmented` applies it before resizing."""
     if hasattr(dataset, "augmented"):
         sample: tuple[Any, Any] = dataset.augmented(index, transform)
         return sample
@@ -163,7 +163,7 @@ def augmented(dataset: Any, index: int, transform: Callable[[Any], Any]) -> tupl
 
 
 class Joined(ConcatDataset[Any]):
-    """Several data sets one after the other, with their `targets`, `ids` and `weights`."""
+    """Concatenates data sets, with their `targets`, `ids` and `weights`."""
 
     def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
         super().__init__(datasets)
@@ -171,12 +171,12 @@ class Joined(ConcatDataset[Any]):
         self.ids = [name for dataset in datasets for name in ids_of(dataset)]
         self.unlabelled = next(filter(None, (getattr(dataset, "unlabelled", "") for dataset in datasets)), "")
         weights = [getattr(dataset, "weights", None) for dataset in datasets]
-        if any(own is not None for own in weights):  # 1 where a data set has none
+        if any(own is not None for own in weights):  # 1 for a data set without weights
             filled = (own or [1.0] * len(part) for own, part in zip(weights, datasets, strict=True))  # type: ignore[arg-type]
             self.weights = [weight for own in filled for weight in own]
 
     def fingerprint(self) -> str | None:
-        """What names its contents."""
+        """Returns a hash of the contents."""
         parts = [getattr(dataset, "fingerprint", lambda: None)() for dataset in self.datasets]
         return content_hash(*parts) if all(parts) else None
 
@@ -196,19 +196,19 @@ class Subset(Dataset[Any]):
 
     @property
     def ids(self) -> list[Any] | None:
-        """The name of each sample; made when asked for, since those of millions of rows take hundreds of megabytes."""
+        """Returns the id of each sample; computed on demand, since millions of ids take hundreds of megabytes."""
         return self._own("ids")
 
     @property
     def lengths(self) -> list[Any] | None:
-        """How long each sample is, in any unit; None where the data set has no `lengths`."""
+        """Returns the length of each sample, in any unit; None if the data set has no `lengths`."""
         return self._own("lengths")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fingerprint(self) -> str | None:
-        """What names its contents."""
+        """Returns a hash of the contents."""
         inner = getattr(self.dataset, "fingerprint", lambda: None)()
         return inner and content_hash(inner, np.asarray(self.rows))
 
@@ -216,14 +216,14 @@ class Subset(Dataset[Any]):
         return self.dataset[self.rows[index]]
 
     def augmented(self, index: int, transform: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """The sample, augmented as the data set does."""
+        """Returns the sample, augmented by the data set."""
         return augmented(self.dataset, self.rows[index], transform)
 
 
 def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -> list[np.ndarray[Any, Any]]:
-    """Disjoint rows for each fraction and, last, the rest, where rows of one group stay together.
+    """Returns disjoint rows for each fraction and, last, the rest; rows of one group stay together.
 
-    Every part whose fraction is not zero gets one group at least.
+    Every part whose fraction is not zero gets at least one group.
 
     Raises:
         DataError: There are fewer groups than parts.
@@ -231,7 +231,7 @@ def split_groups(groups: Sequence[Any], fractions: Sequence[float], seed: int) -
     names, numbers = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     wanted = [fraction for fraction in fractions if fraction > 0]
     if len(names) <= len(wanted):
-        raise DataError(f"group: {len(names)} groups ({', '.join(names)}) cannot be split in {len(wanted) + 1} parts")
+        raise DataError(f"group: {len(names)} groups ({', '.join(names)}) cannot be split into {len(wanted) + 1} parts")
     order = np.random.default_rng(seed).permutation(len(names)).tolist()
     sizes = np.bincount(numbers)
     parts: list[list[int]] = []
@@ -252,11 +252,12 @@ def split_rows(
     stratified: bool = True,
     groups: Sequence[Any] | None = None,
 ) -> list[np.ndarray[Any, Any]]:
-    """Disjoint rows for each fraction and, last, the rest; stratified by class where the labels are integers.
+    """Returns disjoint rows for each fraction and, last, the rest; stratified by class if the labels are integers.
 
-    Without `stratified` the labels are not looked at. With `groups`, one for each row, see `split_groups`.
+    With `stratified` false the labels are not read. With `groups`, one for each row, see `split_groups`.
 
-    Every class with at least two samples gets one or more in each part whose fraction is not zero, as far as they go.
+    Every class with at least two samples gets at least one in each part whose fraction is not zero, as far as they
+    last.
     """
     if groups is not None:
         return split_groups(groups, fractions, seed)
@@ -284,11 +285,11 @@ def complete_splits(
     seed: int,
     stratified: bool = True,
 ) -> dict[str, Dataset[Any]]:
-    """Completes what was found to train, val and test.
+    """Completes the splits that were found to train, val and test.
 
-    From "unsplit" seeded parts are cut, stratified unless the labels are hidden; a data set with `groups`, one for each
+    "unsplit" is cut by the seed, stratified unless the labels are hidden; a data set with `groups`, one for each
     sample, is cut between groups. A missing validation split is cut from the training split; without a test split the
-    validation split is used, with a warning. With a `test_fraction` of 1 a single part is all for testing.
+    validation split is used, with a warning. With a `test_fraction` of 1 all samples are for testing.
     """
     splits = dict(found)
     if test_fraction == 1 and len(splits) == 1:
@@ -299,7 +300,7 @@ def complete_splits(
             targets_of(pool), (val_fraction, test_fraction), seed, stratified, groups_of(pool)
         )
         log.info(
-            "%s says nothing of splits: of %d samples %d are for training, %d for validation and %d for the test; "
+            "%s has no splits: of %d samples %d are for training, %d for validation and %d for testing; "
             "`tl test --data.test_fraction 1` takes all",
             where,
             len(targets_of(pool)),

@@ -1,4 +1,4 @@
-"""What the files of tables hold: labels, groups and columns of each domain, and which columns they share."""
+"""Contents of table files: labels, groups and columns of each domain, and the columns that domains share."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Table:
-    """What a file holds.
+    """The contents of one file.
 
     Attributes:
         where: Domain and file, for messages.
-        labels: (N,) numbers, where NaN is missing, or text, where "" is.
-        ids: A name for each row.
-        cells: Its columns, once they are read.
-        frame: The columns where they are still in the file.
-        splits: The rows of each split; empty where the file does not say.
+        labels: (N,) numbers, NaN if missing, or text, "" if missing.
+        ids: The name of each row.
+        cells: The columns, once they have been read.
+        frame: The columns, if they are still in the file.
+        splits: The rows of each split; empty if the file does not define splits.
         groups: The group of each row, or None.
         weights: How much the loss of each row counts, or None.
     """
@@ -48,7 +48,7 @@ class Table:
     weights: list[float] | None = None
 
     def at(self, row: int) -> str:
-        """What messages call a row."""
+        """Returns the name of a row for messages."""
         return f"{self.where} row {row}"
 
 
@@ -73,18 +73,18 @@ def read_table(
     drop: Sequence[int | str] = (),
     weight: int | str | None = None,
 ) -> Table:
-    """Reads labels, groups and weights, and of arrays the columns.
+    """Reads labels, groups and weights; for arrays also the columns.
 
     Args:
-        given: A path of a file or of a folder of `tl embed`, or a frame.
+        given: The path of a file or of a folder written by `tl embed`, or a frame.
         name: The domain.
-        label: The label's column in a file; None: there are no labels.
+        label: The column of labels; None: there are no labels.
         group: The column of groups, or None.
-        drop: Columns to leave out; those by number are, see `read_columns` for the others.
+        drop: Columns to leave out; here only those given by number, `read_columns` drops the others.
         weight: The column of weights, or None.
 
     Raises:
-        DataError: It cannot be read or is not as it should be.
+        DataError: The table cannot be read or is malformed.
     """
     if not isinstance(given, str | Path):
         import polars
@@ -97,7 +97,7 @@ def read_table(
     if not path.is_dir() and path.suffix != ".npz":
         return _read_frame(scan_frame(path, where), where, label, group, drop, weight)
     if weight is not None:
-        raise DataError(f"weight: {where} is no table with a column {weight}; leave it out")
+        raise DataError(f"weight: {where} is not a table with a column {weight}; leave it out")
     try:
         return _read_embedded(path, name, where) if path.is_dir() else _read_arrays(path, where, label)
     except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
@@ -146,11 +146,11 @@ def _read_frame(
 def _column(field: str, wanted: int | str, names: list[str], where: str) -> str:
     if isinstance(wanted, str):
         if names == list(map(str, range(len(names)))) and wanted not in names:
-            raise DataError(f"{field}: {where} has no header line, so name the column by its number, not {wanted}")
+            raise DataError(f"{field}: {where} has no header line, so give the column's number, not {wanted}")
         check_known(field, wanted, names, "column")
         return wanted
     if not -len(names) <= wanted < len(names):
-        raise DataError(f"{field}: there is no column {wanted}; {where} has {len(names)}")
+        raise DataError(f"{field}: there is no column {wanted}; {where} has {len(names)} columns")
     return names[wanted]
 
 
@@ -162,7 +162,7 @@ def read_columns(
     columns: Columns | None,
     categories: Mapping[str, list[str]] | None,
 ) -> None:
-    """Reads the cells of the columns that all files have, or that are known; what is text in one is text in all.
+    """Reads the columns that all files share, or that are already known; a text column of one is text in all.
 
     Raises:
         DataError: The domains share no columns, or a column is unknown.
@@ -171,7 +171,7 @@ def read_columns(
     if len(frames) < len(tables):
         widths = {len(_names(table)) for table in tables.values()}
         if len(widths) > 1:
-            raise DataError(f"source, target: their columns differ: {' and '.join(map(str, sorted(widths)))}")
+            raise DataError(f"source, target: their columns differ in number: {' and '.join(map(str, sorted(widths)))}")
     if not frames:
         return
 
@@ -197,12 +197,12 @@ def read_columns(
         texts = columns["categorical"]
         known = [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *texts]
     for table in tables.values():
-        if table.frame is None:  # arrays beside a file
+        if table.frame is None:  # an array beside a file
             table.cells.numbers = dict(zip(known, table.cells.numbers.values(), strict=False))
     for name, kind in kinds.items():
         own, where = [column for column in known if column in kind], tables[name].where
         if absent := [column for column in known if column not in kind]:
-            log.warning("%s lacks what training had: %s; these cells count as missing", where, some(absent))
+            log.warning("%s lacks columns seen in training: %s; their cells count as missing", where, some(absent))
         numbers = [column for column in own if column not in texts]
         tables[name].cells = read_cells(
             frames[name], tables[name].cells.count, [c for c in own if c in texts], numbers, where
@@ -210,7 +210,7 @@ def read_columns(
 
 
 def _without(column: str, kind: DataType, value: float | str) -> Expr:
-    """A column whose cells of this value are gaps."""
+    """Returns a column in which cells of this value are gaps."""
     import polars
 
     cell = polars.col(column)
@@ -223,7 +223,7 @@ def _names(table: Table) -> list[str]:
 
 
 def _same_names(frames: Mapping[str, LazyFrame]) -> dict[str, LazyFrame]:
-    """The frames, where one without a header has the names of one of the same width that has a header."""
+    """Gives a frame without a header the names of another of the same width."""
     names = {name: frame.collect_schema().names() for name, frame in frames.items()}
     header = next((each for each in names.values() if not all(map(str.isdecimal, each))), None)
     return {
@@ -235,7 +235,7 @@ def _same_names(frames: Mapping[str, LazyFrame]) -> dict[str, LazyFrame]:
 
 
 def _shared(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The columns that all files have; says which only one has."""
+    """Returns the columns that all files share, and logs those that only one has."""
     one, *others = kinds.values()
     shared = [column for column in one if all(column in other for other in others)]
     apart = {name: [column for column in kind if column not in shared] for name, kind in kinds.items()}
@@ -247,7 +247,7 @@ def _shared(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     if any(apart.values()):
         said = "; ".join(f"only {name} has {some(names)}" for name, names in apart.items() if names)
-        log.info("source, target: the %d columns that both have are taken; %s", len(shared), said)
+        log.info("source, target: the %d columns that both have are used; %s", len(shared), said)
     return shared
 
 
@@ -255,7 +255,7 @@ def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
     with np.load(path, allow_pickle=False) as file:
         for key in file:
             if key.endswith(("_features", "_labels")):
-                raise DataError(f"{where}: {key} would not be read; an .npz has features and labels, without splits")
+                raise DataError(f"{where}: unknown array {key}; an .npz file has features and labels, without splits")
         features = file["features"]
         return _numbers(features, np.zeros(len(features), int) if label is None else file["labels"], where)
 
@@ -294,7 +294,7 @@ def _numbers(features: Array, labels: Array, where: str) -> Table:
     if features.dtype.kind not in "fiub":
         raise DataError(f"{where}: features are {features.dtype}, not numbers")
     for row, column in zip(*np.nonzero(~np.isfinite(features)), strict=True):
-        raise DataError(f"{where} row {row}: column {column} is {features[row, column]}, no number; mend or remove it")
+        raise DataError(f"{where} row {row}: column {column} is {features[row, column]}, not a number; fix it")
     columns = {str(number): features[:, number].astype(np.float32) for number in range(features.shape[1])}
     count = len(features)
     return Table(where, labels, [str(row) for row in range(count)], Cells(count, columns))

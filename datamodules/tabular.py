@@ -1,6 +1,6 @@
-"""Rows of tables: files of any usual format, frames, arrays, and the features that `tl embed` wrote.
+"""Rows of tables: files of any common format, frames, arrays, and the features written by `tl embed`.
 
-file -> columns and labels -> split -> what the columns are, by the training rows (columns.py) -> (x, y)
+file -> columns and labels -> split -> meaning of the columns, learnt from training rows (columns.py) -> (x, y)
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Array = np.ndarray[Any, Any]
 
 
 class Rows(Dataset[Any]):
-    """Rows in memory; x is (D,), or {"numeric": (D,), "categorical": (K,)} where there are categories.
+    """Rows in memory; x is (D,), or {"numeric": (D,), "categorical": (K,)} if there are categories.
 
     Attributes:
         targets: The labels, class numbers or real values.
-        ids: A name for each row.
+        ids: The name of each row.
         groups: The group of each row, or None.
         weights: How much the loss of each row counts, or None.
-        unlabelled: Where there are no labels, what is missing, in a sentence.
+        unlabelled: If there are no labels, a sentence that says what is missing.
     """
 
     unlabelled = ""
@@ -42,7 +42,7 @@ class Rows(Dataset[Any]):
         self.numeric, self.categorical = torch.empty(0), torch.empty(0)
 
     def encode(self, numeric: Array, categorical: Array) -> None:
-        """Takes what the cells have become, in their place."""
+        """Sets the encoded columns."""
         self.numeric, self.categorical = torch.from_numpy(numeric), torch.from_numpy(categorical)
         self.cells = Cells(self.cells.count)
 
@@ -50,7 +50,7 @@ class Rows(Dataset[Any]):
         return self.cells.count
 
     def fingerprint(self) -> str:
-        """What names its contents."""
+        """Returns a hash of the contents."""
         return content_hash(self.numeric, self.categorical, self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
@@ -64,38 +64,38 @@ class TabularData(FileDomains):
     """Rows of a table, for either domain.
 
         FILE       CSV and other delimited text, JSONL, parquet, Arrow, Excel: see `frames.read_frame`; in Python also a
-                   frame of polars or pandas
+                              polars or pandas frame
         FILE.npz   features (N, D) and labels (N,)
-        DIR        as `tl embed` writes it: features.safetensors or features.npy, and index.csv, whose splits are kept;
-                   of several domains each takes its own rows
+        DIR        written by `tl embed`: features.safetensors or features.npy, and index.csv, whose splits are kept; of
+                              several domains each takes its own rows
 
-    Numbers stay numbers, truth values become 0 and 1, a date a few numbers, and text categories (columns.py). A gap in
-    a column of numbers is its mean, and from 5 % gaps in the labelled training rows on, a column of 0 and 1 says where
-    they are; a gap in text is a category of its own. Means and categories are those of the training rows, and a run
-    keeps them in its config. Nothing is scaled: that is the model's. Domains keep the columns that they share, by name.
-    A file is split in three, by class where labels are classes, and between groups where there are any; `tl predict`
-    takes all of it. The ids are the numbers of the rows, from 0 and without the header.
+    Numbers stay numbers, truth values become 0 and 1, a date several numbers, and text categories (columns.py). A gap
+    in a numeric column becomes the column's mean; if at least 5 % of the labelled training rows have a gap, a 0/1
+    column marks them; a gap in text is a category of its own. Means and categories come from the training rows, and a
+    run keeps them in its config. Columns are not standardised here; the backbone does that. Domains keep the columns
+    that they share, by name. A file is split in three, stratified by class if labels are classes, and between groups if
+    there are any; `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
 
     Args:
-        target: The target's file or folder; ~ and $VARIABLES are filled in.
+        target: The target's file or folder; ~ and $VARIABLES are expanded.
         source: The source's file or folder.
-        label: The label's column in a file, by name or by number; -1 is the last. None: there are no labels, for
+        label: The column of labels, by name or number; -1 is the last. None: there are no labels, for
             `tl predict`.
-        kind: Whether labels are "classes" or "values". None: text is classes, and so are whole numbers in an .npz or in
-            a folder of `tl embed`; numbers in a file are values.
-        threshold: Makes two classes of values, below it, and from it upwards.
+        kind: Whether labels are "classes" or "values". None: text is classes, and so are whole numbers in an .npz file
+            or a folder of `tl embed`; numbers in other files are values.
+        threshold: Makes values two classes: below it, and from it upwards.
         classes: The classes and their order; None gathers them over both domains.
         drop: Columns to leave out, by name or number.
-        categorical: Columns of numbers that are categories, by name.
-        missing: What else is a gap, by column, e.g. {chol: 0}.
-        group: The column of groups, such as patients, which no split tears apart; it is no part of x.
-        weight: The column that says how much the loss of each row counts, from 0 up; it is no part of x.
-        columns: What the columns are, as a run's config has it; None learns it.
-        categories: The columns of text and their categories, each a column of 0 or 1, as runs of version 0.1 have it.
+        categorical: Numeric columns that are categories, by name.
+        missing: Further values that mean a gap, by column, e.g. {chol: 0}.
+        group: The column of groups, such as patients, which are never divided between splits; it is not part of x.
+        weight: The column that says how much the loss of each row counts, from 0 up; it is not part of x.
+        columns: The meaning of the columns, as saved in a run's config; None learns it.
+        categories: The text columns and their categories, each a 0/1 column, as in version 0.1.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
-        DataError: A file cannot be read, a column is unknown, or a label is missing or no number.
+        DataError: A file cannot be read, a column is unknown, or a label is missing or not a number.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TabularData(FileDomains):
         missing: dict[str, float | str] | None = None,
         group: int | str | None = None,
         weight: int | str | None = None,
-        columns: dict | None = None,  # type: ignore[type-arg]  # the parser would read the texts in it again
+        columns: dict | None = None,  # type: ignore[type-arg]  # a precise type would make the parser re-read its texts
         categories: dict[str, list[str]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -144,23 +144,23 @@ class TabularData(FileDomains):
 
     @property
     def columns(self) -> Columns | None:
-        """What the columns are, see columns.py; None beside `categories`."""
+        """Returns the meaning of the columns, see columns.py; None beside `categories`."""
         self._learn()
         return self._columns
 
     @property
     def x_schema(self) -> Mapping[str, Any]:  # type: ignore[override]
-        """What x is; learns it where it is not known."""
+        """Describes x; learns it if it is not known yet."""
         self._learn()
         columns = self._columns
         width = next(iter(self._whole.values())).numeric.shape[1]
         schema: dict[str, Any] = {"numeric": numeric_names(columns) if columns else list(map(str, range(width)))}
         if columns and columns["categorical"]:
             schema["categorical"] = dict(sorted(columns["categorical"].items()))
-        return schema | ({"one_unit": True} if self._one_unit else {})  # of a network's features
+        return schema | ({"one_unit": True} if self._one_unit else {})  # for features of a network
 
     def _learn(self) -> None:
-        """Makes numbers of the cells, by what the training rows say they are."""
+        """Encodes the cells as numbers, by what the training rows say."""
         if self._known:
             return
         self._known = True
@@ -181,16 +181,16 @@ class TabularData(FileDomains):
                 whole.encode(*encode(whole.cells, cast(Columns, self._columns), self.wheres[name]))
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The rows of a domain by split, as far as its file says so."""
+        """Returns the rows of a domain by split, as far as its file defines splits."""
         return self._found[name]
 
     def whole(self) -> Dataset[Any] | None:
-        """All rows of the target, where its file says nothing of splits."""
+        """Returns all rows of the target, if its file does not define splits."""
         self._learn()
         return super().whole()
 
     def domains(self, split: str) -> Mapping[str, Dataset[Any]]:
-        """The split's rows in each domain."""
+        """Returns the split's rows in each domain."""
         found = super().domains(split)
         self._learn()
         return found
@@ -199,7 +199,7 @@ class TabularData(FileDomains):
 def _label(
     tables: Mapping[str, Table], kind: str | None, threshold: float | None, classes: list[str] | None
 ) -> tuple[dict[str, Array], list[str] | None]:
-    """The labels of each domain, and the names of the classes (None: they are real values)."""
+    """Returns the labels of each domain, and the names of the classes (None for real values)."""
     for table in tables.values():
         check_present(table.labels, table.at, "label")
     if threshold is not None:
@@ -216,7 +216,7 @@ def _label(
 
 
 def _tells_classes(table: Table) -> bool:
-    """Whether labels are text without any number, or, in arrays, whole numbers."""
+    """Returns whether labels are classes: text without any number, or, in arrays, whole numbers."""
     if table.labels.dtype.kind != "U":
         return table.frame is None and table.labels.dtype.kind in "iub"
     texts = np.unique(table.labels).tolist()

@@ -22,7 +22,7 @@ from datamodules.paths import expand_path
 from datamodules.splits import SPLITS, content_hash, no_labels, split_of
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
-NO_TEXTS = ("README", "LICENSE", "LICENCE")  # what files beside the texts begin with
+NO_TEXTS = ("README", "LICENSE", "LICENCE")  # beginnings of file names that are not texts
 
 
 class Texts(Dataset[Any]):
@@ -30,11 +30,11 @@ class Texts(Dataset[Any]):
 
     Attributes:
         targets: The labels, class numbers or real values.
-        ids: A name for each.
-        groups: Of each, or None.
-        weights: How much the loss of each counts, or None.
-        lengths: The characters of each.
-        unlabelled: Where there are no labels, what is missing, in a sentence.
+        ids: The name of each text.
+        groups: The group of each text, or None.
+        weights: How much the loss of each text counts, or None.
+        lengths: The number of characters of each text.
+        unlabelled: If there are no labels, a sentence that says what is missing.
     """
 
     unlabelled = ""
@@ -48,7 +48,7 @@ class Texts(Dataset[Any]):
         return len(self.texts)
 
     def fingerprint(self) -> str:
-        """What names its contents."""
+        """Returns a hash of the contents."""
         return content_hash(self.targets, *self.texts)
 
     def __getitem__(self, index: int) -> tuple[str, Any]:
@@ -60,28 +60,29 @@ class TextFiles(FileDomains):
 
         FILE.csv .tsv .jsonl .parquet ...        a table with columns `text` and `label`
         DIR/train.csv val.csv test.csv           a table for each split
-        DIR/<class>/*.txt                        a folder a class, a file a text
-        DIR/name.<class> or DIR/<class>.txt      a file a class, a line a text; parts that all names share are left out
+        DIR/<class>/*.txt                        a folder per class, a file per text
+        DIR/name.<class> or DIR/<class>.txt      a file per class, a line per text; parts common to all names are
+        ignored
         DIR/train/... DIR/val/... DIR/test/...   folders or files of classes for each split
         FILE.zip                                 a zip file of any such folder
-        FILE.txt                                 texts without labels, a line each
+        FILE.txt                                 texts without labels, one per line
 
-    Texts without labels are for `tl predict`, or the target beside a source.
+    Texts without labels are for `tl predict`, or for a target beside a source.
 
     Without splits, texts are split in three by the seed. Empty lines, hidden files and those named README or LICENSE
     are left out.
 
     Args:
-        target: The target's file or folder; ~ and $VARIABLES are filled in. In Python also a polars or pandas frame or
-            a data set of Hugging Face's `datasets`.
-        source: The source's, likewise; its classes must be the target's.
+        target: The target's file or folder; ~ and $VARIABLES are expanded. In Python also a polars or pandas frame or a
+            data set of Hugging Face's `datasets`.
+        source: The source's; its classes must be the target's.
         text: The column of the texts.
-        label: The column of the labels. None: there are none, as in `tl predict`.
-        group: A column whose rows of one value no split tears apart, e.g. an author.
+        label: The column of the labels. None: there are no labels, as in `tl predict`.
+        group: A column whose groups are never divided between splits, e.g. an author.
         weight: A column that says how much the loss of each text counts, from 0 up.
         kind: Whether labels are "classes" or "values"; None: numbers with a point are values.
         classes: Names of the classes and their order; None gathers them.
-        encoding: Of files that are no tables.
+        encoding: The encoding of files that are not tables.
         **kwargs: As for `TransferDataModule`.
 
     Raises:
@@ -130,31 +131,31 @@ class TextFiles(FileDomains):
         if part.labels is not None:
             return Texts(part, encode_labels(part.labels, self.class_names, part.at))
         texts = Texts(part, np.zeros(len(part.texts), np.float32 if self.class_names is None else np.int64))
-        texts.unlabelled = no_labels(part.where, "a column or classes that say them")
+        texts.unlabelled = no_labels(part.where, "a label column or classes")
         return texts
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
-        """The texts of a domain by split, as far as its files say so."""
+        """Returns the texts of a domain by split, as far as its files define splits."""
         return self._found[name]
 
 
 def where_of(given: Any, name: str) -> str:
-    """What messages call the files of a domain."""
+    """Returns the name of a domain's files for messages."""
     return f"{name}: {given if isinstance(given, str | Path) else 'the frame'}"
 
 
 @dataclass
 class Part:
-    """Texts of a file or folder.
+    """The texts of a file or folder.
 
     Attributes:
-        where: Of what domain and file, for messages.
+        where: Domain and file, for messages.
         texts: N texts.
-        labels: Of each, text or a number; None: there are none.
-        ids: A name for each.
-        groups: Of each, or None.
-        weights: Of each, or None.
-        row: What comes before a name in messages.
+        labels: The label of each text, text or a number; None: there are no labels.
+        ids: The name of each text.
+        groups: The group of each text, or None.
+        weights: The weight of each text, or None.
+        row: What precedes the id in messages.
     """
 
     where: str
@@ -166,20 +167,20 @@ class Part:
     row: str = ""
 
     def at(self, row: int) -> str:
-        """What messages call a text."""
+        """Returns the name of a text for messages."""
         return f"{self.where} {self.row}{self.ids[row]}"
 
 
 @dataclass
 class Reader:
-    """Reads what holds texts.
+    """Reads texts and labels from files and folders.
 
     Attributes:
         text: The column of the texts.
-        label: That of the labels, or None.
-        group: That of the groups, or None.
-        weight: That of the weights, or None.
-        encoding: Of files that are no tables.
+        label: The column of the labels, or None.
+        group: The column of the groups, or None.
+        weight: The column of the weights, or None.
+        encoding: The encoding of files that are not tables.
     """
 
     text: str
@@ -189,7 +190,7 @@ class Reader:
     encoding: str
 
     def read(self, given: Any, name: str) -> dict[str, Part]:
-        """The texts of a domain by split, or all under "unsplit".
+        """Reads the texts of a domain by split, or all as "unsplit".
 
         Raises:
             DataError: They cannot be read.
@@ -236,7 +237,7 @@ class Reader:
 
     def _of_tree(self, root: Any, where: str) -> dict[str, Part]:
         while len(inner := _visible(root)) == 1 and inner[0].is_dir():
-            root = inner[0]  # as zip files have one
+            root = inner[0]  # zip files often have a single top folder
         tables = {entry.name.rpartition(".")[0]: entry for entry in inner if _suffix(entry) in TABLES}
         folders = {entry.name: entry for entry in inner if entry.is_dir()}
         read, parts = (self._of_table, tables) if tables else (self._of_classes, folders)
@@ -259,7 +260,7 @@ class Reader:
         inside = f"{where}/{entry.name}"
         if isinstance(entry, Path):
             return self._of_frame(read_frame(entry, inside), inside)
-        with TemporaryDirectory() as folder:  # of a zip file
+        with TemporaryDirectory() as folder:  # for a zip file
             path = Path(folder, entry.name)
             path.write_bytes(entry.read_bytes())
             return self._of_frame(read_frame(path, inside), inside)
@@ -275,16 +276,16 @@ class Reader:
         if not entries:
             raise DataError(f"{where} has no texts; it needs a folder or a file for each class")
         names = [entry.name.split(".") for entry in entries]
-        # name.pos and name.neg, or pos.txt and neg.txt: what tells them apart is the class
+        # name.pos and name.neg, or pos.txt and neg.txt: the part that differs is the class
         same = [len(set(part)) == 1 for part in zip(*names, strict=False)]
         own = [".".join(p for n, p in enumerate(name) if n >= len(same) or not same[n]) for name in names]
         return self._of_files({name: [entry] for name, entry in zip(own, entries, strict=True)}, where, lines=True)
 
     def _of_files(self, classes: Mapping[str, Sequence[Any]], where: str, lines: bool) -> Part:
-        """Texts of files by class: a file is one text, or each of its lines."""
+        """Reads texts of files by class: a file is one text, or each of its lines is one."""
         for field, column in (("group", self.group), ("weight", self.weight)):
             if column is not None:
-                raise DataError(f"{field}: {where} is no table, so there is no column {column}")
+                raise DataError(f"{field}: {where} is not a table, so there is no column {column}")
         part = Part(where, [], None if len(classes) == 1 else [], [])
         for label, files in classes.items():
             for file in files:
@@ -306,16 +307,16 @@ class Reader:
         try:
             return raw.decode(self.encoding)
         except LookupError as error:
-            raise DataError(f"encoding: Python knows no {self.encoding}") from error
+            raise DataError(f"encoding: unknown encoding {self.encoding}") from error
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
             raise DataError(
-                f"{where}: {file.name} line {line} is no {self.encoding}; pass --data.encoding, e.g. latin-1"
+                f"{where}: {file.name} line {line} is not {self.encoding}; pass --data.encoding, e.g. latin-1"
             ) from error
 
 
 def _visible(folder: Any) -> list[Any]:
-    """What is in a folder, without what is no text, in the order of the names."""
+    """Returns the entries of a folder that may be texts, sorted by name."""
     entries = [e for e in folder.iterdir() if not is_litter(e.name) and not e.name.startswith(NO_TEXTS)]
     return sorted(entries, key=lambda entry: str(entry.name))
 

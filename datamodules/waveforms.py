@@ -15,10 +15,10 @@ from datamodules.paths import expand_path
 
 
 class RandomGain(nn.Module):
-    """Makes a recording louder or softer.
+    """Makes a recording louder or softer at random.
 
     Args:
-        decibels: By at most so much.
+        decibels: The largest change, in dB.
     """
 
     def __init__(self, decibels: float = 6.0) -> None:
@@ -26,28 +26,28 @@ class RandomGain(nn.Module):
         self.decibels = decibels
 
     def forward(self, wave: Tensor) -> Tensor:
-        """(T,) -> (T,)."""
+        """Scales a waveform (T,)."""
         return wave * 10 ** (_uniform(-self.decibels, self.decibels) / 20)
 
 
 class RandomTimeShift(nn.Module):
-    """Moves a recording to earlier or later; what leaves it is lost, and silence comes in.
+    """Shifts a recording in time at random; samples shifted out are lost, and silence comes in.
 
     Args:
-        share: Of its length, at most.
+        share: The largest shift, as a share of the length.
 
     Raises:
-        DataError: It is no share.
+        DataError: `share` is not in [0, 1].
     """
 
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()
         if not 0 <= share <= 1:
-            raise DataError(f"share: {share} must lie in [0, 1]")
+            raise DataError(f"share: {share} must be in [0, 1]")
         self.share = share
 
     def forward(self, wave: Tensor) -> Tensor:
-        """(T,) -> (T,)."""
+        """Shifts a waveform (T,)."""
         by = round(_uniform(-self.share, self.share) * len(wave))
         moved = torch.zeros_like(wave)
         moved[max(0, by) : len(wave) + by] = wave[max(0, -by) : len(wave) - by]
@@ -55,17 +55,17 @@ class RandomTimeShift(nn.Module):
 
 
 class BackgroundNoise(nn.Module):
-    """Adds a random piece of a random recording of a folder.
+    """Adds a random piece of a random recording from a folder.
 
     Args:
         folder: Recordings of noise, at the rate of the data; shorter ones are repeated.
-        rate: Samples a second of the data, to which the noise is resampled; None leaves it as it is.
-        softest: The noise's level below the recording's, in dB: signal-to-noise ratios are drawn from here ...
-        loudest: ... to here.
-        probability: The share of recordings that get any.
+        rate: Samples per second of the data, to which the noise is resampled; None does not resample.
+        softest: The signal-to-noise ratio, in dB, is drawn from the range between this ...
+        loudest: ... and this.
+        probability: The share of recordings to which noise is added.
 
     Raises:
-        DataError: The folder has no recordings; no share, or the levels are the wrong way round.
+        DataError: The folder has no recordings, the probability is not in [0, 1], or the levels are reversed.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class BackgroundNoise(nn.Module):
         self.softest, self.loudest, self.probability = softest, loudest, probability
 
     def forward(self, wave: Tensor) -> Tensor:
-        """(T,) -> (T,)."""
+        """Adds noise to a waveform (T,)."""
         if float(torch.rand(())) >= self.probability:
             return wave
         noise = self.reader.read(self.paths[int(torch.randint(len(self.paths), ()))])

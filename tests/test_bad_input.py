@@ -50,7 +50,7 @@ CASES = {
     "an argument that its class refuses": (FIT + "--model.optimizer.lr -1", "Invalid learning rate: -1.0"),
     "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, and the data's inputs are text"),
     "texts in another column": (TEXTS + "ConvNet --data.text txt", "text: there is no column txt (did you mean text?)"),
-    "a malformed line of word vectors": (TEXTS + "WordVectors --model.backbone.name v.txt", "v.txt is no file of word vectors (line 2 has 1 numbers, not 2)"),
+    "a malformed line of word vectors": (TEXTS + "WordVectors --model.backbone.name v.txt", "v.txt is not a file of word vectors (line 2 has 1 numbers, not 2)"),
     "no file of word vectors": (TEXTS + "WordVectors --model.backbone.name nowhere.txt", "name: there is no file nowhere.txt of word vectors"),
     "missing folder": (FIT + "--data ImageFolders --data.target nowhere", "target: there is no file or folder nowhere"),
     "variable not set": (FIT + "--data ImageFolders --data.target $NOT_SET/x", "a variable that is not set"),
@@ -63,11 +63,11 @@ CASES = {
     "truncated image": (FOLDERS, "bad.jpg: it cannot be decoded as an image (image file is truncated"),
     "truncated image in a worker": (FOLDERS.replace("workers 0", "workers 1"), "bad.jpg: it cannot be decoded"),
     "image of floats": (FOLDERS, "bad.tif: its F numbers have no known range; convert it to 8 or 16 bits first"),
-    "unknown colour": (FOLDERS + "--data.background whitish", "background: whitish is no colour; give a name or #rrggbb"),
+    "unknown colour": (FOLDERS + "--data.background whitish", "background: whitish is not a colour; give a name or #rrggbb"),
     "huge header": (FOLDERS, "than max_pixels 50000000"),
     "more labelled than there are": (FIT + "--data Digits --data.labelled 500", "labelled: none of the target's 449 training samples is left unlabelled"),
     "labelled of no target": (FIT + "--data Digits --data.source true --data.target false --data.labelled 5", "give --data.target"),
-    "labelled and few shots": (FIT + "--data Digits --data.labelled 5 --data.shots_per_class 1", "labelled: it says itself"),
+    "labelled and few shots": (FIT + "--data Digits --data.labelled 5 --data.shots_per_class 1", "labelled: it decides which"),
     "no range of rates": ("lr-find --min_lr 1 --max_lr 0.1", "min_lr, max_lr: 1.0 must be above 0 and below 0.1"),
     "too short a sweep": ("lr-find --steps 5", "steps: 5 must be at least 10"),
     "nothing to draw": ("show-batch --count 0", "count: 0 must be at least 1"),
@@ -75,7 +75,7 @@ CASES = {
     "a folder that is a file": ("show-batch --out file/batch.png", "out: file cannot be written"),
     "unknown command": ("fitt", "there is no command fitt (did you mean fit?)"),
     "unknown option": (FIT + "--modle.backbone ConvNet", "there is no option --modle.backbone (did you mean --model.backbone?)"),
-    "class of another kind": (FIT + "--model.head torch.nn.ReLU", "model.head: torch.nn.ReLU is no subclass of tl_modules.Head"),
+    "class of another kind": (FIT + "--model.head torch.nn.ReLU", "model.head: torch.nn.ReLU is not a subclass of tl_modules.Head"),
     "option without its section": (FIT + "--optimizer.lr 1", "there is no option --optimizer.lr (did you mean --model.optimizer.lr?)"),
     "option without its section and prefix": (FIT + "--epochs 1", "there is no option --epochs (did you mean --trainer.max_epochs?)"),
     "unknown class": (FIT + "--model.finetuning GradualUnfreezin", "model.finetuning: there is no class GradualUnfreezin (did you mean GradualUnfreezing?)"),
@@ -85,7 +85,7 @@ CASES = {
     "unknown key in YAML": ("fit -c bad.yaml", "there is no key modl (did you mean model?)"),
     "wrong type": (FIT + "--trainer.max_epochs many", "trainer.max_epochs: many is not int or null"),
     "wrong type in a plug-in": (FIT + "--data.shots_per_class few", "data.shots_per_class: few is not int or null"),
-    "config that is no YAML": ("fit -c bad.yaml", "bad.yaml is no YAML"),
+    "config that is not YAML": ("fit -c bad.yaml", "bad.yaml is not YAML"),
     "no command": ("", "name a command: fit, validate, test, predict"),
     "test of nothing": ("test", "run: `tl test` needs a trained model; pass --run DIR"),
     "missing argument": ("fit --model.backbone TorchvisionBackbone", "model.backbone: TorchvisionBackbone needs name"),
@@ -100,32 +100,32 @@ CASES = {
     "a part of the weights": (FIT + "--model.backbone.weights w.pth", "tensors are not in it"),
     "missing weights": (FIT + "--model.backbone.weights nowhere.pth", "there is no file or run directory nowhere.pth"),
     "weights that are a pickle": (FIT + "--model.backbone.weights w.pth", "holds Python objects besides tensors"),
-    "weights that are no weights": (FIT + "--model.backbone.weights w.safetensors", "cannot be read as tensors"),
+    "weights that are not weights": (FIT + "--model.backbone.weights w.safetensors", "cannot be read as tensors"),
     "hub weights of ConvNet": (FIT + "--model.backbone.weights DEFAULT", "ConvNet has no hub entry DEFAULT"),
     "unknown hub weights": (FIT.replace(".width 4", " TorchvisionBackbone") + "--model.backbone.name squeezenet1_0 --model.backbone.weights IMAGENET1K_V9", "(did you mean IMAGENET1K_V1?)"),
     "unwritable run directory": (FIT + "--trainer.default_root_dir file", "cannot be written (Not a directory)"),
-    "pretraining of nothing": (PRETRAIN + "SimCLR --model.backbone ConvNet --model.finetuning FeatureExtraction", "finetuning: FeatureExtraction keeps the whole backbone frozen"),
-    "views that are all the same": (PRETRAIN + "SimCLR --model.backbone ConvNet --data.augment none", "augment: views of a sample are compared"),
+    "pretraining of nothing": (PRETRAIN + "SimCLR --model.backbone ConvNet --model.finetuning FeatureExtraction", "finetuning: FeatureExtraction freezes the whole backbone"),
+    "views that are all the same": (PRETRAIN + "SimCLR --model.backbone ConvNet --data.augment none", "augment: pretraining compares views"),
     "pretraining of rows on images": (PRETRAIN + "SCARF --model.backbone ConvNet", "SCARF swaps values of columns, so it takes rows of numbers"),
     "rates of two networks": ("lr-find --data Digits --model GAN --model.backbone ConvNet", "lr-find: GAN trains two networks against each other"),
-    "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; give --data.source"),
+    "a method without its domain": (FIT + "--model.methods+=plugin.NeedsSource", "NeedsSource needs a source domain in training, but the data has only target; pass --data.source"),
     "no teacher": (FIT + "--model.methods+=Distill", "Distill needs teacher"),
-    "a teacher that is no run": (FIT + "--model.methods+=Distill --model.methods.teacher nowhere", "teacher: nowhere is no run directory"),
+    "a teacher that is not a run": (FIT + "--model.methods+=Distill --model.methods.teacher nowhere", "teacher: nowhere is not a run directory"),
     "batches of one": (FIT + "--data.batch_size 1 --data.drop_last true", "in batches of 1 leave a batch of one"),
     "too few shots": (FIT + "--data.shots_per_class 100", "training samples, fewer than 100"),
     "shots without labels": (FIT + "--data.source true --data.shots_per_class 3", "hidden beside a source"),
     "ddp that loses stages": (FIT + "--model.finetuning GradualUnfreezing --trainer.strategy ddp --trainer.devices 1", "pass --trainer.strategy ddp_find_unused_parameters_true"),
     "an adapter that peft lacks": (FIT + "--model.finetuning LoRA --model.finetuning.kind lorra", "kind: peft has no lorra; it has "),
-    "adapters nowhere": (FIT + "--model.finetuning LoRA --model.finetuning.targets [query]", "targets: no layer is called ['query']; there are "),
+    "adapters nowhere": (FIT + "--model.finetuning LoRA --model.finetuning.targets [query]", "targets: no layer is named ['query']; there are "),
     "a table of nothing": (FIT + "--data Paired", "target: give a table, --data.target FILE"),
-    "no input named": (FIT + "--data Paired --data.target bad.yaml", "image, text, numbers: name the columns that are inputs"),
-    "several parts for one input": ('fit --data Digits --model.backbone SeveralBackbones --model.backbone.parts {{"image":{{"class_path":"ConvNet"}}}}', "parts: the data have no input image"),
+    "no input named": (FIT + "--data Paired --data.target bad.yaml", "image, text, numbers: name at least one column as input"),
+    "several parts for one input": ('fit --data Digits --model.backbone SeveralBackbones --model.backbone.parts {{"image":{{"class_path":"ConvNet"}}}}', "parts: the data has no input named image"),
     "class weights": (FIT + "--model.class_weights [1,2]", "class_weights: 2 weights for 10 classes"),
     "negative argument": (FIT + "--model.finetuning LastStages --model.finetuning.k -1", "k: -1 must not be negative"),
     "float images outside [0, 1]": (FIT + "--data ImageArrays --data.target a.npz", "images are floats outside [0, 1]"),
-    "labels that do not match": (FIT + "--data ImageArrays --data.target a.npz", "labels must be one for each of the 6 images, there are 5"),
+    "labels that do not match": (FIT + "--data ImageArrays --data.target a.npz", "labels must have one entry for each of the 6 images, not 5"),
     "run of fit": ("fit --run runs/x", "run: `tl fit` starts a run of its own"),
-    "no run": ("test --run nowhere", "nowhere is no run directory"),
+    "no run": ("test --run nowhere", "nowhere is not a run directory"),
     "sync_batchnorm on CPU": (FIT + "--trainer.sync_batchnorm true --trainer.strategy ddp --trainer.devices 1 --trainer.accelerator cpu", "sync_batchnorm: it needs GPUs"),
     "save_every": (FIT + "--save_every 0", "save_every: 0 must be at least 1 step"),
     "last without a run": (FIT + "--ckpt_path last", "resume: pass --run DIR, or --name NAME"),
@@ -136,7 +136,7 @@ CASES = {
     "rank by an unknown score": ("rank ConvNet --data Digits --by leap", "by: leap is not one of 'linear_probe', 'logme'"),
     "rank within no time": ("rank ConvNet --data Digits --budget_ms 0", "budget_ms: 0 must be above 0"),
     "rank of a missing file": ("rank nowhere.yaml --data Digits", "backbones: nowhere.yaml cannot be read"),
-    "rank of a list": ("rank bad.yaml --data Digits", "backbones: bad.yaml is no mapping of names to backbones"),
+    "rank of a list": ("rank bad.yaml --data Digits", "backbones: bad.yaml is not a mapping of names to backbones"),
     "rank of a number": ("rank bad.yaml --data Digits", "backbones: bad.yaml: a: 3 is neither a word nor a class_path with init_args"),
     "compress of nothing": ("compress --out x --prune 0.5", "run: `tl compress` needs a trained model; pass --run DIR"),
     "compress by nothing": ("compress --run trained --out x", "compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both"),
@@ -145,18 +145,18 @@ CASES = {
     "more MACs than can go": ("compress --run trained --out x --prune 0.99", "and 0.99 was asked for; ask for less"),
     "unknown importance": ("compress --run trained --out x --prune 0.5 --importance size", "importance: size is not one of 'magnitude', 'taylor'"),
     "unknown quantization": ("compress --run trained --out x --quantize int4", "quantize: int4 is not one of 'int8', 'int8_dynamic'"),
-    "importance by hidden labels": ("compress --run trained --out x --prune 0.5 --importance taylor --data.shots_per_class null --data.source true", "labels of its training samples are needed, and they are hidden"),
+    "importance by hidden labels": ("compress --run trained --out x --prune 0.5 --importance taylor --data.shots_per_class null --data.source true", "labels of its training samples are needed, but they are hidden"),
     "resume of what is compressed": ("fit --run trained --resume", "checkpoint: it has no optimizer's state"),
     "scales that do not fit": ("test --run trained", "its int8 tensors and the scales in its `quantized` do not fit"),
     "a soup of nothing": ("soup --out x", "soup: name the runs first: `tl soup RUN RUN --out NAME`"),
-    "a soup of a missing run": ("soup nowhere other --out x", "run: nowhere is no run directory"),
+    "a soup of a missing run": ("soup nowhere other --out x", "run: nowhere is not a run directory"),
     "several runs where one is taken": ("benchmark --run a --run b", "run: `tl benchmark` takes one run; `tl test` and `tl predict` take several"),
     "calibrate of nothing": ("calibrate", "run: `tl calibrate` needs a trained model; pass --run DIR"),
     "a ratio without labelled ones": (FIT + "--data Digits --data.unlabelled_ratio 7", "unlabelled_ratio: 7 needs --data.labelled N beside it"),
-    "two columns of one name": (TABLE, "table.csv has 2 columns of the name a; rename or remove all but one"),
+    "two columns of one name": (TABLE, "table.csv has 2 columns named a; rename or remove all but one"),
     "a table with a line too short": (TABLE, "table.csv line 3 has 1 cells, not 3 as the lines before"),
     "an unknown label column": (TABLE + "--data.label prise", "label: there is no column prise (did you mean price?)"),
-    "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --model Regression, or --data.kind classes where they are classes"),
+    "numbers that are to be classes": (TABLE.replace("Regression", "Classification"), "pass --model Regression, or --data.kind classes if they are classes"),
     "recordings without classes": (FIT + "--data AudioFolders --data.num_workers 0 --data.target sounds", "sounds has no class folders; it needs "),
     "a corrupt recording": (SOUNDS + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "b_3.wav: it cannot be decoded as audio"),
     "a loader that is not there": (SOUNDS.replace("SpeechConvNet", "TorchBackbone --model.backbone.loader nowhere.load") + "--data.target sounds --data.pattern {{label}}_{{index}}.wav", "loader: nowhere.load cannot be imported"),
@@ -190,7 +190,7 @@ def prepare(case, root, trained):
         case "class only in val":
             image(tree / "val" / "purple" / "0.png", (99, 0, 99))
         case "corrupt image":
-            bad.write_bytes(b"this is no image")
+            bad.write_bytes(b"this is not an image")
         case "truncated image" | "truncated image in a worker":
             image(bad, (9, 9, 9), size=(200, 200))
             truncate(bad)
@@ -207,7 +207,7 @@ def prepare(case, root, trained):
                 "model:\n  class_path: Classification\n  init_args:\n    backbone:\n"
                 "      class_path: ConvNet\n      init_args:\n        widht: 3\n"
             )
-        case "config that is no YAML":
+        case "config that is not YAML":
             (root / "bad.yaml").write_text("model: [")
         case "rank of a list":
             (root / "bad.yaml").write_text("[ConvNet]")
@@ -224,7 +224,7 @@ def prepare(case, root, trained):
             torch.save({k: v for k, v in state.items() if not k.startswith("2")}, root / "w.pth")
         case "weights that are a pickle":
             torch.save(ConvNet(4), root / "w.pth")
-        case "weights that are no weights":
+        case "weights that are not weights":
             (root / "w.safetensors").write_bytes(b"nothing")
         case "unwritable run directory" | "a folder that is a file":
             (root / "file").touch()

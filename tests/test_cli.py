@@ -264,7 +264,7 @@ def test_a_nested_null_takes_a_configs_value_back(ok, tmp_path, form):
 
 
 def test_the_parser_still_makes_a_word_of_a_nested_null():
-    """When this fails, jsonargparse is mended and `nested_nulls` can go."""
+    """When this fails, jsonargparse is fixed and `nested_nulls` can go."""
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningModule
 

@@ -1,6 +1,6 @@
 """Transfer learning by composition: a task, a backbone, a fine-tuning strategy and methods.
 
-Importing this package is what makes the bare class names work in a config.
+Importing this package registers its classes, so that a config can use their bare names.
 """
 
 from typing import TYPE_CHECKING
@@ -24,5 +24,5 @@ from tl_modules.runs import load_run as load_run
 from tl_modules.tasks import *
 
 __version__ = "0.1.0"
-if not TYPE_CHECKING:  # mypy takes the star imports as they are
+if not TYPE_CHECKING:  # mypy follows the star imports
     __all__ = sorted(name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__))

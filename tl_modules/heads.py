@@ -16,32 +16,32 @@ __all__ = ["Bottleneck", "CosineHead", "Head", "LinearHead", "MLPHead"]
 class Head(nn.Module, ABC):
     """Maps features (B, in_features) to outputs (B, out_features).
 
-    A subclass takes (in_features, out_features, ...) and writes `forward`.
+    A subclass takes (in_features, out_features, ...) and implements `forward`.
     """
 
 
-Head.register(nn.Linear)  # what runs of version 0.1 name
+Head.register(nn.Linear)  # the head in configs of version 0.1
 
 
 class LinearHead(Head, nn.Sequential):
     """A linear layer on normalised features.
 
-    LayerNorm gives the features of any backbone one scale, so that one learning rate fits them all. The weights start
+    LayerNorm scales the features of any backbone alike, so that one learning rate suits them all. The weights start
     near zero.
 
     Args:
         in_features: Width of the features.
         out_features: Number of outputs.
-        closed_form: Whether a run on a frozen pretrained backbone begins with the weights that shrinkage discriminant
-            analysis (classes) or ridge regression (values) gives on its features, rather than near zero.
+        closed_form: Whether a run on a frozen pretrained backbone starts from the weights that shrinkage discriminant
+            analysis (classes) or ridge regression (values) computes from its features, instead of near zero.
 
     Attributes:
-        closed_form: The same; False once the head has weights.
+        closed_form: As the argument; False once the head has weights.
     """
 
     def __init__(self, in_features: int, out_features: int, closed_form: bool = True) -> None:
         last = nn.Linear(in_features, out_features)
-        # so small that a short run has no noise to unlearn, and passes none on to the backbone
+        # small enough that a short run has no noise to unlearn, and propagates none to the backbone
         nn.init.normal_(last.weight, std=1e-3)
         nn.init.zeros_(last.bias)
         super().__init__(nn.LayerNorm(in_features), last)
@@ -53,7 +53,7 @@ class LinearHead(Head, nn.Sequential):
 
 
 class MLPHead(Head, nn.Sequential):
-    """Linear, BatchNorm if asked for, ReLU, dropout, linear; on normalised features.
+    """Normalises features, then applies linear, optional BatchNorm, ReLU, dropout, linear.
 
     Args:
         in_features: Width of the features.
@@ -61,7 +61,7 @@ class MLPHead(Head, nn.Sequential):
         hidden: Width between the two layers.
         dropout: Probability of dropping a hidden unit.
         batch_norm: Normalises the hidden units.
-        normalize: Gives the features one scale by LayerNorm.
+        normalize: Applies LayerNorm to the features.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class MLPHead(Head, nn.Sequential):
 
 
 class Bottleneck(nn.Sequential):
-    """A layer of its own between features and head, for methods to move: Linear, BatchNorm, ReLU.
+    """A trainable layer between features and head, which methods can adapt: Linear, BatchNorm, ReLU.
 
     Args:
         in_features: Width of the features.
-        width: Of what it gives.
+        width: Width of its output.
 
     Raises:
         UserError: The width is not positive.
@@ -103,12 +103,12 @@ class Bottleneck(nn.Sequential):
 
 
 class CosineHead(Head):
-    """`scale * cos(features, prototype)` for each output, as in Gidaris and Komodakis (CVPR 2018) for few shots.
+    """Computes `scale * cos(features, prototype)` per output, for few shots (Gidaris and Komodakis, CVPR 2018).
 
     Args:
         in_features: Width of the features.
         out_features: Number of outputs.
-        scale: Starting value of the learned temperature.
+        scale: Initial value of the learned temperature.
     """
 
     def __init__(self, in_features: int, out_features: int, scale: float = 10.0) -> None:
@@ -117,5 +117,5 @@ class CosineHead(Head):
         self.scale = nn.Parameter(self.prototypes.weight.new_tensor(scale))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features) -> (B, out_features)."""
+        """Maps (B, in_features) to (B, out_features)."""
         return self.scale * F.linear(F.normalize(features), F.normalize(self.prototypes.weight))

@@ -1,15 +1,15 @@
-"""The straight line: a batch goes through backbone, head and loss terms on this one page.
+"""A training step on one page: a batch goes through backbone, head and loss terms.
 
     batch {"source": Batch(x, y, index), "target": Batch(x, None, index)}
-      -> transform_batch    a method may put another batch in its place
-      -> forward_domains    backbone (-> bottleneck) -> features -> head -> output: a DomainOutput of each side
+      -> transform_batch    a method may replace the batch
+      -> forward_domains    backbone (-> bottleneck) -> features -> head -> output: one DomainOutput per side
       -> reweight           how much each sample counts
       -> terms              the task's loss on every labelled output, + weight * method(source output, target output)
       -> sum
 
-x, y, features and outputs are trees of samples (batch/samples.py); nothing here knows what is in them. A plain target
-is fine-tuning; labelled source and target are joint training, L_S + target_weight * L_T; a labelled source beside an
-unlabelled target is adaptation. The batch alone says which it is; there is no switch.
+x, y, features and outputs are trees of samples (batch/samples.py); nothing here depends on what is in them. A target
+alone is fine-tuning; labelled source and target are joint training, L_S + target_weight * L_T; a labelled source beside
+an unlabelled target is adaptation. Which one it is follows from the batch alone; there is no flag.
 """
 
 from __future__ import annotations
@@ -46,33 +46,33 @@ from tl_modules.methods.base import Method, attach_methods, check_methods, check
 from tl_modules.methods.schedules import LossWeight, current_weight
 from tl_modules.methods.terms import LossMeans
 
-# ours leaves the batches of a datamodule of ours as they are
+# our hook returns the batches of our datamodules unchanged, so Lightning's warning does not apply
 warnings.filterwarnings("ignore", ".*overridden `on_before_batch_transfer` in `LightningModule`")
 HeadCallable = Callable[[Any, int], Head]
 Domains = Mapping[str, Batch]
 
 
 class TransferModule(QuickNames, StagedModule):
-    """A pretrained backbone and a task head, trained as the fine-tuning strategy and the methods say.
+    """A pretrained backbone and a task head, trained according to the fine-tuning strategy and the methods.
 
-    A task subclasses this and fills in the form of `Task`. Backbone, head, strategy and methods are composed.
+    A task subclasses this and implements `Task`. Backbone, head, strategy and methods are composed.
 
     Args:
-        backbone: Raw samples -> features.
-        schema: What inputs and labels are, as plain data, e.g. {"x": {"image": {}}, "y": {"classes": ["cat", "dog"]}};
-            `tl fit` takes it from the data. An int is the number of outputs, and leaves inputs and classes unknown.
+        backbone: Maps raw samples to features.
+        schema: Describes inputs and labels as plain data, e.g. {"x": {"image": {}}, "y": {"classes": ["cat", "dog"]}};
+            `tl fit` takes it from the data. An int is the number of outputs; inputs and classes are then unknown.
         head: Class or function of (in_features, out_features).
         finetuning: Which stages train when, and how fast.
         methods: Further terms of the loss.
-        optimizer: Class or function of the parameter groups; its learning rate is the head's.
+        optimizer: Class or function of the parameter groups; its learning rate is that of the head.
         lr_scheduler: Class or function of the optimizer; stepped each epoch (WarmupCosine, OneCycleLR and CyclicLR:
-            each step). None: the learning rates stay as they are.
-        target_weight: lambda in L_S + lambda L_T, where both domains are labelled, a number or a `WeightSchedule`.
-        source_weight: The weight of L_S; with 0 the source's labels train nothing.
-        bottleneck: The width (often 256) of a layer that trains between the backbone's pooled features and the head:
-            Linear, BatchNorm, ReLU. Head and methods see what it gives, and move it where the backbone is frozen.
-        save: "all", or "trainable": checkpoints leave out the parameters that never train, and loading one needs the
-            backbone's pretrained weights again (a fingerprint makes sure that they are the same).
+            each step). None: constant learning rates.
+        target_weight: lambda in L_S + lambda L_T, if both domains are labelled; a number or a `WeightSchedule`.
+        source_weight: The weight of L_S; with 0 the source's labels are not trained on.
+        bottleneck: Width (often 256) of a trainable layer between the backbone's pooled features and the head: Linear,
+            BatchNorm, ReLU. Head and methods get its output, and can adapt it even if the backbone is frozen.
+        save: "all", or "trainable": checkpoints then leave out the parameters that never train, and loading one needs
+            the backbone's pretrained weights again (a fingerprint checks that they are the same).
     """
 
     backbone: Backbone
@@ -80,7 +80,7 @@ class TransferModule(QuickNames, StagedModule):
     def __init__(
         self,
         backbone: Backbone,
-        schema: dict | int,  # type: ignore[type-arg]  # the parser would read the texts of a dict[str, Any] again
+        schema: dict | int,  # type: ignore[type-arg]  # the parser would re-read texts in a dict[str, Any]
         head: HeadCallable = LinearHead,
         finetuning: FineTuning = lazy_instance(Full),  # noqa: B008 - plain data until it is built
         methods: list[Method] | None = None,
@@ -105,11 +105,11 @@ class TransferModule(QuickNames, StagedModule):
         self.trainable = range(self.num_stages)
         self.methods = nn.ModuleList(methods or [])
         self.backbone_lr = finetuning.relative_lr(backbone.random)
-        self.reached: set[str] = set()  # the methods whose gradient has been seen to come to something that trains
+        self.reached: set[str] = set()  # methods whose gradient has reached a trainable parameter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.save = save
-        self.left_out: str | None = None  # a fingerprint of what checkpoints leave out, once one is written
+        self.left_out: str | None = None  # fingerprint of what checkpoints leave out, once one is written
         self.task_weight = {"source": source_weight, "target": target_weight}
         self.build_metrics()
         self.terms = LossMeans()
@@ -118,10 +118,10 @@ class TransferModule(QuickNames, StagedModule):
         attach_methods(self)
         finetuning.prepare(self)
 
-    # The straight line
+    # One training step
 
     def encode(self, x: Any) -> Any:
-        """Prepared inputs, or cached activations in their place -> what the head takes, in single precision."""
+        """Maps prepared inputs, or cached activations in their place, to the head's input, in float32."""
         if isinstance(x, CachedActivations):
             features = x.features()
         else:
@@ -131,7 +131,7 @@ class TransferModule(QuickNames, StagedModule):
         return samples.to_float32(features) if torch.is_autocast_enabled(self.device.type) else features
 
     def forward(self, x: Any) -> Any:
-        """Prepared inputs (B, ...) -> outputs (B, num_outputs)."""
+        """Maps prepared inputs (B, ...) to outputs (B, num_outputs)."""
         features = self.encode(x)
         with full_precision(self.device):
             return self.decode(features)
@@ -147,7 +147,7 @@ class TransferModule(QuickNames, StagedModule):
         if pass_together(xs, self.backbone.align) and not apart:
             with passing(rows):
                 features = samples.split(self.encode(samples.concat(xs)), [count for _, count in rows])
-        else:  # one after the other
+        else:  # inputs of different shapes run one by one
             if any(method.needs_raw_input for _, method in self.named_methods()):
                 check_sources(names, xs)
             features = []
@@ -166,14 +166,14 @@ class TransferModule(QuickNames, StagedModule):
     def forward_extra(self, x: Any, domain: str = "target") -> DomainOutput:
         """Runs other inputs of one domain, e.g. augmented or mixed ones, in the run's precision.
 
-        In training it updates no running statistics: BatchNorm predicts with those of the data as it is.
+        In training it does not update running statistics: BatchNorm's should come from the unmodified data.
         """
         precision = self.trainer.precision_plugin.forward_context() if attached(self) else nullcontext()
         with precision, statistics_kept(self) if self.training else nullcontext():
             return self.forward_domains({domain: Batch(x)})[domain]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Names the domains of batches from loaders that are not ours."""
+        """Names the domains of batches that do not come from our loaders."""
         return by_domain(batch, Tensor)
 
     def training_step(self, batch: Domains, batch_idx: int) -> Tensor:
@@ -199,7 +199,7 @@ class TransferModule(QuickNames, StagedModule):
                     terms[name] = current_weight(method.weight, self) * term
         if not terms:
             raise UserError(
-                "source_weight, target_weight: nothing is left of the loss, since the labelled domains have weight 0 "
+                "source_weight, target_weight: nothing is left of the loss: the labelled domains have weight 0, "
                 "and no method adds a term"
             )
         total = reduce(torch.add, terms.values())
@@ -211,7 +211,7 @@ class TransferModule(QuickNames, StagedModule):
         return named(self.methods)
 
     def on_train_start(self) -> None:
-        """Checks before the first step everything that would otherwise fail later.
+        """Checks, before the first step, everything that would otherwise fail later.
 
         Raises:
             UserError: A method lacks a domain, there is nothing to learn from, or the strategy cannot train.
@@ -219,14 +219,14 @@ class TransferModule(QuickNames, StagedModule):
         domains: dict[str, Any] = by_domain(self.trainer.train_dataloader, DataLoader)
         labels = [getattr(getattr(loader, "dataset", None), "label", "y") for loader in domains.values()]
         self.adapts = len(domains) > 1 or "none" in labels
-        self.open_stages()  # a run that goes on within an epoch does not start it
+        self.open_stages()  # a run resumed mid-epoch skips on_train_epoch_start
         check_methods(self, domains, labels)
         self.finetuning.check(self, domains)
         super().on_train_start()
         start_head(self, domains)
 
     def on_train_epoch_start(self) -> None:
-        """Opens what this epoch opens, and gives the methods that ask for it a pass over a domain."""
+        """Unfreezes the stages of this epoch, and runs the full passes that methods ask for."""
         self.terms = LossMeans()
         super().on_train_epoch_start()
         domains = whole_domains(by_domain(self.trainer.train_dataloader, DataLoader))
@@ -236,15 +236,15 @@ class TransferModule(QuickNames, StagedModule):
                     method.on_full_pass(self, domain, full_pass(self, loaders))
 
     def on_train_batch_end(self, outputs: Any, batch: Domains, batch_idx: int) -> None:
-        """Logs the epoch's mean of each term, before the validation that ends it."""
+        """Logs the epoch's mean of each term, before the epoch's last validation."""
         if self.trainer.is_last_batch or self.trainer.global_step == self.trainer.max_steps:
             means = {f"train/{name}": mean for name, mean in self.terms.means().items()}
             self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the task is, and leaves out what never trains if `save` says so."""
+        """Adds a description of the task, and, if `save` says so, leaves out what never trains."""
         contents.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores left-out weights; lets a learning rate given now win, at the schedule's present fraction of it."""
+        """Restores left-out weights; rescales saved learning rates if the configured one has changed."""
         contents.restore(self, checkpoint)

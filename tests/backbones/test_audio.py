@@ -159,22 +159,22 @@ def test_rates_are_the_datas_or_resampled_to_ones_own(caplog):
     for backbone, rate, count in ((free, 8000, 900), (fixed, 16000, 1800)):
         backbone.bind_schema({"audio": {"rate": 8000}})
         assert (backbone.rate, int(backbone.prepare(waves()).lengths[0])) == (rate, count)
-    assert "recordings are resampled from 8000 to 16000 Hz, which SpeechConvNet takes" in caplog.text
+    assert "recordings are resampled from 8000 to 16000 Hz, the rate of SpeechConvNet" in caplog.text
     tone = torch.sin(2 * torch.pi * 300 * torch.arange(8000) / 8000)
     wanted = torch.sin(2 * torch.pi * 300 * torch.arange(16000) / 16000)
     assert (Resample(8000, 16000).one(tone) - wanted)[500:-500].abs().max() < 1e-2
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(UserError, match="SpeechConvNet takes recordings, and the data's inputs are numeric"):
+    with pytest.raises(UserError, match="SpeechConvNet takes recordings, but the data's inputs are numeric"):
         Classification(SpeechConvNet(4), {"x": {"numeric": ["a"]}, "y": {"classes": ["b", "c"]}})
-    with pytest.raises(UserError, match="rate: the data does not say"):
+    with pytest.raises(UserError, match="rate: the data does not state"):
         Classification(SpeechConvNet(4), 2)
-    with pytest.raises(UserError, match="takes recordings, and these inputs are none"):
+    with pytest.raises(UserError, match="takes recordings, but the inputs are not"):
         SpeechConvNet(4, rate=8000)(torch.zeros(2, 100))
-    with pytest.raises(UserError, match=r"a recording is a waveform \(T,\) of at least one sample"):
+    with pytest.raises(UserError, match=r"a recording must be a waveform \(T,\)"):
         Resample()([torch.zeros(2, 100)])
-    with pytest.raises(UserError, match="takes an image backbone, and TabularMLP is none"):
+    with pytest.raises(UserError, match="needs an image backbone, not TabularMLP"):
         Spectrogram(TabularMLP(3))
     for wrong in ({"mels": 0}, {"high": 9000}, {"low": 5000}):
         with pytest.raises(UserError, match="do not fit 8000 samples a second"):
@@ -197,8 +197,8 @@ def test_a_module_of_ones_own_loader(name, module_file):
     ("my_speech.nothing", "loader: my_speech.nothing cannot be imported"),
     ("no_such_module.x", "loader: no_such_module.x cannot be imported"),
     ("alone", "loader: alone cannot be imported"),
-    ("my_speech.__name__", "loader: my_speech.__name__ is no function"),
-    ("my_speech.number", "gives a int, not a torch.nn.Module"),
+    ("my_speech.__name__", "loader: my_speech.__name__ is not a function"),
+    ("my_speech.number", "returns a int, not a torch.nn.Module"),
 ])  # fmt: skip
 def test_a_loader_that_is_none(loader, message, module_file):
     module_file("my_speech", LOADER)
@@ -264,7 +264,7 @@ def test_an_encoder_says_what_hugging_face_says(encoders):
 def test_an_encoder_that_cannot_be_had(tmp_path, encoders):
     with pytest.raises(UserError, match="without a network, run `hf download nobody/nothing"):
         AudioTransformer("nobody/nothing")
-    with pytest.raises(UserError, match="is no encoder of Hugging Face that can be loaded"):
+    with pytest.raises(UserError, match="is not an encoder of Hugging Face that can be loaded"):
         AudioTransformer(tmp_path)
 
 

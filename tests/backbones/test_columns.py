@@ -64,7 +64,7 @@ def test_weights_come_back_with_the_means_of_the_present_rows(name, tmp_path):
 def test_scarf_swaps_categories_too_and_an_autoencoder_refuses_them():
     module = SCARF(TabularMLP(widths=[8]), schema={"x": SCHEMA}, dim=4)
     assert torch.isfinite(module.objective(rows())["contrast"])
-    with pytest.raises(UserError, match="Autoencoder restores numbers, and the data has categories"):
+    with pytest.raises(UserError, match="Autoencoder reconstructs numbers, but the data has categories"):
         Autoencoder(TabularMLP(widths=[8]), schema={"x": SCHEMA})
 
 
@@ -74,7 +74,7 @@ def test_scarf_swaps_categories_too_and_an_autoencoder_refuses_them():
         (lambda: TabularMLP(embedding=-1), "embedding: -1"),
         (lambda: TabularResNet(0), "blocks, width, hidden: 0"),
         (lambda: FTTransformer(7), "blocks, width: 7"),
-        (lambda: FTTransformer(2, 12), "blocks, width: 2 must lie in 1 to 6, and 12 be a multiple of 8"),
+        (lambda: FTTransformer(2, 12), "blocks, width: 2 must be in 1 to 6, and 12 a multiple of 8"),
         (lambda: TabularMLP(2).bind_schema(SCHEMA), "in_features: 2 for data with 2 columns and 2 of categories"),
     ],
 )

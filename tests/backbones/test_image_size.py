@@ -26,7 +26,7 @@ def test_a_network_of_one_size_is_built_for_another(cls, name, position, tmp_pat
     assert 128 <= backbone.data_defaults["resize_size"] <= 150
     assert backbone(torch.zeros(1, 3, 128, 128)).shape == (1, backbone.out_features)
     with pytest.raises(
-        UserError, match=r"takes images of 128 x 128 pixels, and the data's have 96 x 96; pass .*size 96"
+        UserError, match=r"takes images of 128 x 128 pixels, but the data's have 96 x 96; pass .*size 96"
     ):
         backbone(torch.zeros(1, 3, 96, 96))
     own = backbone.model.state_dict()

@@ -187,10 +187,10 @@ def test_a_teacher_of_an_input_that_does_not_travel_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"drop": 1.0}, r"drop: 1 must lie in \[0, 1\)"),
+    ({"drop": 1.0}, r"drop: 1 must be in \[0, 1\)"),
     ({"open_stages": {"sound": 1}}, "open_stages: sound: 1 must be 0 or more stages of one of image, text"),
     ({"open_stages": {"text": -1}}, "open_stages: text: -1 must be 0 or more"),
-    ({"carries": ["text"]}, "carries: text has a part that reads it"),
+    ({"carries": ["text"]}, "carries: text already has a part that reads it"),
 ])  # fmt: skip
 def test_refusals(options, message):
     with pytest.raises(UserError, match=message):
@@ -198,7 +198,7 @@ def test_refusals(options, message):
 
 
 def test_data_that_lack_an_input_are_said():
-    with pytest.raises(UserError, match="parts: the data have no input image; they have image, one alone or several"):
+    with pytest.raises(UserError, match="parts: the data has no input named image; it has image, alone"):
         Classification(several(), {"x": {"image": {}}, "y": {"classes": ["a", "b"]}})
     with pytest.raises(UserError, match="parts: give a backbone for each input"):
         SeveralBackbones({})

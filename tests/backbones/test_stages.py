@@ -46,7 +46,7 @@ layer(images).square().sum().backward()
 def test_the_convolution_that_kills_a_process_still_does():
     """Once it does not, `suits_channels_last` of backbones/stages.py has no need to look for it."""
     code = subprocess.run([sys.executable, "-c", CONVOLUTION], capture_output=True, timeout=120).returncode
-    assert code < 0, "oneDNN's issue 6035 is mended in this torch: let stages.suits_channels_last go"
+    assert code < 0, "oneDNN's issue 6035 is fixed in this torch: let stages.suits_channels_last go"
 
 
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0"])

@@ -116,7 +116,7 @@ def test_weights_bring_their_statistics_and_let_new_ones_replace_them(tmp_path):
         ({"widths": [0]}, "must be at least 1"),
         ({"in_features": 0}, "must be at least 1"),
         ({"widths": [4, 0]}, "must be at least 1"),
-        ({"dropout": 1.0}, r"dropout: 1.0 must lie in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout: 1.0 must be in \[0, 1\)"),
         ({"weights": "DEFAULT"}, "TabularMLP has no hub entry DEFAULT"),
         ({"weights": "nowhere.pth"}, "there is no file or run directory nowhere.pth"),
     ],

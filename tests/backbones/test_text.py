@@ -98,16 +98,16 @@ def test_encoder_mistakes(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=r"no/such could not be|no/such is no folder, .*hf download no/such --local-dir"
+        UserError, match=r"no/such could not be|no/such is not a folder, .*hf download no/such --local-dir"
     ):
         TransformerBackbone("no/such")
-    with pytest.raises(UserError, match="is no encoder of Hugging Face"):
+    with pytest.raises(UserError, match="is not an encoder of Hugging Face"):
         TransformerBackbone(tmp_path)
     with pytest.raises(UserError, match="windows, max_length: 0"):
         TransformerBackbone(folder, windows=0)
     with pytest.raises(UserError, match="DEFAULT stands for the weights of"):
         TransformerBackbone(folder, weights="other")
-    with pytest.raises(UserError, match="takes texts, and the data's inputs are image"):
+    with pytest.raises(UserError, match="takes texts, but the data's inputs are image"):
         Classification(TransformerBackbone(folder), {"x": {"image": {}}, "y": {"classes": ["a", "b"]}})
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'lightning-transfer\[text\]'"):
@@ -177,9 +177,9 @@ def test_only_what_is_needed_is_kept(glove, tmp_path):
     ("content", "message"),
     [
         (b"good 1 2\nbad 1\n", "line 2 has 1 numbers, not 2"),
-        (b"good 1 2\nbad 1 x2\n", "line 2 holds what is no number"),
-        (b"good 1 2\nbad 1 nan\n", "line 2 holds a number that is not finite"),
-        (b"2 2\ngood 1 2\nb\xffd 1 2\n", "line 3 begins with what is no UTF-8"),
+        (b"good 1 2\nbad 1 x2\n", "line 2 has a value that is not a number"),
+        (b"good 1 2\nbad 1 nan\n", "line 2 has a number that is not finite"),
+        (b"2 2\ngood 1 2\nb\xffd 1 2\n", "line 3 begins with bytes that are not UTF-8"),
         (as_binary(b"\n")[:-5], "word 4 of 4 is cut off"),
         (b"good\n", "line 1 has no word and numbers"),
         (b"", "line 1 has no word and numbers"),
@@ -268,13 +268,13 @@ def test_series():
 
 
 def test_recurrent_mistakes(glove):
-    with pytest.raises(UserError, match="does not say how wide its series are"):
+    with pytest.raises(UserError, match="the number of columns of the series is unknown"):
         RecurrentBackbone().bind_schema({"text": {}})
     with pytest.raises(UserError, match="in_features: 3 for series with 2 columns"):
         RecurrentBackbone(in_features=3).bind_schema({"series": ["a", "b"]})
-    with pytest.raises(UserError, match="width even in two directions"):
+    with pytest.raises(UserError, match="width even if bidirectional"):
         RecurrentBackbone(in_features=3, width=5)
-    with pytest.raises(UserError, match="takes texts, and the data's inputs are image"):
+    with pytest.raises(UserError, match="takes texts, but the data's inputs are image"):
         RecurrentBackbone(WordVectors(glove)).bind_schema({"image": {}})
 
 

@@ -166,7 +166,7 @@ def test_hub_from_a_local_folder(repo):
     check(TorchHubBackbone(repo, "headless", image_size=16), 7, 16)
 
 
-@pytest.mark.parametrize(("entry", "match"), [("tinny", "has no entry tinny"), ("number", "gives a int")])
+@pytest.mark.parametrize(("entry", "match"), [("tinny", "has no entry tinny"), ("number", "returns a int")])
 def test_hub_mistakes(repo, entry, match):
     with pytest.raises(tl_modules.UserError, match=match):
         TorchHubBackbone(repo, entry)
@@ -263,7 +263,7 @@ def test_images_of_unequal_sizes_are_said():
 
 
 def test_other_inputs_are_said():
-    with pytest.raises(UserError, match=r"ConvNet takes images, and the data's inputs are numeric; take .* TabularMLP"):
+    with pytest.raises(UserError, match=r"ConvNet takes images, but the data's inputs are numeric; use .* TabularMLP"):
         Classification(ConvNet(4), {"x": {"numeric": ["a"]}, "y": {"classes": ["b", "c"]}})
 
 

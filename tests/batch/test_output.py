@@ -67,7 +67,7 @@ def test_a_target_without_labels_is_a_tensor():
 def test_a_domain_of_another_name():
     module = Classification(ConvNet(4), 3)
     trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    with pytest.raises(UserError, match="a domain is called photos; the names are target, and source"):
+    with pytest.raises(UserError, match="unknown domain photos; the names are target, and source"):
         trainer.fit(module, {"photos": loader()})
 
 

@@ -162,7 +162,7 @@ def test_a_loose_parameter_counts_as_trainable():
         def forward(self, x):
             return self.two(self.one(x + self.token))
 
-    with pytest.raises(CannotCut, match="trainable stages read the input itself"):
+    with pytest.raises(CannotCut, match="trainable stages read only the input itself"):
         Cut(Token(), 1, torch.randn(3, 4))
 
 
@@ -264,14 +264,14 @@ class Thing(nn.Linear):
 @pytest.mark.parametrize(
     ("one", "forward", "reason"),
     [
-        (nn.Linear, lambda net, x: net.two(x), "read the input itself"),
-        (nn.Linear, lambda net, x: net.one(x) if net.two(x).isfinite().all() else net.two(x), "values of what trains"),
-        (Average, lambda net, x: net.two(net.one(x)), "samples alone and in a batch differ"),
-        (Whole, lambda net, x: net.two(net.one(x)[1]).expand(len(x), 4), "read the input itself"),
+        (nn.Linear, lambda net, x: net.two(x), "read only the input itself"),
+        (nn.Linear, lambda net, x: net.one(x) if net.two(x).isfinite().all() else net.two(x), "depends on outputs of trainable ones"),
+        (Average, lambda net, x: net.two(net.one(x)), "differ alone and in a batch"),
+        (Whole, lambda net, x: net.two(net.one(x)[1]).expand(len(x), 4), "read only the input itself"),
         (
             Thing,
             lambda net, x: net.two(x) + (net.one(x) is None),
-            "returns what cannot be stored, a value of type object",
+            "returns a value that cannot be stored, of type object",
         ),
     ],
 )

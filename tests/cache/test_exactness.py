@@ -62,4 +62,4 @@ def test_gradual_unfreezing_moves_the_boundary(tmp_path, said):
     module = Classification(ConvNet(4), 10, finetuning=GradualUnfreezing(2))
     fit(Digits(), module, epochs=8, folder=str(tmp_path / "c"))
     texts = [text.split(" cached")[0] for text in said() if "train" in text]
-    assert texts == [f"cache: target train: {w}" for w in ("features", "what leaves stage_1", "what leaves stage_0")]
+    assert texts == [f"cache: target train: {w}" for w in ("features", "outputs of stage_1", "outputs of stage_0")]

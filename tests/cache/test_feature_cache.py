@@ -40,7 +40,7 @@ def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
     result = tl(line)
     assert result.code == 143
     assert "Traceback" not in result.err
-    assert "a signal asks to stop" in " ".join(said())
+    assert "a signal asks the run to stop" in " ".join(said())
     assert not list((tmp_path / "cache").glob(".*.part"))
     assert tl("fit --run runs/x --resume --trust preempted").code == 0
     assert curve(tmp_path / "runs" / "x" / "version_0")[-1]["epoch"] == 3
@@ -74,7 +74,7 @@ def test_a_line_says_once_why_the_cache_is_off(tree, tmp_path, said):
 
     reasons = {
         "--cache.enabled is false": (small(), {"enabled": False}),
-        "Reader looks at the input": (small(methods=[Reader()]), {}),
+        "Reader reads the input": (small(methods=[Reader()]), {}),
     }
     for reason, (module, options) in reasons.items():
         fit(folders(tree), module, epochs=3, folder=str(tmp_path / "c"), **options)
@@ -83,7 +83,7 @@ def test_a_line_says_once_why_the_cache_is_off(tree, tmp_path, said):
     assert said() == [f"cache: {RUNS}: fewer than two epochs would read an entry"]
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(8, 3, 32, 32), torch.arange(8) % 3))
     fit(data, small(), folder=str(tmp_path / "c"))
-    assert said() == [f"cache: {RUNS}: the loaders are not those of a TransferDataModule"]
+    assert said() == [f"cache: {RUNS}: the loaders do not come from a TransferDataModule"]
 
 
 def test_an_entry_can_be_stored_in_half_precision(tree, tmp_path, said):
@@ -111,18 +111,18 @@ def test_a_method_that_needs_raw_input_gets_it(tree, tmp_path, said):
         def forward(self, module, source, target):
             return target.x.float().mean() * 0 + target.output.sum()
 
-    with pytest.raises(UserError, match="let the method say `needs_raw_input = True`"):
+    with pytest.raises(UserError, match="set `needs_raw_input = True` in the method"):
         fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
     Reads.needs_raw_input = True
     said()
     fit(folders(tree), small(methods=[Reads()]), folder=str(tmp_path / "c"))
-    assert said() == [f"cache: {RUNS}: Reads looks at the input"]
+    assert said() == [f"cache: {RUNS}: Reads reads the input"]
 
     class Uses(Method):
         def forward(self, module, source, target):
             return torch.mean(target.x) * 0
 
-    with pytest.raises(UserError, match="mean is asked of x, but x was not read"):
+    with pytest.raises(UserError, match="mean cannot use x: x was not read"):
         fit(folders(tree), small(methods=[Uses()]), folder=str(tmp_path / "c"))
 
 
@@ -133,7 +133,7 @@ def test_a_step_of_ones_own_gets_x(tree, tmp_path, said):
             return super().training_step(batch, batch_idx)
 
     fit(folders(tree), Own(ConvNet(4), 3, finetuning=tl_modules.FeatureExtraction()), folder=str(tmp_path / "c"))
-    assert said() == [f"cache: {RUNS}: Own has a training_step of its own, which may look at the input"]
+    assert said() == [f"cache: {RUNS}: Own overrides training_step, which may read the input"]
 
 
 def test_a_single_pass_is_not_cached(tree, tmp_path, said):
@@ -192,7 +192,7 @@ def test_data_that_draw_random_numbers_are_not_cached(tmp_path, said, monkeypatc
     asked, check = [], entry._check_deterministic
     monkeypatch.setattr(entry, "_check_deterministic", lambda *args: (asked.append(args), check(*args)))
     fit(Own(Noisy()), small(), epochs=4, folder=str(tmp_path / "c"))
-    assert all("the data set draws random numbers of its own" in text for text in said())
+    assert all("the data set draws unseeded random numbers" in text for text in said())
     assert len(asked) == 2  # of training and validation, not of each epoch
 
 
@@ -243,7 +243,7 @@ def test_a_backbone_that_cannot_be_cut_trains_all_the_same(tree, tmp_path, said)
         return said()
 
     for strategy in (LastStages(1), tl_modules.FeatureExtraction()):
-        assert any("run in every epoch: samples alone and in a batch differ" in text for text in run(strategy))
+        assert any("run in every epoch: differ alone and in a batch" in text for text in run(strategy))
 
 
 def test_test_data_are_cached_for_the_next_head(ok, said):

@@ -100,7 +100,7 @@ def test_what_has_no_name_serves_one_run(tree, tmp_path, said):
 
     for _ in range(2):
         fit(folders(tree), module(), folder=str(there))
-        assert any("an entry serves this run only: a Generator has no name" in text for text in said())
+        assert any("an entry is for this run only: a Generator cannot be named" in text for text in said())
     assert not list(there.glob("*/meta.json"))
 
 

@@ -69,7 +69,7 @@ def test_an_entry_that_does_not_pay_is_not_built(said, tmp_path, monkeypatch):
     assert run() == [f"cache: {name}: {declined}" for name in ("val", "target train")]
     assert not list((tmp_path / "c").iterdir())
     monkeypatch.setattr(entry.Pace, "saved", lambda *_: 34.5)
-    assert all("2 epochs go on from there, about 34 s less in all" in text for text in run())
+    assert all("2 epochs continue from there, about 34 s less in all" in text for text in run())
 
 
 def test_few_samples_are_not_measured(tree, said, tmp_path, monkeypatch):

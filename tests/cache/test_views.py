@@ -15,7 +15,7 @@ def test_augmentation_runs_in_every_epoch_unless_views_are_asked_for(tree, tmp_p
         fit(folders(tree, augment=[RandomHorizontalFlip()]), small(), folder=str(tmp_path / "c"), **options)
         return said()
 
-    assert any("augmentation changes what the frozen stages see" in text for text in run())
+    assert any("augmentation changes the input of the frozen stages" in text for text in run())
     texts = run(views=3)
     assert any("target train: features cached" in text for text in texts)
 

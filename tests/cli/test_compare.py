@@ -61,11 +61,11 @@ def test_a_config_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
 
 WAYS = "ways: {a: --x 1, b: --x 2}\n"
 BAD = {
-    "": "is no mapping of name, config",
+    "": "is not a mapping of name, config",
     "ways: {a: }\nseed: [0]": "there is no key seed (did you mean seeds?)",
-    "name: x": "ways is no mapping of names to words",
+    "name: x": "ways is not a mapping of names to words",
     "ways: {}": "name at least one way",
-    "ways: [a, b]": "ways is no mapping",
+    "ways: [a, b]": "ways is not a mapping",
     "ways: {a: 3}": "ways: a: 3 is neither a text nor a list of words",
     "ways: {a: '--x \"'}": "cannot be split into words (No closing quotation)",
     "ways: {a: '--x {bb}', b: }": "ways: a: {bb} names no way (did you mean b?)",
@@ -74,17 +74,17 @@ BAD = {
     "ways: {a: {of: b, options: --x}, b: }": "put its words into test instead of options",
     "ways: {a b: , a-b: }": "a b and a-b would share the folder a-b",
     "ways: {'->': }": "has no letter or digit",
-    WAYS + "tasks: [1]": "tasks is no mapping",
-    WAYS + "seeds: 3": "seeds: 3 is no list of whole numbers",
-    WAYS + "seeds: [a]": "is no list of whole numbers",
-    WAYS + "baseline: c": "baseline: c is no way that is reported",
+    WAYS + "tasks: [1]": "tasks is not a mapping",
+    WAYS + "seeds: 3": "seeds: 3 is not a list of whole numbers",
+    WAYS + "seeds: [a]": "is not a list of whole numbers",
+    WAYS + "baseline: c": "baseline: c is not a way that is reported",
     WAYS + "config: nowhere.yaml": "config: there is no file nowhere.yaml",
     WAYS + "tasks: {t: {config: nowhere.yaml}}": "f.yaml: tasks: t: config: there is no file nowhere.yaml",
     "ways: {a: {of: b, config: f.yaml}, b: }": "put its words into test instead of options",
     WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
     "ways: {a: {compress: --run x, soup: x, options: --x}}": "ways: a: compress makes its run of others; leave options, soup out",
     WAYS + "benchmark: 3": "benchmark: 3 is neither a text nor a list of words",
-    "ways: [": "is no YAML",
+    "ways: [": "is not YAML",
     "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",
 }
 
@@ -105,7 +105,7 @@ def test_a_bad_file_gives_one_sentence(text, tl, tmp_path):
         ("compare nowhere.yaml", "nowhere.yaml cannot be read (No such file or directory)"),
         ("compare", "FILE.yaml; `tl compare --help`"),
         ("compare f.yaml --processes 0", "--processes: 0 must be at least 1"),
-        ("compare f.yaml --seeds x", "is no list of whole numbers"),
+        ("compare f.yaml --seeds x", "is not a list of whole numbers"),
         ("compare f.yaml --only aa", "--only: there is no way aa (did you mean a?)"),
     ],
 )

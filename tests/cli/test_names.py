@@ -106,11 +106,11 @@ def test_files_that_are_no_utf8_are_written_as_they_are_named(ok, tl, tmp_path, 
 def test_what_a_config_cannot_hold_is_refused(tmp_path, capsys):
     for name in ("a", NOT_UTF8):
         image(tmp_path / "t" / name / "0.png", (9, 9, 9))
-    with pytest.raises(DataError, match=r"target: the name of the class \\udce9 is no UTF-8; rename its folder"):
+    with pytest.raises(DataError, match=r"target: the name of the class \\udce9 is not UTF-8; rename its folder"):
         ImageFolders(tmp_path / "t")
     with pytest.raises(SystemExit):
         main(["fit", "--data", "ImageFolders", "--data.target", f"{tmp_path}/{NOT_UTF8}"])
-    assert "\\udce9 is no UTF-8, so that config.yaml cannot hold it; rename it" in capsys.readouterr().err
+    assert "\\udce9 is not UTF-8, so that config.yaml cannot hold it; rename it" in capsys.readouterr().err
 
 
 def test_a_dollar_in_a_path_that_exists_is_that_path(ok, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_fit_reads_the_features_of_a_rank(ok, said):
 def test_one_that_fails_stops_no_other(tl):
     result = tl(f"rank resnet19 ConvNet ConvNet=nowhere.pth {DATA}")
     assert result.code == 1
-    assert "resnet19: failed: resnet19 is no classifier of torchvision or timm" in result.out
+    assert "resnet19: failed: resnet19 is not a classifier of torchvision or timm" in result.out
     assert "did you mean resnet1" in result.out
     assert "ConvNet=nowhere.pth: failed: weights: there is no file or run directory nowhere.pth" in result.out
     assert [row["status"] for row in table()] == ["ranked", "failed", "failed"]

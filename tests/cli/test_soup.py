@@ -189,7 +189,7 @@ def test_mistakes(tl, ok, here):
         ("soup runs/a --out x", "soup: give two runs or more, or one and --start RUN"),
         ("soup runs/a runs/a --out x", "soup: give two runs or more"),
         ("soup runs/a runs/b", "missing: soup.out"),
-        ("soup runs/a --start runs/start --alpha 2 --out x", "alpha: 2.0 must lie in [0, 1]"),
+        ("soup runs/a --start runs/start --alpha 2 --out x", "alpha: 2.0 must be in [0, 1]"),
         ("soup runs/a runs/wide --out x", "differ in backbone; take runs of one architecture"),
         ("soup runs/a runs/b --how best --out x", "how: best is not one of"),
     ):

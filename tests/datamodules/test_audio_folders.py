@@ -129,7 +129,7 @@ def test_formats_channels_and_rates(suffix, tmp_path):
 
 def test_bad_files_are_named_or_left_out(tmp_path, caplog):
     root = digits(tmp_path)
-    (root / "0_dan_0.wav").write_bytes(b"this is no recording")
+    (root / "0_dan_0.wav").write_bytes(b"this is not a recording")
     (root / "0_dan_1.wav").write_bytes(b"")
     soundfile.write(root / "1_dan_2.wav", np.zeros(0), 800)
     soundfile.write(root / "1_dan_3.wav", np.zeros(80), 800)
@@ -177,9 +177,9 @@ def test_names_of_contents_change_with_a_file(tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
     ({"pattern": "{word}.wav"}, "label: there is no field label"),
     ({"pattern": "{label"}, "pattern: {label is not like"),
-    ({"pattern": "{label}-{x}.wav"}, "label: none of the files is named like"),
+    ({"pattern": "{label}-{x}.wav"}, "label: no file name matches"),
     ({}, "has no class folders"),
-    ({"pattern": PATTERN, "where": {"test": "index~5"}}, "where.test: index~5 is no condition"),
+    ({"pattern": PATTERN, "where": {"test": "index~5"}}, "where.test: index~5 is not a condition"),
     ({"pattern": PATTERN, "where": {"test": "speaker<5"}}, "compares numbers"),
     ({"pattern": PATTERN, "where": {"test": "index<0"}}, "has no file for test"),
     ({"pattern": PATTERN, "where": {"exam": "index<0"}}, "where: there is no domain or split exam"),

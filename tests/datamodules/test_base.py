@@ -87,7 +87,7 @@ def test_splits_are_disjoint_stratified_and_seeded(seed):
 def test_shots_are_of_classes(targets):
     data = TensorDataset(torch.zeros(4))
     data.targets = targets
-    with pytest.raises(DataError, match="shots_per_class: the labels are no classes"):
+    with pytest.raises(DataError, match="shots_per_class: the labels are not classes"):
         few_shots(data, 1, ["a", "b"], seed=0)
 
 
@@ -114,7 +114,7 @@ def test_groups_are_not_torn_apart_and_fill_the_fractions(seed):
 def test_each_part_has_a_group_even_where_one_is_large():
     parts = split_rows(np.zeros(100), (0.2, 0.2), 0, groups=["a"] * 98 + ["b", "c"])
     assert all(map(len, parts))
-    with pytest.raises(DataError, match=r"group: 2 groups \(a, b\) cannot be split in 3 parts"):
+    with pytest.raises(DataError, match=r"group: 2 groups \(a, b\) cannot be split into 3 parts"):
         split_rows(np.zeros(4), (0.2, 0.2), 0, groups=["a", "a", "b", "b"])
 
 
@@ -319,7 +319,7 @@ def test_the_labels_of_digits_target_decide_nothing(monkeypatch):
 
 
 def test_digits_needs_a_domain():
-    with pytest.raises(DataError, match="target must be true"):
+    with pytest.raises(DataError, match="cannot both be false"):
         Digits(target=False)
 
 
@@ -363,10 +363,10 @@ def test_images_beside_test_images_are_those_to_train_on(tmp_path):
 
 
 @pytest.mark.parametrize(("more", "match"), [
-    (["test_images"], "test_labels must be one for each of the 4 images, there are none"),
+    (["test_images"], "test_labels must have one entry for each of the 4 images, not none"),
     (["test_labels"], "test_labels has no test_images beside it"),
     (["val_images", "val_labels", "valid_images", "valid_labels"], "valid_images is a second array of val images"),
-    (["train_images", "train_labels"], "has images and train_images"),
+    (["train_images", "train_labels"], "has both images and train_images"),
     (["tst_images", "tst_labels"], "tst_images belongs to no split"),
 ])  # fmt: skip
 def test_no_array_is_left_out_in_silence(more, match, tmp_path):

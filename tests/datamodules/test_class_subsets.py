@@ -87,14 +87,14 @@ def test_unknown_classes(arguments, match):
 
 def test_no_classes_and_nothing_left(tmp_path):
     np.savez(tmp_path / "a.npz", features=np.zeros((9, 2)), labels=np.linspace(0, 1, 9))
-    with pytest.raises(DataError, match="labels of TabularData are no classes"):
+    with pytest.raises(DataError, match="labels of TabularData are not classes"):
         ClassSubset(TabularData(tmp_path / "a.npz"))
     np.savez(tmp_path / "b.npz", features=np.zeros((20, 2)), labels=np.array([0, 1] * 9 + [2, 2]))
     data = ClassSubset(TabularData(tmp_path / "b.npz", test_fraction=0.1), target=["2"])
     with pytest.raises(DataError, match="target: no test sample of target has one of these classes"):
         data.domains("test")
     np.savez(tmp_path / "c.npz", features=np.zeros((9, 2)), labels=np.array(["unknown", "a", "b"] * 3))
-    with pytest.raises(DataError, match="the source has a class unknown itself"):
+    with pytest.raises(DataError, match="the source already has a class unknown"):
         ClassSubset(TabularData(tmp_path / "c.npz"), open_set=True)
 
 

@@ -78,7 +78,7 @@ def test_the_background_is_the_users_to_choose(tmp_path):
     shape_in_alpha((255, 255, 255)).save(tmp_path / "white.png")
     assert colour(tmp_path / "white.png") == [255, 255, 255]  # white on white
     assert colour(tmp_path / "white.png", background="#000000") == [64, 64, 64]
-    with pytest.raises(DataError, match="background: whitish is no colour"):
+    with pytest.raises(DataError, match="background: whitish is not a colour"):
         ImageFolders(tmp_path, classes=["a", "b"], background="whitish")
 
 
@@ -115,7 +115,7 @@ def test_an_odd_tag_does_not_stop_a_sound_photo(odd, tmp_path):
     decoded = reader(32).decode(tmp_path / "a.jpg")
     assert decoded.size == (16, 32)
     assert decoded.getpixel((8, 4))[0] > 200  # and the camera was turned: the left is the top
-    picture.save(tmp_path / "b.jpg", exif=b"Exif\0\0this is no EXIF")
+    picture.save(tmp_path / "b.jpg", exif=b"Exif\0\0this is not EXIF")
     assert reader(32).decode(tmp_path / "b.jpg").size == (32, 16)
 
 

@@ -74,7 +74,7 @@ def test_files_that_are_not_read_are_counted_and_told_once(tmp_path, caplog):
     assert sizes(data) == [16, 8, 8]
     data.resolve({"image_size": 32})
     sizes(data)
-    assert caplog.text.count("left out 3 files that are no images, or in no folder of a split, e.g. labels/a.csv") == 1
+    assert caplog.text.count("left out 3 files that are not images, or not in a split folder, e.g. labels/a.csv") == 1
     assert "left out 1 images in no class folder" in caplog.text
 
 

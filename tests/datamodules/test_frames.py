@@ -71,7 +71,7 @@ def test_excel(tmp_path):
         ("a,b\n", "a.csv", "has no rows"),
         ("1,2\n3,4,5\n", "a.csv", "line 2 has 3 cells, not 2"),
         ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
-        ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns of the name a"),
+        ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns named a"),
         ("nothing", "a.parquet", "a.parquet cannot be read as a table"),
         ("nothing", "a.arrow", "a.arrow cannot be read as a table"),
         ("nothing", "a.xlsx", "a.xlsx cannot be read as a table"),
@@ -85,7 +85,7 @@ def test_mistakes(read, text, name, match):
 
 def test_text_of_another_encoding(tmp_path):
     (tmp_path / "a.csv").write_bytes("a,b\nä,1\n".encode("latin-1"))
-    with pytest.raises(DataError, match="no UTF-8 text, byte 4"):
+    with pytest.raises(DataError, match="not UTF-8 at byte 4"):
         read_frame(tmp_path / "a.csv", "w")
 
 
@@ -100,5 +100,5 @@ def test_without_polars(read, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(DataError, match=r"it takes polars: pip install 'lightning-transfer\[tables\]'"):
+    with pytest.raises(DataError, match=r"it needs polars: pip install 'lightning-transfer\[tables\]'"):
         read("1,2\n")

@@ -42,7 +42,7 @@ def test_labels_become_numbers_of_classes_or_values():
     for missing in (None, "", math.nan):
         with pytest.raises(DataError, match=r"t\.csv row 1: its label is missing; fill it in"):
             encode_labels(["a", missing], ["a", "b"], at)
-    with pytest.raises(DataError, match=r"t\.csv row 1: its label 'inf' is no number; mend it, or pass --data\.kind"):
+    with pytest.raises(DataError, match=r"t\.csv row 1: its label 'inf' is not a number; fix it, or pass --data\.kind"):
         encode_labels(["1", "inf"], None, at)
     with pytest.raises(DataError, match=r"classes: there is no class c; there are a, b"):
         encode_labels(["a", "c"], ["a", "b"], at)

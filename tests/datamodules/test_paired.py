@@ -103,19 +103,19 @@ def test_images_of_an_array_and_two_domains(plants):
         assert int(part[0][0]["image"][0, 0, 0]) == int(part.ids[0]) + shift
     assert data.labels_hidden()
     assert list(data.train_dataloader().iterables) == ["source", "target"]
-    with pytest.raises(DataError, match=r"image: .*a.npz has 24 images, and the target's table 4 rows"):
+    with pytest.raises(DataError, match=r"image: .*a.npz has 24 images, but the target's table has 4 rows"):
         Paired(table(plants, ROWS[:4], "few.csv"), image=str(plants / "a.npz"), **options)
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"image": None, "text": None, "numbers": None}, "image, text, numbers: name the columns that are inputs"),
+    ({"image": None, "text": None, "numbers": None}, "image, text, numbers: name at least one column as input"),
     ({"text": "titel"}, "text: .*t.csv: there is no column titel (did you mean title?)"),
-    ({"numbers": ["title"]}, "numbers: column title of .*t.csv is String, no numbers"),
-    ({"label": "who", "kind": "values"}, "target: .*t.csv row 0: its label 'p0' is no number; mend it, or pass --data.kind classes"),
+    ({"numbers": ["title"]}, "numbers: column title of .*t.csv is String, not numbers"),
+    ({"label": "who", "kind": "values"}, "target: .*t.csv row 0: its label 'p0' is not a number; fix it, or pass --data.kind classes"),
     ({"label": "split"}, "target: .*t.csv row 0: its label split is missing; fill it in"),
     ({"classes": ["rose", "palm"]}, "classes: there is no class tree"),
     ({"split": "kind"}, "split: .*t.csv row 0: there is no split rose"),
-    ({"without": ["sound"]}, "without: there is no input beside which there is another sound"),
+    ({"without": ["sound"]}, "without: there is no removable input sound"),
     ({"val_fraction": 0.0}, "val_fraction, test_fraction: 0.0 and 0.2 must be above 0"),
 ])  # fmt: skip
 def test_refusals(plants, options, message):

@@ -69,7 +69,7 @@ def test_open_labels_of_a_part_are_hidden_too():
 def test_views_that_would_be_the_same_are_refused():
     data = Digits(augment="none")
     data.resolve(WANTED)
-    with pytest.raises(DataError, match="augment: views of a sample are compared"):
+    with pytest.raises(DataError, match="augment: pretraining compares views"):
         data.train_dataloader()
 
 

@@ -58,10 +58,10 @@ def test_all_tables_have_them(tmp_path):
 
 
 @pytest.mark.parametrize(("cells", "message"), [
-    ([1, -0.5], r"t.csv row 1: its weight -0\.5 is negative; mend it"),
+    ([1, -0.5], r"t.csv row 1: its weight -0\.5 is negative; fix it"),
     ([1, None], r"t.csv row 1: its weight is missing; fill it in"),
-    ([1, "x"], r"t.csv row 1: its weight 'x' is no number; mend it$"),
-    ([0, 0], r"t.csv row 0: its weight is 0, as all others are"),
+    ([1, "x"], r"t.csv row 1: its weight 'x' is not a number; fix it$"),
+    ([0, 0], r"t.csv row 0: all weights are 0"),
 ])  # fmt: skip
 def test_what_is_no_weight(cells, message):
     with pytest.raises(DataError, match=message):
@@ -73,12 +73,12 @@ def test_what_has_no_column_of_weights(tmp_path):
         with pytest.raises(DataError, match=r"weight: there is no column ww \(did you mean w\?\)"):
             data(table(tmp_path), weight="ww")
     np.savez(tmp_path / "t.npz", features=np.zeros((3, 2)), labels=np.arange(3))
-    with pytest.raises(DataError, match=r"weight: target: .*t\.npz is no table with a column w; leave it out"):
+    with pytest.raises(DataError, match=r"weight: target: .*t\.npz is not a table with a column w; leave it out"):
         TabularData(tmp_path / "t.npz", weight="w")
     for name in ("pos.txt", "neg.txt"):
         (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "texts" / name).write_text("a\nb\n")
-    with pytest.raises(DataError, match="is no table, so there is no column w"):
+    with pytest.raises(DataError, match="is not a table, so there is no column w"):
         TextFiles(tmp_path / "texts", weight="w")
 
 

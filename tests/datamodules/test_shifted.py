@@ -76,7 +76,7 @@ def test_colour_agrees_with_the_label_as_often_as_it_says(flip, noise):
 def test_colour_makes_two_classes():
     assert SpuriousColour(0.1).class_names(list("0123456789")) == ["0 to 4", "5 to 9"]
     assert SpuriousColour(0.1).class_names(list("abc")) == ["a to b", "c to c"]
-    with pytest.raises(DataError, match="labels are no classes"):
+    with pytest.raises(DataError, match="labels are not classes"):
         SpuriousColour(0.1).class_names(None)
 
 
@@ -107,7 +107,7 @@ def test_noise_has_its_deviation():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: SpuriousColour(1.5), "flip: 1.5 is no probability"),
+        (lambda: SpuriousColour(1.5), "flip: 1.5 is not a probability"),
         (lambda: Corruption("noise", 6), "severity: 6 must be"),
         (lambda: Corruption("nois"), r"kind: there is no corruption nois \(did you mean noise\?\)"),
         (lambda: Shifted(Digits(), ROTATED, target="r61"), r"target: there is no domain r61 \(did you mean r60\?\)"),

@@ -124,7 +124,7 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
         assert len(list(data.predict_dataloader())) == 1
         assert data.ids()[:2] == ["new.txt:1", "new.txt:3"]
     data = TextFiles(tmp_path / "new.txt", classes=["neg", "pos"])
-    with pytest.raises(DataError, match=r"new.txt has no labels for lack of a column .* `tl predict` can use it"):
+    with pytest.raises(DataError, match=r"new.txt has no labels for lack of a label column .* `tl predict` can use it"):
         data.train_dataloader()
     # beside a source they are a target whose labels are hidden anyway
     data = TextFiles(tmp_path / "new.txt", csv(tmp_path), val_fraction=0.3, test_fraction=0.3)
@@ -142,7 +142,7 @@ def test_texts_without_labels_are_for_prediction(tmp_path):
         ("txt,label\na,x\nb,y\n", {}, r"there is no column text \(did you mean txt\?\)"),
         ("text,label\na,x\nb,y\n", {"group": "author"}, "group: there is no column author"),
         ("text,label\na,x\nb,y\n", {"classes": ["x", "z"]}, "classes: there is no class y"),
-        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0: its label .x. is no number"),
+        ("text,label\na,x\nb,y\n", {"kind": "values"}, "row 0: its label .x. is not a number"),
         ("text\na\nb\n", {}, "has no labels; give some, or pass --data.label null"),
     ],
 )
@@ -160,7 +160,7 @@ def test_other_mistakes(tmp_path):
         TextFiles(tmp_path / "bad.zip")
     root = file_a_class(tmp_path)
     (root / "reviews.pos").write_bytes(b"good\ncaf\xe9\n")
-    with pytest.raises(DataError, match=r"reviews.pos line 2 is no utf-8; pass --data.encoding, e.g. latin-1"):
+    with pytest.raises(DataError, match=r"reviews.pos line 2 is not utf-8; pass --data.encoding, e.g. latin-1"):
         TextFiles(root)
     assert len(TextFiles(root, encoding="latin-1").class_names) == 2
     with pytest.raises(DataError, match="there is no column author"):

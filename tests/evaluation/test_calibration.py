@@ -45,7 +45,7 @@ def test_it_lowers_both_and_decides_nothing_anew():
 
 def test_where_none_is_best():
     logits, _ = drawn(1.0)
-    with pytest.raises(UserError, match="all 4000 validation samples are told apart"):
+    with pytest.raises(UserError, match="all 4000 validation samples are classified correctly"):
         fit_temperature(logits, logits.argmax(1))
     with pytest.raises(UserError, match="no better than chance"):
         fit_temperature(logits, (-logits).argmax(1))

@@ -94,8 +94,8 @@ def test_a_calibrated_member_counts_as_it_is_calibrated():
 
 @pytest.mark.parametrize(("make", "match"), [
     (lambda: MCDropout(passes=1), "passes: 1 must be at least 2"),
-    (lambda: MCDropout(), "MCDropout needs dropout, and neither backbone nor head has any"),
-    (lambda: DeepEnsemble([Classification(ConvNet(2), 3)]), "run: the runs of an ensemble tell other classes"),
+    (lambda: MCDropout(), "MCDropout needs dropout, but neither backbone nor head has any"),
+    (lambda: DeepEnsemble([Classification(ConvNet(2), 3)]), "run: the runs of an ensemble have different classes"),
 ])  # fmt: skip
 def test_mistakes(make, match):
     with pytest.raises(UserError, match=match):

@@ -77,9 +77,9 @@ def test_the_run_shows_domains_before_and_after(ok, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ("--select.by few", "open them by --data.selection_labels N"),
-    ("--select.by oracle --data.selection_labels 3", "open them by --data.selection_labels all"),
-    ("--select.by snd --data.target_labels true", "select: snd chooses where the target's labels are hidden"),
+    ("--select.by few", "show them with --data.selection_labels N"),
+    ("--select.by oracle --data.selection_labels 3", "show them with --data.selection_labels all"),
+    ("--select.by snd --data.target_labels true", "select: snd has no effect"),
     ("--select.by best", "select.by"),
     ("--data.selection_labels 99 --select.by few", "selection_labels: class 0 has"),
     ("--data.target_labels true --data.target_unseen true", "a target that training does not see"),
@@ -94,7 +94,7 @@ def test_source_and_dev_need_a_source():
     data = Several("vector", ("target",), target_labels=False)
     module = build([MCC], "vector")
     for by in ("source", "dev"):
-        with pytest.raises(UserError, match=f"{by} looks at a source, and there is none"):
+        with pytest.raises(UserError, match=f"{by} needs a source, but there is none"):
             ModelSelection(by).choose(module, data)
     ModelSelection().choose(module, data)
     assert module.monitor == ("val/target_infomax", "max")
@@ -162,7 +162,7 @@ def test_splits_that_are_cut_do_not_look_at_hidden_labels(tmp_path):
 @pytest.mark.parametrize("by", sorted(CRITERIA))
 def test_a_target_that_training_does_not_see_chooses_nothing(by):
     data, module = Several("vector", target_unseen=True), build([], "vector")
-    with pytest.raises(UserError, match=f"{by} looks at the target, which target_unseen keeps from"):
+    with pytest.raises(UserError, match=f"{by} uses the target, which target_unseen excludes from"):
         ModelSelection(by).choose(module, data)
 
 
@@ -178,10 +178,10 @@ def test_labels_that_test_do_not_choose(tree, caplog):
     data = ImageFolders(tree, source=tree, target_labels=False, selection_labels="all", image_size=32, num_workers=0)
     assert data.tests_on_validation()
     for by in ("few", "oracle"):
-        with pytest.raises(UserError, match=f"by which {by} would choose; give the target a test split"):
+        with pytest.raises(UserError, match=f"which {by} would choose by; give the target a test split"):
             ModelSelection(by).choose(Classification(ConvNet(4), 3), data)
     ModelSelection("infomax").choose(Classification(ConvNet(4), 3), data)
-    assert "what selection_labels opens are labels of the test" in caplog.text
+    assert "selection_labels shows labels of the test samples" in caplog.text
 
 
 def test_nothing_to_do_without_a_hidden_target():

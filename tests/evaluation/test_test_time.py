@@ -300,15 +300,15 @@ def test_adabn_of_a_regression():
 
 
 MISTAKES = {
-    "adabn without BatchNorm": (AdaBN, {"norm": nn.LayerNorm}, "AdaBN adapts BatchNorm, and the backbone has none"),
-    "tent without BatchNorm": (TENT, {"norm": nn.LayerNorm}, "TENT adapts BatchNorm, and the backbone has none"),
-    "tent without affine": (TENT, {"norm": lambda n: nn.BatchNorm1d(n, affine=False)}, "affine parameters, and the"),
+    "adabn without BatchNorm": (AdaBN, {"norm": nn.LayerNorm}, "AdaBN adapts BatchNorm, but the backbone has none"),
+    "tent without BatchNorm": (TENT, {"norm": nn.LayerNorm}, "TENT adapts BatchNorm, but the backbone has none"),
+    "tent without affine": (TENT, {"norm": lambda n: nn.BatchNorm1d(n, affine=False)}, "affine parameters, but the"),
     "tent of a regression": (TENT, {"task": Regression, "num_outputs": 1}, "class probabilities, which Regression"),
     "t3a of a regression": (T3A, {"task": Regression, "num_outputs": 1}, "class probabilities, which Regression"),
     "t3a of another head": (
         T3A,
         {"head": CosineHead},
-        "a torch.nn.Linear that ends the head, and this run's head is a CosineHead",
+        "a head that ends in a torch.nn.Linear, but this run's head is a CosineHead",
     ),
 }
 

@@ -34,10 +34,10 @@ def test_commands(tl, ok, tmp_path, caplog):
 
     both = tl("test --run runs/x --trainer.callbacks+=AdaBN --trainer.callbacks+=T3A")
     assert both.code == 2
-    assert "callbacks: AdaBN and T3A both adapt the model; take one" in both.err
+    assert "callbacks: AdaBN and T3A both adapt the model; use one" in both.err
     wrong = tl("validate --run runs/x --trainer.callbacks+=TENT")
     assert wrong.code == 2
-    assert "callbacks: TENT adapts in `tl test` and `tl predict` alone" in wrong.err
+    assert "callbacks: TENT works only in `tl test` and `tl predict`" in wrong.err
 
 
 @pytest.mark.slow

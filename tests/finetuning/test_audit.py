@@ -50,9 +50,9 @@ class OnlyFirstBatch(Classification):
 CASES = {
     "in no optimizer": ("--model faults.Forgets --model.backbone ConvNet", "head.1.bias trains but is in no optimizer"),
     "twice": ("--model faults.Twice --model.backbone ConvNet", "head.1.bias is in the optimizer 2 times"),
-    "a closed weight moves": ("--model.finetuning LastStages --trainer.callbacks+=faults.Touches", "stage_0 is closed, but one of its weights or buffers changed in epoch 0"),
-    "a closed BatchNorm moves": ("--model.finetuning FeatureExtraction --cache.enabled false --trainer.callbacks+=faults.Thaws", "stage_0 is closed, but one of its weights or buffers changed in epoch 0"),
-    "no gradient": ("--model.backbone faults.Unused", "backbone.model.2.extra was open for the whole epoch 0 but never got a gradient"),
+    "a frozen weight changes": ("--model.finetuning LastStages --trainer.callbacks+=faults.Touches", "stage_0 is frozen, but one of its weights or buffers changed in epoch 0"),
+    "a frozen BatchNorm changes": ("--model.finetuning FeatureExtraction --cache.enabled false --trainer.callbacks+=faults.Thaws", "stage_0 is frozen, but one of its weights or buffers changed in epoch 0"),
+    "no gradient": ("--model.backbone faults.Unused", "backbone.model.2.extra was trainable for all of epoch 0 but never got a gradient"),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_the_state_of_methods_is_taken_over(method):
 
 
 def test_swa_is_refused_where_something_is_closed():
-    with pytest.raises(UserError, match="StochasticWeightAveraging takes BatchNorm's statistics anew"):
+    with pytest.raises(UserError, match="StochasticWeightAveraging recomputes BatchNorm's statistics"):
         fit(build([], "image", finetuning=LastStages()), Several("image", ("target",)),
             callbacks=[StochasticWeightAveraging(1e-2)])  # fmt: skip
     fit(build([], "image", finetuning=Full(), lr_scheduler=None), Several("image", ("target",)), epochs=3,
@@ -56,8 +56,8 @@ def test_swa_is_refused_where_something_is_closed():
 
 def test_the_audit_notices_a_callback_that_moves_what_is_closed(monkeypatch, tmp_path):
     monkeypatch.setattr("tl_modules.finetuning.staged.keep_exact", lambda module: None)
-    for folder, match in ((tmp_path, "another one in the checkpoint"), (None, "changed at the end of training")):
-        with pytest.raises(UserError, match=f"stage_0 is closed, but one of its weights or buffers .*{match}"):
+    for folder, match in ((tmp_path, "differs in the checkpoint"), (None, "changed at the end of training")):
+        with pytest.raises(UserError, match=f"stage_0 is frozen, but one of its weights or buffers .*{match}"):
             fit(build([], "image", finetuning=LastStages(1)), Several("image", ("target",)), folder, epochs=4,
                 callbacks=[EMAWeightAveraging(decay=0.9)])  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_depth_by_fraction(strategy, depths):
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: GradualUnfreezing(0), "every: 0 must be a whole number of epochs"),
     (lambda: GradualUnfreezing(0.5), "every: 0.5 must be a whole number of epochs, at least 1 .or pass unit: fraction"),
-    (lambda: GradualUnfreezing(2, "fraction"), "every: 2 is no fraction"),
+    (lambda: GradualUnfreezing(2, "fraction"), "every: 2 is not a fraction"),
     (lambda: FreezeThenUnfreeze(1.5, "steps"), "after: 1.5 must be a whole number of steps"),
 ])  # fmt: skip
 def test_how_long_has_a_range(make, message):
@@ -269,7 +269,7 @@ def test_a_fraction_needs_an_end(tl):
     result = tl(f"{SMALL} --model.finetuning FreezeThenUnfreeze --model.finetuning.unit fraction "
                 "--model.finetuning.after .5 --trainer.max_epochs -1")  # fmt: skip
     assert result.code == 2
-    assert "fractions of the run need its end" in result.err
+    assert "fractions of the run, needs the run's end" in result.err
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5])

@@ -209,7 +209,7 @@ def test_a_checkpoint_of_merged_weights_is_taken():
 
 def test_through_the_front_door(ok, tmp_path):
     ok("fit --model.backbone.width 4 --model.finetuning LoRA --model.finetuning.r 2 --trainer.max_epochs 1 --name x")
-    with pytest.raises(UserError, match=r"holds adapters beside the weights; merge them by tl compress --run RUN"):
+    with pytest.raises(UserError, match=r"holds adapters beside the weights; merge them with tl compress --run RUN"):
         ConvNet(4, tmp_path / "runs/x")
     printed = ok("compress --run runs/x --out merged")
     assert "parameters" in printed
@@ -223,9 +223,9 @@ def test_through_the_front_door(ok, tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
     ({"r": 0}, "r, alpha, dropout: 0, 16 and 0 must be at least 1, above 0, and in"),
     ({"kind": "lorra"}, "kind: peft has no lorra; it has adalora, "),
-    ({"kind": "vera", "targets": "all-linear"}, r"targets: no layer is called all-linear; there are"),
-    ({"options": {"rank": 2}}, r"options: peft's lora does not take them .*unexpected keyword argument 'rank'"),
-    ({"targets": ["query"]}, r"targets: no layer is called \['query'\]; there are"),
+    ({"kind": "vera", "targets": "all-linear"}, r"targets: no layer is named all-linear; there are"),
+    ({"options": {"rank": 2}}, r"options: peft's lora rejects them .*unexpected keyword argument 'rank'"),
+    ({"targets": ["query"]}, r"targets: no layer is named \['query'\]; there are"),
     ({"kind": "boft"}, "finetuning: peft cannot put boft into ConvNet"),
 ])  # fmt: skip
 def test_refusals(options, message):

@@ -233,7 +233,7 @@ def test_a_resumed_run_keeps_its_head(tmp_path, caplog):
 
 
 def test_warmup_has_a_range():
-    with pytest.raises(UserError, match="warmup: 1 must lie in"):
+    with pytest.raises(UserError, match="warmup: 1 must be in"):
         WarmupCosine(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), warmup=1)
 
 
@@ -288,6 +288,6 @@ def test_a_run_resumes_with_another_rate_but_not_another_optimizer(ok, tl, tmp_p
     other = "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
     refused = tl(f"fit --run runs/a/version_0 --resume --trainer.max_epochs 2 {other}")
     assert refused.code == 2
-    assert "optimizer: the checkpoint is of another one, with amsgrad, betas" in refused.err
+    assert "optimizer: the checkpoint was made with another one, which has amsgrad, betas" in refused.err
     ok("fit --run runs/a/version_0 --resume --trainer.max_epochs 3 --model.optimizer.lr 0.1")
     assert float(rows(tmp_path, "a")[1]["lr/head"]) > 0

@@ -45,5 +45,5 @@ def test_mistakes():
     w = nn.Parameter(torch.ones(1))
     with pytest.raises(UserError, match="rho: -1 must be at least 0"):
         SAM([w], rho=-1)
-    with pytest.raises(UserError, match="no closure"):
+    with pytest.raises(UserError, match="needs a closure"):
         SAM([w]).step()

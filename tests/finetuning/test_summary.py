@@ -37,9 +37,9 @@ def test_what_trains_from_when_and_how_fast(options, stages, ok):
 def test_what_opens_is_said_when_it_does(ok):
     printed = ok(f"{RUN} --model.finetuning GradualUnfreezing")
     assert printed.count("GradualUnfreezing:") == 1
-    assert [line for line in printed.splitlines() if "opens" in line] == [
-        "epoch 1, step 2: stage_2 opens",
-        "epoch 2, step 4: stage_1 opens",
+    assert [line for line in printed.splitlines() if "unfreezes" in line] == [
+        "epoch 1, step 2: unfreezes stage_2",
+        "epoch 2, step 4: unfreezes stage_1",
     ]
 
 

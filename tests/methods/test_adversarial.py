@@ -120,5 +120,5 @@ def test_adda_moves_the_targets_encoder_by_the_target_alone():
 
 def test_adda_refuses_what_needs_the_sources_features():
     module = build([ADDA, CORAL], "vector")
-    with pytest.raises(UserError, match=r"CORAL needs the source's features, and beside ADDA"):
+    with pytest.raises(UserError, match=r"CORAL needs the source's features, but beside ADDA"):
         module.methods[0].check(module, ["source", "target"])

@@ -177,7 +177,7 @@ def test_whose_samples_it_speaks_of():
     assert (both.owners(domains), source.owners(domains)) == (["source", "target"], ["source"])
     assert target.owners(domains) == ["target"]
     assert target.owners(["source"]) == ["source"]
-    with pytest.raises(UserError, match="domain: Distill is to speak of the source's samples"):
+    with pytest.raises(UserError, match="domain: Distill needs the source's samples"):
         fit(student(Distill(teacher("vector"), domain="source")), Several("vector", ("target",)))
 
 
@@ -224,12 +224,12 @@ def test_it_opens_an_autocast_of_its_own():
     (lambda: student(Distill(teacher("vector", Regression))), "is a Regression with 1 outputs, the student a Classification"),
     (lambda: student(Distill(teacher("vector", names=("a", "b", "d")))), "the classes of .* are a, b, d, the student's are a, b, c"),
     (lambda: student(Distill(teacher("image"))), r"cannot read the student's samples, of \(5,\)"),
-    (lambda: student(Distill([])), "teacher: give the directory of a run"),
-    (lambda: student(Hint([teacher("vector"), teacher("vector")])), "Hint compares features, so that it takes one run"),
-    (lambda: student(Distill("nowhere")), "nowhere is no run directory"),
+    (lambda: student(Distill([])), "teacher: pass the directory of a run"),
+    (lambda: student(Hint([teacher("vector"), teacher("vector")])), "Hint compares features, so it takes a single run"),
+    (lambda: student(Distill("nowhere")), "nowhere is not a run directory"),
     (lambda: student(Distill(teacher("vector"), temperature=0)), "temperature: 0 must be above 0"),
     (lambda: student(Hint(teacher("image"), stage=0)), "stage: Hint compares stages of image backbones"),
-    (lambda: student(Hint(teacher("image"), stage=7), "image"), "stage: 7 is none of the 3 stages of ConvNet"),
+    (lambda: student(Hint(teacher("image"), stage=7), "image"), "stage: 7 is not one of the 3 stages of ConvNet"),
 ])  # fmt: skip
 def test_what_cannot_teach_is_said(make, match):
     def run():

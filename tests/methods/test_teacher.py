@@ -1,4 +1,4 @@
-"""A teacher is no part of the student, teaches none that it does not suit, and is asked once where it says the same."""
+"""A teacher is not part of the student, teaches none that it does not suit, and is asked once where it says the same."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ from tl_modules.methods.teacher import Distillation
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 CLASSES = {"y": {"classes": ["a", "b", "c"]}}
 
-# It is no part of the student
+# It is not part of the student
 
 
 @pytest.mark.parametrize("method", [Distill, Hint])
@@ -68,7 +68,7 @@ def test_a_student_is_tested_without_its_teacher(method, tmp_path):
     shutil.rmtree(run)
     again = load_run(here)
     assert same(again.state_dict(), module.state_dict()) == []
-    with pytest.raises(UserError, match=r"teacher: .*teacher is no run directory"):
+    with pytest.raises(UserError, match=r"teacher: .*teacher is not a run directory"):
         fit(again, Several("image", ("target",)))
 
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_its_own_teacher(tmp_path):
     fit(student(Distill(run)), Several("vector", ("target",)), tmp_path / "ckpt")
     shutil.rmtree(run)
     shutil.copytree(teacher("vector", seed=1), run)
-    with pytest.raises(UserError, match="is not what this run began with"):
+    with pytest.raises(UserError, match="is not the teacher this run began with"):
         fit(student(Distill(run)), Several("vector", ("target",)), ckpt_path=tmp_path / "ckpt" / "step=5.ckpt")
 
 
@@ -137,7 +137,7 @@ def test_frozen_stages_and_teacher_are_both_cached(counted, said):
     module = student(Distill(teacher("image")), "image", finetuning=FeatureExtraction())
     fit(module, Several("image", ("target",)), epochs=4)
     texts = " ".join(said())
-    assert "target train: what the teacher of distill says cached" in texts
+    assert "target train: outputs of the teacher of distill cached" in texts
     assert "target train: features cached" in texts
     assert "val: features cached" in texts
     assert counted.count < 24 + 12
@@ -191,7 +191,7 @@ def test_why_it_runs_in_every_epoch_is_said(options, why, said):
     fit(module, data, **({"epochs": 2} | options))
     texts = said()
     assert any("the teacher of distill runs in every epoch: " in text and why in text for text in texts), texts
-    assert options.get("cached") is False or any("looks at the input" in text for text in texts)
+    assert options.get("cached") is False or any("reads the input" in text for text in texts)
 
 
 def test_an_entry_serves_later_runs_and_other_losses_but_no_other_teacher(tmp_path, said):

@@ -36,7 +36,7 @@ def test_a_run_and_what_comes_after_it(ok, tl, tmp_path):
     assert {"val/knn", "val/loss", "val/spread", "test/knn", "test/spread"} <= metrics(tmp_path).keys()
     refused = tl("predict --run runs/a")
     assert refused.code == 2
-    assert "predict: SimCLR has learnt features and no labels; write the features by `tl embed" in refused.err
+    assert "predict: SimCLR has learnt features, no labels; write the features with `tl embed" in refused.err
     ok("embed --run runs/a --out features")
     assert load_file(tmp_path / "features/features.safetensors")["features"].shape[1] == 16
     ok(f"{FIT.replace('--name a', '--name b')} --model.backbone.weights runs/a --model.finetuning FeatureExtraction")

@@ -117,5 +117,5 @@ def test_projections_of_frozen_parts_are_learnt_alone():
 
 def test_prediction_needs_names_and_a_text():
     module = CLIP(SeveralBackbones({"image": ConvNet(4), "row": TabularMLP(5, [4])}))
-    with pytest.raises(UserError, match=r"predict: CLIP chooses among names; give --model\.classes"):
+    with pytest.raises(UserError, match=r"predict: CLIP chooses among names; pass --model\.classes"):
         module.on_predict_start()

@@ -105,7 +105,7 @@ def test_a_class_in_a_text_of_the_trainer(section, received, try_all):
 def test_a_section_that_is_a_text(place, received, try_all):
     received.config[place] = yaml.safe_dump(received.config[place])
     received.write()
-    assert all(f"{place} is no mapping" in error for error in try_all(commands=("test",)))
+    assert all(f"{place} is not a mapping" in error for error in try_all(commands=("test",)))
 
 
 @pytest.mark.parametrize("argument", [*ARGUMENTS, "augment"])

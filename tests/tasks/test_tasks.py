@@ -58,7 +58,7 @@ def test_macro_metrics_leave_absent_classes_out():
     logits = torch.tensor([[9.0, 0.0, 1.0], [0.0, 9.0, 2.0], [9.0, 0.0, 3.0], [0.0, 9.0, 4.0]])
     values = metrics(logits.softmax(1), torch.tensor([0, 1, 0, 1]))
     assert {key: float(values[key]) for key in ("accuracy", "f1", "auroc")} == {"accuracy": 1, "f1": 1, "auroc": 1}
-    # a class that is predicted, but that no sample has, lowers the recall of the others and is no class of its own
+    # a class that is predicted, but that no sample has, lowers the recall of the others and is not a class of its own
     values = metrics(torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9]]), torch.tensor([0, 1]))
     assert values["f1"] == pytest.approx((1 + 0) / 2)
 
@@ -131,7 +131,7 @@ class Scalar(Regression):
 def test_a_loss_that_is_not_one_for_each_sample_is_said():
     module = Scalar(ConvNet(4), 1)
     with pytest.raises(
-        UserError, match=r"Scalar.loss gives a tensor of shape \(\) for 4 samples; .*one value for each"
+        UserError, match=r"Scalar.loss returns a tensor of shape \(\) for 4 samples; .*one value for each"
     ):
         module.training_step({"target": (torch.rand(4, 3, 28, 28), torch.rand(4))}, 0)
 

@@ -1,4 +1,4 @@
-"""Encoders of Hugging Face for recordings: wav2vec2, HuBERT, WavLM, Whisper, AST and their kin.
+"""Hugging Face encoders for recordings: wav2vec2, HuBERT, WavLM, Whisper, AST and similar.
 
 waveforms -> the encoder's own feature extractor (in the loader's workers) -> convolutions -> layer 1 -> ... -> layer n
              waveforms, Padded (B, T), or spectrograms (B, ...)               stage 0         stage 1        stage n
@@ -26,23 +26,23 @@ from tl_modules.errors import UserError
 
 __all__ = ["AudioTransformer"]
 
-# what an encoder drops and hides by itself in its container's forward, where freezing does not reach
+# dropout and masking in the forward of the encoder's container, which freezing does not reach
 CALM = {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "apply_spec_augment": False, "mask_time_prob": 0.0,
         "mask_feature_prob": 0.0}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Extract(Resample):
-    """Resamples, and makes of each recording by itself what the encoder's feature extractor makes of it.
+    """Resamples recordings and applies the encoder's feature extractor to each one separately.
 
     Args:
-        extractor: Of Hugging Face.
+        extractor: A feature extractor of Hugging Face.
     """
 
     extractor: Any = None
 
     def __call__(self, waves: Sequence[Any]) -> Any:
-        """Waveforms (T,) -> Padded (B, T), or {"spectrogram": (B, ...), "samples": (B,)}."""
+        """Converts waveforms (T,) to Padded (B, T), or {"spectrogram": (B, ...), "samples": (B,)}."""
         name = self.extractor.model_input_names[0]
         rows = [self.one(torch.as_tensor(wave, dtype=torch.float32)) for wave in waves]
         found = [
@@ -55,21 +55,22 @@ class Extract(Resample):
 
 
 class AudioTransformer(AudioBackbone):
-    """Any encoder of Hugging Face for recordings; its features are one vector per frame, or, of AST, per recording.
+    """Any Hugging Face encoder for recordings; its features are one vector per frame, or, for AST, per recording.
 
     A run's config.yaml holds the encoder's architecture and its feature extractor, so that a run needs neither folder
-    nor hub again. Recordings are resampled to the rate that it was trained on. What Hugging
-    Face drops and hides in training by itself (LayerDrop, SpecAugment) is off. No code of a model's repository is run.
+    nor hub again. Recordings are resampled to the rate of its training data. Hugging Face's own random dropping and
+    masking in training (LayerDrop, SpecAugment) is off. Code in a model's repository is never run.
 
     Args:
-        name: A folder as `save_pretrained` writes it, or a name on the hub, e.g. facebook/wav2vec2-base.
-        weights: DEFAULT takes those that belong to `name`; or a local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        architecture: The encoder's config in the words of Hugging Face; None reads it from `name`.
-        extractor: Likewise that of its feature extractor.
+        name: A folder written by `save_pretrained`, or a name on the hub, e.g. facebook/wav2vec2-base.
+        weights: DEFAULT takes the weights of `name`; or a local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        architecture: The encoder's Hugging Face config; None reads it from `name`.
+        extractor: The config of its feature extractor; None reads it from `name`.
 
     Raises:
-        UserError: transformers is missing, the encoder cannot be had or takes no recordings, or the weights do not fit.
+        UserError: transformers is missing, the encoder is not available or not for recordings, or the weights do not
+            fit.
     """
 
     decided_by_schema = ("architecture", "extractor")
@@ -80,7 +81,7 @@ class AudioTransformer(AudioBackbone):
         name: Path | str,
         weights: PretrainedWeights = "DEFAULT",
         strict: bool = True,
-        architecture: dict | None = None,  # type: ignore[type-arg]  # the parser would read its texts again
+        architecture: dict | None = None,  # type: ignore[type-arg]  # the parser would re-read its texts
         extractor: dict | None = None,  # type: ignore[type-arg]
     ) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class AudioTransformer(AudioBackbone):
         config.update({key: value for key, value in CALM.items() if hasattr(config, key)})
         kind = getattr(transformers, str(extractor.get("feature_extractor_type")), None)
         if not (isinstance(kind, type) and issubclass(kind, transformers.SequenceFeatureExtractor)):
-            raise UserError(f"name: {name} is no encoder of recordings; TransformerBackbone takes encoders of text")
+            raise UserError(f"name: {name} is not an encoder of recordings; TransformerBackbone takes encoders of text")
         self.extract: Any = kind(**extractor)
         self.rate = int(self.extract.sampling_rate)
         self.config = config
@@ -110,33 +111,33 @@ class AudioTransformer(AudioBackbone):
         self.load_pretrained(weights, strict, lambda entry: default_weights(entry, where, config))
 
     def bind_schema(self, x: Any) -> None:
-        """Resamples to the encoder's rate."""
+        """Sets up resampling to the encoder's rate."""
         super().bind_schema(x)
         self.prepare = Extract(self.prepare.rate, self.prepare.wanted, self.extract)
 
     def forward(self, x: Any) -> Any:
-        """What `Extract` gives -> frames, Padded (B, L, D), or (B, D)."""
+        """Maps the output of `Extract` to frames, Padded (B, L, D), or to (B, D)."""
         if isinstance(x, Padded):
             return self._frames(x)
         if not isinstance(x, dict):
             raise UserError(
-                "AudioTransformer takes recordings, and these inputs are none; take data such as AudioFolders"
+                "AudioTransformer takes recordings, but the inputs are not; use data such as AudioFolders"
             )
         output = self.model(x["spectrogram"])
         if getattr(output, "pooler_output", None) is not None:
             return output.pooler_output
         hidden = output.last_hidden_state
-        whole = self.extract.n_samples / hidden.shape[1]  # samples of a frame; what lies behind the end is silence
+        whole = self.extract.n_samples / hidden.shape[1]  # samples per frame; frames after the end are padding
         lengths = (x["samples"] / whole).ceil().long().clamp(1, hidden.shape[1])
         return Padded(hidden[:, : int(lengths.max())], lengths[:, None])
 
     def _frames(self, x: Padded) -> Padded:
-        """Waveforms, Padded (B, T) -> Padded (B, L, D), where a frame lies within its recording."""
+        """Maps waveforms, Padded (B, T), to Padded (B, L, D), with the frames inside each recording."""
         lengths, field, step = x.lengths, 1, 1
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             lengths, field, step = (lengths - kernel) // stride + 1, field + (kernel - 1) * step, step * stride
         waves = F.pad(x.values, (0, max(0, field - x.values.shape[1])))
-        within = x.lengths.clamp(min=field)[:, None]  # also of recordings that are too short for one frame
+        within = x.lengths.clamp(min=field)[:, None]  # recordings too short for one frame get one
         norms = [module for module in self.model.modules() if isinstance(module, RecordingNorm)]
         for norm in norms:
             norm.lengths = (x.lengths - self.config.conv_kernel[0]) // self.config.conv_stride[0] + 1
@@ -147,20 +148,21 @@ class AudioTransformer(AudioBackbone):
         return x.replace(hidden, lengths.clamp(min=1))
 
     def stages(self) -> list[nn.Module]:
-        """What comes before the layers, and each layer."""
+        """Returns the part before the layers, and each layer."""
         return layer_stages(self.model)
 
 
 class RecordingNorm(nn.Module):
-    """GroupNorm of one channel a group over a recording's own frames, without the padding behind its end.
+    """GroupNorm with one channel per group over a recording's own frames, without the padding after its end.
 
-    wav2vec2-base and its like see the padding otherwise, and what they say of a recording depends on its batch.
+    wav2vec2-base and similar networks would see the padding otherwise, and a recording's output would depend on its
+    batch.
 
     Attributes:
-        lengths: How many frames each recording has, (B,), while a batch passes.
+        lengths: The number of frames of each recording, (B,), set while a batch passes.
 
     Args:
-        norm: Whose weight, bias and epsilon it takes.
+        norm: The GroupNorm whose weight, bias and epsilon it takes.
     """
 
     lengths: Tensor | None = None
@@ -170,7 +172,7 @@ class RecordingNorm(nn.Module):
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(B, C, L) -> (B, C, L)."""
+        """Normalises (B, C, L)."""
         assert self.lengths is not None
         inside = torch.arange(frames.shape[2], device=frames.device) < self.lengths.clamp(min=1)[:, None, None]
         count = inside.sum(2, keepdim=True)

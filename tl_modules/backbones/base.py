@@ -1,4 +1,4 @@
-"""What every backbone is: raw input in, features out, divided into stages."""
+"""The base class of backbones: raw input in, features out, divided into stages."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ from tl_modules.errors import UserError
 __all__ = ["Backbone"]
 
 PretrainedWeights = str | Path | None
-CARRIED = "backbone._extra_state"  # the key in a checkpoint of a module
+CARRIED = "backbone._extra_state"  # its key in a module's checkpoint
 
 
-# of each module, since a method may ask for its state in every step
+# cached per module, since a method may need its state in every step
 _bytes: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 class CarriesText(nn.Module):
-    """What a backbone needs beside its tensors, e.g. a tokenizer: checkpoints carry it as JSON in a tensor of bytes.
+    """Non-tensor data that a backbone needs, e.g. a tokenizer: stored in checkpoints as JSON in a byte tensor.
 
-    It comes before the tensors of the network, whose shapes may depend on it; also with `weights` of a run.
+    It is loaded before the network's tensors, whose shapes may depend on it; also with `weights` of a run.
 
     Attributes:
-        carried: Plain data, which is also set.
+        carried: The plain data; a property with a setter.
     """
 
     carried: Any
 
     def get_extra_state(self) -> Tensor:
-        """`carried` as bytes; a tensor, since whatever reads a state dict expects such."""
+        """Returns `carried` as bytes in a tensor, since readers of state dicts expect tensors."""
         if self not in _bytes:
             _bytes[self] = torch.frombuffer(bytearray(json.dumps(self.carried).encode()), dtype=torch.uint8)
         return _bytes[self]
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Sets `carried`."""
+        """Sets `carried` from bytes."""
         self.carried = json.loads(state.cpu().numpy().tobytes())
         _bytes[self] = state.cpu()
 
 
 class Backbone(BaseBackbone):
-    """Maps raw samples to features and owns all that lies between: tokenising, padding, normalising, spectrograms.
+    """Maps raw samples to features, and owns every step in between: tokenising, padding, normalising, spectrograms.
 
-    A subclass sets `out_features` and writes `forward` and `stages`; `prepare` too if its inputs are more than tensors
-    to be stacked.
+    A subclass sets `out_features` and implements `forward` and `stages`; also `prepare`, if its inputs are more than
+    tensors to be stacked.
 
     Attributes:
-        prepare: A list of raw inputs -> a tree of them (see batch/samples.py), in a loader's worker; a small object,
-            so that it can be sent there.
-        name: Of the architecture, for messages.
+        prepare: Function from a list of raw inputs to a tree of them (see batch/samples.py), run in a loader's worker;
+            small, so that it can be pickled.
+        name: The architecture's name, for messages.
         model: The network that `load_pretrained` fills.
-        classifier: The name in `model` of the classifier's last layer, which was taken out.
-        out_features: Width of the features; of a pyramid, of each level.
-        pretrained: Where the weights came from; None if they are random, or not from `load_pretrained`.
-        random: Whether the weights are known to start at random; a network that says nothing counts as pretrained.
-        pruned: Whether its layers are smaller than its arguments say, as pruning has left them.
-        closed: How many of its stages, from the input, no strategy opens.
-        data_defaults: What arguments of the data are where they are left open, e.g. the `image_size` that the weights
-            were trained for.
-        decided_by_schema: The arguments whose None the schema or a file decides; a run's config has what they became.
-        bf16_devices: The kinds of device, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
+        classifier: The name in `model` of the classifier's last layer, which was removed.
+        out_features: Width of the features; for a pyramid, of each level.
+        pretrained: The source of the weights; None if they are random, or not from `load_pretrained`.
+        random: Whether the weights are known to be random; a network that does not set it counts as pretrained.
+        pruned: Whether pruning has made its layers smaller than its arguments say.
+        closed: Number of stages, from the input, that no strategy unfreezes.
+        data_defaults: Values for data arguments that are left open, e.g. the `image_size` that the weights were trained
+            for.
+        decided_by_schema: Arguments whose None is decided by the schema or a file; a run's config records the result.
+        bf16_devices: Device types, of "cpu" and "cuda", on which it is faster in bfloat16 and as accurate.
     """
 
     name: str = ""
@@ -88,33 +88,33 @@ class Backbone(BaseBackbone):
     bf16_devices: tuple[str, ...] = ()
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Learns from the schema what inputs are: builds what depends on it, refuses what it cannot read.
+        """Builds the parts that depend on the schema of the inputs; rejects inputs that it cannot read.
 
         Args:
-            x: The schema of the inputs, e.g. {"image": {}} or {"numeric": ["age", "hours"]}; empty if nobody knows.
+            x: The schema of the inputs, e.g. {"image": {}} or {"numeric": ["age", "hours"]}; empty if unknown.
         """
 
     def refuse_others(self, x: Mapping[str, Any], kind: str, called: str, advice: str = "") -> None:
-        """Refuses a schema of inputs that are of another kind.
+        """Rejects a schema of another kind of input.
 
         Raises:
-            UserError: The data says so; `called` is what this backbone takes instead.
+            UserError: The schema names another kind; `called` is the kind that this backbone takes.
         """
         if x and kind not in x:
             name = type(self).__name__
-            raise UserError(f"backbone: {name} takes {called}, and the data's inputs are {', '.join(x)}{advice}")
+            raise UserError(f"backbone: {name} takes {called}, but the data's inputs are {', '.join(x)}{advice}")
 
     def forward(self, x: Any) -> Any:
-        """Prepared inputs -> features, a tree that carries all that a head needs, e.g. (B, out_features)."""
+        """Maps prepared inputs to features, a tree with everything that a head needs, e.g. (B, out_features)."""
         raise NotImplementedError
 
     @property
     def width(self) -> int:
-        """D of `pooled_features`."""
+        """Returns D of `pooled_features`."""
         return self.out_features if isinstance(self.out_features, int) else self.out_features[-1]
 
     def pooled_features(self, features: Any) -> Tensor:
-        """Features -> one vector per sample, (B, D): means over positions or time, of the last part of several."""
+        """Maps features to one vector per sample, (B, D): the mean over positions or time, of the last part."""
         if isinstance(features, samples.Padded):
             inside = features.mask.flatten(1)[..., None].to(features.values.dtype)  # (B, positions, 1)
             return (features.values.flatten(1, -2) * inside).sum(1) / inside.sum(1).clamp(min=1)
@@ -123,12 +123,12 @@ class Backbone(BaseBackbone):
         return self.pooled_features(list(features.values() if isinstance(features, dict) else features)[-1])
 
     def align(self, xs: list[Any]) -> list[Any]:
-        """Brings the inputs of a step's domains into one form, so that they can pass as one batch."""
+        """Converts the inputs of a step's domains to one form, so that they can pass as one batch."""
         return xs
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:
-        """The parts from input to output; together they hold every parameter exactly once."""
+        """Returns the parts from input to output; together they hold every parameter exactly once."""
 
     def load_pretrained(
         self,
@@ -138,12 +138,12 @@ class Backbone(BaseBackbone):
         resized: Callable[[StateDict], StateDict] | None = None,
         prefix: str | None = None,
     ) -> None:
-        """Fills `model` from a local file, a run of ours, or what `hub` fetches for a name; None leaves it random.
+        """Fills `model` from a local file, a run, or what `hub` fetches for a name; None leaves it random.
 
-        `resized` brings tensors of another image size into the shapes of `model`; `prefix` precedes the file's names.
+        `resized` adapts tensors of another image size to the shapes of `model`; `prefix` precedes the file's names.
 
         Raises:
-            UserError: The weights cannot be had or do not fit.
+            UserError: The weights are not available or do not fit.
         """
         self.random = weights is None
         if weights is None:
@@ -163,4 +163,4 @@ class Backbone(BaseBackbone):
         named = f"{kind} {self.name}".strip()
         report = load_weights(self.model, replace(self.pretrained, state=state), strict, named, resized, prefix)
         head = self.pretrained.head or linear_head(state, report.prefix + self.classifier)
-        self.pretrained = replace(self.pretrained, state={}, head=head)  # the model has the others now
+        self.pretrained = replace(self.pretrained, state={}, head=head)  # the model holds the rest now

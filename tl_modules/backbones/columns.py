@@ -1,6 +1,6 @@
-"""The columns of a table as a network takes them, and what all backbones for tables share.
+"""The input layer of backbones for tables, and their base class.
 
-x (B, D), or {"numeric": (B, D), "categorical": (B, K)} -> Standardise (-> embeddings) | 0 or 1 for each category
+x (B, D), or {"numeric": (B, D), "categorical": (B, K)} -> Standardise (-> embeddings) | one-hot categories
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Scale = Literal["each", "all"]
 
 
 class Standardise(nn.BatchNorm1d):
-    """Subtracts each column's mean, and divides by its deviation or by one number for all columns, (B, D) -> (B, D).
+    """Subtracts each column's mean, and divides by its standard deviation or by one number for all, (B, D) -> (B, D).
 
     Args:
         columns: D.
-        scale: "each": a column's own deviation. "all": the root of the columns' mean variance.
-        clip: With "each", how many deviations a value keeps at most; a column that hardly ever moves in training may
-            reach thousands in another domain. None: as many as it has.
+        scale: "each": a column's own standard deviation. "all": the root of the columns' mean variance.
+        clip: With "each", values are clipped to this many standard deviations; a column almost constant in training may
+            reach thousands in another domain. None: no clipping.
     """
 
     def __init__(self, columns: int, scale: Scale, clip: float | None) -> None:
-        # momentum None: the average over all batches, so that columns of any scale are right from the first step on
+        # momentum None: the average over all batches, so that columns of any scale are right from the first step
         super().__init__(columns, affine=False, momentum=None)
         self.scale, self.clip = scale, clip
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
+        """Standardises (B, D)."""
         each = super().forward(input)
         if self.scale == "each":
             return each if self.clip is None else each.clamp(-self.clip, self.clip)
@@ -46,17 +46,17 @@ class Standardise(nn.BatchNorm1d):
 
 
 class MixedColumns(nn.Module):
-    """Numbers standardised, and embedded if asked to, beside a 0 or 1 for each category; unknown ones are all 0.
+    """Standardises numeric columns, and optionally embeds them; one-hot encodes categories, unknown ones as all 0.
 
     Args:
-        numeric: D, how many columns are numbers.
-        categories: How many categories each of the K others has, without the unknown.
-        scale: As of `Standardise`.
-        clip: As of `Standardise`.
+        numeric: D, the number of numeric columns.
+        categories: The number of categories of each of the K others, without the unknown one.
+        scale: As in `Standardise`.
+        clip: As in `Standardise`.
         embedding: Width of each number's embedding by periodic functions (Gorishniy et al., NeurIPS 2022); 0: none.
 
     Attributes:
-        out_features: Width of what it gives.
+        out_features: Width of the output.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MixedColumns(nn.Module):
         self.out_features = numeric * max(1, embedding) + sum(categories)
 
     def forward(self, x: Any) -> Tensor:
-        """(B, D), or that and (B, K) -> (B, out_features)."""
+        """Maps (B, D), or a dict with that and (B, K), to (B, out_features)."""
         numbers, codes = (x["numeric"], x.get("categorical")) if isinstance(x, Mapping) else (x, None)
         parts = [self.standardise(numbers)]
         if self.embeddings is not None:
@@ -91,25 +91,25 @@ class MixedColumns(nn.Module):
 
 
 def library(name: str, field: str) -> Any:
-    """A library of the extra `tables`.
+    """Imports a library of the extra `tables`.
 
     Raises:
-        UserError: It is not there; `field` is what asked for it.
+        UserError: It is not installed; `field` is the argument that needs it.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{field}: it needs {name}: pip install 'lightning-transfer[tables]'") from error
+        raise UserError(f"{field}: {name} is not installed: pip install 'lightning-transfer[tables]'") from error
 
 
 def periodic(numeric: int, width: int) -> nn.Module:
-    """Embeddings of numbers by sines and cosines of learnt frequencies, (B, D) -> (B, D, width)."""
+    """Builds embeddings of numbers by sines and cosines of learnt frequencies, (B, D) -> (B, D, width)."""
     module: nn.Module = library("rtdl_num_embeddings", "embedding").PeriodicEmbeddings(numeric, width, lite=False)
     return module
 
 
 class TabularBackbone(Backbone):
-    """A backbone for rows of tables; a subclass writes `layers`, `forward` and `stages`."""
+    """A backbone for rows of tables; a subclass implements `layers`, `forward` and `stages`."""
 
     decided_by_schema: tuple[str, ...] = ("scale",)
     scale: Scale | None
@@ -121,7 +121,7 @@ class TabularBackbone(Backbone):
         """Builds the layers for the data's columns.
 
         Raises:
-            UserError: The data does not say how many there are, or has another number than the layers.
+            UserError: The number of columns is unknown, or differs from that of the layers.
         """
         if self.scale is None:
             self.scale = "all" if x.get("one_unit") else "each"
@@ -132,14 +132,14 @@ class TabularBackbone(Backbone):
         if self.in_features is None:
             if columns is None:
                 kind = type(self).__name__
-                raise UserError(f"in_features: the data does not say how many columns it has; {kind} takes TabularData")
+                raise UserError(f"in_features: the number of columns is unknown; {kind} needs data such as TabularData")
             self.build(columns, [len(known) for _, known in sorted(x.get("categorical", {}).items())])
         elif columns not in (None, self.in_features) or x.get("categorical"):
             others = f" and {len(x['categorical'])} of categories" if x.get("categorical") else ""
             raise UserError(f"in_features: {self.in_features} for data with {columns} columns{others}")
 
     def build(self, numeric: int, categories: list[int]) -> None:
-        """Makes the layers and fills them; means and deviations are those of the present run's rows in any case."""
+        """Builds the layers and loads the weights; means and deviations always come from the current run's rows."""
         self.model, self.in_features = self.layers(numeric, categories), numeric
         self.load_pretrained(self.weights, self.strict)
         for module in self.model.modules():
@@ -147,10 +147,10 @@ class TabularBackbone(Backbone):
                 module.num_batches_tracked.zero_()
 
     def layers(self, numeric: int, categories: list[int]) -> nn.Module:
-        """The network, with its columns; sets `out_features`.
+        """Builds the network, with its columns; sets `out_features`.
 
         Args:
-            numeric: How many columns are numbers.
-            categories: How many categories each of the others has.
+            numeric: Number of numeric columns.
+            categories: Number of categories of each other column.
         """
         raise NotImplementedError

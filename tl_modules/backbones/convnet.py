@@ -1,4 +1,4 @@
-"""Small networks of ours for small images, trained from scratch or from a run."""
+"""Small networks for small images, trained from scratch or from a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ConvNet(ImageBackbone):
 
     Args:
         width: Channels of the first stage; each further stage has twice as many.
-        weights: A local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
+        weights: A local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
     """
@@ -44,22 +44,23 @@ class ConvNet(ImageBackbone):
         return nn.Sequential(*conv(inputs), *conv(outputs), nn.MaxPool2d(2))
 
     def stages(self) -> list[nn.Module]:
-        """The three stages."""
+        """Returns the three stages."""
         return list(self.model.children())
 
 
 class LeNet(ImageBackbone):
-    """The features of the digits in Ganin et al. (JMLR 2016), 768: two 5 x 5 convolutions, pooled.
+    """The feature extractor for digits of Ganin et al. (JMLR 2016), 768 wide: two 5 x 5 convolutions, pooled.
 
-    Their label predictor is `MLPHead` (they: two hidden layers of 100), their critic has one hidden layer of 100.
+    The paper's label predictor is `MLPHead` (there with two hidden layers of 100); its critic has one hidden layer of
+    100.
 
     Args:
-        batch_norm: Puts BatchNorm behind each convolution (and leaves its bias out).
-        instance_norm: First gives each channel of an image mean 0 and deviation 1, which takes brightness and contrast
-            away (Shu et al., ICLR 2018, for the same digits).
+        batch_norm: Adds BatchNorm after each convolution (and omits its bias).
+        instance_norm: First normalises each channel of an image to mean 0 and deviation 1, which removes brightness and
+            contrast (Shu et al., ICLR 2018, for the same digits).
         dropout: Probability of dropping a whole channel of the second convolution.
-        weights: A local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
+        weights: A local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
     """
@@ -87,5 +88,5 @@ class LeNet(ImageBackbone):
         self.load_pretrained(weights, strict)
 
     def stages(self) -> list[nn.Module]:
-        """Each convolution."""
+        """Returns each convolution as a stage."""
         return list(self.model.children())

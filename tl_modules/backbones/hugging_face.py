@@ -1,6 +1,6 @@
-"""Encoders of Hugging Face, from a local folder or the hub, whatever they read.
+"""Encoders of Hugging Face of any kind, from a local folder or the hub.
 
-No code of a model's repository is run, `trust_remote_code` is never passed on.
+Code in a model's repository is never run: `trust_remote_code` is not passed on.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tl_modules.backbones.weights import StateDict
 from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError
 
-# of an encoder's config what says nothing of the network, and its path on somebody's machine
+# entries of an encoder's config that do not describe the network, and its path on somebody's machine
 UNSAID = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 
 
 def folder_or_name(name: Path | str) -> str:
-    """A folder with ~ and $VARIABLES filled in, or what is none, the name on the hub, as it is."""
+    """Expands ~ and $VARIABLES in a folder; returns a hub name as it is."""
     folder = fill_in(name)
     return str(folder if folder.is_dir() else name)
 
 
 def architecture_of(where: str) -> dict[str, Any]:
-    """What an encoder is, in the words of its config."""
+    """Returns an encoder's Hugging Face config as a dict."""
     from transformers import AutoConfig
 
     said = json.loads(fetched(AutoConfig.from_pretrained, where).to_json_string(use_diff=True))
@@ -36,21 +36,21 @@ def architecture_of(where: str) -> dict[str, Any]:
 
 
 def default_weights(entry: str, where: str, config: Any) -> StateDict:
-    """The weights that belong to an encoder, which DEFAULT stands for.
+    """Returns the weights that DEFAULT means for an encoder.
 
     Raises:
-        UserError: It is another entry, or they cannot be had.
+        UserError: The entry is not DEFAULT, or the weights are not available.
     """
     from transformers import AutoModel
 
     if entry != "DEFAULT":
-        raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for the weights of {where}")
+        raise UserError(f"weights: {entry} is not a file or run; DEFAULT stands for the weights of {where}")
     loaded = fetched(AutoModel.from_pretrained, where, dtype=torch.float32, config=config)
     return cast(StateDict, encoder_of(loaded).state_dict())
 
 
 def encoder_of(model: Any) -> nn.Module:
-    """The encoder of an encoder and decoder, without a pooler, which no other loss would train."""
+    """Returns the encoder of an encoder-decoder, without a pooler, which only its own loss would train."""
     found: Any = model.get_encoder() if model.config.is_encoder_decoder else model
     if getattr(found, "pooler", None) is not None:
         found.pooler = None
@@ -58,10 +58,10 @@ def encoder_of(model: Any) -> nn.Module:
 
 
 def fetched(load: Callable[..., Any], where: str, network: bool = True, **options: Any) -> Any:
-    """What `from_pretrained` gives of a folder or what was fetched before, or else fetches now.
+    """Calls `from_pretrained` on a folder or the hub's local cache, otherwise on the hub.
 
     Raises:
-        UserError: It cannot be had, or transformers does not know it.
+        UserError: The model is not available, or transformers does not know it.
     """
     for local in (True, False):
         try:
@@ -70,21 +70,21 @@ def fetched(load: Callable[..., Any], where: str, network: bool = True, **option
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if Path(where).is_dir():
-        raise UserError(f"name: {where} is no encoder of Hugging Face that can be loaded ({reason[:200]})")
+        raise UserError(f"name: {where} is not an encoder of Hugging Face that can be loaded ({reason[:200]})")
     raise UserError(
-        f"name: {where} is no folder, and could not be fetched from the Hugging Face hub ({reason[:200]}); without a "
+        f"name: {where} is not a folder, and could not be fetched from Hugging Face's hub ({reason[:200]}); without a "
         f"network, run `hf download {where} --local-dir FOLDER` elsewhere and pass --model.backbone.name FOLDER"
     )
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached, asked once: its client asks six times before it gives up, for 20 seconds."""
+    """Returns whether the hub can be reached, checked once: its client retries six times, for 20 seconds."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # the client's own kind, which changes with its version
+    except Exception:  # its type depends on the client's version
         return False
     return True

@@ -1,11 +1,11 @@
-"""Several inputs at once, each with a backbone of its own, and what makes one vector of theirs.
+"""Several inputs at once, each with its own backbone, fused into one vector.
 
     {"image": ..., "text": ..., "row": ...}
-         |           |          |         a backbone each -> pooled features; a learnt vector for a missing input
+         |           |          |         one backbone each -> pooled features; a learnt vector for a missing input
          +-----> fusion <-------+         concatenation, gates or attention -> (B, out_features)
 
-Stages are counted from the fusion in each part: the last stage holds the last one of every part. The fusion and the
-learnt vectors are in no stage: they are new, as a head is, and always train.
+Stages are counted from the fusion in each part: the last stage holds the last stage of every part. The fusion and the
+learnt vectors are in no stage: they are new, like a head, and always train.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from tl_modules.errors import UserError, short
 __all__ = ["SeveralBackbones"]
 
 Kind = Literal["concat", "gated", "attention"]
-# what an input may be by the schema, which of one input alone is the schema itself
+# input kinds of the schema; with a single input the schema is one of these
 KINDS = {"image", "text", "audio", "numeric", "categorical", "ids"}
 
 
 class SeveralBackbones(Backbone):
-    """A backbone for each of a sample's inputs, and their late fusion.
+    """A backbone for each input of a sample, and their late fusion.
 
-    x is a dict of inputs, as `Paired` gives it; an input that is None in a sample is missing there, and a learnt vector
-    stands for it. Which stages train is the strategy's to say, for all parts alike, counted from the fusion;
-    `open_stages` says how many of a part's it may open at all.
+    x is a dict of inputs, as from `Paired`; an input that is None in a sample is missing, and a learnt vector replaces
+    its features. The strategy decides which stages train, for all parts alike, counted from the fusion; `open_stages`
+    limits how many stages of a part it may unfreeze.
 
     Args:
-        parts: The backbone of each input, by the input's name in the schema; other inputs are not looked at.
-        fusion: "concat": one vector beside the other. "gated": `sum_p z_p tanh(W_p v_p)` with gates z, a softmax over
-            the parts of `U [v_1, v_2, ...]` (Arevalo et al., ICLR workshop 2017). "attention": a transformer layer over
-            one token a part, `LayerNorm(W_p v_p)`, and their mean.
-        width: Of what "gated" and "attention" give.
-        drop: In training, the probability that an input counts as missing, though one at least is kept of each sample;
-            above 0 the network learns to do without (modality dropout, Neverova et al., TPAMI 2016).
-        open_stages: How many of a part's stages, counted from its end, a strategy may open, e.g. {text: 0} for one that
-            stays frozen, and is cached; None: all of all parts.
-        carries: Inputs that no part reads and that travel along as they are, for a teacher that reads them.
-        weights: A run of such a backbone with the same parts; None leaves the parts as they are.
-        strict: Refuse weights that lack a tensor or have one of another shape.
+        parts: The backbone of each input, by the input's name in the schema; other inputs are ignored.
+        fusion: "concat": concatenated vectors. "gated": `sum_p z_p tanh(W_p v_p)` with gates z, a softmax over the
+            parts of `U [v_1, v_2, ...]` (Arevalo et al., ICLR workshop 2017). "attention": a transformer layer over one
+            token per part, `LayerNorm(W_p v_p)`, and their mean.
+        width: Width of the output of "gated" and "attention".
+        drop: In training, the probability that an input counts as missing, though each sample keeps at least one; above
+            0 the network learns to do without inputs (modality dropout, Neverova et al., TPAMI 2016).
+        open_stages: How many stages of a part, counted from its end, a strategy may unfreeze, e.g. {text: 0} for a part
+            that stays frozen, and is cached; None: all of all parts.
+        carries: Inputs that no part reads but that are passed on, for a teacher that reads them.
+        weights: A run with the same kind of backbone and the same parts; None leaves the parts as they are.
+        strict: Rejects weights that lack a tensor or have one of another shape.
 
     Raises:
-        UserError: There is no part, a name is of none, or a number is out of range.
+        UserError: There are no parts, a name does not match a part, or a number is out of range.
     """
 
     kinds: dict[str, Any]
@@ -73,35 +73,35 @@ class SeveralBackbones(Backbone):
         if not parts:
             raise UserError("parts: give a backbone for each input, by its name, e.g. {image: ..., text: ...}")
         if not 0 <= drop < 1:
-            raise UserError(f"drop: {drop:g} must lie in [0, 1)")
+            raise UserError(f"drop: {drop:g} must be in [0, 1)")
         self.limits = open_stages or {}
         for name, count in self.limits.items():
             if name not in parts or count < 0:
                 raise UserError(f"open_stages: {name}: {count} must be 0 or more stages of one of {short(parts)}")
         for name in carries or ():
             if name in parts:
-                raise UserError(f"carries: {name} has a part that reads it; leave it out")
+                raise UserError(f"carries: {name} already has a part that reads it; leave it out")
         self.model: nn.ModuleDict = nn.ModuleDict({"parts": nn.ModuleDict(parts)})
         self.fusion_kind, self.fused, self.drop, self.carries = fusion, width, drop, list(carries or ())
         self.given = weights, strict
-        with suppress(AttributeError):  # a part that the schema builds has no width yet
+        with suppress(AttributeError):  # a part that is built from the schema has no width yet
             self._build()
 
     @property
     def parts(self) -> Any:
-        """The backbone of each input, by its name: a ModuleDict."""
+        """Returns the backbone of each input, by its name: a ModuleDict."""
         return self.model["parts"]
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Lets each part learn what its input is.
+        """Passes each part the schema of its input.
 
         Raises:
-            UserError: The data have no such input, or one alone.
+            UserError: The data lacks such an input, or has only one.
         """
         for name in (*self.parts, *self.carries) if x else ():
             if not isinstance(x.get(name), Mapping) or not KINDS & x[name].keys():
                 raise UserError(
-                    f"parts: the data have no input {name}; they have {short(x)}, one alone or several by name"
+                    f"parts: the data has no input named {name}; it has {short(x)}, alone or by name"
                 )
         for name, part in self.parts.items():
             part.bind_schema(x.get(name, {}))
@@ -123,12 +123,12 @@ class SeveralBackbones(Backbone):
         self.data_defaults = next((p.data_defaults for p in self.parts.values() if p.data_defaults), {})
         self.closed = int(any(self._split(name)[0] for name in self.parts))
         self.load_pretrained(*self.given)
-        # what never opens has no learning rate
+        # stages that never unfreeze have no learning rate
         moving = [part for name, part in self.parts.items() if self.limits.get(name) != 0] or self.parts.values()
         self.random = self.given[0] is None and all(part.random for part in moving)
 
     def forward(self, x: Mapping[str, Any]) -> Tensor:
-        """Prepared inputs, as `Each` gives them -> (B, out_features)."""
+        """Maps prepared inputs, as from `Each`, to (B, out_features)."""
         vectors, present = {}, {}
         for name, part in self.parts.items():
             prepared, present[name] = x[name] if isinstance(x[name], tuple) else self._late(name, x[name])
@@ -137,12 +137,12 @@ class SeveralBackbones(Backbone):
         return fused
 
     def _late(self, name: str, raw: list[Any]) -> Any:
-        """Prepares what another network's `carries` has left as it was."""
+        """Prepares raw inputs that another network's `carries` has passed on."""
         device = next(self.parameters()).device
         return samples.move(self.each.one(name, raw), device)
 
     def stages(self) -> list[nn.Module]:
-        """The parts' stages, side by side; what `open_stages` keeps closed is the first one."""
+        """Returns the parts' stages, side by side; the stages that `open_stages` keeps frozen form the first one."""
         closed, rest = zip(*map(self._split, self.parts), strict=True)
         depth = max(map(len, rest))
         found = [nn.ModuleList([own[n - depth] for own in rest if n >= depth - len(own)]) for n in range(depth)]
@@ -155,9 +155,9 @@ class SeveralBackbones(Backbone):
         return own[:first], own[first:]
 
     def align(self, xs: list[Any]) -> list[Any]:
-        """Aligns each part's inputs."""
+        """Aligns the inputs of each part."""
         if not all(isinstance(x, Mapping) for x in xs):
-            return xs  # some are cached
+            return xs  # some inputs are cached
         aligned: list[dict[str, Any]] = [dict(x) for x in xs]
         for name, part in self.parts.items():
             if all(isinstance(x[name], tuple) for x in xs):
@@ -166,7 +166,7 @@ class SeveralBackbones(Backbone):
         return aligned
 
     def prepares_like(self, other: BaseBackbone) -> bool:
-        """Whether another one of several can read what this one prepares, or carries."""
+        """Returns whether another backbone for several inputs can read what this one prepares, or carries."""
         if not isinstance(other, SeveralBackbones):
             return False
         return all(
@@ -176,14 +176,14 @@ class SeveralBackbones(Backbone):
 
 
 class Each:
-    """Samples {"image": ..., "text": None, ...} -> {name: (the input as its part prepares it, which samples have it)}.
+    """Prepares {"image": ..., "text": None, ...}: {name: (the input prepared by its part, which samples have it)}.
 
-    Where a sample lacks an input, an empty one stands for it: a grey image, a blank text, a row of zeros. Its features
-    are not looked at, but a BatchNorm in training sees it.
+    A missing input is replaced by an empty one: a grey image, a blank text, a row of zeros. Its features are not used,
+    but a BatchNorm in training sees it.
 
     Args:
         prepares: The `prepare` of each part, by name.
-        kinds: The schema of each input, which says how an empty one looks.
+        kinds: The schema of each input, which determines its empty value.
         carries: Inputs that stay lists of raw samples.
     """
 
@@ -194,12 +194,12 @@ class Each:
         """Returns the batch.
 
         Raises:
-            UserError: The data gives one input by itself.
+            UserError: The data returns a single input instead of a dict.
         """
         if not isinstance(several[0], Mapping):
             raise UserError(
-                f"the data gives one input by itself, and SeveralBackbones takes {', '.join(self.prepares)} by name; "
-                "name the columns of the others too, and those that are not there, e.g. --data.without [text]"
+                f"the data returns a single input, but SeveralBackbones takes {', '.join(self.prepares)} by name; "
+                "name the columns of the other inputs too, and the missing ones, e.g. --data.without [text]"
             )
         found = {name: self.one(name, [sample.get(name) for sample in several]) for name in self.prepares}
         return found | {name: [sample.get(name) for sample in several] for name in self.carries}
@@ -212,7 +212,7 @@ class Each:
 
 
 def blank(kind: Mapping[str, Any], like: Any) -> Any:
-    """An empty input of a kind of the schema, of the shape of one that is there, if there is one."""
+    """Returns an empty input of a kind of the schema, with the shape of an existing one, if there is one."""
     if isinstance(like, Tensor):
         grey = 0 if "numeric" in kind or like.ndim < 3 else 0.5 if like.is_floating_point() else 127
         return torch.full_like(like, grey)
@@ -224,12 +224,12 @@ def blank(kind: Mapping[str, Any], like: Any) -> Any:
 
 
 class Fusion(nn.Module):
-    """Vectors of several parts -> one, with a learnt vector where a part's input is missing.
+    """Fuses the vectors of several parts, with a learnt vector in place of a missing input.
 
     Args:
-        widths: Of each part's vectors.
-        kind: concat, gated or attention, as `SeveralBackbones` explains.
-        width: Of what the last two give.
+        widths: Width of each part's vectors.
+        kind: concat, gated or attention, see `SeveralBackbones`.
+        width: Width of the output of the last two.
         drop: In training, the probability that an input counts as missing.
     """
 
@@ -248,7 +248,7 @@ class Fusion(nn.Module):
             self.attend = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True)
 
     def forward(self, vectors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """{name: (B, D)}, {name: (B,)} -> (B, out_features)."""
+        """Maps {name: (B, D)} and {name: (B,)} to (B, out_features)."""
         there = torch.stack(list(present.values()), 1)  # (B, parts)
         if self.training and self.drop:
             there = self._dropped(there)
@@ -269,7 +269,7 @@ class Fusion(nn.Module):
         return fused
 
     def _dropped(self, there: Tensor) -> Tensor:
-        """Leaves out inputs at random, but not all that a sample has."""
+        """Drops inputs at random, but keeps at least one of each sample."""
         draw = torch.rand(there.shape, device=there.device)
         kept = there & (draw >= self.drop)
         luckiest = draw.masked_fill(~there, -1).argmax(1, keepdim=True)

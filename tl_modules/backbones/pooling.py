@@ -1,4 +1,4 @@
-"""From the vectors of a sequence, of tokens, words or frames, to one vector."""
+"""Pools the vectors of a sequence of tokens, words or frames to one vector."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PoolingKind = Literal["mean", "attention"]
 
 
 class SequencePooling(nn.Module):
-    """Weighs the vectors of each sequence, Padded (B, L, D), and adds them up, (B, D).
+    """Computes a weighted sum of the vectors of each sequence, Padded (B, L, D) -> (B, D).
 
-    "mean" gives all the same weight; "attention" the softmax of a learnt score w h_t, as in Yang et al. (NAACL 2016)
-    without their hidden layer. w starts at 0, so that attention begins as the mean, and stays it where it is frozen.
+    "mean" has equal weights; "attention" uses the softmax of a learnt score w h_t, as in Yang et al. (NAACL 2016)
+    without their hidden layer. w starts at 0, so attention starts as the mean, and remains it while frozen.
 
     Args:
         kind: "mean" or "attention".
@@ -29,10 +29,10 @@ class SequencePooling(nn.Module):
             nn.init.zeros_(self.score.weight)
 
     def forward(self, sequences: Padded) -> Tensor:
-        """Padded (B, L, D) -> (B, D); zeros where a sequence is empty."""
+        """Maps Padded (B, L, D) to (B, D); zeros if a sequence is empty."""
         values, inside = sequences.values, sequences.mask[..., None]
         if self.score is None:
             return (values * inside).sum(1) / inside.sum(1).clamp(min=1)
-        lowest = -1e4  # and not -inf, whose softmax over an empty sequence is NaN
+        lowest = -1e4  # not -inf: a softmax over an empty sequence would be NaN
         weights: Tensor = self.score(values).masked_fill(~inside, lowest).softmax(1) * inside
         return (weights * values).sum(1)

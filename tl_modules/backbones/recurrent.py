@@ -3,7 +3,7 @@
     raw -> another backbone, or the series itself -> GRU 1 -> ... -> GRU n -> pool
            Padded (B, L, D)                          Padded (B, L, out_features)    (B, out_features)
 
-Layers are those of torch; each is told the lengths, so that padding changes nothing.
+Layers are torch's; each gets the lengths, so padding has no effect.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["RecurrentBackbone"]
 
 
 class RecurrentLayer(nn.Module):
-    """One layer over sequences of unequal lengths, which no padding changes, Padded (B, L, D) -> Padded (B, L, H).
+    """One layer over sequences of unequal lengths, unaffected by padding, Padded (B, L, D) -> Padded (B, L, H).
 
     Args:
         cell: "gru" or "lstm".
         inputs: D.
-        width: H; with two directions, half of it in each.
-        bidirectional: Whether it also reads from the end.
+        width: H; if bidirectional, half of it per direction.
+        bidirectional: Whether it also reads backwards.
         dropout: Share of its outputs that is dropped in training.
     """
 
@@ -41,7 +41,7 @@ class RecurrentLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, sequences: Padded) -> Padded:
-        """Padded (B, L, D) -> Padded (B, L, H)."""
+        """Maps Padded (B, L, D) to Padded (B, L, H)."""
         lengths = sequences.lengths.cpu().clamp(min=1)
         packed, _ = self.cell(pack_padded_sequence(sequences.values, lengths, batch_first=True, enforce_sorted=False))
         states, _ = pad_packed_sequence(packed, batch_first=True, total_length=sequences.values.shape[1])
@@ -49,23 +49,24 @@ class RecurrentLayer(nn.Module):
 
 
 class RecurrentBackbone(Backbone):
-    """GRU or LSTM layers over what another backbone makes of texts or sound, or over time series; a stage a layer.
+    """GRU or LSTM layers over another backbone's features of texts or sound, or over time series; one stage per layer.
 
     Args:
-        inputs: What makes a sequence of vectors of a raw sample, e.g. WordVectors; its stages come first, and it says
-            whether the weights count as pretrained. None: samples are series, (L, D) or (L,), of any length.
+        inputs: A backbone that maps a raw sample to a sequence of vectors, e.g. WordVectors; its stages come first, and
+            it determines whether the weights count as pretrained. None: samples are series, (L, D) or (L,), of any
+            length.
         in_features: D of series; None takes it from the data's schema, {"series": names of the D columns}.
-        width: Of each layer's states, both directions together.
-        layers: How many.
+        width: Width of each layer's states, both directions together.
+        layers: Number of layers.
         cell: "gru" or "lstm".
-        bidirectional: Whether each layer also reads from the end.
+        bidirectional: Whether each layer also reads backwards.
         dropout: Share of each layer's outputs that is dropped in training.
-        pooling: How one vector is made of all states: their mean, or a learnt weighted one.
-        weights: A local file or a run of ours, for all but `inputs`; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
+        pooling: How all states are pooled to one vector: their mean, or a learnt weighted mean.
+        weights: A local file or a run of `tl fit`, for everything except `inputs`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
 
     Raises:
-        UserError: A number is out of range, or nobody says how wide the series are.
+        UserError: A number is out of range, or the width of the series is unknown.
     """
 
     model: Any
@@ -86,9 +87,9 @@ class RecurrentBackbone(Backbone):
     ) -> None:
         super().__init__()
         if layers < 1 or width < 1 or (bidirectional and width % 2):
-            raise UserError(f"layers, width: {layers} and {width} must be at least 1, and width even in two directions")
+            raise UserError(f"layers, width: {layers} and {width} must be at least 1, and width even if bidirectional")
         if not 0 <= dropout < 1:
-            raise UserError(f"dropout: {dropout} must lie in [0, 1)")
+            raise UserError(f"dropout: {dropout} must be in [0, 1)")
         self.inputs, self.out_features, self.weights, self.strict = inputs, width, weights, strict
         self.form: dict[str, Any] = {"width": width, "bidirectional": bidirectional, "dropout": dropout}
         self.layers, self.cell, self.pooling = layers, cell, pooling
@@ -99,10 +100,10 @@ class RecurrentBackbone(Backbone):
             self._build(self.in_features)
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Builds the layers for the data's columns, or tells `inputs` what its inputs are.
+        """Builds the layers for the data's columns, or passes the schema to `inputs`.
 
         Raises:
-            UserError: The data does not say how many columns there are, or has another number than the layers.
+            UserError: The number of columns is unknown, or differs from that of the layers.
         """
         if self.inputs is not None:
             self.inputs.bind_schema(x)
@@ -110,7 +111,7 @@ class RecurrentBackbone(Backbone):
         columns = len(x["series"]) if "series" in x else None
         if self.in_features is None and columns is None:
             raise UserError(
-                "in_features: the data does not say how wide its series are; give --model.backbone.in_features D, or "
+                "in_features: the number of columns of the series is unknown; pass --model.backbone.in_features D, or "
                 "--model.backbone.inputs for other data, e.g. WordVectors for texts"
             )
         if self.in_features is None:
@@ -126,7 +127,7 @@ class RecurrentBackbone(Backbone):
         self.load_pretrained(self.weights, self.strict)
 
     def forward(self, x: Any) -> Padded:
-        """Prepared inputs, or series (B, L, D), (B, L) or Padded -> states, Padded (B, L, width)."""
+        """Maps prepared inputs, or series (B, L, D), (B, L) or Padded, to states, Padded (B, L, width)."""
         states = x if self.inputs is None else self.inputs(x)
         if isinstance(states, Tensor):
             shape = torch.full((len(states), 1), states.shape[1], device=states.device)
@@ -139,11 +140,11 @@ class RecurrentBackbone(Backbone):
         return cast(Padded, states)
 
     def pooled_features(self, features: Any) -> Tensor:
-        """States, Padded (B, L, width) -> (B, width), as `pooling` says."""
+        """Pools states, Padded (B, L, width), to (B, width), by `pooling`."""
         pooled: Tensor = self.model["pool"](features)
         return pooled
 
     def stages(self) -> list[nn.Module]:
-        """Those of `inputs`, and each layer; a learnt pooling belongs to the last."""
+        """Returns the stages of `inputs`, and each layer; a learnt pooling belongs to the last."""
         *first, last = self.model["layers"]
         return [*(self.inputs.stages() if self.inputs else []), *first, nn.ModuleList([last, self.model["pool"]])]

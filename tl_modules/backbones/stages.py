@@ -1,4 +1,4 @@
-"""A foreign network in parts: a classifier's last layer taken out, the rest divided into stages."""
+"""Divides foreign networks: removes a classifier's last layer, and groups the rest into stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Classifier(NamedTuple):
-    """What was a classifier's last layer: its name in the model, the layer, and the width of what it saw."""
+    """A classifier's former last layer: its name in the model, the layer, and the width of its input."""
 
     name: str
     layer: nn.Module
@@ -21,7 +21,7 @@ def strip_classifier(model: nn.Module) -> Classifier | None:
     """Replaces a classifier's last layer by the identity, in place.
 
     Returns:
-        The layer; None if the model has no `fc`, `classifier`, `head` or `heads` with one.
+        The layer; None if the model has no `fc`, `classifier`, `head` or `heads` that holds one.
     """
     for name in ("fc", "classifier", "head", "heads"):
         top = getattr(model, name, None)
@@ -39,22 +39,22 @@ def strip_classifier(model: nn.Module) -> Classifier | None:
 
 
 def suits_channels_last(model: nn.Module) -> bool:
-    """Whether a network may have the layout that makes convolutions twice as fast, also on CPUs.
+    """Returns whether a network can use channels_last, which makes convolutions twice as fast, also on CPUs.
 
-    It keeps the plain one with a 1 x 1 convolution of stride 2 and few channels, e.g. RepVGG's: its backward
-    in oneDNN writes past its memory, which kills the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    Not with a 1 x 1 convolution of stride 2 and few channels, e.g. RepVGG's: its backward in oneDNN writes out of
+    bounds, which kills the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
 
     def fatal(layer: nn.Module) -> bool:
         if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or max(layer.stride) == 1:
             return False
-        return layer.groups == 1 and layer.in_channels < 16  # the block of AVX-512
+        return layer.groups == 1 and layer.in_channels < 16  # the block size of AVX-512
 
     return not any(map(fatal, model.modules()))
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The building blocks of a classifier in the order of their registration, one or two levels down."""
+    """Yields the building blocks of a classifier in the order of their registration, one or two levels down."""
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList) or type(child).__name__ == "Encoder":
             for inner, block in child.named_children():
@@ -67,7 +67,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _starts_stage(block: nn.Module) -> bool:
-    """Whether a block lowers the resolution or is a transformer's."""
+    """Returns whether a block lowers the resolution or is a transformer block."""
 
     def lowers(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
@@ -79,7 +79,7 @@ def _starts_stage(block: nn.Module) -> bool:
 
 
 def resolution_stages(model: nn.Module) -> list[nn.Module]:
-    """Stages of a convolutional or transformer classifier: a new one begins where a block lowers the resolution."""
+    """Returns stages of a convolutional or transformer classifier; each block that lowers the resolution begins one."""
     index, group = 0, {}
     for number, (name, block) in enumerate(_blocks(model)):
         index += number > 0 and _starts_stage(block)
@@ -92,11 +92,11 @@ def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
 
     Args:
         model: The network.
-        group: Stage number by the name of a module or parameter; what lies below a name belongs to it, and what has
-            no name here belongs to the stage before it (loose parameters of the root: to the first).
+        group: Stage number by the name of a module or parameter; anything below a name belongs to it, and anything
+            without a name here belongs to the stage before it (loose parameters of the root: to the first).
 
     Returns:
-        The stages that hold a parameter, in the order of their numbers.
+        The stages that hold a parameter, sorted by number.
     """
     parts: dict[int, list[nn.Module]] = {}
     current = min(group.values(), default=0)
@@ -119,7 +119,7 @@ def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
 
     collect(model, "")
     held: set[int] = set()
-    for number in sorted(parts, reverse=True):  # what several stages share belongs to the deepest
+    for number in sorted(parts, reverse=True):  # shared parts belong to the deepest stage
         parts[number] = [part for module in parts[number] for part in _without(module, held)]
         held |= {id(p) for part in parts[number] for p in part.parameters()}
     stages: list[nn.Module] = [nn.ModuleList(parts[number]) for number in sorted(parts)]
@@ -127,7 +127,7 @@ def stages_by_name(model: nn.Module, group: dict[str, int]) -> list[nn.Module]:
 
 
 def _without(module: nn.Module, held: Collection[int]) -> Iterator[nn.Module]:
-    """A module, or those parts of it that hold none of these parameters."""
+    """Yields a module, or those parts of it that hold none of these parameters."""
     if not any(id(p) in held for p in module.parameters()):
         yield module
         return
@@ -139,7 +139,7 @@ def _without(module: nn.Module, held: Collection[int]) -> Iterator[nn.Module]:
 
 
 def layer_stages(model: nn.Module) -> list[nn.Module]:
-    """Stages of an encoder: what comes before its largest list of layers, then each layer; the last with what follows.
+    """Returns stages of an encoder: all before its largest list of layers, then each layer; the last with what follows.
 
     Raises:
         ValueError: It has no list of layers.

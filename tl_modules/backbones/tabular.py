@@ -18,23 +18,23 @@ __all__ = ["TabularMLP", "VectorBackbone"]
 
 
 class TabularMLP(TabularBackbone):
-    """Dense layers on standardised numbers and marked categories; one stage for each width.
+    """Dense layers on standardised numbers and one-hot categories; one stage per width.
 
     Mean and deviation of each column are running statistics in the model, so that a checkpoint takes rows in their
-    units. They belong to the first stage and rest where it is closed; where it trains, they are those of the present
-    run's rows, also after pretrained weights were loaded.
+    original units. They belong to the first stage and are frozen with it; while it trains, they are those of the
+    current run's rows, even after pretrained weights were loaded.
 
     Args:
         in_features: D, the number of columns; None takes it from the data's schema.
-        widths: Of each stage; [] leaves the standardised columns as they are. None: [256, 256], and [256] where all
-            columns have one scale, since the network that they come from has layers of its own.
+        widths: Width of each stage; [] returns the standardised columns. None: [256, 256], or [256] if all columns have
+            one unit, since the network that they come from already has layers.
         dropout: Share of each stage's outputs that is dropped in training.
-        weights: A local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        scale: "each" column is divided by its own deviation, or "all" by one number, which keeps what the channels of
-            a network say by their size. None: "all" where the data says that its columns have one unit, as
-            `TabularData` does of arrays and of what `tl embed` wrote; else "each".
-        clip: Of a column that is divided by its own deviation, how many of them a value keeps at most; None: all.
+        weights: A local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        scale: "each" divides a column by its own standard deviation, "all" divides all by one number, which preserves
+            the relative size of a network's channels. None: "all" if the data says that its columns have one unit, as
+            `TabularData` does for arrays and for features of `tl embed`; else "each".
+        clip: With "each", clips values to this many standard deviations; None: no clipping.
         embedding: Width of each number's embedding by periodic functions, see `MixedColumns`; 0: none.
 
     Raises:
@@ -56,7 +56,7 @@ class TabularMLP(TabularBackbone):
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise UserError(f"dropout: {dropout} must lie in [0, 1)")
+            raise UserError(f"dropout: {dropout} must be in [0, 1)")
         if clip is not None and clip <= 0:
             raise UserError(f"clip: {clip:g} must be above 0, or null")
         if embedding < 0:
@@ -67,7 +67,7 @@ class TabularMLP(TabularBackbone):
             self.build(in_features, [])
 
     def layers(self, numeric: int, categories: list[int]) -> nn.Module:
-        """A stage for each width, the first with the columns."""
+        """Builds a stage for each width, the first with the columns."""
         if self.widths is None:
             self.widths = [256] if self.scale == "all" else [256, 256]
         columns: Any = Standardise(numeric, self.scale or "each", self.clip)
@@ -81,19 +81,19 @@ class TabularMLP(TabularBackbone):
         for width, outputs in pairwise([inputs, *self.widths]):
             norm, dropout = nn.BatchNorm1d(outputs), nn.Dropout(self.dropout)
             stages.append([nn.Linear(width, outputs, bias=False), norm, nn.ReLU(), dropout])
-        # the columns rest and move with the first stage
+        # the columns freeze and train with the first stage
         stages[:2] = [[layer for stage in stages[:2] for layer in stage]]
         self.out_features = [inputs, *self.widths][-1]
         return nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
 
     def forward(self, x: Any) -> Tensor:
-        """(B, in_features), or with categories {"numeric", "categorical"} -> (B, out_features)."""
+        """Maps (B, in_features), or with categories {"numeric", "categorical"}, to (B, out_features)."""
         features: Tensor = self.model(x)
         return features
 
     def stages(self) -> list[nn.Module]:
-        """One for each width."""
+        """Returns one stage per width."""
         return list(self.model.children())
 
 
-VectorBackbone = TabularMLP  # earlier name, which a config may hold
+VectorBackbone = TabularMLP  # earlier name, which a saved config may contain

@@ -14,20 +14,20 @@ __all__ = ["TabularResNet"]
 
 
 class TabularResNet(TabularBackbone):
-    """ResNet for tables (Gorishniy et al., NeurIPS 2021): x + block(x), by `pip install 'lightning-transfer[tables]'`.
+    """ResNet for tables (Gorishniy et al., NeurIPS 2021): x + block(x); `pip install 'lightning-transfer[tables]'`.
 
     The first stage holds the columns, their projection and the first block; each further block is a stage.
 
     Args:
-        blocks: How many.
-        width: Of x.
+        blocks: Number of blocks.
+        width: Width of x.
         hidden: Width within a block, as a multiple of `width`.
         dropout: Share of the hidden values that is dropped in training.
         embedding: Width of each number's embedding by periodic functions, see `MixedColumns`; 0: none.
-        weights: A local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        scale: As of `TabularMLP`.
-        clip: As of `TabularMLP`.
+        weights: A local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        scale: As in `TabularMLP`.
+        clip: As in `TabularMLP`.
 
     Raises:
         UserError: A size is not positive, the library is missing, or the weights do not fit.
@@ -55,7 +55,7 @@ class TabularResNet(TabularBackbone):
         self.weights, self.strict, self.scale, self.clip = weights, strict, scale, clip
 
     def layers(self, numeric: int, categories: list[int]) -> nn.Module:
-        """Columns and blocks."""
+        """Builds columns and blocks."""
         columns = MixedColumns(numeric, categories, self.scale or "each", self.clip, self.embedding)
         network = library("rtdl_revisiting_models", "backbone").ResNet(
             d_in=columns.out_features,
@@ -70,12 +70,12 @@ class TabularResNet(TabularBackbone):
         return nn.ModuleDict({"columns": columns, "network": network, "output": norm})
 
     def forward(self, x: Any) -> Tensor:
-        """Rows -> (B, width)."""
+        """Maps rows to (B, width)."""
         features: Tensor = self.model["output"](self.model["network"](self.model["columns"](x)))
         return features
 
     def stages(self) -> list[nn.Module]:
-        """One for each block."""
+        """Returns one stage per block."""
         network: Any = self.model["network"]
         parts = [[block] for block in network.blocks]
         parts[0] = [self.model["columns"], network.input_projection, *parts[0]]

@@ -1,9 +1,9 @@
-"""What backbones of texts have in common, and the smallest: an average of pretrained word vectors.
+"""The base class of text backbones, and the smallest one: an average of pretrained word vectors.
 
     texts -> words -> their numbers (in the loader's workers) -> vectors -> weighted mean
                       Padded (B, L)                              Padded (B, L, D)   (B, D)
 
-What cuts a text into words is any function; the rest is the same for all languages.
+Any function can split a text into words; everything else is the same for all languages.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 class TextBackbone(CarriesText, Backbone):
-    """A backbone of texts; its forward makes features of tokens or words, Padded (B, L, D)."""
+    """A backbone for texts; its forward returns features of tokens or words, Padded (B, L, D)."""
 
-    model: Any  # with `pool`, a SequencePooling, in it, so that it travels with the weights
+    model: Any  # contains `pool`, a SequencePooling, so that it is saved with the weights
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Refuses inputs that are not texts.
+        """Rejects inputs that are not texts.
 
         Raises:
-            UserError: The data says that they are something else.
+            UserError: The schema names another kind of input.
         """
-        self.refuse_others(x, "text", "texts", "; take a backbone for these, or data such as TextFiles")
+        self.refuse_others(x, "text", "texts", "; use a backbone for these, or data such as TextFiles")
 
     def pooled_features(self, features: Any) -> Tensor:
-        """Features of tokens or words, Padded (B, L, D) -> (B, D), as `pooling` says."""
+        """Pools features of tokens or words, Padded (B, L, D), to (B, D), by `pooling`."""
         pooled: Tensor = self.model.pool(features)
         return pooled
 
 
 class NumberedWords:
-    """Makes numbers of the words of texts, Padded (B, L); small enough to be sent to a loader's worker.
+    """Converts the words of texts to numbers, Padded (B, L); small enough to be pickled for a loader's worker.
 
-    Words that have no vector are left out; a text without any other is the one number 0. A word that is not there as
-    it is written is looked up in lower case.
+    Words without a vector are left out; a text without any known word becomes the single number 0. A word that is
+    unknown as written is looked up in lower case.
 
     Attributes:
-        cut: A text -> its words.
-        words: In the order of their numbers, which begin at 1.
+        cut: Function from a text to its words.
+        words: The words in the order of their numbers, which begin at 1.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -65,14 +65,14 @@ class NumberedWords:
         self.know([])
 
     def know(self, words: list[str]) -> None:
-        """Takes these words in place of those before."""
+        """Replaces the known words."""
         self.words, self.number = words, {word: place + 1 for place, word in enumerate(words)}
 
     def __call__(self, texts: Sequence[str]) -> Padded:
-        """Texts -> Padded (B, L) of whole numbers."""
+        """Maps texts to Padded (B, L) of integers."""
         if not self.words:
             raise UserError(
-                "width: WordVectors with a width waits for the words of a checkpoint; pass --model.backbone.width null "
+                "width: WordVectors with a width expects the words from a checkpoint; pass --model.backbone.width null "
                 "to read them from the file"
             )
         number = self.number
@@ -81,20 +81,20 @@ class NumberedWords:
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits, also with an apostrophe within, and single signs."""
+    """Splits into runs of letters and digits, also with an apostrophe inside, and single symbols."""
     return _WORD.findall(text)
 
 
 def characters(text: str) -> list[str]:
-    """All characters but white space."""
+    """Splits into all characters except white space."""
     return [character for character in text if not character.isspace()]
 
 
 def jieba_words(text: str) -> list[str]:
-    """Chinese words by jieba.
+    """Splits Chinese into words with jieba.
 
     Raises:
-        UserError: It is missing.
+        UserError: jieba is not installed.
     """
     try:
         import jieba
@@ -109,27 +109,28 @@ CUTS: dict[str, Callable[[str], Sequence[str]]] = {"words": words, "characters":
 
 
 class WordVectors(TextBackbone):
-    """Averages pretrained word vectors of a text: GloVe, word2vec, gensim's, also trained on texts of one's own.
+    """Averages the pretrained vectors of a text's words: GloVe, word2vec, gensim's, or trained on your own texts.
 
-    A run's checkpoints hold words and vectors, so that it needs the file no more. Vectors are as in the file; a
+    A run's checkpoints hold words and vectors, so the file is not needed again. Vectors are as in the file; the
     strategy decides whether they train.
 
     Args:
-        name: A file of vectors, the most frequent words first: text as of GloVe or word2vec, word2vec's binary, both
-            also as .gz, or an .npz with `words` (V,) and `vectors` (V, D).
-        weights: DEFAULT takes the file's vectors; or a run of ours, with its words; None random ones for its words.
-        strict: Refuse weights that lack a tensor.
-        tokenizer: What cuts a text into words: `words` by white space and punctuation, `characters` for languages
-            without spaces, `jieba` for Chinese, or a function of your own by its dotted name, text -> list of words.
-        pooling: The `mean` of the words' vectors; `sif`, a mean in which a word counts a / (a + p(w)), Arora et al.
-            (ICLR 2017), without their common component; or a learnt weighted mean, `attention`.
-        max_words: Of the file, so many first words are read; None: all of them.
-        vocabulary: A text file; only words that occur in it are read. None: any.
+        name: A file of vectors, the most frequent words first: GloVe's or word2vec's text format, word2vec's binary
+            format, both optionally .gz, or an .npz with `words` (V,) and `vectors` (V, D).
+        weights: DEFAULT takes the file's vectors; or a run of `tl fit`, with its words; None: random ones for its
+            words.
+        strict: Rejects weights that lack a tensor.
+        tokenizer: How a text is split into words: `words` by white space and punctuation, `characters` for languages
+            without spaces, `jieba` for Chinese, or your own function by its dotted name, text -> list of words.
+        pooling: The `mean` of the words' vectors; `sif`, a mean in which a word has weight a / (a + p(w)), Arora et al.
+            (ICLR 2017), without removal of the common component; or a learnt weighted mean, `attention`.
+        max_words: Reads only this many words from the start of the file; None: all of them.
+        vocabulary: A text file; only words that occur in it are read. None: all words.
         sif: a of `sif`. Files do not say p(w); by Zipf's law word number r of V has p = 1 / (r (1 + 1/2 + ... + 1/V)).
-        width: D; None takes the file's. A run's config has it.
+        width: D; None takes the file's. A run's config records it.
 
     Raises:
-        UserError: The file cannot be read, or a line of it is malformed.
+        UserError: The file cannot be read, or has a malformed line.
     """
 
     prepare: NumberedWords
@@ -153,7 +154,7 @@ class WordVectors(TextBackbone):
         self.sif, self.learnt = sif if pooling == "sif" else None, pooling == "attention"
         words: list[str] = []
         vectors = torch.zeros(0, width or 0)
-        if weights == "DEFAULT" or (weights is None and width is None):  # a run's checkpoint brings its own
+        if weights == "DEFAULT" or (weights is None and width is None):  # a run's checkpoint contains its own
             cut = self.prepare.cut
             words, vectors = read_vectors(name, max_words, None if vocabulary is None else _occurring(vocabulary, cut))
         if weights is None:
@@ -177,7 +178,7 @@ class WordVectors(TextBackbone):
         self.prepare.know(words)
         shape = (len(words) + 1, width)
         table = cast(nn.Embedding, self.model["vectors"])
-        if words and table.weight.shape != shape:  # what fills it comes next
+        if words and table.weight.shape != shape:  # it is filled next
             table.weight.data = table.weight.new_zeros(shape)
             table.num_embeddings, table.embedding_dim = shape
         if "pool" not in self.model or self.out_features != width:
@@ -185,27 +186,27 @@ class WordVectors(TextBackbone):
         self.out_features = width
 
     def forward(self, x: Padded) -> Padded:
-        """Numbers of words, Padded (B, L) -> their vectors, Padded (B, L, D), times the weight that `sif` gives."""
+        """Maps word numbers, Padded (B, L), to their vectors, Padded (B, L, D), times their weights if `sif`."""
         if not isinstance(x, Padded):
-            raise UserError("WordVectors takes texts, and these inputs are none; take data such as TextFiles")
+            raise UserError("WordVectors takes texts, but the inputs are not; use data such as TextFiles")
         vectors = self.model["vectors"](x.values)
         if self.sif is not None:
             vectors = vectors * self._counts(x.values, self.sif)[..., None].to(vectors.dtype)
         return x.replace(vectors)
 
     def _counts(self, numbers: Tensor, a: float) -> Tensor:
-        """Gives the weight a / (a + p(w)) of words by their number, which is their rank."""
+        """Returns the weight a / (a + p(w)) of words by their number, which is their rank."""
         total = len(self.prepare.words)
         harmonic = torch.arange(1, total + 1, dtype=torch.float64).reciprocal().sum().item()
         return a / (a + 1 / (numbers.clamp(min=1) * harmonic))
 
     def stages(self) -> list[nn.Module]:
-        """The vectors, and what weighs them where that is learnt."""
+        """Returns the vectors, and a learnt pooling."""
         return [self.model["vectors"], self.model["pool"]] if self.learnt else [self.model["vectors"]]
 
 
 def _occurring(file: Path | str, cut: Callable[[str], Sequence[str]]) -> set[str]:
-    """The words of a text file, as they are written and in lower case."""
+    """Returns the words of a text file, as written and in lower case."""
     path = fill_in(file)
     try:
         with path.open(encoding="utf-8") as lines:

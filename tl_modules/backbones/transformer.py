@@ -1,9 +1,9 @@
-"""Encoders of Hugging Face for text.
+"""Hugging Face encoders for texts.
 
     texts -> token numbers (in the loader's workers) -> embeddings -> layer 1 -> ... -> layer n -> pool
              Padded (B, L)                              stage 0       stage 1        stage n      (B, D)
 
-No code of a model's repository is run, `trust_remote_code` is never passed on.
+Code in a model's repository is never run: `trust_remote_code` is not passed on.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from tl_modules.errors import UserError
 
 __all__ = ["TransformerBackbone"]
 
-LONGEST = 512  # tokens of a window, where the encoder does not say itself
+LONGEST = 512  # tokens of a window, if the encoder's config does not limit it
 
 
 class Tokenise:
-    """Makes token numbers of texts, Padded (B, L); small, so that it can be sent to a loader's worker.
+    """Converts texts to token numbers, Padded (B, L); small, so that it can be pickled for a loader's worker.
 
-    A text that is longer than a window becomes several of them, one after the other, each with its special tokens and
-    all but the last full; what is beyond `windows` is left out.
+    A text longer than a window is divided into several consecutive windows, each with its special tokens and all but
+    the last full; anything beyond `windows` is cut off.
 
     Attributes:
-        tokenizer: A `tokenizers.Tokenizer`, which truncates to a window; None until a checkpoint brings it.
-        windows: How many windows a text is read in at most.
+        tokenizer: A `tokenizers.Tokenizer`, which truncates to a window; None until loaded from a checkpoint.
+        windows: Maximum number of windows per text.
     """
 
     def __init__(self, windows: int) -> None:
@@ -48,40 +48,40 @@ class Tokenise:
         self.windows = windows
 
     def __call__(self, texts: Sequence[str]) -> Padded:
-        """Texts -> Padded (B, L) of whole numbers."""
+        """Maps texts to Padded (B, L) of integers."""
         if self.tokenizer is None:
             raise UserError(
-                "name: TransformerBackbone has no tokenizer, since its folder is gone; give --model.backbone.name "
-                "FOLDER, or a run that holds it, --model.backbone.weights RUN"
+                "name: TransformerBackbone has no tokenizer, since its folder is gone; pass --model.backbone.name "
+                "FOLDER, or a run that contains it, --model.backbone.weights RUN"
             )
         rows = []
         for first in self.tokenizer.encode_batch([str(text) for text in texts]):
             windows = [first, *first.overflowing][: self.windows]
             ids = [number for window in windows for number in window.ids]
-            rows.append(torch.tensor(ids or [0]))  # some tokenizers make nothing of an empty text
+            rows.append(torch.tensor(ids or [0]))  # some tokenizers return no tokens for an empty text
         return Padded.of(rows)
 
 
 class TransformerBackbone(TextBackbone):
-    """Any encoder of Hugging Face by a local folder or hub name; its features are one vector per token.
+    """Any Hugging Face text encoder by local folder or hub name; its features are one vector per token.
 
     A run's config.yaml holds the encoder's architecture and its checkpoints the tokenizer, so that a run needs neither
-    folder nor hub again. Stages are the embeddings and each layer. A layer that only next-sentence prediction has
-    trained, the pooler, is left out.
+    folder nor hub again. Stages are the embeddings and each layer. The pooler, which only next-sentence prediction has
+    trained, is left out.
 
     Args:
-        name: A folder as `save_pretrained` writes it, or a name on the hub, e.g. google-bert/bert-base-uncased.
-        weights: DEFAULT takes those that belong to `name`; or a local file or a run of ours; None starts at random.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        pooling: How a text's vector is made of its tokens': their mean, the vector of the first one (`cls`), or a
-            learnt weighted mean (`attention`), which trains with the last stage.
-        max_length: Tokens of a window, special ones included; None takes as many as the encoder was made for.
-        windows: How many windows a longer text is read in, each by itself; what is longer is cut off.
-        architecture: The encoder's config in the words of Hugging Face; None reads it from `name`.
+        name: A folder written by `save_pretrained`, or a name on the hub, e.g. google-bert/bert-base-uncased.
+        weights: DEFAULT takes the weights of `name`; or a local file or a run of `tl fit`; None starts at random.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        pooling: How a text's vector is computed from its tokens' vectors: their mean, the vector of the first one
+            (`cls`), or a learnt weighted mean (`attention`), which trains with the last stage.
+        max_length: Tokens of a window, including special ones; None takes the encoder's maximum.
+        windows: How many windows a longer text is divided into, each encoded separately; the rest is cut off.
+        architecture: The encoder's Hugging Face config; None reads it from `name`.
 
     Raises:
-        UserError: transformers is missing, the encoder cannot be had or is none of transformers, or the weights do not
-            fit.
+        UserError: transformers is missing, the encoder is not available or not part of transformers, or the weights do
+            not fit.
     """
 
     prepare: Tokenise
@@ -96,7 +96,7 @@ class TransformerBackbone(TextBackbone):
         pooling: Literal["mean", "cls", "attention"] = "mean",
         max_length: int | None = None,
         windows: int = 1,
-        architecture: dict | None = None,  # type: ignore[type-arg]  # the parser would read its texts again
+        architecture: dict | None = None,  # type: ignore[type-arg]  # the parser would re-read its texts
     ) -> None:
         super().__init__()
         try:
@@ -106,7 +106,7 @@ class TransformerBackbone(TextBackbone):
             raise UserError("TransformerBackbone needs transformers: pip install 'lightning-transfer[text]'") from error
         if windows < 1 or (max_length is not None and max_length < 3):
             raise UserError(f"windows, max_length: {windows} and {max_length} must be at least 1 and 3")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are already processes
         logging.disable_progress_bar()
         self.name, self.prepare = str(name), Tokenise(windows)
         where = folder_or_name(name)
@@ -116,7 +116,7 @@ class TransformerBackbone(TextBackbone):
         self.architecture = architecture
         config = AutoConfig.for_model(**architecture)
         longest = max_length or min(getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST)
-        # a run's checkpoint brings its own, and need not find this one
+        # a run's checkpoint contains its own, and must not depend on this one
         with suppress(UserError) if rebuilt else nullcontext():
             self._take_tokenizer(fetched(AutoTokenizer.from_pretrained, where, not rebuilt), longest)
         self.model = encoder_of(AutoModel.from_config(config, dtype=torch.float32))
@@ -124,7 +124,7 @@ class TransformerBackbone(TextBackbone):
         self.padding = int(getattr(config, "pad_token_id", None) or 0)
         self.first_only = pooling == "cls"
         pool = SequencePooling("attention" if pooling == "attention" else "mean", self.out_features)
-        self.model.add_module("pool", pool)  # the last of its children, and so in the last stage
+        self.model.add_module("pool", pool)  # the last child, and so in the last stage
 
         def hub(entry: str) -> StateDict:
             return {**default_weights(entry, where, config), **pool.state_dict(prefix="pool.")}
@@ -132,17 +132,17 @@ class TransformerBackbone(TextBackbone):
         self.load_pretrained(weights, strict, hub)
 
     def _take_tokenizer(self, tokenizer: Any, longest: int) -> None:
-        """Takes the fast part of a tokenizer, and sets what it truncates to."""
+        """Takes the fast tokenizer inside, and sets its truncation."""
         fast = getattr(tokenizer, "backend_tokenizer", None)
         if fast is None:
-            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is needed here")
+            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is required")
         fast.no_padding()
         fast.enable_truncation(min(longest, tokenizer.model_max_length))
         self.prepare.tokenizer = fast
 
     @property
     def carried(self) -> dict[str, Any]:
-        """The tokenizer, with the length that it truncates to, and how many windows."""
+        """The tokenizer, with its truncation length, and the number of windows."""
         tokenizer = self.prepare.tokenizer
         return {"tokenizer": tokenizer and tokenizer.to_str(), "windows": self.prepare.windows}
 
@@ -154,15 +154,15 @@ class TransformerBackbone(TextBackbone):
         self.prepare.windows = given["windows"]
 
     def forward(self, x: Padded) -> Padded:
-        """Token numbers, Padded (B, L) -> token features, Padded (B, L, D)."""
+        """Maps token numbers, Padded (B, L), to token features, Padded (B, L, D)."""
         if not isinstance(x, Padded):
-            raise UserError("TransformerBackbone takes texts, and these inputs are none; take data such as TextFiles")
+            raise UserError("TransformerBackbone takes texts, but the inputs are not; use data such as TextFiles")
         inside = x.mask
         ids = x.values.masked_fill(~inside, self.padding)
         length, window = ids.shape[1], self.window
         if length <= window:
             return x.replace(self._features(ids, inside))
-        missing = -length % window  # every window is a row of a batch; those beyond a text's end are left out
+        missing = -length % window  # every window is a row; those after a text's end are left out
         ids, inside = F.pad(ids, (0, missing)).view(-1, window), F.pad(inside, (0, missing)).view(-1, window)
         there = inside[:, 0]
         found = self._features(ids[there], inside[there])
@@ -172,7 +172,7 @@ class TransformerBackbone(TextBackbone):
 
     @property
     def window(self) -> int:
-        """How many tokens a window has."""
+        """Number of tokens in a window."""
         tokenizer = self.prepare.tokenizer
         return int(tokenizer.truncation["max_length"]) if tokenizer is not None else LONGEST
 
@@ -181,7 +181,7 @@ class TransformerBackbone(TextBackbone):
         return hidden
 
     def pooled_features(self, features: Any) -> Tensor:
-        """Token features, Padded (B, L, D) -> (B, D), as `pooling` says; over all windows."""
+        """Pools token features, Padded (B, L, D), to (B, D), by `pooling`; over all windows."""
         if self.first_only:
             window = self.window
             firsts = features.values[:, ::window]
@@ -189,5 +189,5 @@ class TransformerBackbone(TextBackbone):
         return super().pooled_features(features)
 
     def stages(self) -> list[nn.Module]:
-        """The embeddings, and each layer; a learnt pooling belongs to the last one."""
+        """Returns the embeddings, and each layer; a learnt pooling belongs to the last one."""
         return layer_stages(self.model)

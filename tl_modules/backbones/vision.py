@@ -2,8 +2,8 @@
 
     uint8 or float in [0, 1], (B, 1 or 3, H, W) -> normalise -> stage 0 -> stage 1 -> ... -> pool -> (B, out_features)
 
-A foreign classifier loses its last layer, so that the features are what that layer saw. Its stages are the runs of
-blocks at one resolution, and the single blocks of a transformer.
+A foreign classifier loses its last layer: the features are that layer's input. Its stages are the runs of blocks at one
+resolution, or the single blocks of a transformer.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchHubBackbone", "
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# None and not the numbers: a config that changes the class keeps the arguments that both classes have
+# None instead of the numbers: when a config changes the class, arguments that both classes have are kept
 Statistics = Sequence[float] | None
 
 
 class Normalize(nn.Module):
-    """Brings images to statistics of 0 and 1; a module, so that cached images are not normalised again."""
+    """Standardises images by channel mean and deviation; a module, so that cached images are not normalised again."""
 
-    in_no_stage = True  # and yet frozen: it holds nothing
+    in_no_stage = True  # but counts as frozen, since it has no parameters
 
     def __init__(self, channels_last: bool = True) -> None:
         super().__init__()
         self.channels_last = channels_last
 
     def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """(B, 1 or C, H, W) uint8, or float in [0, 1] -> (B, C, H, W), in the network's layout."""
+        """Maps (B, 1 or C, H, W) uint8, or float in [0, 1], to (B, C, H, W), in the network's memory layout."""
         x = images.to(mean.dtype)
         if images.dtype == torch.uint8:
             x = x / 255
@@ -51,21 +51,21 @@ class Normalize(nn.Module):
 
 
 def pooled(features: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C), averaged; (B, C) stays."""
+    """Averages (B, C, h, w) to (B, C); returns (B, C) as it is."""
     return features.mean((2, 3)) if features.ndim == 4 else features
 
 
 class ImageBackbone(Backbone):
-    """Normalises images and runs `model` on them; the base of every image backbone.
+    """Normalises images and runs `model` on them; the base class of image backbones.
 
     Args:
-        model: (B, C, H, W) floats -> (B, out_features), or (B, out_features, h, w), which is averaged.
+        model: Maps (B, C, H, W) floats to (B, out_features), or to (B, out_features, h, w), which is averaged.
         out_features: Width of the features.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
 
     Attributes:
-        side: The only side of images, in pixels, that `model` takes; None: it takes any.
+        side: The only image side, in pixels, that `model` takes; None: any.
     """
 
     mean: Tensor
@@ -84,40 +84,40 @@ class ImageBackbone(Backbone):
         self.register_buffer("std", torch.tensor(std or IMAGENET_STD).view(-1, 1, 1))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 or [0, 1] images -> normalised floats; one grey channel is repeated.
+        """Converts uint8 or [0, 1] images to normalised floats; a single grey channel is repeated.
 
         Raises:
-            UserError: They have unequal sizes, or another one than the network takes.
+            UserError: The images have unequal sizes, or another size than the network takes.
         """
         if not isinstance(images, Tensor):
             raise UserError(
-                f"data: {type(self).__name__} takes images of one size, and those of a batch have unequal ones; let "
-                "the data set resize them"
+                f"data: {type(self).__name__} takes images of one size, but a batch has several sizes; resize them in "
+                "the data set"
             )
         if self.side is not None and images.shape[-2:] != (self.side, self.side):
             height, width = images.shape[-2:]
             advice = f"pass --model.backbone.image_size {height}, or " if height == width else ""
             raise UserError(
-                f"image_size: {self.name} takes images of {self.side} x {self.side} pixels, and the data's have "
+                f"image_size: {self.name} takes images of {self.side} x {self.side} pixels, but the data's have "
                 f"{height} x {width}; {advice}--data.image_size {self.side}"
             )
         normalized: Tensor = self.normalize(images, self.mean, self.std)
         return normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) uint8, or float in [0, 1] -> (B, out_features)."""
+        """Maps (B, 1 or 3, H, W) uint8, or float in [0, 1], to (B, out_features)."""
         return pooled(self.model(self.preprocess(x)))
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
-        """Refuses inputs that are not images.
+        """Rejects inputs that are not images.
 
         Raises:
-            UserError: The data says that they are something else.
+            UserError: The schema names another kind of input.
         """
-        self.refuse_others(x, "image", "images", "; take a backbone for these, e.g. TabularMLP for numeric columns")
+        self.refuse_others(x, "image", "images", "; use a backbone for these, e.g. TabularMLP for numeric columns")
 
     def align(self, xs: list[Any]) -> list[Any]:
-        """Gives grey images beside coloured ones three channels, and bytes beside floats the range [0, 1]."""
+        """Expands grey images to three channels beside coloured ones, and scales bytes to [0, 1] beside floats."""
         if any(isinstance(x, Tensor) and x.is_floating_point() for x in xs):
             xs = [x.float() / 255 if isinstance(x, Tensor) and x.dtype == torch.uint8 else x for x in xs]
         images = [x for x in xs if isinstance(x, Tensor) and x.ndim == 4]
@@ -127,7 +127,7 @@ class ImageBackbone(Backbone):
         return [x.expand(-1, channels, -1, -1) for x in images]
 
     def stages(self) -> list[nn.Module]:
-        """Splits `model` where its resolution drops and before each transformer block."""
+        """Divides `model` where its resolution drops and before each transformer block."""
         return resolution_stages(self.model)
 
 
@@ -135,17 +135,19 @@ class TorchvisionBackbone(ImageBackbone):
     """Any classifier of torchvision.models without its last layer.
 
     Args:
-        name: As in torchvision.models.list_models(torchvision.models), e.g. resnet50.
-        weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of ours.
-        strict: Refuse weights that lack a tensor or have one of another shape.
+        name: A name in torchvision.models.list_models(torchvision.models), e.g. resnet50.
+        weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of `tl
+            fit`.
+        strict: Rejects weights that lack a tensor or have one of another shape.
         mean: Per channel, on the [0, 1] scale; None is the weights' own.
         std: Per channel, on the [0, 1] scale; None is the weights' own.
-        image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for it, and
+        image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for this size, and
             position embeddings of another size are interpolated.
-        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
+        weights_prefix: Prefix of the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
-        UserError: Unknown name; weights that cannot be fetched or do not fit; a size that the network cannot have.
+        UserError: The name is unknown; the weights cannot be fetched or do not fit; the network does not support the
+            size.
     """
 
     def __init__(
@@ -168,7 +170,7 @@ class TorchvisionBackbone(ImageBackbone):
         if name in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": False}
         known = models.get_model_weights(name).__members__
-        # of a file nobody knows which: those of the size that the network is made for
+        # the size of a local file's weights is unknown: assume the network's standard size
         usual = min(known.values(), key=lambda entry: entry.transforms().crop_size[0], default=None)
         entry = known.get(str(weights), usual)
         preset = None if entry is None else entry.transforms()
@@ -181,7 +183,7 @@ class TorchvisionBackbone(ImageBackbone):
             raise UserError(f"image_size: {name} cannot be built for {self.side} pixels ({error})") from error
         classifier = strip_classifier(model)
         if classifier is None:  # pragma: no cover - a family newer than this file
-            raise UserError(f"name: the last layer of {name} was not recognised; wrap it in a Backbone of your own")
+            raise UserError(f"name: the last layer of {name} was not recognised; wrap it in your own Backbone")
         if weights is not None and preset is not None:
             mean, std = mean or preset.mean, std or preset.std
         super().__init__(model, classifier.in_features, mean, std)
@@ -217,16 +219,16 @@ class TimmBackbone(ImageBackbone):
     """Any model of timm without its classifier (`pip install 'lightning-transfer[timm]'`).
 
     Args:
-        name: As in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
-        weights: DEFAULT for the pretrained weights that timm knows for this name (downloaded), a local file, or a run.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        image_size: Side of the images in pixels; None is the weights' own. A network that is made for one size (ViT,
+        name: A name in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
+        weights: DEFAULT for timm's pretrained weights of this name (downloaded), a local file, or a run.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        image_size: Side of the images in pixels; None is the weights' own. A network with a fixed input size (ViT,
             Swin, ...) is built for it, and position embeddings of another size are interpolated.
-        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
+        weights_prefix: Prefix of the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: timm is missing, the name is unknown, the weights cannot be fetched or do not fit, or the network
-            cannot have that size.
+            does not support the size.
     """
 
     def __init__(
@@ -266,12 +268,12 @@ class TimmBackbone(ImageBackbone):
             self.data_defaults = as_measured(size, resize, config["interpolation"], image_size)
 
         def resized(state: StateDict) -> StateDict:
-            adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # each family's own
+            adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # by family
             return state if adapt is None else adapt(dict(state), model)
 
         def hub(entry: str) -> StateDict:
             if entry != "DEFAULT":
-                raise UserError(f"weights: {entry} is no file or run; DEFAULT stands for timm's own weights of {name}")
+                raise UserError(f"weights: {entry} is not a file or run; DEFAULT means timm's weights of {name}")
             try:
                 state: StateDict = timm.create_model(name, pretrained=True).state_dict()
             except (OSError, RuntimeError) as error:  # the hub client's offline error is an OSError
@@ -281,7 +283,7 @@ class TimmBackbone(ImageBackbone):
         self.load_pretrained(weights, strict, hub, resized, weights_prefix)
 
     def stages(self) -> list[nn.Module]:
-        """The groups that timm itself gives for layer-wise learning rates."""
+        """Returns the groups that timm defines for layer-wise learning rates."""
         from timm.models import group_parameters
 
         model: Any = self.model
@@ -291,19 +293,19 @@ class TimmBackbone(ImageBackbone):
 
 
 class TorchHubBackbone(ImageBackbone):
-    """An entry of a torch.hub repository. **This runs that repository's code**, so name only one that you trust.
+    """An entry of a torch.hub repository. **This runs that repository's code**, so use only one that you trust.
 
     Args:
         repo: A local folder with a hubconf.py, or owner/name[:ref] on GitHub.
         name: The entry point in its hubconf.py.
         arguments: Passed to the entry point, e.g. {pretrained: true}. Its weights count as pretrained, unless
-            `pretrained` or `weights` among them says that they are not.
-        weights: A local file or a run of ours; None keeps what the entry point gives.
-        strict: Refuse weights that lack a tensor or have one of another shape.
-        image_size: Side in pixels of the images that the width of the features is probed with, where it is not known.
+            `pretrained` or `weights` in them says otherwise.
+        weights: A local file or a run of `tl fit`; None keeps the entry point's weights.
+        strict: Rejects weights that lack a tensor or have one of another shape.
+        image_size: Side in pixels of the images used to find the width of the features, if it is not known.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
-        weights_prefix: What precedes the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
+        weights_prefix: Prefix of the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
 
     Raises:
         UserError: The repository or entry is not found, or the weights do not fit.
@@ -324,7 +326,7 @@ class TorchHubBackbone(ImageBackbone):
         folder = fill_in(repo)
         source = "local" if folder.is_dir() else "github"
         if source == "local" and not (folder / "hubconf.py").is_file():
-            raise UserError(f"repo: {folder} has no hubconf.py, so it is no torch.hub repository")
+            raise UserError(f"repo: {folder} has no hubconf.py, so it is not a torch.hub repository")
         if source == "github" and str(repo).count("/") != 1:
             raise UserError(f"repo: {repo} is neither a folder nor owner/name on GitHub")
         where = str(folder if source == "local" else repo)
@@ -338,7 +340,7 @@ class TorchHubBackbone(ImageBackbone):
         except (URLError, OSError) as error:
             raise UserError(_offline(f"{repo} {name}")) from error
         if not isinstance(model, nn.Module):
-            raise UserError(f"name: {repo} {name} gives a {type(model).__name__}, not a torch.nn.Module")
+            raise UserError(f"name: {repo} {name} returns a {type(model).__name__}, not a torch.nn.Module")
         classifier = strip_classifier(model)
         super().__init__(model, classifier.in_features if classifier else 0, mean, std)
         self.name, self.classifier = name, classifier.name if classifier else ""
@@ -350,24 +352,24 @@ class TorchHubBackbone(ImageBackbone):
 
         def hub(entry: str) -> StateDict:
             raise UserError(
-                f"weights: {entry} is no file or run; a hub entry takes its own weights through `arguments`"
+                f"weights: {entry} is not a file or run; a hub entry takes its own weights through `arguments`"
             )
 
         self.load_pretrained(weights, strict, hub, prefix=weights_prefix)
         said = [value for name, value in (arguments or {}).items() if name in ("pretrained", "weights")]
-        self.random = weights is None and bool(said) and not any(said)  # many entries are pretrained unless told
+        self.random = weights is None and bool(said) and not any(said)  # many entries are pretrained by default
         if weights is None and not self.random:
             layer = {} if classifier is None else classifier.layer.state_dict(prefix=f"{classifier.name}.")
             self.pretrained = Pretrained(f"{repo} {name}", {}, linear_head(layer, self.classifier))
 
 
-HubBackbone = TorchHubBackbone  # earlier name, which a config may hold
+HubBackbone = TorchHubBackbone  # earlier name, which a saved config may contain
 
 
 def as_measured(crop: int, resize: int, interpolation: str, image_size: int | None = None) -> dict[str, Any]:
-    """How weights were measured, in the words of `ImageFolders`: sizes in pixels, and how images are scaled to them.
+    """Returns arguments of `ImageFolders` for the preprocessing with which weights were evaluated, sizes in pixels.
 
-    Another `image_size` keeps their ratio.
+    Another `image_size` keeps the ratio of crop and resize.
     """
     side = image_size or crop
     resize = resize if side == crop else round(side * resize / crop)
@@ -376,7 +378,7 @@ def as_measured(crop: int, resize: int, interpolation: str, image_size: int | No
 
 
 def _offline(what: str, url: str | None = None) -> str:
-    """What to do; where the file is known, also which one it is and where torch would have put it."""
+    """Returns advice for work without a network; if the URL is known, also where torch would store the file."""
     where = f"put it into {Path(torch.hub.get_dir()) / 'checkpoints'}, or " if url else ""
     return (
         f"weights: {what} could not be downloaded; without a network, fetch {url or 'the file'} elsewhere and "

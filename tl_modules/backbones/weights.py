@@ -1,4 +1,4 @@
-"""Pretrained weights: read from a file or a run of ours, matched by name, reported, never unpickled."""
+"""Pretrained weights: read from a file or a run, matched by name, reported, never unpickled."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from tl_modules.errors import UserError, short
 
 log = logging.getLogger(__name__)
 
-# What wrappers put before a key: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
+# prefixes that wrappers add to keys: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
 _PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
-_TRAINED = {"encoder_q", "teacher"}  # parts of a prefix that win where its copy fits as well: MoCo's, DINO's
+_TRAINED = {"encoder_q", "teacher"}  # preferred prefixes if a copy fits equally well: MoCo's, DINO's
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 StateDict = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A state dict and, when it comes from a run of ours, the head that was trained on it.
+    """A state dict, and, if it comes from a run of `tl fit`, the head that was trained on it.
 
     Attributes:
         origin: The file or hub name, for messages.
         state: The backbone's tensors.
-        head: The head's tensors, and those of a bottleneck, `bottleneck.*`; of foreign weights those of the
-            classifier's last layer, if it is linear and there.
+        head: The head's tensors, and those of a bottleneck, `bottleneck.*`; for foreign weights the classifier's last
+            layer, if it is linear and in the file.
         task: The run's task and class names; empty for foreign weights.
-        pruned: Whether the network takes the shapes of these tensors.
+        pruned: Whether the network adopts the shapes of these tensors.
     """
 
     origin: str
@@ -52,13 +52,13 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each key when weights were loaded."""
+    """Report of a state-dict load: matched, missing, unexpected and misshaped keys."""
 
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
     misshaped: list[str]
-    prefix: str = ""  # what preceded the names in the file
+    prefix: str = ""  # the prefix of the names in the file
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} matched"]
@@ -73,22 +73,22 @@ def _some(keys: list[str]) -> str:
 
 
 def _unwrapped(state: StateDict) -> StateDict:
-    """Names without what wrappers put before them, unless two would then be one."""
+    """Strips wrappers' prefixes from names, unless two names would then be the same."""
     names = {_PREFIX.sub("", key): value for key, value in state.items()}
     return names if len(names) == len(state) else state
 
 
 def is_local(weights: str | os.PathLike[str]) -> bool:
-    """Whether `weights` names a file or a folder rather than an entry of a hub."""
+    """Returns whether `weights` names a file or folder rather than an entry of a hub."""
     text = os.fspath(weights)
     return Path(text).exists() or text.endswith(_SUFFIXES) or text.startswith((".", "/", "~", "$")) or os.sep in text
 
 
 def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
-    """Reads .safetensors, .pth, .pt, .ckpt, .bin or the best checkpoint of a run, `runs/NAME` being its newest version.
+    """Reads .safetensors, .pth, .pt, .ckpt, .bin or a run's best checkpoint; `runs/NAME` means its newest version.
 
     Raises:
-        UserError: The file is missing, is no run, or holds anything but tensors and plain data.
+        UserError: The file is missing, is not a run, or holds anything but tensors and plain data.
     """
     path = fill_in(weights)
     if not path.exists():
@@ -105,21 +105,21 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
 
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([Namespace]):  # of timm: the arguments of its script
+            with torch.serialization.safe_globals([Namespace]):  # timm stores its script's arguments
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"weights: {path} holds Python objects besides tensors, which could run code, so it is not loaded;"
-            " save its state_dict() alone"
+            " save only its state_dict()"
         ) from error
-    except Exception as error:  # each format has exceptions of its own; the cause is the same
+    except Exception as error:  # each format has its own exceptions for the same cause
         raise UserError(
             f"weights: {path} cannot be read as tensors ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
         ) from error
     if isinstance(content, Mapping) and "left_out" in content:
         raise UserError(
-            f"weights: {path} was saved with save: trainable, so the frozen part of its backbone is not in it; train "
-            "that run with --model.save all to start others from it"
+            f"weights: {path} was saved with save: trainable, so it lacks the frozen part of its backbone; train "
+            "that run with --model.save all to start other runs from it"
         )
     content = dequantized(content) if isinstance(content, dict) and "quantized" in content else content
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
@@ -129,7 +129,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
         raise UserError(f"weights: {path} holds no tensors by name")
     if any(".base_layer." in key for key in tensors):
         raise UserError(
-            f"weights: {path} holds adapters beside the weights; merge them by tl compress --run RUN --out NAME, and "
+            f"weights: {path} holds adapters beside the weights; merge them with tl compress --run RUN --out NAME, and "
             "start from that"
         )
     if task:
@@ -140,7 +140,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
 
 
 def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested plain data, by dotted names."""
+    """Yields the tensors in nested plain data, by dotted names."""
     if isinstance(content, Tensor):
         yield prefix[:-1], content
     elif isinstance(content, Mapping):
@@ -150,7 +150,7 @@ def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _prefixes(given: StateDict, own: StateDict) -> Counter[str]:
-    """What precedes names of the network in a file, and how many tensors it fits; a shape counts more than a name."""
+    """Counts, for each prefix in a file, how many of the network's tensors it fits; shapes count more than names."""
     fits: Counter[str] = Counter()
     for key, tensor in given.items():
         for at in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
@@ -160,15 +160,15 @@ def _prefixes(given: StateDict, own: StateDict) -> Counter[str]:
 
 
 def _choose(fits: Counter[str], enough: int, origin: str) -> str:
-    """The prefix that fits most tensors, which may be none.
+    """Chooses the prefix that fits most tensors, which may be empty.
 
     Args:
-        fits: The count of each.
-        enough: Where several fit as well, and so much, one has to be named.
+        fits: The count of each prefix.
+        enough: If several fit equally well, and at least this well, the user has to choose.
         origin: The file, for messages.
 
     Raises:
-        UserError: Several fit equally well.
+        UserError: Several prefixes fit equally well.
     """
     best = sorted(prefix for prefix, count in fits.items() if count == max(fits.values()))
     trained = [prefix for prefix in best if _TRAINED & {*prefix.split(".")}]
@@ -177,17 +177,17 @@ def _choose(fits: Counter[str], enough: int, origin: str) -> str:
         if fits[chosen] < enough:
             return ""
         raise UserError(
-            f"weights: {origin} has the network's tensors several times, behind {short(best)}; pass one of these as "
+            f"weights: {origin} has the network's tensors several times, with the prefixes {short(best)}; pass one as "
             "--model.backbone.weights_prefix"
         )
     if chosen:
         others = f" ({short(prefix for prefix in best if prefix != chosen)} fits too)" if len(best) > 1 else ""
-        log.info("weights from %s: the tensors behind %s%s", origin, chosen, others)
+        log.info("weights from %s: the tensors with prefix %s%s", origin, chosen, others)
     return chosen
 
 
 def linear_head(state: StateDict, name: str) -> StateDict:
-    """Weight and bias of a classifier's last layer, whatever wrappers have put before it; empty if it is not linear."""
+    """Returns weight and bias of a classifier's last layer, without wrappers' prefixes; empty if it is not linear."""
     given = _unwrapped(state)
     found = {part: given[f"{name}.{part}"] for part in ("weight", "bias") if f"{name}.{part}" in given}
     return found if len(found) == 2 and found["weight"].ndim == 2 else {}
@@ -201,15 +201,15 @@ def load_weights(
     resized: Callable[[StateDict], StateDict] | None = None,
     prefix: str | None = None,
 ) -> LoadReport:
-    """Copies the weights into `model` by name, whatever wrappers have put before the names on either side.
+    """Copies the weights into `model` by name, ignoring wrappers' prefixes on either side.
 
     Args:
         model: The network to fill, in place.
         pretrained: The weights.
-        strict: Refuse when a tensor of `model` is missing or has another shape; otherwise it stays random.
+        strict: Rejects weights if a tensor of `model` is missing or has another shape; otherwise it stays random.
         name: What messages call the model.
-        resized: Brings tensors of another image size into the shapes of `model`; asked if some do not fit.
-        prefix: What precedes the names in the file; None finds it.
+        resized: Adapts tensors of another image size to the shapes of `model`; called if some do not fit.
+        prefix: Prefix of the names in the file; None finds it.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
@@ -222,7 +222,7 @@ def load_weights(
     names = zip(pretrained.state, _unwrapped(pretrained.state), strict=True)
     given = {key if key in own else name: pretrained.state[key] for key, name in names}
     if prefix is None:
-        # fastai numbers the children of a network
+        # fastai numbers a network's children
         numbers = {child: str(number) for number, (child, _) in enumerate(model.named_children())}
         counted = {re.sub(r"^[^.]+", lambda at: numbers.get(at[0], at[0]), name): key for name, key in own.items()}
         by_name, by_number = (_prefixes(given, {name: state[n[name]] for name in n}) for n in (own, counted))
@@ -234,7 +234,7 @@ def load_weights(
         prefix = prefix if any(key.startswith(prefix) for key in given) else _PREFIX.sub("", prefix)
         if not any(key.startswith(prefix) for key in given):
             raise UserError(
-                f"weights_prefix: no name in {pretrained.origin} begins with {prefix}; there are {_some([*given])}"
+                f"weights_prefix: no name in {pretrained.origin} begins with {prefix}; its names are {_some([*given])}"
             )
     given = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
     if pretrained.pruned:
@@ -248,7 +248,7 @@ def load_weights(
     matched = [k for k in own if k in given and given[k].shape == shapes[own[k]]]
     match = LoadReport(
         matched,
-        # old checkpoints lack BatchNorm's step counter, which nothing depends on
+        # old checkpoints lack BatchNorm's step counter, which has no effect
         missing=[k for k in own if k not in given and not k.endswith("num_batches_tracked")],
         unexpected=[k for k in given if k not in own],
         misshaped=misshaped,
@@ -258,7 +258,7 @@ def load_weights(
     if not matched:
         raise UserError(
             f"{wrong}: none of its {len(given)} tensors ({_some([*given])}) has a name and shape of this network's "
-            f"{len(own)} ({_some([*own])}); if they are behind a prefix, pass --model.backbone.weights_prefix"
+            f"{len(own)} ({_some([*own])}); if they have a prefix, pass --model.backbone.weights_prefix"
         )
     if strict and misshaped:
         key = misshaped[0]

@@ -1,11 +1,11 @@
-"""Files of word vectors, read as a stream: what is not kept is never in memory.
+"""Reads files of word vectors as a stream, so that only the vectors that are kept are in memory.
 
-    GloVe             word 0.1 -0.2 ...            a line each
+    GloVe             word 0.1 -0.2 ...            one word per line
     word2vec, text    400000 300                   and then the same
-    word2vec, binary  400000 300                   and then `word `, 300 float32, with or without a line's end
+    word2vec, binary  400000 300                   and then `word `, 300 float32, with or without a line end
     .npz              words (V,), vectors (V, D)
 
-The form is found by the content, but for .gz and .npz.
+The format is detected from the content, except for .gz and .npz.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor
 from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError
 
-LONGEST_WORD = 10_000  # bytes; one that does not end is no word
+LONGEST_WORD = 10_000  # bytes; a longer one is not a word
 
 
 class Malformed(Exception):
-    """What is wrong with a file."""
+    """Raised for a malformed file; the message says what is wrong."""
 
 
 def read_vectors(
@@ -40,15 +40,15 @@ def read_vectors(
     """Reads words and their vectors.
 
     Args:
-        file: Text as of GloVe or word2vec, word2vec's binary, either also .gz, or .npz.
-        most: How many words are kept at most, the first ones of the file; None: all.
+        file: Text in GloVe's or word2vec's format, word2vec's binary format, either also .gz, or .npz.
+        most: Keeps at most this many words from the start of the file; None: all.
         only: The words to keep; None: all.
 
     Returns:
-        V words, each once, and their vectors (V + 1, D), float32, of which the first, 0, is that of no word.
+        V distinct words, and their vectors (V + 1, D), float32; row 0 is for no word.
 
     Raises:
-        UserError: The file cannot be read, or a line of it is malformed.
+        UserError: The file cannot be read, or has a malformed line.
     """
     path = fill_in(file)
     if not path.is_file():
@@ -67,13 +67,13 @@ def read_vectors(
             if most is not None and len(kept) >= most:
                 break
     except (Malformed, OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"name: {path} is no file of word vectors ({str(error).splitlines()[0]})") from error
+        raise UserError(f"name: {path} is not a file of word vectors ({str(error).splitlines()[0]})") from error
     if not kept:
-        raise UserError(f"name: {path} has no word that is asked for")
+        raise UserError(f"name: {path} has none of the requested words")
     return list(kept), torch.frombuffer(values, dtype=torch.float32).view(-1, width)
 
 
-Row = tuple[str, Callable[[], Any]]  # a word, and what reads its vector: most are not kept
+Row = tuple[str, Callable[[], Any]]  # a word and a function that reads its vector, since most are not kept
 
 
 def _of_npz(path: Path) -> Iterator[Row]:
@@ -124,16 +124,16 @@ def _numbers(parts: list[bytes], number: int) -> Any:
     try:
         return _finite(np.array(parts[1:], dtype=np.float32), f"line {number}")
     except ValueError as error:
-        raise Malformed(f"line {number} holds what is no number: {str(error)[-60:]}") from error
+        raise Malformed(f"line {number} has a value that is not a number: {str(error)[-60:]}") from error
 
 
 def _of_bytes(before: bytes, stream: BinaryIO, count: int, width: int) -> Iterator[Row]:
-    """`before` is what was read already of the words."""
+    """Reads binary vectors; `before` is the part of the words that was already read."""
     buffer, start, size = before, 0, 4 * width
     for number in range(1, count + 1):
         while (end := buffer.find(b" ", start)) < 0 or len(buffer) < end + 1 + size:
             if end < 0 and len(buffer) - start > LONGEST_WORD:
-                raise Malformed(f"word {number} of {count} does not end")
+                raise Malformed(f"word {number} of {count} has no end")
             if not (more := stream.read(1 << 20)):
                 raise Malformed(f"word {number} of {count} is cut off")
             buffer, start = buffer[start:] + more, 0
@@ -147,10 +147,10 @@ def _text(word: bytes, where: str) -> str:
     try:
         return word.decode()
     except UnicodeDecodeError as error:
-        raise Malformed(f"{where} begins with what is no UTF-8") from error
+        raise Malformed(f"{where} begins with bytes that are not UTF-8") from error
 
 
 def _finite(vector: Any, where: str) -> Any:
     if not np.isfinite(vector).all():
-        raise Malformed(f"{where} holds a number that is not finite")
+        raise Malformed(f"{where} has a number that is not finite")
     return vector

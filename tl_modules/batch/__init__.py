@@ -1,13 +1,13 @@
-"""A batch of domains on its way through the module, and what its parts may ask of the module."""
+"""The batch of domains that travels through the module, and the interface of the module for its parts."""
 
 from lightning_utilities.core.imports import RequirementCache
 
 
 def _import_torchmetrics() -> None:
-    """Imports torchmetrics as if transformers were missing: it would load it at each start, for metrics not used here.
+    """Imports torchmetrics as if transformers were missing: importing it at every start, for unused metrics, is slow.
 
-    https://github.com/Lightning-AI/torchmetrics/issues/2242. `torchmetrics.text.bert` and the like, imported by their
-    module, find it all the same.
+    https://github.com/Lightning-AI/torchmetrics/issues/2242. `torchmetrics.text.bert` and similar modules, imported
+    explicitly, still find transformers.
     """
     ask = RequirementCache.__bool__
     RequirementCache.__bool__ = lambda self: "transformers" not in str(self.requirement) and ask(self)  # type: ignore[method-assign]

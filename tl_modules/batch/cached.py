@@ -1,4 +1,4 @@
-"""What a batch holds in place of x where the frozen part of the backbone has been run before."""
+"""Cached activations, which take the place of x in a batch if the frozen part of the backbone has already run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from tl_modules.errors import UserError
 
 
 class Replays(Protocol):
-    """What made the activations, `cache.cut.Cut`."""
+    """The object that recorded the activations: `cache.cut.Cut`."""
 
     backbone: Any
     plan: Any
     like: Any
 
     def replay(self, tree: Any) -> Any:
-        """Gives the features of recorded activations."""
+        """Returns the features that follow from recorded activations."""
 
     def cache_now(self, x: Any) -> Any:
-        """Gives inputs as if they had been cached; what does not fit stays as it is."""
+        """Records the activations of inputs now, as if they had been cached; returns unsuitable inputs unchanged."""
 
 
 class CachedActivations(samples.Node):
-    """What the trainable part of the backbone reads of a batch.
+    """The activations from which the trainable part of the backbone continues.
 
     Args:
         tree: Recorded activations of B samples.
-        cut: What recorded them and replays them.
-        again: n -> the first n of the batch's raw inputs, read again.
+        cut: The cut that recorded them and replays them.
+        again: Function of n that reads the first n raw inputs of the batch again.
     """
 
     def __init__(self, tree: Any, cut: Replays, again: Callable[[int], Any] | None = None) -> None:
@@ -37,41 +37,41 @@ class CachedActivations(samples.Node):
         self.kind = (id(cut.backbone), cut.plan)
 
     def replace(self, tree: Any) -> CachedActivations:
-        """Returns other activations of the same cut."""
+        """Returns other activations with the same cut."""
         return CachedActivations(tree, self.cut, self.again)
 
     def features(self) -> Any:
-        """Runs what is trainable: the features of B samples."""
+        """Runs the trainable part and returns the features of B samples."""
         return self.cut.replay(self.tree)
 
     def read(self, count: int) -> Any:
-        """Reads the first raw inputs of the batch again."""
+        """Reads the first `count` raw inputs of the batch again."""
         assert self.again is not None
         return self.again(count)
 
     def to(self, device: Any, non_blocking: bool = True) -> CachedActivations:
-        """Moves them to a device."""
+        """Moves the activations to a device."""
         return self.replace(samples.move(self.tree, device, non_blocking=non_blocking))
 
     def __len__(self) -> int:
         return samples.count(self.tree)
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Tells whoever takes it for a tensor what to do."""
+        """Raises an error that explains the cache to code that uses x as a tensor."""
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UserError(f"cache: x.{name} is asked for, but x was not read: its features are cached; let the method "
-                        "say `needs_raw_input = True`, or pass --cache.enabled false")  # fmt: skip
+        raise UserError(f"cache: x.{name} is not available: x was not read, its features are cached; set "
+                        "`needs_raw_input = True` in the method, or pass --cache.enabled false")  # fmt: skip
 
     @classmethod
     def __torch_function__(cls, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        """Tells the same to torch's functions."""
-        raise UserError(f"cache: {function.__name__} is asked of x, but x was not read: its features are cached; let "
-                        "the method say `needs_raw_input = True`, or pass --cache.enabled false")  # fmt: skip
+        """Raises the same error for torch functions."""
+        raise UserError(f"cache: {function.__name__} cannot use x: x was not read, its features are cached; set "
+                        "`needs_raw_input = True` in the method, or pass --cache.enabled false")  # fmt: skip
 
 
 def align_cached(xs: Sequence[Any]) -> list[Any]:
-    """Brings the inputs of several domains to one cut, where some are cached, so that all pass as one batch."""
+    """Brings the inputs of several domains to one cut if some are cached, so that all can pass as one batch."""
     cached = next((x for x in xs if isinstance(x, CachedActivations)), None)
     if cached is None or all(isinstance(x, CachedActivations) for x in xs):
         return list(xs)
@@ -79,7 +79,7 @@ def align_cached(xs: Sequence[Any]) -> list[Any]:
 
 
 def pass_together(xs: Sequence[Any], align: Callable[[list[Any]], list[Any]]) -> bool:
-    """Tells whether the inputs of several domains pass as one batch: they do if they would, had none been cached."""
+    """Returns whether the inputs of several domains form one batch: exactly if they would without the cache."""
     if not any(isinstance(x, CachedActivations) for x in xs):
         return samples.alike(xs)
     raw = [x.cut.like if isinstance(x, CachedActivations) else samples.take(x, slice(0, 1)) for x in xs]
@@ -87,7 +87,7 @@ def pass_together(xs: Sequence[Any], align: Callable[[list[Any]], list[Any]]) ->
 
 
 def _as(cached: CachedActivations, x: Any) -> Any:
-    """Casts to the types of what was stored in another precision."""
+    """Casts x to the dtypes of the stored activations, which may have another precision."""
     if not isinstance(x, CachedActivations):
         return x
 

@@ -1,6 +1,6 @@
-"""Private names of Lightning, torch, jsonargparse and argparse: here and nowhere else.
+"""Private names of Lightning, torch, jsonargparse and argparse: used here and nowhere else.
 
-They can change with any release. `tests/batch/test_compat.py` says of each when it can go. Links are to GitHub:
+They can change with any release. `tests/batch/test_compat.py` says when each can be removed. Links are to GitHub:
 Lightning-AI/pytorch-lightning, pytorch/pytorch, mauvilsa/jsonargparse, python/cpython.
 """
 
@@ -22,18 +22,18 @@ from torch.nn.modules.conv import _ConvNd
 # trees of arguments and outputs of any module (pytorch issue 65761)
 from torch.utils import _pytree as pytree_
 
-# modes that see each operation, for `tl benchmark`; no upstream issue known: torch/utils/_python_dispatch.py
+# modes that intercept every operation, for `tl benchmark`; no upstream issue known: torch/utils/_python_dispatch.py
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 pytree = pytree_
 tree_leaves = pytree.tree_leaves
 
-# what torch.compile has made of a module's forward; no upstream issue known: torch/nn/modules/module.py
+# the compiled version of a module's forward; no upstream issue known: torch/nn/modules/module.py
 COMPILED = "_compiled_call_impl"
 
 
 def is_compiled(module: Any) -> bool:
-    """Tells whether `module.compile()` was called (torch/nn/modules/module.py)."""
+    """Returns whether `module.compile()` was called (torch/nn/modules/module.py)."""
     return getattr(module, COMPILED) is not None
 
 
@@ -43,58 +43,58 @@ def call_uncompiled(module: Any, *args: Any) -> Any:
 
 
 def times_written(tensor: Tensor) -> int:
-    """Counts how often a tensor was changed in place; no upstream issue known: torch/_tensor.py."""
+    """Returns how often a tensor was modified in place; no upstream issue known: torch/_tensor.py."""
     return tensor._version
 
 
-# layers of any number of dimensions; no upstream issue known: torch/nn/modules/batchnorm.py, conv.py
+# base classes of layers of any dimension; no upstream issue known: torch/nn/modules/batchnorm.py, conv.py
 BatchNorm = _BatchNorm
 Convolution = _ConvNd
 
-# what an LRScheduler's state must hold to go on; no upstream issue known: torch/optim/lr_scheduler.py
+# the state that an LRScheduler needs to continue; no upstream issue known: torch/optim/lr_scheduler.py
 SCHEDULER_STATE = ("last_epoch", "base_lrs", "_step_count", "_last_lr")
 
 
 def set_rates(scheduler: Any, rates: list[float]) -> None:
-    """Sets the present rates, which a scheduler notes only when it steps (torch/optim/lr_scheduler.py)."""
+    """Sets the current rates, which a scheduler records only when it steps (torch/optim/lr_scheduler.py)."""
     scheduler._last_lr = rates
     for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Names a storage, also an empty one, which has no address (no upstream issue known: torch/storage.py)."""
+    """Identifies a storage, even an empty one, which has no address (no upstream issue known: torch/storage.py)."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def cpu_has_bf16() -> bool:
-    """Tells whether this processor computes in bfloat16; the public torch.cpu.get_capabilities is not in torch 2.6."""
+    """Returns whether this CPU computes in bfloat16; the public torch.cpu.get_capabilities is not in torch 2.6."""
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def attached(module: Any) -> bool:
-    """Tells whether a LightningModule has a Trainer; `trainer` itself raises (pull request 13638 of Lightning)."""
+    """Returns whether a LightningModule has a Trainer; `trainer` itself raises (Lightning pull request 13638)."""
     return module._trainer is not None
 
 
 def finds_unused_parameters(ddp: Any) -> bool:
-    """Tells how a DDPStrategy was made (no upstream issue known: src/lightning/pytorch/strategies/ddp.py)."""
+    """Returns the option of a DDPStrategy (no upstream issue known: src/lightning/pytorch/strategies/ddp.py)."""
     return bool(ddp._ddp_kwargs.get("find_unused_parameters"))
 
 
 def synchronizes_batchnorm(strategy: Any) -> bool:
-    """Tells whether --trainer.sync_batchnorm is set (no upstream issue known: .../strategies/parallel.py)."""
+    """Returns whether --trainer.sync_batchnorm is set (no upstream issue known: .../strategies/parallel.py)."""
     return getattr(strategy, "_layer_sync", None) is not None
 
 
 def average_of(callback: Any) -> Any:
-    """Gives a WeightAveraging's AveragedModel, or None (asked for in pull request 20545 of Lightning)."""
+    """Returns a WeightAveraging's AveragedModel, or None (requested in Lightning pull request 20545)."""
     return callback._average_model
 
 
 @contextmanager
 def import_policy_kept() -> Iterator[None]:
-    """Takes back what set_parsing_settings denies and allows inside; there is no public way (jsonargparse pull 959)."""
+    """Undoes set_parsing_settings' import restrictions inside; there is no public way (jsonargparse pull 959)."""
     from jsonargparse._common import parsing_settings
 
     before = parsing_settings["import_path_verdicts"]
@@ -105,10 +105,10 @@ def import_policy_kept() -> Iterator[None]:
 
 
 def name_classes_too(names: Mapping[str, str]) -> None:
-    """Lets configs name classes by other names too (no upstream issue known: jsonargparse/_typehints.py).
+    """Lets configs use further names of classes (no upstream issue known: jsonargparse/_typehints.py).
 
     Args:
-        names: By each of these names, bare or with a module, the one that it stands for; if a class has it, it wins.
+        names: From each further name, bare or with a module, to the class's name; an actual class of that name wins.
     """
     from jsonargparse import _typehints
 
@@ -122,7 +122,7 @@ def name_classes_too(names: Mapping[str, str]) -> None:
     _typehints.resolve_class_path_by_name = resolve_too
 
 
-# The command
+# Command line
 
 
 def options(parser: Any) -> list[str]:
@@ -131,25 +131,25 @@ def options(parser: Any) -> list[str]:
 
 
 class OneCommand:
-    """Mixed in before LightningCLI: only the command that is asked for gets arguments, which take a second to build.
+    """Mixed in before LightningCLI: adds arguments only to the requested command, since building them takes a second.
 
-    A checkpoint's hyper-parameters do not win over the command line.
+    The command line takes precedence over a checkpoint's hyper-parameters.
     No upstream issue known: src/lightning/pytorch/cli.py
 
     Attributes:
-        command: What is asked for; None lists the commands.
-        helps: A sentence on each.
+        command: The requested command; None lists the commands.
+        helps: A one-sentence help text per command.
     """
 
     command: str | None
     helps: dict[str, str]
 
     def running(self) -> AbstractContextManager[None]:
-        """Is open while the command runs."""
+        """Returns a context that is open while the command runs."""
         return nullcontext()
 
     def command_parser(self) -> Any:
-        """Gives the command's own parser."""
+        """Returns the command's own parser."""
         return cast(Any, self)._parser(cast(Any, self).subcommand)
 
     def _add_subcommands(self, parser: Any, **kwargs: Any) -> None:
@@ -169,12 +169,12 @@ class OneCommand:
             cast(Any, super())._run_subcommand(subcommand)
 
 
-# At full speed. Each is worth more than 5 % of a step of 1.4 ms on cached features, batch 32 (benchmarks/overhead.py,
-# 2 cores, torch 2.15, Lightning 2.6.6): calls a step times their cost, or the median of 14 pairs of runs.
+# Speed. Each saves more than 5 % of a step of 1.4 ms on cached features, batch 32 (benchmarks/overhead.py, 2 cores,
+# torch 2.15, Lightning 2.6.6): calls per step times their cost, or the median of 14 pairs of runs.
 
 
 class QuickNames:
-    """Mixed in before LightningModule, whose running hook is noted 42 times a step, 2.4 us each by nn.Module: 7 %.
+    """Mixed in before LightningModule: Lightning sets the running hook 42 times a step, 2.4 us each in nn.Module: 7 %.
 
     No upstream issue known: src/lightning/pytorch/trainer/call.py
     """
@@ -187,9 +187,9 @@ class QuickNames:
 
 
 def skip_graph_check(optimizer: Any) -> None:
-    """Keeps Adam from asking the driver for a GPU in each step, 0.16 ms: 11 %; where all is on the CPU.
+    """Keeps Adam from querying the driver for a GPU in every step, 0.16 ms or 11 %, if everything is on the CPU.
 
-    Pull request 172759 of pytorch made it ask for more than CUDA.
+    PyTorch pull request 172759 made it query accelerators other than CUDA.
     """
     optimizer._accelerator_graph_capture_health_check = lambda: None
 
@@ -205,7 +205,7 @@ STEP_HOOKS = (
 
 
 class QuickHooks:
-    """Mixed in before Trainer: a step's hooks reach the callbacks that have them; Lightning asks all for all: 16 %.
+    """Mixed in before Trainer: a step's hooks call only callbacks that override them; Lightning calls all: 16 %.
 
     No upstream issue known: src/lightning/pytorch/trainer/call.py
     """
@@ -217,7 +217,7 @@ class QuickHooks:
 
 @contextmanager
 def asked_only(trainer: Any) -> Iterator[None]:
-    """Inside, a step's hooks reach the callbacks that have them, unless a profiler counts them."""
+    """Within the context, a step's hooks call only callbacks that override them, unless a profiler counts the calls."""
     everyone: Callable[..., Any] = call._call_callback_hooks
     having = {hook: [c for c in trainer.callbacks if _has(c, hook)] for hook in STEP_HOOKS}
 

@@ -1,4 +1,4 @@
-"""Which rows of the batch that is passing through the backbone belong to which domain."""
+"""Which rows of the batch in the backbone belong to which domain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _passing: ContextVar[Sequence[tuple[str, int]]] = ContextVar("passing", default=
 
 @contextmanager
 def passing(rows: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """Inside, the backbone is given `rows`: ("source" or "target", how many), in their order."""
+    """Declares the rows that pass through the backbone in this context: ("source" or "target", count), in order."""
     token = _passing.set(rows)
     try:
         yield
@@ -20,5 +20,5 @@ def passing(rows: Sequence[tuple[str, int]]) -> Iterator[None]:
 
 
 def domain_rows() -> Sequence[tuple[str, int]]:
-    """What is passing; empty where nobody says, which stands for the domain that the model is for, the target."""
+    """Returns the rows of the current batch; empty if undeclared, and then all belong to the target."""
     return _passing.get()

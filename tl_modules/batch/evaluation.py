@@ -1,4 +1,4 @@
-"""The steps of an evaluation: loss and metrics of a split, predictions."""
+"""Evaluation steps: loss and metrics of a split, predictions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tl_modules.errors import UserError
 
 
 class EvaluatedTask(Task):
-    """A task that measures itself when Lightning calls.
+    """A task with validation, test and prediction steps.
 
     Loss and metrics of a split are logged as val/loss, val/accuracy, test/loss, ...
     """
 
     def build_metrics(self) -> None:
-        """Builds the metrics of each split; once the task knows its schema."""
+        """Builds the metrics of each split; called once the task knows its schema."""
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
         self.val_loss, self.test_loss = LossMean(), LossMean()
@@ -31,7 +31,7 @@ class EvaluatedTask(Task):
         """Runs all domains of a batch through backbone and head."""
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
-        """Updates loss and metrics where there are labels; returns the outputs, also of what has none."""
+        """Updates loss and metrics if there are labels; returns the outputs, also of unlabelled batches."""
         return self._evaluate(batch, "val", dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, DomainOutput]:
@@ -39,12 +39,12 @@ class EvaluatedTask(Task):
         return self._evaluate(batch, "test", dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Any, Tensor | None]:
-        """Returns the predictions and the samples' numbers."""
+        """Returns the predictions and the samples' indices."""
         (output,) = self.forward_domains(batch).values()
         return output.prediction, output.index
 
     def _evaluate(self, batch: Any, split: str, number: int) -> dict[str, DomainOutput]:
-        """Loss and metrics of a batch of a split; those of a second labelled loader end in /dataloader_idx_1."""
+        """Updates a split's loss and metrics; those of a second labelled loader are named with /dataloader_idx_1."""
         ((domain, output),) = self.forward_domains(batch).items()
         if output.y is None:
             return {domain: output}
@@ -54,30 +54,30 @@ class EvaluatedTask(Task):
             setattr(self, of_loss, LossMean().to(self.device))
         metrics: MetricCollection = getattr(self, of_metrics)
         self.update_metrics(metrics, output.prediction, output.y)
-        # not sync_dist: over ranks of uneven size it divides by a batch size rounded down (Lightning issue 21859)
+        # not sync_dist: with uneven ranks it divides by a batch size that is rounded down (Lightning issue 21859)
         getattr(self, of_loss).update(output.loss, output.weight)
         measures = {of_loss: getattr(self, of_loss)}
         measures |= {f"{of_metrics}.{key}": m for key, m in metrics.items(keep_base=True, copy_state=False)}
         for attribute, measure in measures.items():
             name = f"{split}/{attribute.rpartition('.')[2] if '.' in attribute else 'loss'}"
             name += f"/dataloader_idx_{number}" if number else ""
-            # with its attribute, which Lightning would look for once only
+            # metric_attribute is given, because Lightning searches for it only once
             self.log(name, measure, metric_attribute=attribute, batch_size=len(output), add_dataloader_idx=False)
         return {domain: output}
 
     def on_validation_epoch_end(self) -> None:
-        """Stops at a validation loss that is not finite.
+        """Rejects a validation loss that is not finite.
 
         Raises:
-            UserError: It is nan or infinite.
+            UserError: The loss is nan or infinite.
         """
         self._check_finite(self.val_loss, "val/loss")
 
     def on_test_epoch_end(self) -> None:
-        """Stops at a test loss that is not finite.
+        """Rejects a test loss that is not finite.
 
         Raises:
-            UserError: It is nan or infinite.
+            UserError: The loss is nan or infinite.
         """
         self._check_finite(self.test_loss, "test/loss")
 
@@ -91,9 +91,9 @@ class EvaluatedTask(Task):
 
 
 class LossMean(Metric):
-    """The weighted mean of an evaluation's loss over its samples, whatever its batches.
+    """The weighted mean of an evaluation's loss over its samples, independent of the batches.
 
-    torchmetrics' `MeanMetric` leaves out what is nan, or (`nan_strategy="disable"`, 1.9) the weights.
+    torchmetrics' `MeanMetric` drops nan, or (`nan_strategy="disable"`, 1.9) ignores the weights.
     """
 
     full_state_update = False
@@ -106,10 +106,10 @@ class LossMean(Metric):
         self.add_state("weight", torch.zeros(()), "sum")
 
     def update(self, loss: Tensor, weight: Tensor | None = None) -> None:
-        """Takes in the samples' losses (B,) and weights (B,); None: all count the same."""
+        """Adds the losses (B,) and weights (B,) of samples; None: equal weights."""
         self.total += (loss if weight is None else weight * loss).sum()
         self.weight += len(loss) if weight is None else weight.sum()
 
     def compute(self) -> Tensor:
-        """The mean so far."""
+        """Returns the mean so far."""
         return self.total / self.weight

@@ -13,13 +13,13 @@ from tl_modules.batch.protocol import BaseTransferModule
 
 
 def full_pass(module: BaseTransferModule, loaders: Mapping[str, Any]) -> Iterator[DomainOutput]:
-    """Yields the outputs for all samples of these loaders, by the name of the domain, one loader after the other."""
+    """Yields the outputs for all samples of the loaders, which are named by domain, one loader after the other."""
     for domain, loader in loaders.items():
         yield from outputs_of(module, domain, loader)
 
 
 def whole_domains(loaders: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Puts the loaders of each domain together: the labelled and the unlabelled part of a target are one domain."""
+    """Groups the loaders by domain: the labelled and the unlabelled part of a target are one domain."""
     found: dict[str, dict[str, Any]] = {}
     for name, loader in loaders.items():
         found.setdefault("target" if name == "target/labelled" else name, {})[name] = loader
@@ -29,13 +29,13 @@ def whole_domains(loaders: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def outputs_of(
     module: BaseTransferModule, domain: str, loader: Any, rows: Sequence[int] | None = None
 ) -> Iterator[DomainOutput]:
-    """Yields the outputs for one domain's samples, batch by batch; changes nothing, torch's random numbers included.
+    """Yields the outputs for one domain's samples, batch by batch, without side effects, even on random states.
 
     Args:
         module: On its device, in a fit.
         domain: The name of the domain.
-        loader: Of its training data. One that is not ours is read as it is.
-        rows: Which samples; None passes over all of them.
+        loader: The loader of its training data. A loader that is not ours is read as it is.
+        rows: Indices of the samples; None passes over all of them.
     """
     trainer, training = module.trainer, module.training
     ours = hasattr(loader, "plain")
@@ -44,7 +44,7 @@ def outputs_of(
     try:
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             whole = range(len(loader.dataset)) if ours and rows is None else rows
-            for batch in loader.plain(whole) if ours else islice(loader, number):  # which may draw numbers already here
+            for batch in loader.plain(whole) if ours else islice(loader, number):  # may draw random numbers
                 named = module.on_before_batch_transfer({domain: batch} if ours else batch, 0)
                 named = {domain: next(iter(named.values()))}
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(named))

@@ -1,4 +1,4 @@
-"""What the parts of a run may ask of the module that holds them, so that none of them imports it.
+"""The interface of the module for the parts that it holds, so that none of them imports it.
 
 `Backbone` (backbones/base.py) and `TransferModule` (module.py) implement these classes.
 """
@@ -44,18 +44,18 @@ class BaseBackbone(nn.Module, ABC):
 
     @abstractmethod
     def align(self, xs: list[Any]) -> list[Any]:
-        """Brings the inputs of several domains into one form."""
+        """Converts the inputs of several domains to one form."""
 
     def prepares_like(self, other: BaseBackbone) -> bool:
-        """Whether another backbone prepares inputs in the same way, so that it can be given this one's."""
+        """Returns whether another backbone prepares inputs in the same way, so that it can use this one's inputs."""
         one, two = (getattr(each.prepare, "__func__", each.prepare) for each in (self, other))
-        with suppress(Exception):  # whatever cannot be pickled is another one
+        with suppress(Exception):  # what cannot be pickled counts as different
             return bool(one == two or pickle.dumps(one) == pickle.dumps(two))
         return False
 
 
 class BaseTransferModule(EvaluatedTask, ABC):
-    """A backbone, a head, a fine-tuning strategy and methods, for a task."""
+    """A backbone, a head, a fine-tuning strategy and methods for a task."""
 
     backbone: BaseBackbone
     bottleneck: nn.Module
@@ -72,12 +72,12 @@ class BaseTransferModule(EvaluatedTask, ABC):
 
     @property
     def width(self) -> int:
-        """D of the vectors that methods see, `DomainOutput.pooled`."""
+        """Returns D of the vectors that methods get, `DomainOutput.pooled`."""
         layer = next(self.bottleneck.children(), None)
         return self.backbone.width if layer is None else cast(nn.Linear, layer).out_features
 
     def network_parameters(self) -> list[nn.Parameter]:
-        """Returns those of the network itself, without the methods'."""
+        """Returns the parameters of backbone and head, without those of the methods."""
         return [p for part in (self.backbone, self.bottleneck, self.head) for p in part.parameters()]
 
     @property
@@ -92,14 +92,14 @@ class BaseTransferModule(EvaluatedTask, ABC):
 
     @property
     def collate(self) -> Collate:
-        """What makes a `Batch` of raw samples in a loader's worker: the backbone's way for x, the task's for y."""
+        """Returns the function that makes a `Batch` of raw samples: `prepare` of the backbone, `label` of the task."""
         return Collate(self.backbone.prepare, self.label)
 
     @property
     def data_defaults(self) -> dict[str, Any]:
-        """What arguments of the data are where they are left open: images as the weights know them.
+        """Returns values for data arguments that are left open: images as the weights expect them.
 
-        Images are augmented only where the whole backbone trains from the start: what is frozen runs once, and on its
+        Images are augmented only if the whole backbone trains from the start: frozen stages run once, and on their
         features augmentation gains nothing (docs/results/fine-tuning.md).
         """
         frozen = len(self.trainable_stages()) < self.num_stages
@@ -115,11 +115,11 @@ class BaseTransferModule(EvaluatedTask, ABC):
 
     @abstractmethod
     def stages(self) -> list[nn.Module]:
-        """Returns the stages of the backbone, and of a head that has some."""
+        """Returns the stages of the backbone, and of a head that has stages."""
 
     @abstractmethod
     def trainable_stages(self, position: float | None = None) -> range:
-        """Returns the stages that train at a position; None is the largest one."""
+        """Returns the stages that train at a position; None is the last position."""
 
     @abstractmethod
     def strategy_name(self) -> str:

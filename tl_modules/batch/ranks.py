@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Communication between the processes of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 
 def every_rank(trainer: Trainer, mine: Any) -> list[Any]:
-    """Gives each process what all of them have, by rank; all must call it."""
+    """Returns every process's value to all processes, by rank; a collective call."""
     ranks = [mine] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(ranks, mine)

@@ -1,13 +1,13 @@
-"""One law for a batch of samples: count, concat, split, take, move, alike, collate.
+"""Operations on batches of samples: count, concat, split, take, move, alike, collate.
 
 A batch is a tree. Its leaves are
 
-    Tensor (B, ...)            a sample is an entry of the first axis
-    Padded (B, ...), (B, k)    samples of unequal shapes, filled up at their ends
+    Tensor (B, ...)            a sample is an entry along the first axis
+    Padded (B, ...), (B, k)    samples of unequal shapes, padded at their ends
     list                       one item per sample, e.g. strings
     None                       hidden, e.g. labels
 
-and its nodes are dicts, tuples and `Node`s. Nothing else in the package asks what is in a batch.
+and its nodes are dicts, tuples and `Node`s. Nothing else in the package depends on what is in a batch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 
 class Batch(NamedTuple):
-    """What a loader gives of one domain.
+    """A loader's batch of one domain.
 
     Attributes:
         x: The prepared inputs of B samples, a tree.
-        y: Their labels, a tree, or None where they are hidden.
+        y: Their labels, a tree, or None if they are hidden.
         index: The samples' numbers in their data set, (B,).
     """
 
@@ -39,14 +39,14 @@ class Batch(NamedTuple):
 
 
 class AnnotatedBatch(NamedTuple):
-    """A `Batch`, and what else is known of its samples.
+    """A `Batch` with weights and teacher outputs.
 
     Attributes:
         x: As of a `Batch`.
         y: As of a `Batch`.
         index: As of a `Batch`.
-        weight: How much each sample's loss counts, (B,), where the data say so.
-        taught: What the teachers of methods have said of the samples before, a tree by the method's name.
+        weight: How much each sample's loss counts, (B,), or None if the data has no weights.
+        taught: The outputs of methods' teachers for the samples, a tree by the method's name.
     """
 
     x: Any
@@ -57,14 +57,14 @@ class AnnotatedBatch(NamedTuple):
 
 
 def as_batch(part: Any) -> Any:
-    """A batch of a sequence (x, y, index) or (x, y, index, weight), and what is one as it is."""
+    """Makes a batch of a sequence (x, y, index) or (x, y, index, weight); a batch is returned as it is."""
     if isinstance(part, Batch | AnnotatedBatch):
         return part
     return Batch(*part) if len(part) < 4 else AnnotatedBatch(*part)
 
 
 def weights_of(batches: Sequence[Any]) -> list[Tensor] | None:
-    """The weights of the samples of batches, 1 in a batch that has none; None where no batch has any."""
+    """Returns the weights of the samples of batches, 1 for a batch without weights; None if no batch has any."""
     found = [getattr(batch, "weight", None) for batch in batches]
     given = next((weight for weight in found if weight is not None), None)
     if given is None:
@@ -73,13 +73,13 @@ def weights_of(batches: Sequence[Any]) -> list[Tensor] | None:
     return [given.new_ones(count(batch.x)) if weight is None else weight for weight, batch in pairs]
 
 
-@dataclass(eq=False)  # Lightning reaches into it where a run's precision casts its inputs
+@dataclass(eq=False)  # Lightning casts its fields to the run's precision
 class Padded:
     """Samples of unequal shapes in one tensor.
 
     Args:
-        values: (B, ...), filled up beyond each sample's shape, with zeros or whatever the maker has chosen.
-        shapes: How far each sample reaches on the axes 1 to k, (B, k).
+        values: (B, ...), padded beyond each sample's shape, with zeros or another value.
+        shapes: The size of each sample along axes 1 to k, (B, k).
     """
 
     values: Tensor
@@ -87,7 +87,7 @@ class Padded:
 
     @staticmethod
     def of(tensors: Sequence[Tensor]) -> Padded:
-        """Pads tensors with equally many axes with zeros, to the largest of them."""
+        """Pads tensors with the same number of axes with zeros, to the largest of them."""
         shapes = torch.tensor([tensor.shape for tensor in tensors])
         values = tensors[0].new_zeros(len(tensors), *shapes.amax(0).tolist())
         for row, tensor in zip(values, tensors, strict=True):
@@ -96,12 +96,12 @@ class Padded:
 
     @property
     def lengths(self) -> Tensor:
-        """How far each sample reaches on axis 1, (B,)."""
+        """Returns the size of each sample along axis 1, (B,)."""
         return self.shapes[:, 0]
 
     @property
     def mask(self) -> Tensor:
-        """True where a sample is, False where it is filled up: (B, L), or of maps (B, h, w); without a last axis D."""
+        """Returns True for samples and False for padding: (B, L), or (B, h, w) for maps; without a last axis D."""
         axes = min(self.shapes.shape[1], max(1, self.values.ndim - 2))
         inside = [
             (torch.arange(size, device=self.values.device) < self.shapes[:, axis, None]).view(
@@ -112,20 +112,20 @@ class Padded:
         return reduce(torch.logical_and, inside)
 
     def replace(self, values: Tensor, lengths: Tensor | None = None) -> Padded:
-        """Returns other values (B, L, ...) of the same lengths on axis 1, or of `lengths`."""
+        """Returns other values (B, L, ...) with the same lengths along axis 1, or with `lengths`."""
         return Padded(values, self.shapes[:, :1] if lengths is None else lengths[:, None])
 
     def tensors(self) -> list[Tensor]:
-        """Returns the samples, each of its own shape."""
+        """Returns the samples, each with its own shape."""
         return [row[tuple(map(slice, shape))] for row, shape in zip(self.values, self.shapes.tolist(), strict=True)]
 
     def to(self, *args: Any, **kwargs: Any) -> Padded:
-        """Moves or casts the values, as `Tensor.to`; the shapes stay whole numbers."""
+        """Moves or casts the values, as `Tensor.to`; the shapes stay integers."""
         values = self.values.to(*args, **kwargs)
         return Padded(values, self.shapes.to(values.device, non_blocking=bool(kwargs.get("non_blocking"))))
 
     def pin_memory(self) -> Padded:
-        """Copies to pinned memory."""
+        """Copies the tensors to pinned memory."""
         return Padded(self.values.pin_memory(), self.shapes.pin_memory())
 
     def __len__(self) -> int:
@@ -133,23 +133,23 @@ class Padded:
 
 
 class Node(ABC):
-    """An inner node with a meaning of its own around a tree, which the law passes through."""
+    """An inner node that wraps a tree and adds meaning to it; the operations here pass through it."""
 
     tree: Any
-    kind: Any = None  # what two of them must have in common to be concatenated, beside their trees
+    kind: Any = None  # must be equal for two nodes to be concatenated
 
     @abstractmethod
     def replace(self, tree: Any) -> Any:
-        """Returns the same node around another tree."""
+        """Returns the same node with another tree."""
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Builds the tree of what `function` makes of the leaves of `tree`, and of those at the same place of the others.
+    """Builds the tree of the results of `function` on the leaves of `tree` and the corresponding leaves of the others.
 
-    Where one of them is None, so is what comes out.
+    If one of the leaves is None, so is the result.
 
     Raises:
-        TypeError: Something that a batch cannot hold.
+        TypeError: A leaf has a type that a batch cannot hold.
     """
     if tree is None or any(other is None for other in others):
         return None
@@ -176,7 +176,7 @@ def count(tree: Any) -> int:
     """Counts the samples.
 
     Raises:
-        ValueError: The leaves disagree, or there are none.
+        ValueError: The leaves have different numbers of samples, or there are no leaves.
     """
     if isinstance(tree, Tensor):
         return len(tree)
@@ -187,7 +187,7 @@ def count(tree: Any) -> int:
 
 
 def concat(trees: Sequence[Any]) -> Any:
-    """Puts batches one after the other; gives None where one of them is None."""
+    """Concatenates batches; returns None if one of them is None."""
     return trees[0] if len(trees) == 1 else map_leaves(_concat, *trees)
 
 
@@ -206,7 +206,7 @@ def _fill(values: Tensor, largest: Sequence[int]) -> Tensor:
 
 
 def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
-    """Divides a batch into consecutive ones of these sizes; None into as many None."""
+    """Divides a batch into consecutive batches of these sizes; None into as many None."""
     if len(sizes) == 1:
         return [tree]
     if isinstance(tree, Tensor):
@@ -216,7 +216,7 @@ def split(tree: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def take(tree: Any, index: slice | Tensor) -> Any:
-    """Takes the samples of a slice, of indices (n,) or of a mask (B,); Padded drops what none of them needs."""
+    """Takes the samples of a slice, of indices (n,) or of a mask (B,); Padded drops padding that none of them needs."""
     return map_leaves(lambda leaf: _take(leaf, index), tree)
 
 
@@ -239,7 +239,7 @@ def unbind(tree: Any) -> list[Any]:
 
 
 def first(tree: Any) -> Any:
-    """Returns the first sample by itself, without the axis of the batch."""
+    """Returns the first sample alone, without the batch axis."""
 
     def one(leaf: Any) -> Any:
         return leaf.tensors()[0] if isinstance(leaf, Padded) else leaf[0]
@@ -248,7 +248,7 @@ def first(tree: Any) -> Any:
 
 
 def move(tree: Any, *args: Any, **kwargs: Any) -> Any:
-    """Moves a batch to a device, with the arguments of `Tensor.to`; lists stay as they are."""
+    """Moves a batch to a device, with the arguments of `Tensor.to`; lists are left as they are."""
     return map_leaves(lambda leaf: leaf if isinstance(leaf, list) else leaf.to(*args, **kwargs), tree)
 
 
@@ -275,12 +275,12 @@ def to_float32(tree: Any) -> Any:
 
 
 def alike(trees: Sequence[Any]) -> bool:
-    """Tells whether batches can be concatenated."""
+    """Returns whether batches can be concatenated."""
     return len({kind(tree) for tree in trees}) <= 1
 
 
 def kind(tree: Any) -> Any:
-    """Describes what batches must have in common to be concatenated."""
+    """Returns what must be equal for batches to be concatenated."""
     if isinstance(tree, Tensor):
         return tree.shape[1:], tree.dtype
     if isinstance(tree, Padded):
@@ -293,14 +293,14 @@ def kind(tree: Any) -> Any:
 
 
 def describe(tree: Any) -> str:
-    """Names the shapes of a sample, for messages."""
+    """Describes the shapes of a sample for messages."""
     shapes = [tuple((leaf.values if isinstance(leaf, Padded) else leaf).shape[1:]) for leaf in leaves(tree)
               if not isinstance(leaf, list)]  # fmt: skip
     return ", ".join(map(str, shapes))
 
 
 def collate(samples: Sequence[Any]) -> Any:
-    """Makes a batch of samples: numbers and tensors of one shape are stacked, of several padded, the rest is listed."""
+    """Makes a batch of samples: numbers and equal-shaped tensors are stacked, other tensors padded, the rest listed."""
     first = samples[0]
     if first is None:
         return None
@@ -310,7 +310,7 @@ def collate(samples: Sequence[Any]) -> Any:
         parts = [collate(column) for column in zip(*samples, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     if isinstance(first, str):
-        return list(samples)  # also numpy's
+        return list(samples)  # numpy strings too
     if isinstance(first, np.ndarray):
         return collate([torch.as_tensor(sample) for sample in samples])
     if isinstance(first, bool | int | float | np.generic):
@@ -321,11 +321,11 @@ def collate(samples: Sequence[Any]) -> Any:
 
 
 class Collate:
-    """Makes a batch of samples (x, y, index) or (x, y, index, weight) in a loader's worker; small, to be sent there.
+    """Makes a batch of samples (x, y, index) or (x, y, index, weight) in a loader's worker; small, to be pickled.
 
     Args:
-        prepare: Raw inputs -> a tree, the backbone's.
-        label: Raw labels -> a tree, the task's.
+        prepare: The backbone's function from raw inputs to a tree.
+        label: The task's function from raw labels to a tree.
     """
 
     def __init__(
@@ -334,6 +334,6 @@ class Collate:
         self.prepare, self.label = prepare, label
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Any:
-        """Returns the batch; its y is None where labels are hidden."""
+        """Returns the batch; y is None if labels are hidden."""
         x, y, *known = zip(*samples, strict=True)
         return as_batch((self.prepare(x), None if y[0] is None else self.label(y), *map(torch.tensor, known)))

@@ -1,4 +1,4 @@
-"""The form that a task fills in."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torchmetrics import MetricCollection
 from tl_modules.batch import samples
 from tl_modules.batch.output import DomainOutput
 
-# what inputs and labels are, as plain data that travels once, from the data to the model: {"x": ..., "y": ...}
+# the schema: inputs and labels described as plain data, passed once from data to model: {"x": ..., "y": ...}
 #   x   {"image": {}} · {"text": {}} · {"audio": {"rate": 8000}} · {"numeric": ["age", "hours"]} ·
-#       {"ids": {"user": 610, "item": 9724}} · of several inputs, one of these by the name of each
+#       {"ids": {"user": 610, "item": 9724}} · with several inputs, one of these by each name
 #   y   {"classes": ["cat", "dog"]} · {"values": 1} · {"boxes": [...]} · {"masks": [...]} · {"characters": "abc"} · ...
 Schema = Mapping[str, Any]
-ROWS = 12  # numbers of a row that are drawn
-SIDE = 512  # pixels of a drawn image
-POINTS = 10_000  # of a drawn curve
+ROWS = 12  # values of a table row that are drawn
+SIDE = 512  # pixels per side of a drawn image
+POINTS = 10_000  # points of a drawn curve
 
 
 class Task(LightningModule):
-    """The form that a task fills in: what labels become, and what loss, prediction, metrics and columns are.
+    """The interface of a task: how labels are encoded, and its loss, prediction, metrics and columns.
 
     Attributes:
         monitor: The metric that chooses the best epoch, and "min" or "max".
-        is_classification: Whether there are probabilities of classes.
-        temperature: What a classification's logits are divided by, once `tl calibrate` has found it.
-        uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the features as the
-            backbone gives them, e.g. a pyramid of maps or the states of all tokens.
-        needs_labels: Whether there is no loss without labels.
-        label: Raw labels -> a tree, in a loader's worker; small, so that it can be sent there.
+        is_classification: Whether there are class probabilities.
+        temperature: Divides a classification's logits, once `tl calibrate` has found it.
+        uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the backbone's features,
+            e.g. a pyramid of maps or the states of all tokens.
+        needs_labels: Whether the loss needs labels.
+        label: Function from raw labels to a tree, run in a loader's worker; small, so that it can be pickled.
     """
 
     monitor: tuple[str, str] = ("val/loss", "min")
@@ -48,78 +48,78 @@ class Task(LightningModule):
 
     @property
     def num_outputs(self) -> int:
-        """Width of the head: how many classes, values, ... the schema's labels have."""
+        """Returns the width of the head: the number of classes, values, ... in the schema's labels."""
         labels = next(iter(self.schema["y"].values()))
         return labels if isinstance(labels, int) else len(labels)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes, in the order of their numbers; None where there are none."""
+        """Returns the names of the classes, in the order of their numbers; None if there are no classes."""
         names = self.schema["y"].get("classes")
         return list(names) if isinstance(names, list | tuple) else None
 
     def decode(self, features: Any) -> Any:
-        """Features -> outputs, by the head. A head that needs y runs in `loss` and `postprocess` instead."""
+        """Maps features to outputs with the head. A head that needs y runs in `loss` and `postprocess` instead."""
         if isinstance(features, samples.Padded):
             return samples.Padded(self.head(features.values), features.shapes)
         return self.head(features)
 
     def loss(self, out: DomainOutput) -> Tensor:
-        """The task's loss of each sample, (B,), of `out.output` and `out.y`."""
+        """Computes the loss of each sample, (B,), from `out.output` and `out.y`."""
         raise NotImplementedError
 
     def loss_weight(self, out: DomainOutput) -> Tensor | None:
-        """How much each sample's loss counts in a mean, (B,), e.g. its class's weight; None: all the same."""
+        """Returns how much each sample's loss counts in a mean, (B,), e.g. its class weight; None: equally."""
         return None
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Weight (num_outputs, D) and bias (num_outputs,) of a linear head for features (N, D) and labels (N, ...).
+        """Computes weight (num_outputs, D) and bias (num_outputs,) of a linear head for features (N, D) and N labels.
 
-        None: there is no closed form, and the head starts at random.
+        Returns None if there is no closed form; the head then starts at random.
         """
         return None
 
     def see_labels(self, labels: Any) -> None:
-        """Learns from the labels (N, ...) that training sees, when it starts; what it learns lives in buffers."""
+        """Learns from the labels (N, ...) of the training data when training starts; keeps its results in buffers."""
 
     def postprocess(self, out: DomainOutput) -> Any:
-        """What a user wants of each sample, a tree of B: probabilities, values, boxes, texts."""
+        """Returns what a user wants of each sample, a tree of B: probabilities, values, boxes, texts."""
         raise NotImplementedError
 
     def probabilities(self, out: DomainOutput) -> Tensor:
-        """The probabilities of the classes, (B, C); of a classification."""
+        """Returns the class probabilities, (B, C), of a classification."""
         raise NotImplementedError
 
     def metrics(self) -> MetricCollection:
-        """The metrics of a split, each a scalar."""
+        """Returns the metrics of a split, each a scalar."""
         return MetricCollection({})
 
     def update_metrics(self, metrics: MetricCollection, prediction: Any, y: Any) -> None:
-        """Takes a batch's predictions and labels into the metrics."""
+        """Updates the metrics with a batch's predictions and labels."""
         metrics.update(prediction, y)
 
     def prediction_columns(self, prediction: Any) -> dict[str, list[Any]]:
-        """Predictions of B samples -> columns of `tl predict`'s CSV, B values each; as they are, unless a task says."""
+        """Turns predictions of B samples into columns of `tl predict`'s CSV, B values each; by default one column."""
         each = [samples.first(one) for one in samples.unbind(prediction)]
         return {"prediction": [one.tolist() if isinstance(one, Tensor) else one for one in each]}
 
     def to_labels(self, prediction: Any) -> Any:
-        """Predictions -> what is compared with labels: class numbers (B,), or the values themselves."""
+        """Turns predictions into what is compared with labels: class numbers (B,), or the values themselves."""
         return prediction.argmax(1) if self.is_classification else prediction
 
     def primary_metric(self, predicted: Any, y: Any) -> float:
-        """The task's first metric, that of `monitor`, of what `to_labels` gives and of labels."""
+        """Computes the metric of `monitor` from the result of `to_labels` and from labels."""
         name = type(self).monitor[0].removeprefix("val/")
         metric = MetricCollection({name: self.metrics()[name]})
         self.update_metrics(metric, predicted.long() if self.is_classification else predicted, y)
         return float(metric.compute()[name])
 
     def task_description(self) -> dict[str, Any]:
-        """Returns the task and its labels, as plain data."""
+        """Describes the task and its labels as plain data."""
         return {"task": type(self).__name__, "class_names": self.class_names, "num_outputs": self.num_outputs}
 
     def name_of(self, label: Any) -> str:
-        """Names a label, or a prediction as `to_labels` gives it, for titles."""
+        """Returns the name of a label, or of a prediction from `to_labels`, for titles."""
         if isinstance(label, Tensor) and self.class_names is not None and label.ndim == 0:
             return self.class_names[int(label)]
         return ", ".join(f"{v:.3g}" for v in label.reshape(-1).tolist()) if isinstance(label, Tensor) else str(label)
@@ -129,9 +129,9 @@ class Task(LightningModule):
 
         Args:
             axes: The axes.
-            x: The raw input, as the data set gives it.
-            y: Its raw label; None: it is hidden.
-            prediction: Of this sample, a batch of one; None: there is none.
+            x: The raw input, as the data set returns it.
+            y: Its raw label; None if it is hidden.
+            prediction: The prediction of this sample, a batch of one; None if there is none.
         """
         draw_input(axes, x, self.schema.get("x") or {})
         true = "?" if y is None else self.name_of(samples.first(samples.collate([y])))
@@ -141,12 +141,12 @@ class Task(LightningModule):
 
 
 def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Draws a raw sample as what it is: an image, a row of numbers, a curve, a text; of several inputs one of these.
+    """Draws a raw sample by its kind: an image, a row of numbers, a curve, a text; of several inputs only one.
 
     Args:
         axes: matplotlib's.
-        x: The sample; of several inputs the first image is drawn, or the first.
-        schema: What it is; names the columns of a row of numbers.
+        x: The sample; of several inputs the first image is drawn, otherwise the first input.
+        schema: Its description, which names the columns of a table row.
     """
     is_row = "numeric" in schema and (isinstance(x, Mapping) or getattr(x, "ndim", 0) == 1)
     lines = row_lines(x, schema) if is_row else []
@@ -160,24 +160,24 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
         x = _thinned(x, SIDE)
         image = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         low, high = float(image.min()), float(image.max())
-        if low < 0 or high > 1:  # it was normalised
+        if low < 0 or high > 1:  # it has been normalised
             image = (image - low) / (high - low)
         axes.imshow(image.permute(1, 2, 0) if len(image) == 3 else image[0], cmap="gray", vmin=0, vmax=1)
     elif getattr(x, "ndim", 0) == 1:
         axes.plot(_thinned(x, POINTS))
     else:
-        text = str(x)[:200].replace("$", r"\$")  # or what is between two of them would be a formula
+        text = str(x)[:200].replace("$", r"\$")  # matplotlib reads $...$ as a formula
         axes.text(0.02, 0.5, text, wrap=True, va="center", fontsize=7)
 
 
 def _thinned(x: Tensor, most: int) -> Tensor:
-    """Every n-th value of a curve (T,) or every n-th pixel of an image (C, H, W), so that at most so many are left."""
+    """Keeps every n-th value of a curve (T,) or n-th pixel of an image (C, H, W), so that at most `most` are left."""
     step = -(-max(x.shape[-2:]) // most)
     return x[..., ::step] if x.ndim == 1 else x[..., ::step, ::step]
 
 
 def row_lines(x: Any, schema: Mapping[str, Any]) -> list[str]:
-    """The columns of a table's row, each with its value."""
+    """Returns the columns of a table row with their values, one per line."""
     numbers, codes = (x["numeric"], x["categorical"].tolist()) if isinstance(x, Mapping) else (x, [])
     known = sorted(schema.get("categorical", {}).items())
     lines = [f"{name}  {value:.3g}" for name, value in zip(schema["numeric"], numbers.tolist(), strict=False)]

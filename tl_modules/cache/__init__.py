@@ -1,3 +1,3 @@
-"""What frozen stages give, computed once."""
+"""The feature cache: the output of frozen stages, computed once."""
 
 from tl_modules.cache.feature_cache import *

@@ -1,7 +1,7 @@
-"""Keeps the leaves of all samples' trees by number.
+"""Stores the leaves of all samples' trees, accessed by sample number.
 
-Uniform   values (N, ...)                                    a sample is an entry of the first axis
-Ragged    values (total,), starts (N,), shapes (N, k)        samples of unequal shapes, one after the other
+Uniform   values (N, ...)                                 a sample is an entry along the first axis
+Ragged    values (total,), starts (N,), shapes (N, k)     samples of unequal shapes, concatenated
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ class Uniform:
         self.values = values
 
     def take(self, index: Tensor, axes: int = 0) -> Tensor:
-        """Takes the samples of these numbers."""
+        """Takes the samples with these numbers."""
         return self.values.index_select(0, index)
 
     @property
     def nbytes(self) -> int:
-        """Returns what it takes in bytes."""
+        """Returns the size in bytes."""
         return self.values.nbytes
 
 
 class Ragged:
-    """Samples of unequal shapes with equally many axes.
+    """Samples of unequal shapes with the same number of axes.
 
     Args:
         values: (total,), e.g. memory-mapped.
         starts: Where each sample starts in `values`, (N,).
-        shapes: Of each sample, (N, k).
+        shapes: The shape of each sample, (N, k).
     """
 
     def __init__(self, values: Tensor, starts: Tensor, shapes: Tensor) -> None:
         self.values, self.starts, self.shapes = values, starts, shapes
-        # only the first axis differs, as over time or tokens: then a step is an entry
+        # if only the first axis differs, as over time or tokens, an entry is one step along it
         self.tail = shapes[0, 1:].tolist() if len(shapes) and bool((shapes[:, 1:] == shapes[0, 1:]).all()) else None
         self.step = max(1, int(shapes[0, 1:].prod())) if self.tail is not None else 0
 
     def take(self, index: Tensor, axes: int = 0) -> Padded:
-        """Takes the samples of these numbers; their shapes on the first `axes` axes, 0 stands for all."""
+        """Takes the samples with these numbers, and their shapes along the first `axes` axes; 0 means all axes."""
         shapes = self.shapes[index]
         size, given = shapes.amax(0).tolist(), shapes[:, :axes] if axes else shapes
         if self.tail is not None and self.values.numel():
@@ -69,7 +69,7 @@ class Ragged:
 
     @property
     def nbytes(self) -> int:
-        """Returns what it takes in bytes."""
+        """Returns the size in bytes."""
         return self.values.nbytes + self.starts.nbytes + self.shapes.nbytes
 
 
@@ -81,14 +81,14 @@ class Table:
 
     Args:
         columns: One for each leaf.
-        template: The tree of some of them.
+        template: The tree of some samples.
     """
 
     def __init__(self, columns: Sequence[Column], template: Any) -> None:
         self.columns, self.template = list(columns), template
 
     def take(self, index: Tensor) -> Any:
-        """Takes the tree of the samples of these numbers."""
+        """Takes the tree of the samples with these numbers."""
         columns = iter(self.columns)
 
         def leaf(like: Any) -> Any:
@@ -98,5 +98,5 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """Returns what it takes in bytes."""
+        """Returns the size in bytes."""
         return sum(column.nbytes for column in self.columns)

@@ -1,15 +1,15 @@
-"""Records what frozen modules return and replays it, so that what is frozen runs once and not in every epoch.
+"""Records the outputs of frozen modules and replays them, so that frozen stages run once and not in every epoch.
 
-    record   x -> [ frozen ] -> what the trainable part reads of it -> stop
-    replay   the ordinary forward, in which a frozen module returns what was recorded, or a placeholder where that is
-             not read
+    record   x -> [ frozen ] -> the activations that the trainable part reads -> stop
+    replay   the ordinary forward, in which a frozen module returns its recorded output, or a placeholder if that is
+                      not read
 
-Nothing need be known of a layer's arguments. A call of a frozen module can be recorded if it depends on nothing that
-trains: it stays the same where all of that gives NaN. What of the calls and of x has to be kept is found by leaving
-out: what the features stay the same without, NaN in its place, is not needed.
+No knowledge of layer arguments is needed. A call of a frozen module can be recorded if it does not depend on trainable
+modules: its output is the same when all of these return NaN. Which calls and parts of x must be kept is found by
+elimination: an output is not needed if the features stay the same with NaN in its place.
 
-The containers of frozen modules are in eval mode (`FineTuning.apply`), so that what their forward would draw in
-training, e.g. which layers LayerDrop skips, is no part of this. What they compute between modules runs in each replay.
+The containers of frozen modules are in eval mode (`FineTuning.apply`), so random choices of their forward in training,
+e.g. LayerDrop, do not occur. What they compute between modules runs in each replay.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ __all__ = ["CannotCut", "Cut"]
 
 
 class _Stop(BaseException):
-    """All is recorded; not an Exception, which a foreign forward might catch."""
+    """Raised once everything is recorded; not an Exception, which a foreign forward might catch."""
 
 
 class Cut(Recorder):
-    """The frozen and the trainable part of a backbone; they share its modules.
+    """The division of a backbone into a frozen and a trainable part, which share its modules.
 
     Args:
-        backbone: Not moved to another device afterwards.
+        backbone: The backbone; it must not be moved to another device afterwards.
         closed: How many of its stages, from the input, are frozen; at least one.
-        x: A few samples, on the backbone's device, of unequal shapes where they can be.
-        pooled: Whether `replay` gives one vector per sample, and not the features as they are.
+        x: A few samples on the backbone's device, of unequal shapes if the data has such.
+        pooled: Whether `replay` returns one vector per sample instead of the features.
 
     Attributes:
-        like: One of the samples: what batches are like that can be put together.
-        plan: What is kept of a sample, as plain data; what is kept by equal plans of a backbone can be put together.
+        like: One of the samples, to compare which batches can be concatenated.
+        plan: Describes what is kept of a sample, as plain data; activations with equal plans can be concatenated.
 
     Raises:
-        CannotCut: What is frozen is no function of each single sample, or nothing of it can be recorded.
+        CannotCut: The frozen part is not a function of each single sample, or none of it can be recorded.
     """
 
     def __init__(self, backbone: Backbone, closed: int, x: Any, pooled: bool = False) -> None:
@@ -73,7 +73,7 @@ class Cut(Recorder):
         self.whole = closed == len(backbone.stages()) and not new_parameters(backbone)
         self.leaves: list[Leaf] = []
         x = samples.take(x, slice(0, 4))
-        # an inference tensor could not be part of a graph later
+        # an inference tensor could not become part of a graph later
         with torch.inference_mode(False), torch.no_grad(), in_eval_mode(backbone), generator_kept(device_of(x)):
             x = samples.copied(x if samples.count(x) > 1 else samples.concat([x, x]))
             self.like = samples.take(x, slice(0, 1))
@@ -84,13 +84,13 @@ class Cut(Recorder):
             features = self._finished(features)
             off = difference(self.replay(alone), features)
         if off > tolerance(features):
-            raise CannotCut(f"samples alone and in a batch differ, by {off:.0e} of the largest feature")
+            raise CannotCut(f"a sample's features differ alone and in a batch, by {off:.0e} of the largest feature")
         self.plan: Any = (closed, pooled, self.ragged, *(leaf.plan() for leaf in self.leaves))
-        if is_compiled(backbone):  # by --compile, whose graph of the whole a replay does not run
+        if is_compiled(backbone):  # by --compile; a replay does not run its whole graph
             for module in () if self.whole else self.division.trainable:
                 module.compile()
 
-    # The plan
+    # Planning
 
     def _find_plan(self, x: Any, features: Any) -> None:
         calls, count = listen(self.backbone, self.division, x), samples.count(x)
@@ -100,7 +100,7 @@ class Cut(Recorder):
         while True:
             parts: list[tuple[list[Any], Any]] = [pytree.tree_flatten(x)]
             parts += [([], None) if runs else (call.leaves, call.spec) for runs, call in zip(live, calls, strict=True)]
-            # of x, then of each call: how it is put together, None if the call runs in each replay, and its leaves
+            # for x and each call: its tree structure, None if the call runs in each replay, and its leaves
             self.specs: list[Any] = [spec for _, spec in parts]
             self.spans = list(pairwise(accumulate((len(leaves) for leaves, _ in parts), initial=0)))
             flat = [leaf for leaves, _ in parts for leaf in leaves]
@@ -108,39 +108,39 @@ class Cut(Recorder):
             self._leave_out(features)
             odd = [any(leaf.odd for leaf in self.leaves[slice(*span)]) for span in self.spans]
             if odd[0]:
-                raise CannotCut("its trainable stages read what is not one entry per sample of the input")
+                raise CannotCut("its trainable stages read something that does not have one entry per sample")
             if not any(odd):
                 break
             live = [one or other for one, other in zip(live, odd[1:], strict=True)]
         looked_at = [any(leaf.looked_at for leaf in self.leaves[slice(*span)]) for span in self.spans]
         self.last = max((number for number, each in enumerate(looked_at) if each), default=0)
         if not any(leaf.needed for leaf in self.leaves[self.spans[0][1] :]):
-            raise CannotCut("its trainable stages read the input itself, and nothing that is frozen")
+            raise CannotCut("its trainable stages read only the input itself, and no frozen module")
         self._note_writes()
         for leaf in self.leaves:
-            if leaf.is_tensor:  # the shape without the memory
+            if leaf.is_tensor:  # keeps the shape, frees the memory
                 leaf.example = filled(leaf.example, ()).expand(leaf.example.shape if leaf.looked_at else ())
 
     def _leave_out(self, features: Any) -> None:
-        """Finds which leaves are needed, or only their shapes: all of a group is left out at once, or its halves."""
+        """Finds which leaves, or only shapes, are needed, by bisection: leaves out a whole group, then its halves."""
 
         def same() -> bool:
             for fill in (0, 1):
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("error", message=".*expanded tensor")  # a placeholder that is written to
+                    warnings.filterwarnings("error", message=".*expanded tensor")  # a write to a placeholder
                     given = self._answer([leaf.shown(fill) for leaf in self.leaves])
                 if difference(given, features) > tolerance(features):
                     return False
             return True
 
         def halves(group: Sequence[Leaf], **changes: bool) -> list[Leaf]:
-            """Returns those of the group that the changes do not suit."""
+            """Returns the leaves of the group that do not allow the changes."""
             if not group:
                 return []
             before = [vars(leaf).copy() for leaf in group]
             for leaf in group:
                 vars(leaf).update(needed=False, **changes)
-            with suppress(Exception):  # whatever a foreign forward does with a placeholder
+            with suppress(Exception):  # a foreign forward may raise anything on a placeholder
                 if same():
                     return []
             for leaf, old in zip(group, before, strict=True):
@@ -162,7 +162,7 @@ class Cut(Recorder):
     # Recording
 
     def record_group(self, x: Any) -> Any:
-        """Gives what is kept of samples of one shape, a tree."""
+        """Returns what is kept of samples of one shape, a tree."""
         if self.whole:
             return self._finished(forward(self.backbone, x))
         count, position = samples.count(x), 0
@@ -172,7 +172,7 @@ class Cut(Recorder):
         def keep(tree: Any) -> None:
             leaves, spec = pytree.tree_flatten(tree)
             if spec != self.specs[position]:
-                raise CannotCut("its samples, or what its modules return for them, are not all of one kind")
+                raise CannotCut("its samples, or its modules' outputs for them, are not all of one kind")
             for leaf, planned in zip(leaves, self.leaves[slice(*self.spans[position])], strict=True):
                 planned.check(leaf, count)
                 if planned.needed:
@@ -200,7 +200,7 @@ class Cut(Recorder):
         return (*kept, torch.tensor([sizes], device=device_of(x)).expand(count, -1)) if sizes else tuple(kept)
 
     def cache_now(self, x: Any) -> Any:
-        """Gives samples as if they had been cached, for the present step; what does not fit stays as it is."""
+        """Returns samples as if they had been cached, for the current step; returns unsuitable inputs unchanged."""
         with torch.no_grad(), in_eval_mode(self.backbone), suppress(CannotCut):
             return CachedActivations(self.record(x), self)
         return x
@@ -208,10 +208,10 @@ class Cut(Recorder):
     # Replaying
 
     def replay(self, tree: Any) -> Any:
-        """Gives the features of what was recorded of a batch.
+        """Computes the features from the recorded activations of a batch.
 
         Raises:
-            UserError: The forward calls other frozen modules than it did.
+            UserError: The forward calls other frozen modules than when it was recorded.
         """
         if self.whole:
             return tree
@@ -235,7 +235,7 @@ class Cut(Recorder):
         return self.backbone.pooled_features(features) if self.pooled else features
 
     def _answer(self, leaves: list[Any]) -> Any:
-        """Runs the ordinary forward, in which planned calls return what is given."""
+        """Runs the ordinary forward, in which planned calls return the given leaves."""
         position = 0
 
         def built(number: int) -> Any:

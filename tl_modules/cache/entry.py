@@ -1,4 +1,4 @@
-"""Builds an entry: what a recorder keeps of all samples of a loader, and their labels."""
+"""Builds a cache entry: what a recorder keeps of all samples of a loader, and their labels."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tl_modules.cache.store import Growing, Spec, Store, size_of
 from tl_modules.cache.together import all_agree, together
 from tl_modules.module import TransferModule
 
-BATCH = 32  # so many samples go through the frozen stages at once, or fewer, where training takes fewer
-SHARE = 0.5  # of the free memory that an entry may take where the disk is not to be had
-MEASURED = 3  # batches, after a first one
+BATCH = 32  # samples that pass through the frozen stages at once, at most; fewer if training batches are smaller
+SHARE = 0.5  # of the free memory, for an entry that cannot be on disk
+MEASURED = 3  # batches to measure, after a first one
 
 
 class Builder:
-    """Reads, records and writes.
+    """Reads, records and writes the samples of a loader.
 
     Args:
-        trainer: Of the run.
-        module: In eval mode while it is at work.
-        loader: Whose samples are recorded.
-        places: Where each row of the entry is read, with the seeds of its views.
-        store: Where the entry goes.
-        dtype: What floating-point activations are stored as; None as they are computed.
+        trainer: The run's trainer.
+        module: The module; in eval mode while recording.
+        loader: The loader of the samples.
+        places: The sample of each row of the entry, with the seeds of its views.
+        store: The store that holds the entry.
+        dtype: Storage type of floating-point activations; None keeps the computed type.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Builder:
         self.saved: float | None = None
 
     def example(self) -> tuple[Any, Any]:
-        """Reads x and y of a few samples from all over the data."""
+        """Reads x and y of a few samples spread over the data."""
         return next(self._read([self.places[i] for i in self.few], len(self.few)))
 
     def earlier(self, cut: Recorder, key: str) -> Table | None:
-        """Opens what an earlier run left, if a few samples still give it, whatever the key cannot know."""
+        """Opens an earlier run's entry, if a few recomputed samples agree: the key does not cover every change."""
         tensors = self.store.open(key)
         if tensors is None:
             return None
@@ -74,22 +74,22 @@ class Builder:
         return table
 
     def build(self, cut: Recorder, key: str | None, passes: float) -> Table:
-        """Sends all samples through the frozen stages, each process of a machine its part; all go on, or none.
+        """Runs all samples through the frozen stages, divided among a machine's processes; all succeed, or none.
 
         Args:
-            cut: What records.
-            key: The entry's name; None if it serves this run only.
-            passes: How often each sample will be seen.
+            cut: The recorder.
+            key: The entry's name; None if it is for this run only.
+            passes: How often each sample will be read.
 
         Raises:
-            CannotCut: There can be no entry, or it would cost more than it saves.
+            CannotCut: An entry is not possible, or would cost more than it saves.
         """
         trainer = self.trainer
         self.rank, self.world = (trainer.local_rank, trainer.num_devices) if trainer.world_size > 1 else (0, 1)
         token = f"{trainer.strategy.broadcast(uuid.uuid4().hex)}.{trainer.node_rank}"
-        name = key or "0" * 32  # never finished, so never found
+        name = key or "0" * 32  # never committed, so never found
         self.pace = Pace(overlaps=self.loader.num_workers > 0 or not cut.spares_reading)
-        # samples of unequal shapes: the more at once, the more of them have one
+        # with unequal shapes, larger batches have more samples of one shape
         self.size = batch_size(self.loader) * (8 if cut.ragged else 1)
         with evaluating(self.module):
             batches = self._batches(cut)
@@ -122,7 +122,7 @@ class Builder:
             yield self.trainer.precision_plugin.convert_input(x), y
 
     def _batches(self, cut: Recorder) -> Iterator[list[tuple[list[int], Any]]]:
-        """Yields rows of the entry and what goes there, those of a batch in groups of one shape."""
+        """Yields rows of the entry and their contents, the samples of a batch in groups of one shape."""
         mine, done = range(self.rank, len(self.places), self.world), 0
         batches, size = self._read([self.places[row] for row in mine], self.size), self.size
         while True:
@@ -158,7 +158,7 @@ class Builder:
                     self._write(rows, tree, tensors)
             callbacks = cast(Any, self.trainer).callbacks
             if self.trainer.world_size == 1 and any(getattr(c, "signal", 0) for c in callbacks):
-                raise CannotCut("a signal asks to stop")  # there may be no time to finish the entry
+                raise CannotCut("a signal asks the run to stop")  # there may be no time to finish the entry
 
         def start() -> None:
             write(first)
@@ -200,7 +200,7 @@ class Builder:
                 next(targets)[where] = leaf
 
     def _close(self, tensors: list[Any]) -> list[Tensor]:
-        """Puts what the processes have written into one."""
+        """Joins the parts that the processes have written."""
         mine = slice(self.rank, None, self.world)
         growing = [number for number, each in enumerate(tensors) if isinstance(each, Growing)]
         if growing:
@@ -208,13 +208,13 @@ class Builder:
         for number in growing if self.rank else ():
             tensors[number + 1][mine] += tensors[number].offset()
         if growing:
-            together(self.trainer, lambda: None)  # each has read the sizes
+            together(self.trainer, lambda: None)  # wait until every process has read the sizes
             together(self.trainer, lambda: [tensors[n].join(self.world) for n in growing if self.rank == 0])
-        # all have mapped the entry before the first process gives it its place, or removes it
+        # wait until all have mapped the entry before the first process commits or removes it
         return together(self.trainer, lambda: [e.tensor() if isinstance(e, Growing) else e for e in tensors])
 
     def _room(self, specs: list[Spec], name: str, token: str, size: int) -> tuple[bool, list[Any]]:
-        """Makes tensors on disk, or in memory where the disk is not to be had."""
+        """Allocates the entry on disk, or in RAM if the disk is full or read-only."""
         reason = self.store.room(size)
         if all_agree(self.trainer, reason is None):
             more, rank = size - size_of(specs), self.rank
@@ -226,13 +226,13 @@ class Builder:
 
 
 def converted(leaf: Any, dtype: torch.dtype | None) -> Any:
-    """Casts a leaf of floating-point numbers; None leaves it."""
+    """Casts a floating-point leaf; None keeps its type."""
     values = leaf.values if isinstance(leaf, Padded) else leaf
     return leaf.to(dtype) if dtype is not None and values.is_floating_point() else leaf
 
 
 def batch_size(loader: Any) -> int:
-    """Returns how many samples go through the frozen stages at once."""
+    """Returns how many samples pass through the frozen stages at once."""
     return min(BATCH, int(loader.batch_size))
 
 
@@ -248,7 +248,7 @@ def evaluating(module: TransferModule) -> Iterator[None]:
 
 
 def _specs(tree: Any, rows: int) -> list[Spec]:
-    """Lists shapes and types of the tensors that hold so many rows like those of a tree."""
+    """Lists shapes and types of the tensors that hold `rows` rows like those of a tree."""
     specs: list[Spec] = []
     for leaf in samples.leaves(tree):
         if isinstance(leaf, list):
@@ -262,7 +262,7 @@ def _specs(tree: Any, rows: int) -> list[Spec]:
 
 
 def _table(template: Any, tensors: Sequence[Tensor], rows: int) -> Table | None:
-    """Makes columns of an entry's tensors; None if they are not those of such trees."""
+    """Makes columns of an entry's tensors; None if they do not match the template."""
     specs = _specs(template, rows)
     if len(specs) != len(tensors):
         return None
@@ -281,7 +281,7 @@ def _bytes(leaf: Padded) -> int:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Tells whether trees hold the same, but for rounding."""
+    """Returns whether trees are equal up to rounding."""
     pairs = zip(samples.leaves(old), samples.leaves(new), strict=True)
     return all(_close(a, b) for pair in pairs for a, b in zip(*map(_rows, pair), strict=True))
 
@@ -300,13 +300,13 @@ def _close(old: Tensor, new: Tensor) -> bool:
 
 
 def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
-    """Reads the first samples twice.
+    """Reads the first and last samples twice and compares.
 
     Raises:
         CannotCut: They differ.
     """
-    for place in [*places[:4], *places[-4:]]:  # the last are augmented, if any is
+    for place in [*places[:4], *places[-4:]]:  # the last ones are augmented, if any are
         first, second = (loader.dataset[place][0] for _ in range(2))
         same = torch.equal(first, second) if isinstance(first, Tensor) else pickle.dumps(first) == pickle.dumps(second)
         if not same:
-            raise CannotCut("the data set draws random numbers of its own")
+            raise CannotCut("the data set draws unseeded random numbers")

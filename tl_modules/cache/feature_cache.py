@@ -1,13 +1,13 @@
-"""Runs what is frozen once: while stages stay frozen, training and evaluation go on from their cached output.
+"""Runs frozen stages once: while they stay frozen, training and evaluation continue from their cached output.
 
     FeatureExtraction   images -> [ frozen ] -> features ............. cached -> head
     LastStages(1)       images -> [ frozen ] -> activations .......... cached -> last stage -> head
-    GradualUnfreezing   the same, with other activations at each opening
-    Distill, ...        images -> [ teacher ] -> what it says ........ cached, and given beside the batch
+    GradualUnfreezing   the same, with other activations after each unfreezing
+    Distill, ...        images -> [ teacher ] -> its outputs ......... cached, and given beside the batch
 
-An entry's key is made of all that its contents depend on: weights, buffers and attributes of what does not train, its
-code, the data and how they are prepared, precision and versions (`fingerprints.py`). Where one of these cannot be
-named, the entry serves this run only, so that none is ever stale.
+An entry's key covers everything that its contents depend on: weights, buffers and attributes of what does not train,
+its code, the data and their preparation, precision and versions (`fingerprints.py`). If one of these cannot be named,
+the entry is used in this run only, so that no entry is ever stale.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ from tl_modules.module import TransferModule
 __all__ = ["FeatureCache"]
 
 log = logging.getLogger(__name__)
-VIEWS = "--cache.views 4 would cache four views of each sample, --data.augment none the plain ones"
+VIEWS = "--cache.views 4 would cache four views of each sample, --data.augment none the unaugmented samples"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class FeatureCache(Callback):
-    """Caches the output of the frozen stages and what teachers say, on disk and for later runs too.
+    """Caches the outputs of frozen stages and of teachers, on disk and for later runs too.
 
-    Caching begins where at least two passes read the entry and a few batches do not show that it would cost more than
-    it saves, or where an earlier run left it. Training data with random augmentation are cached only as `views` fixed
-    views; validation data always.
+    A new entry is made if at least two passes will read it, and a few measured batches do not show that it costs more
+    than it saves; an entry of an earlier run is used at once. Training data with random augmentation are cached only as
+    `views` fixed views; validation data always.
 
     Args:
         enabled: Whether to cache.
-        views: How many views of each training sample are cached, the first plain and the others augmented; each epoch
-            draws one of them (beside a teacher, training sees these views only). 0 caches no augmented data.
-        dtype: The type in which floating-point activations are stored; None keeps the computed type.
+        views: How many views of each training sample are cached, the first unaugmented and the others augmented; each
+            epoch draws one of them (with a teacher, training sees only these views). 0 does not cache augmented data.
+        dtype: Storage type of floating-point activations; None keeps the computed type.
         folder: The folder of the entries; None is $TL_CACHE_DIR, or lightning-transfer in the user's cache folder.
-        disk_gb: The size of all entries together; beyond it the least recently used are removed.
+        disk_gb: The total size of all entries; above it the least recently used ones are removed.
     """
 
     def __init__(
@@ -76,55 +76,55 @@ class FeatureCache(Callback):
         disk_gb: float = 50.0,
     ) -> None:
         if views < 0:
-            raise UserError(f"views: {views} must not be negative; 0 caches no augmented data")
+            raise UserError(f"views: {views} must not be negative; 0 does not cache augmented data")
         if disk_gb <= 0:
-            raise UserError(f"disk_gb: {disk_gb} must be above 0; to cache nothing pass --cache.enabled false")
+            raise UserError(f"disk_gb: {disk_gb} must be above 0; to disable the cache pass --cache.enabled false")
         self.enabled, self.views, self.dtype = enabled, views, dtype
         self.store = Store(Path(folder).expanduser() if folder else default_folder(), int(disk_gb * 1e9))
         self._forget()
 
     def _forget(self) -> None:
-        # by frozen stages and what the inputs are; None where there is to be none, which is found out once
+        # by number of frozen stages and kind of input; None if it cannot be cached, which is found out only once
         self.cuts: dict[Any, Cut | None] = {}
-        # by loader and frozen stages
+        # by loader and number of frozen stages
         self.entries: dict[tuple[Any, int], tuple[Table, Cut] | None] = {}
-        # by loader and method; and the methods whose teachers are asked in every epoch
+        # by loader and method; and the methods whose teachers run in every epoch
         self.answers: dict[tuple[Any, str], Table | None] = {}
         self.asked: set[str] = set()
         self.said: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets an earlier run."""
+        """Resets the state of an earlier run."""
         self._forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Serves an epoch that is gone on with; any other is served when it starts."""
+        """Attaches the cache here too, because a run resumed mid-epoch gets no on_train_epoch_start."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Serves the training data of every domain."""
+        """Attaches cached activations to the training loaders of every domain."""
         loaders = by_domain(trainer.train_dataloader, DataLoader)
         self._teach(trainer, pl_module, loaders)
         training = {f"{name} train": loader for name, loader in loaders.items()}
         self._serve(trainer, pl_module, training, trainer.limit_train_batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Serves the validation data."""
+        """Attaches cached activations to the validation loaders."""
         loaders = {getattr(e, "purpose", "val"): e for e in eval_dataloaders(trainer)}
         self._serve(trainer, pl_module, loaders, trainer.limit_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Serves the test data, but not to a backbone that adapts to it."""
+        """Attaches cached activations to the test loaders, unless the backbone adapts to the test data."""
         if any(isinstance(c, TestTimeAdaptation) and c.moves_backbone for c in cast(Any, trainer).callbacks):
             return
         self._serve(trainer, pl_module, {"test": trainer.test_dataloaders}, trainer.limit_test_batches)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lets go of the entries."""
+        """Releases the entries."""
         self._forget()
 
     def _teach(self, trainer: Trainer, module: LightningModule, loaders: Mapping[str, Any]) -> None:
-        """Lets the loaders give what teachers say beside each batch, or methods ask where that is not to be."""
+        """Makes the loaders add the teachers' outputs to each batch, unless the teachers have to run in every epoch."""
         ours = all(hasattr(loader, "beside") and hasattr(loader.sampler, "views") for loader in loaders.values())
         methods = module.named_methods() if isinstance(module, TransferModule) else []
         taught = {name: method for name, method in methods if isinstance(method, Distillation)}
@@ -153,7 +153,7 @@ class FeatureCache(Callback):
             )
 
     def _taught(self, trainer: Trainer, module: TransferModule, loader: Any, domain: str, name: str) -> Table | None:
-        """What the teacher of a method says of a loader's samples; None where it is to be asked."""
+        """Returns the outputs of a method's teacher for a loader's samples; None if the teacher has to run."""
         if (loader, name) in self.answers:
             return self.answers[loader, name]
         views, method = self._views(loader), dict(module.named_methods())[name]
@@ -169,7 +169,7 @@ class FeatureCache(Callback):
 
             key = together(trainer, lambda: self._key(trainer, module, loader, views, what))
             try:
-                subject = f"{domain} train: what the teacher of {name} says"
+                subject = f"{domain} train: outputs of the teacher of {name}"
                 found = self._entry(trainer, module, loader, views, passes, key, recorder, subject, who)
                 table = found and found[0]
             except CannotCut as reason:
@@ -180,7 +180,7 @@ class FeatureCache(Callback):
         return table
 
     def _serve(self, trainer: Trainer, module: LightningModule, loaders: Mapping[str, Any], limit: Any) -> None:
-        """Lets each loader give cached activations, or read where that is not to be."""
+        """Attaches the cached activations to each loader, or detaches them."""
         ours = {name: loader for name, loader in loaders.items() if hasattr(loader, "batch_source")}
         for loader in ours.values():
             loader.batch_source = None
@@ -197,7 +197,7 @@ class FeatureCache(Callback):
                 loader.stop()
 
     def _off(self, module: TransferModule, loaders: Mapping[str, Any]) -> str | None:
-        """What switches the cache off for the whole run, or None."""
+        """Returns why the cache is off for the whole run, or None."""
         steps = ("encode", "forward_domains", "training_step", "validation_step", "test_step", "_evaluate")
         own = [name for name in steps if getattr(type(module), name) is not getattr(TransferModule, name)]
         readers = [
@@ -208,11 +208,11 @@ class FeatureCache(Callback):
         if not self.enabled:
             return "--cache.enabled is false"
         if own:
-            return f"{type(module).__name__} has a {own[0]} of its own, which may look at the input"
+            return f"{type(module).__name__} overrides {own[0]}, which may read the input"
         if readers:
-            return f"{' and '.join(readers)} looks at the input"
+            return f"{' and '.join(readers)} reads the input"
         if not all(hasattr(loader, "batch_source") for loader in loaders.values()):
-            return "the loaders are not those of a TransferDataModule"
+            return "the loaders do not come from a TransferDataModule"
         return None
 
     def _source(self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float) -> Memory | None:
@@ -223,14 +223,14 @@ class FeatureCache(Callback):
         if not views:
             self._say(
                 trainer,
-                f"{name}: augmentation changes what the frozen stages see, so they run in every epoch; {VIEWS}",
+                f"{name}: augmentation changes the input of the frozen stages, so they run in every epoch; {VIEWS}",
             )
             return None
         if (loader, frozen) not in self.entries:
-            # the activations before are not needed any more
+            # the previous activations are no longer needed
             self.entries = {k: e for k, e in self.entries.items() if k[0] is not loader}
             backbone, who = module.backbone, "the frozen stages run"
-            what = "features" if frozen == len(backbone.stages()) else f"what leaves stage_{frozen - 1}"
+            what = "features" if frozen == len(backbone.stages()) else f"outputs of stage_{frozen - 1}"
             collate = loader.collate_fn.collate
             parts = backbone, frozen, module.uses_pooled_features, getattr(collate, "prepare", collate)
             resting = divide(backbone, frozen).may_train()
@@ -250,11 +250,11 @@ class FeatureCache(Callback):
         return None if entry is None else Memory(loader, *entry, views, dtype)
 
     def _views(self, loader: Any) -> int:
-        """How many views of each sample are cached."""
+        """Returns how many views of each sample are cached."""
         return self.views if loader.dataset.transform is not None else 1
 
     def _view_seeds(self, loader: Any) -> list[list[int]]:
-        """The seeds of each view but the first, the sample as it is; the same in every run."""
+        """Returns the seeds of each view except the first, the unaugmented sample; the same in every run."""
         count, views = len(loader.dataset), self._views(loader)
         return [view_seeds(view, views, loader.domain, count) for view in range(1, views)]
 
@@ -280,21 +280,21 @@ class FeatureCache(Callback):
         what: str,
         who: str,
     ) -> tuple[Table, Recorder] | None:
-        """What an earlier run left, or a new entry where enough passes will read it.
+        """Returns an earlier run's entry, or a new entry if enough passes will read it.
 
         Args:
-            trainer: Of the run.
-            module: The one that trains.
-            loader: Whose samples are recorded.
-            views: Of each sample.
-            passes: How often each sample will be seen.
+            trainer: The run's trainer.
+            module: The module that trains.
+            loader: The loader of the samples.
+            views: Number of views of each sample.
+            passes: How often each sample will be read.
             key: The entry's name, or None.
-            recorder: Makes of a few samples what records; None: that has been given up, and said.
-            what: Is recorded, for messages.
-            who: Runs where it is not, for messages.
+            recorder: Makes the recorder from a few samples; None: this has failed before, and was logged.
+            what: Names what is recorded, for messages.
+            who: Names what runs if there is no entry, for messages.
 
         Raises:
-            CannotCut: There can be no entry.
+            CannotCut: An entry is not possible.
         """
         count = len(loader.dataset)
         places = [*range(count), *((row, seed) for view in self._view_seeds(loader) for row, seed in enumerate(view))]
@@ -318,7 +318,7 @@ class FeatureCache(Callback):
         start = time.perf_counter()
         built = builder.build(cut, key, passes)
         less = f", about {max(0, builder.saved):.0f} s less in all" if builder.saved else ""
-        ahead = f"; {passes:.0f} epochs go on from there{less}" if passes < MANY else ""
+        ahead = f"; {passes:.0f} epochs continue from there{less}" if passes < MANY else ""
         self._say(trainer, f"{what} cached in {time.perf_counter() - start:.1f} s, {count:,} samples, "
                            f"{_size(built)}{ahead}")  # fmt: skip
         return built, cut
@@ -332,21 +332,21 @@ class FeatureCache(Callback):
         what: Sequence[Any],
         without: Collection[int] = (),
     ) -> str | None:
-        """The name of an entry; None where something cannot be named, so that it serves this run only."""
+        """Returns the name of an entry; None if something cannot be named, so that it is for this run only."""
         view = loader.dataset
         data = view.fingerprint()
         if data is None:
             return None
-        # which seeds the views behind the plain one
+        # the seeds of the views after the first
         domain = f"plain, {loader.domain}" if view.transform is not None else ""
         kinds, inner = [], view.dataset
-        while inner is not None:  # what wraps a data set, and that one
+        while inner is not None:  # a wrapper and the data set inside
             kinds.append(type(inner))
             inner = getattr(inner, "dataset", None)
-        label = getattr(loader.collate_fn.collate, "label", None)  # a task's method: by its code and the schema
+        label = getattr(loader.collate_fn.collate, "label", None)  # a task's method, named by its code and the schema
         labels = getattr(label, "__func__", label), module.schema
         versions = [sys.version, torch.__version__, np.__version__, PIL.__version__]
-        # the rounding of a batch's rows can depend on how many there are
+        # rounding can depend on the number of rows in a batch
         size, world = batch_size(loader), trainer.num_devices if trainer.world_size > 1 else 1
         how = self.dtype, trainer.precision, module.device.type, versions, size, world
         parts = (*what, labels, kinds, view.transform, domain, views, data, *how)
@@ -354,7 +354,7 @@ class FeatureCache(Callback):
             with evaluating(module):
                 return named(*parts, without=without)[:32]
         except Unnamed as reason:
-            self._say(trainer, f"an entry serves this run only: {reason}")
+            self._say(trainer, f"an entry is for this run only: {reason}")
             return None
 
     def _say(self, trainer: Trainer, text: str) -> None:

@@ -1,9 +1,9 @@
-"""Names for what a computation depends on: equal names promise equal results, also in another process.
+"""Names everything a computation depends on: equal names guarantee equal results, also in another process.
 
-weights -> a hash of their bits      modules, objects -> class, code, and all that they hold      code -> its files
+weights -> a hash of their bits      modules, objects -> class, code, and all their attributes     code -> its files
 
-Code is that of a class's or function's own file and of all files that this one imports, as far as they are the user's;
-of an installed package it is the version, and of this one all of it.
+Code means the file of a class or function and all files that it imports, as far as they are the user's; for an
+installed package it means the version, and for this package all of its files.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from tl_modules.checkpoints.contents import fingerprint
 OURS = ("tl_modules", "datamodules")
 TORCH = (torch.dtype, torch.device, torch.memory_format, torch.layout)
 PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, type(...), enum.Enum, Path, *TORCH)
-# attributes of a module that do not change what it computes in eval mode
+# attributes of a module that do not affect its results in eval mode
 HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 PASSING = ("training", COMPILED, *HOOKS)
 
 
 class Unnamed(Exception):
-    """Something cannot be named; its text says what."""
+    """Raised if something cannot be named; the message says why."""
 
 
 def named(*values: Any, without: Collection[int] = ()) -> str:
-    """SHA-256 of values and of the code behind them.
+    """Returns the SHA-256 of values and of the code behind them.
 
     Args:
-        *values: Plain data, tensors, modules, functions, classes or objects that hold such.
-        without: The ids of objects in them that nothing depends on, e.g. of what trains.
+        *values: Plain data, tensors, modules, functions, classes, or objects that hold these.
+        without: The ids of contained objects that nothing depends on, e.g. trainable modules.
 
     Raises:
-        Unnamed: One holds what has no name, e.g. a class of a notebook, an open file or a random generator.
+        Unnamed: A value cannot be named, e.g. a class in a notebook, an open file or a random generator.
     """
     digest = hashlib.sha256()
     for part in _parts(values, dict.fromkeys(without, -1)):
@@ -86,7 +86,7 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
         yield f"{type(value).__name__} {len(value)}"
         for inner in value:
             yield from _parts(inner, seen)
-    elif isinstance(value, weakref.ReferenceType):  # a recurrent layer's to its weights
+    elif isinstance(value, weakref.ReferenceType):  # a recurrent layer refers to its weights so
         yield from _parts(value(), seen)
     elif isinstance(value, types.ModuleType):
         yield from _files(value.__name__)
@@ -107,7 +107,7 @@ def _parts(value: Any, seen: dict[int, int]) -> Iterator[str]:
 
 
 def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
-    """A class and all that an instance of it holds; what holds nothing that Python can see has no name."""
+    """Yields an object's class and all that it holds; an object whose contents Python cannot see is not named."""
     yield from _parts(type(value), seen)
     held = dict(getattr(value, "__dict__", {}))
     for parent in type(value).__mro__:
@@ -116,12 +116,12 @@ def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
             if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
                 held[slot] = getattr(value, slot)
     if not held and type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "_io", "_thread"):
-        raise Unnamed(f"a {type(value).__qualname__} has no name")
+        raise Unnamed(f"a {type(value).__qualname__} cannot be named")
     if _hides(type(value), slots=len(held.keys() - getattr(value, "__dict__", {}).keys())):
         try:
             yield hashlib.sha256(pickle.dumps(value)).hexdigest()
-        except Exception as error:  # whatever a foreign class raises
-            raise Unnamed(f"a {type(value).__qualname__} has no name") from error
+        except Exception as error:  # a foreign class may raise anything
+            raise Unnamed(f"a {type(value).__qualname__} cannot be named") from error
     for key in sorted(held):
         if not (isinstance(value, nn.Module) and key in PASSING):
             yield key
@@ -129,7 +129,7 @@ def _object(value: Any, seen: dict[int, int]) -> Iterator[str]:
 
 
 def _hides(kind: type, slots: int) -> bool:
-    """Tells whether instances hold more than Python can see, as those of compiled code do, e.g. a tokenizer."""
+    """Returns whether instances hold data that Python cannot see, as in compiled code, e.g. a tokenizer."""
     words = slots + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
     return kind.__basicsize__ > object.__basicsize__ + words * struct.calcsize("P")
 
@@ -141,7 +141,7 @@ def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
     for cell in value.__closure__ or ():
         try:
             yield from _parts(cell.cell_contents, seen)
-        except ValueError:  # not filled in yet
+        except ValueError:  # an empty closure cell
             yield "empty"
     if inspect.unwrap(value) is not value:
         yield from _parts(inspect.unwrap(value), seen)
@@ -149,7 +149,7 @@ def _function(value: types.FunctionType, seen: dict[int, int]) -> Iterator[str]:
 
 @functools.cache
 def _files(module: str | None) -> tuple[str, ...]:
-    """What names the code of a module and of all that it imports."""
+    """Returns the files with the code of a module and of all that it imports."""
     found: dict[str, str] = {}
     waiting = [module or ""]
     while waiting:
@@ -158,7 +158,7 @@ def _files(module: str | None) -> tuple[str, ...]:
             continue
         top = name.partition(".")[0]
         if top in sys.stdlib_module_names and top != "__main__":
-            continue  # Python's version is in every key
+            continue  # covered by Python's version, which is in every key
         if top in OURS:
             found[top] = _package(top)
             continue
@@ -166,7 +166,7 @@ def _files(module: str | None) -> tuple[str, ...]:
         if file is None:
             if name == (module or ""):
                 raise Unnamed(f"{name or 'an object without a module'} has no file")
-            continue  # an import of something optional
+            continue  # an optional import
         if file.suffix != ".py" or {"site-packages", "dist-packages"} & set(file.parts):
             found[top] = f"{top} {_version_of(top)}"
             continue
@@ -180,7 +180,7 @@ def _file(name: str) -> Path | None:
     loaded = getattr(sys.modules.get(name), "__file__", None)
     if loaded is None and name != "__main__":
         spec, path = None, None
-        for part in name.split("."):  # without importing anything
+        for part in name.split("."):  # searches without importing
             spec = PathFinder.find_spec(part, path)
             if spec is None:
                 return None
@@ -190,7 +190,7 @@ def _file(name: str) -> Path | None:
 
 
 def _imports(text: bytes, name: str, is_package: bool) -> Iterator[str]:
-    """The modules that a file imports, anywhere in it."""
+    """Yields the modules that a file imports, anywhere in it."""
     package = name if is_package else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -204,7 +204,7 @@ def _imports(text: bytes, name: str, is_package: bool) -> Iterator[str]:
 
 @functools.cache
 def _package(top: str) -> str:
-    """A hash of all source files of one of our own packages."""
+    """Returns a hash of all source files of one of our own packages."""
     file = _file(top)
     if file is None:
         raise Unnamed(f"{top} has no files")

@@ -1,4 +1,4 @@
-"""Finds what of a backbone is frozen, and listens to or answers the calls of it in the ordinary forward."""
+"""Finds the frozen part of a backbone, and records or replaces its calls in the ordinary forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 
 
 class Heard(NamedTuple):
-    """A call of a frozen module: what it returned, and how that is put together."""
+    """A call of a frozen module: its output, and the structure of that tree."""
 
     module: nn.Module
     leaves: list[Any]
@@ -26,12 +26,12 @@ class Heard(NamedTuple):
 
 
 class Division(NamedTuple):
-    """What of a backbone is frozen, and what may train.
+    """The frozen and the trainable part of a backbone.
 
     Attributes:
         frozen: The largest modules that hold nothing trainable.
-        trainable: The largest ones that hold nothing frozen.
-        loose: The trainable parameters of modules that hold both: the module and the parameter's name in it.
+        trainable: The largest modules that hold nothing frozen.
+        loose: The trainable parameters directly in modules that hold both: the module and the parameter's name.
     """
 
     frozen: list[nn.Module]
@@ -39,15 +39,15 @@ class Division(NamedTuple):
     loose: list[tuple[nn.Module, str]]
 
     def may_train(self) -> set[int]:
-        """Returns the ids of all modules and parameters that may train; nothing recorded depends on them."""
+        """Returns the ids of all modules and parameters that may train; recorded outputs do not depend on them."""
         return {id(m) for m in self.trainable} | {id(m.get_parameter(name)) for m, name in self.loose}
 
 
 def divide(backbone: Backbone, closed: int) -> Division:
     """Divides a backbone whose first `closed` stages are frozen.
 
-    What belongs to no stage counts as trainable, unless it says `in_no_stage = True`, and so do parameters shared with
-    what trains.
+    Modules and parameters in no stage count as trainable, unless they set `in_no_stage = True`, and so do parameters
+    shared with trainable modules.
     """
     stages = backbone.stages()
     resting = {id(p) for stage in stages[:closed] for p in stage.parameters()}
@@ -85,12 +85,12 @@ def divide(backbone: Backbone, closed: int) -> Division:
 
 
 def forward(backbone: nn.Module, x: Any) -> Any:
-    """Runs the backbone itself and not what torch.compile has made of it, which would not see who answers."""
+    """Runs the backbone itself, not its compiled version, which would bypass patched forwards."""
     return call_uncompiled(backbone, x)
 
 
 def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.Module, Call], Any]) -> Any:
-    """Runs the ordinary forward, in which `on_call` stands for the calls of the frozen modules."""
+    """Runs the ordinary forward, in which `on_call` replaces the calls of the frozen modules."""
     inside = False
 
     def patch(module: nn.Module) -> Callable[..., Any]:
@@ -112,7 +112,7 @@ def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.M
 
 
 def listen(backbone: nn.Module, division: Division, x: Any) -> list[Heard]:
-    """Lists the calls of the frozen modules and what they return."""
+    """Lists the calls of the frozen modules and their outputs."""
     calls: list[Heard] = []
 
     def on_call(module: nn.Module, call: Call) -> Any:
@@ -126,10 +126,10 @@ def listen(backbone: nn.Module, division: Division, x: Any) -> list[Heard]:
 
 
 def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls: list[Heard]) -> list[bool]:
-    """Tells which calls depend on what trains, by letting all of that be NaN.
+    """Returns which calls depend on trainable modules, by replacing all outputs of these with NaN.
 
     Raises:
-        CannotCut: The forward does not run so, or calls other modules.
+        CannotCut: The forward does not run with NaN, or calls other modules.
     """
 
     def ruin(tensor: Any) -> Tensor:
@@ -145,19 +145,19 @@ def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls:
             setattr(module, name, nn.Parameter(ruin(module.get_parameter(name)), requires_grad=False))
         with patched({module: ruined(module) for module in division.trainable}):
             again = listen(backbone, division, x)
-    except Exception as error:  # whatever a foreign forward does with NaN
+    except Exception as error:  # a foreign forward may raise anything on NaN
         raise CannotCut(f"its forward does not run on placeholders ({str(error).splitlines()[0][:80]})") from error
     finally:
         for (module, name), parameter in zip(division.loose, kept, strict=True):
             setattr(module, name, parameter)
     if [call.module for call in calls] != [call.module for call in again]:
-        raise CannotCut("which frozen modules run depends on the values of what trains")
+        raise CannotCut("which of its frozen modules run depends on outputs of trainable ones")
     return [not equal(one.leaves, other.leaves) for one, other in zip(calls, again, strict=True)]
 
 
 @contextmanager
 def patched(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Puts other forwards in the place of modules' own."""
+    """Temporarily replaces the forwards of modules."""
     before = [vars(module).get("forward") for module in forwards]
     for module, other in forwards.items():
         vars(module)["forward"] = other
@@ -173,7 +173,7 @@ def patched(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Keeps a module in eval mode, and gives each of its modules its own mode back."""
+    """Keeps a module in eval mode, and restores the mode of each of its modules on exit."""
     modes = {each: each.training for each in module.modules()}
     module.eval()
     try:
@@ -185,6 +185,6 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generator_kept(device: torch.device) -> Iterator[None]:
-    """Leaves the random generators of CPU and device as they were."""
+    """Restores the random generators of CPU and device on exit."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

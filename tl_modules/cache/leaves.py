@@ -1,4 +1,4 @@
-"""Plans what is kept of a tensor that passes between modules, and what stands in its place otherwise."""
+"""Plans what is kept of a tensor that passes between modules, and what replaces it if it is not kept."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ pytree.register_pytree_node(Padded, lambda p: ([p.values, p.shapes], None), lamb
 
 
 class CannotCut(Exception):
-    """What is frozen cannot be cached here; its text says why."""
+    """Raised if the frozen part cannot be cached at this cut; the message says why."""
 
 
 @dataclass
 class Leaf:
-    """What is planned for one leaf of x or of a call's output.
+    """The plan for one leaf of x or of a call's output.
 
     Attributes:
-        example: As it was in the plan; what is no tensor is the same in each batch.
-        needed: Whether its values are; else a placeholder stands for it.
+        example: The leaf in the planning pass; if it is not a tensor, it is the same in each batch.
+        needed: Whether its values are needed; otherwise a placeholder replaces it.
         shaped: Whether the placeholder must have its shape.
         solid: Whether the placeholder must have memory of its own, since the forward writes into it.
-        per_sample: Whether it has an entry for each sample.
+        per_sample: Whether it has one entry per sample.
         padded: Whether samples may have unequal shapes.
         channels_last: Whether it is stored as (B, H, W, C).
         written: Whether the forward writes into it.
@@ -48,15 +48,15 @@ class Leaf:
 
     @staticmethod
     def of(example: Any, count: int, ragged: bool) -> Leaf:
-        """Plans to keep what was returned for so many samples, which may be of unequal shapes.
+        """Plans to keep an output for `count` samples, which may have unequal shapes.
 
         Raises:
-            CannotCut: It cannot be stored.
+            CannotCut: The output cannot be stored.
         """
         if not isinstance(example, Tensor):
             if not isinstance(example, PLAIN):
                 raise CannotCut(
-                    f"a frozen module returns what cannot be stored, a value of type {type(example).__name__}"
+                    f"a frozen module returns a value that cannot be stored, of type {type(example).__name__}"
                 )
             return Leaf(example, needed=False)
         last = example.is_contiguous(memory_format=torch.channels_last) if example.ndim == 4 else False
@@ -66,53 +66,53 @@ class Leaf:
 
     @property
     def is_tensor(self) -> bool:
-        """Tells whether it is one."""
+        """Whether the leaf is a tensor."""
         return isinstance(self.example, Tensor)
 
     @property
     def looked_at(self) -> bool:
-        """Tells whether recording has to look at it, were it only that it is the same for all."""
+        """Whether recording has to inspect the leaf, if only to check that it is the same for all samples."""
         return self.needed or self.shaped or not (self.is_tensor or self.example is None)
 
     @property
     def sized(self) -> bool:
-        """Tells whether its shape is recorded with each sample."""
+        """Whether the leaf's shape is recorded with each sample."""
         return self.shaped and not self.needed and self.padded and self.per_sample
 
     @property
     def odd(self) -> bool:
-        """Tells whether it would have to be kept and is not an entry per sample, e.g. a position bias."""
+        """Whether the leaf would have to be kept but has no entry per sample, e.g. a position bias."""
         return self.is_tensor and not self.per_sample and (self.needed or (self.shaped and self.padded))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Returns its shape in the plan, of a sample if it has an entry for each."""
+        """The leaf's shape in the plan; of one sample if it has one entry per sample."""
         return tuple(self.example.shape[self.per_sample :])
 
     def plan(self) -> Any:
-        """Describes it as plain data, without values; a shape that is only read is no part of what is kept."""
+        """The leaf described as plain data, without values; a shape that is only read is not part of what is kept."""
         if not self.is_tensor:
             return repr(self.example)
         shape = self.shape if self.needed and not self.padded else None
         return self.needed, self.shaped, self.solid, self.per_sample, self.padded, self.channels_last, shape
 
     def placeholder(self, shape: Sequence[int], fill: int = 0) -> Tensor:
-        """Makes what shows itself as NaN wherever it is read after all; whole numbers are `fill`."""
+        """Makes a tensor that shows up as NaN if it is read after all; integers are `fill`."""
         if not self.shaped:
             return filled(self.example, (), fill)
         return filled(self.example, shape, fill) if self.solid else filled(self.example, (), fill).expand(tuple(shape))
 
     def shown(self, fill: int = 0) -> Any:
-        """Returns what a trial of the plan sees."""
+        """Returns the value that a trial of the plan uses."""
         if not self.is_tensor:
             return self.example
         return self.example.clone() if self.needed else self.placeholder(self.example.shape, fill)
 
     def check(self, leaf: Any, count: int) -> None:
-        """Compares with what is returned for other samples.
+        """Compares the plan with the output for other samples.
 
         Raises:
-            CannotCut: It is not of the kind that was planned.
+            CannotCut: The output is not of the planned kind.
         """
         if not self.is_tensor:
             if leaf != self.example:
@@ -128,12 +128,12 @@ class Leaf:
             or (not free and tuple(leaf.shape[self.per_sample :]) != self.shape)
         ):
             raise CannotCut(
-                f"a frozen module returns {tuple(leaf.shape)} for {count} samples, not one entry of one shape for each"
+                f"a frozen module returns {tuple(leaf.shape)} for {count} samples, not one of the same shape for each"
             )
 
 
 def filled(like: Tensor, shape: Sequence[int], fill: int = 0) -> Tensor:
-    """Makes NaN, or where there is none `fill`, of a tensor's type."""
+    """Makes a tensor of NaN, or of `fill` if the type has no NaN."""
     value = float("nan") if like.is_floating_point() or like.is_complex() else fill
     return torch.full(tuple(shape), value, dtype=like.dtype, device=like.device)
 
@@ -144,12 +144,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def device_of(tree: Any) -> torch.device:
-    """Returns where a tree's first tensor is."""
+    """Returns the device of a tree's first tensor."""
     return next((leaf.device for leaf in tensors(tree)), torch.device("cpu"))
 
 
 def equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Tells whether the leaves that a module has returned twice are the same, but for rounding."""
+    """Returns whether the leaves that a module has returned twice are equal up to rounding."""
     return len(one) == len(other) and all(
         a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5) if isinstance(a, Tensor) else a == b
         for a, b in zip(one, other, strict=True)
@@ -159,7 +159,7 @@ def equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
 def difference(given: Any, whole: Any) -> float:
     """Returns the largest difference of features, relative to each leaf's largest value; inf for other shapes.
 
-    Only what a sample has of its own counts, not what fills it up.
+    Padding is ignored.
     """
     worst = 0.0
     for one, other in zip(samples.unbind(given), samples.unbind(whole), strict=True):
@@ -173,6 +173,6 @@ def difference(given: Any, whole: Any) -> float:
 
 
 def tolerance(features: Any) -> float:
-    """Returns the difference that sums in another order make; GPUs round products to 10 bits."""
+    """Returns the largest difference due to another order of summation; GPUs round products to 10 bits."""
     half = any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in tensors(features))
     return 1e-2 if half else 2e-3 if device_of(features).type == "cuda" else 1e-4

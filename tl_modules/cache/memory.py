@@ -1,4 +1,4 @@
-"""How much main memory there is to take."""
+"""Available RAM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take."""
+    """Returns the bytes of RAM that this process may still use."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))

@@ -1,4 +1,4 @@
-"""Records what is kept of samples; so far what frozen stages return (`Cut`), and what a teacher says (`Answers`)."""
+"""Records what the cache keeps of samples: outputs of frozen stages (`Cut`), or of a teacher (`Answers`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tl_modules.methods.teacher import Distillation
 
 
 class Recorder(ABC):
-    """Makes what is kept of samples.
+    """Computes what is kept of samples.
 
     Args:
-        x: A few samples, of unequal shapes where they can be.
+        x: A few samples, of unequal shapes if the data has such.
 
     Attributes:
-        spares_reading: Whether a batch of what is kept takes the place of one that is read.
+        spares_reading: Whether a batch of recorded values replaces a batch that is read.
     """
 
     spares_reading = True
@@ -32,25 +32,25 @@ class Recorder(ABC):
 
     @abstractmethod
     def record_group(self, x: Any) -> Any:
-        """Gives what is kept of samples of one shape, a tree."""
+        """Returns what is kept of samples of one shape, a tree."""
 
     def record(self, x: Any) -> Any:
-        """Gives what is kept of prepared samples, a tree.
+        """Returns what is kept of prepared samples, a tree.
 
         Raises:
-            CannotCut: It has another form for each sample, or they are not as those that it was planned with.
+            CannotCut: The result has another structure for each sample, or does not match the plan.
         """
         groups = list(self.groups(x))
         parts = [self.record_group(group) for _, group in groups]
         if len(parts) == 1:
             return parts[0]
         if not samples.alike(parts):
-            raise CannotCut("its features have another shape for each sample; let the backbone give them as Padded")
+            raise CannotCut("its features have a different shape for each sample; return them as Padded")
         order = torch.tensor([row for rows, _ in groups for row in rows])
         return samples.take(samples.concat(parts), order.argsort())
 
     def groups(self, x: Any, size: int = 32) -> Iterator[tuple[list[int], Any]]:
-        """Yields those samples together that have one shape, so that none is padded, and their places in x."""
+        """Yields samples of one shape together, so that none is padded, with their positions in x."""
         if not self.ragged:
             yield list(range(samples.count(x))), x
             return
@@ -65,16 +65,16 @@ class Recorder(ABC):
 
 
 class Answers(Recorder):
-    """Records what the teacher of a method says.
+    """Records the outputs of a method's teacher.
 
     Args:
         module: The student.
-        method: Whose teacher.
+        method: The method with the teacher.
         domain: "source" or "target".
         x: A few samples.
 
     Raises:
-        CannotCut: What it says of a sample depends on the others of its batch.
+        CannotCut: The teacher's output for a sample depends on the others of its batch.
     """
 
     spares_reading = False
@@ -86,8 +86,8 @@ class Answers(Recorder):
         whole = self.record_group(x)
         alone = samples.concat([self.record(one) for one in samples.unbind(x)])
         if difference(alone, whole) > tolerance(whole):
-            raise CannotCut("samples alone and in a batch differ")
+            raise CannotCut("a sample's outputs differ alone and in a batch")
 
     def record_group(self, x: Any) -> Any:
-        """Gives what it says of samples of one shape."""
+        """Returns the teacher's outputs for samples of one shape."""
         return self.method.answer(self.module, x, self.domain)

@@ -1,4 +1,4 @@
-"""Gives what entries hold of a loader's places, in place of a batch that is read or beside it."""
+"""Batches of cache entries, which replace a batch that is read, or accompany it."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from tl_modules.cache.entry import converted
 
 
 class Rows:
-    """Takes what an entry has of places: row numbers, or row numbers with the seeds that choose a view.
+    """Takes the rows of an entry by sample number, or by sample number with the seed that chooses a view.
 
     Args:
-        loader: Whose data the entry holds.
-        views: How many views of each sample there are.
-        dtype: What converted numbers are computed with; None leaves them.
+        loader: The loader whose data the entry holds.
+        views: Number of views of each sample.
+        dtype: Type in which converted values are used; None keeps the stored type.
     """
 
     def __init__(self, loader: Any, views: int, dtype: torch.dtype | None) -> None:
         self.loader, self.views, self.dtype = loader, views, dtype
 
     def take(self, table: Table, pairs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
-        """What was recorded, and the labels."""
+        """Returns the recorded values and the labels."""
         rows = len(self.loader.dataset)
         tree, y = table.take(torch.tensor([row + rows * (seed % self.views) for row, seed in pairs]))
         return samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree), y
 
 
 class Memory(Rows):
-    """Gives a batch of an entry in place of a batch that is read.
+    """Returns batches of an entry in place of batches that are read.
 
     Args:
-        loader: Whose data the entry holds.
+        loader: The loader whose data the entry holds.
         table: The activations and labels.
-        cut: What recorded them.
-        views: How many views of each sample there are.
-        dtype: What converted activations are computed with; None leaves them.
+        cut: The cut that recorded them.
+        views: Number of views of each sample.
+        dtype: Type in which converted activations are used; None keeps the stored type.
     """
 
     def __init__(self, loader: Any, table: Table, cut: Cut, views: int, dtype: torch.dtype | None) -> None:
@@ -52,7 +52,7 @@ class Memory(Rows):
         self.table, self.cut = table, cut
 
     def __call__(self, places: Sequence[Any]) -> Any:
-        """The batch at these places."""
+        """Returns the batch of these samples."""
         pairs = _pairs(places)
         tree, y = self.take(self.table, pairs)
         known = zip(*(self.loader.dataset.known_of(row) for row, _ in pairs), strict=True)
@@ -64,13 +64,13 @@ class Memory(Rows):
 
 
 class Beside(Rows):
-    """Adds to a batch what teachers say of its samples.
+    """Adds the teachers' outputs to a batch.
 
     Args:
-        loader: Whose data the entries hold.
-        tables: What is said, by the method's name.
-        views: How many views of each sample there are.
-        dtype: The model's.
+        loader: The loader whose data the entries hold.
+        tables: The teachers' outputs, by the method's name.
+        views: Number of views of each sample.
+        dtype: The model's type.
     """
 
     def __init__(self, loader: Any, tables: Mapping[str, Table], views: int, dtype: torch.dtype) -> None:
@@ -78,7 +78,7 @@ class Beside(Rows):
         self.tables = tables
 
     def __call__(self, batch: Any, places: Sequence[Any]) -> AnnotatedBatch:
-        """The batch, and what is said."""
+        """Returns the batch with the teachers' outputs."""
         said = {name: self.take(table, _pairs(places))[0] for name, table in self.tables.items()}
         return AnnotatedBatch(*batch)._replace(taught=said)
 
@@ -88,7 +88,7 @@ def _pairs(places: Sequence[Any]) -> list[tuple[int, int]]:
 
 
 def view_seeds(view: int, views: int, domain: str, samples: int) -> list[int]:
-    """The seeds of one view of each sample, which differ between domains; the remainder says which view it is."""
+    """Returns the seeds of one view of each sample, different between domains; the remainder encodes the view."""
     drawn = np.random.default_rng([view, zlib.crc32(domain.encode())]).integers(2**62 // views, size=samples)
     seeds: list[int] = (drawn * views + view).tolist()
     return seeds

@@ -1,12 +1,12 @@
-"""Tensors on disk by key, memory-mapped: larger than memory if need be, shared by processes and by later runs.
+"""Tensors on disk by key, memory-mapped: possibly larger than memory, shared by processes and by later runs.
 
     FOLDER/<key>/0.bin 1.bin ...   raw values
-                 meta.json         shapes, types and checksums; what has none is not finished
+                 meta.json         shapes, types and checksums; an entry without it is incomplete and ignored
 
-Where it is known beforehand how large a tensor is, all processes of a machine write their parts of one file. Where it
-is not, each appends to a file of its own, and these are put one after the other at the end.
+If a tensor's size is known beforehand, all processes of a machine write their parts of one file. Otherwise each process
+appends to its own file, and these are concatenated at the end.
 
-A key is 32 hexadecimal digits; nothing of another name in the folder is touched. An entry is written beside its place
+A key is 32 hexadecimal digits; other names in the folder are not touched. An entry is written under a temporary name
 and renamed at the end. The least recently used entries make room for new ones.
 """
 
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 KEY = "[0-9a-f]" * 32
-Spec = tuple[tuple[int, ...] | None, torch.dtype]  # without a shape it grows
+Spec = tuple[tuple[int, ...] | None, torch.dtype]  # a tensor without a shape grows
 
 
 def default_folder() -> Path:
-    """$TL_CACHE_DIR, or lightning-transfer in the user's cache folder."""
+    """Returns $TL_CACHE_DIR, or lightning-transfer in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TL_CACHE_DIR") or Path(base) / "lightning-transfer")
 
@@ -40,15 +40,15 @@ class Store:
     """Entries of tensors in a folder.
 
     Args:
-        folder: Where; created when first written.
-        limit: Bytes that all entries together may take.
+        folder: The folder; created when first written.
+        limit: Maximum bytes of all entries together.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def open(self, key: str) -> list[Tensor] | None:
-        """An entry's tensors, memory-mapped, after their checksums; None if it is not there or damaged."""
+        """Returns an entry's tensors, memory-mapped, with checksums verified; None if it is missing or damaged."""
         place = self.folder / key
         try:
             meta = json.loads((place / "meta.json").read_text())
@@ -66,7 +66,7 @@ class Store:
         return tensors
 
     def has(self, key: str) -> bool:
-        """Tells whether there is a finished entry, damaged or not."""
+        """Returns whether there is a complete entry, damaged or not."""
         return (self.folder / key / "meta.json").is_file()
 
     def remove(self, key: str) -> None:
@@ -74,7 +74,7 @@ class Store:
         shutil.rmtree(self.folder / key, ignore_errors=True)
 
     def room(self, size: int) -> str | None:
-        """Why an entry of `size` bytes does not fit, or None."""
+        """Returns why an entry of `size` bytes does not fit, or None."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
@@ -84,7 +84,7 @@ class Store:
             return f"{self.folder} cannot be written"
         if size > self.limit:
             return f"{size / 1e9:.1f} GB are more than --cache.disk_gb {self.limit / 1e9:g}"
-        # what is removed to make room counts as free
+        # entries that would be removed count as free space
         if size > free * 0.9 + sum(_size(entry) for entry in self._entries()):
             return f"{size / 1e9:.1f} GB do not fit in {self.folder}"
         return None
@@ -92,18 +92,18 @@ class Store:
     def begin(
         self, key: str, token: str, specs: Sequence[Spec], create: bool = True, rank: int = 0, size: int = 0
     ) -> list[Any]:
-        """Maps the tensors of an entry that is not finished yet; one process creates them, others join.
+        """Maps the tensors of an incomplete entry; one process creates them, others join.
 
         Args:
-            key: Of the entry.
-            token: Of this attempt, which no other has, whatever has become of it.
+            key: The entry's key.
+            token: Unique to this attempt, even if earlier ones were killed.
             specs: Shape and type of each tensor.
             create: Whether this is the process that creates them.
-            rank: Of the process on its machine.
-            size: Bytes that what grows may come to.
+            rank: The process's rank on its machine.
+            size: Maximum bytes of growing tensors.
 
         Returns:
-            Tensors, and a `Growing` where no shape is known.
+            Tensors, and a `Growing` for each spec without a shape.
         """
         part = self._part(key, token)
         if create:
@@ -119,7 +119,7 @@ class Store:
             raise
 
     def commit(self, key: str, token: str, tensors: Sequence[Tensor]) -> None:
-        """Gives a finished entry its place; a second run that was as fast keeps its own."""
+        """Renames a complete entry to its final name; drops it if another process has committed the key meanwhile."""
         part = self._part(key, token)
         meta = [
             {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "checksum": _checksum(t)}
@@ -132,14 +132,14 @@ class Store:
             self.drop(key, token)
 
     def drop(self, key: str, token: str) -> None:
-        """Removes an entry that is not finished; tensors mapped to it stay readable."""
+        """Removes an incomplete entry; tensors mapped to it stay readable."""
         shutil.rmtree(self._part(key, token), ignore_errors=True)
 
     def _part(self, key: str, token: str) -> Path:
         return self.folder / f".{key}.{token}.part"
 
     def _entries(self) -> list[Path]:
-        """Finished entries, the least recently used first."""
+        """Returns the complete entries, the least recently used first."""
         return sorted((p.parent for p in self.folder.glob(f"{KEY}/meta.json")), key=_used)
 
     def _evict(self, size: int) -> None:
@@ -157,12 +157,12 @@ class Store:
 
 
 class Growing:
-    """A flat tensor, to whose end each process adds values of its own.
+    """A flat tensor to which each process appends its own values.
 
     Args:
-        dtype: Of the values.
-        file: Where they are in the end; None keeps those of a single process in memory.
-        rank: Of the process on its machine.
+        dtype: The values' type.
+        file: The final file; None keeps the values of a single process in memory.
+        rank: The process's rank on its machine.
     """
 
     def __init__(self, dtype: torch.dtype, file: Path | None = None, rank: int = 0) -> None:
@@ -171,7 +171,7 @@ class Growing:
         self.stream = self._own(rank).open("wb") if file else None
 
     def append(self, values: Tensor) -> int:
-        """Adds values and returns where they start in this process's part."""
+        """Appends values and returns where they start in this process's part."""
         start, flat = self.size, values.detach().reshape(-1).cpu()
         self.size += flat.numel()
         if self.stream:
@@ -181,7 +181,7 @@ class Growing:
         return start
 
     def close(self) -> None:
-        """Ends this process's part; the next steps wait for all of them."""
+        """Ends this process's part; the next steps require that all processes have done so."""
         if self.stream:
             self.stream.close()
 
@@ -190,7 +190,7 @@ class Growing:
         return sum(self._own(rank).stat().st_size for rank in range(self.rank)) // self.dtype.itemsize
 
     def join(self, processes: int) -> None:
-        """Puts the parts of all processes one after the other; one process does so."""
+        """Concatenates the parts of all processes; called by one process."""
         if self.file is None:
             return
         with self._own(0).open("ab") as whole:
@@ -213,7 +213,7 @@ class Growing:
 
 
 def size_of(specs: Sequence[Spec]) -> int:
-    """Returns the bytes of what has a shape."""
+    """Returns the bytes of all tensors with known shapes."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs if shape is not None)
 
 
@@ -221,7 +221,7 @@ def _map(place: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, c
     file, size = place / f"{number}.bin", math.prod(shape)
     if create:
         with file.open("wb") as whole:
-            if size and hasattr(os, "posix_fallocate"):  # writing to a map of a full disk kills the process
+            if size and hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process
                 os.posix_fallocate(whole.fileno(), 0, size * dtype.itemsize)
     if not create and file.stat().st_size != size * dtype.itemsize:
         raise ValueError(f"{file} is cut short")

@@ -1,4 +1,4 @@
-"""Decisions that all processes of a run take together, so that none waits for another that has given up."""
+"""Decisions that all processes of a run take together, so that none waits for one that has given up."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Result = TypeVar("Result")
 
 
 def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
-    """Does what one process could fail at alone; all go on, or none.
+    """Runs work at which a single process could fail; all processes continue, or none.
 
     Raises:
-        CannotCut: A process raised it, and none anything else.
-        UserError: Another process raised something else; this one raises what it has raised itself.
+        CannotCut: A process raised it, and no process raised anything else.
+        UserError: Another process raised something else; the process at fault raises its own error.
     """
     fault: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # whatever it is, the others must know
+    except Exception as error:  # the others must know of any error
         fault = CannotCut("the disk is full, so the entry cannot be written") if disk_full(error) else error
     mine = None if fault is None else (isinstance(fault, CannotCut), str(fault))
     told = [each for each in every_rank(trainer, mine) if each is not None]
@@ -39,5 +39,5 @@ def together(trainer: Trainer, work: Callable[[], Result]) -> Result:
 
 
 def all_agree(trainer: Trainer, flag: bool) -> bool:
-    """Whether a flag is set in every process."""
+    """Returns whether a flag is set in every process."""
     return trainer.strategy.reduce_boolean_decision(flag, all=True) if trainer.world_size > 1 else flag

@@ -168,14 +168,14 @@ def find_run(path: str | os.PathLike[str]) -> Path:
     """The run directory at `path`; for a folder of versions, the newest one.
 
     Raises:
-        UserError: It is no run directory.
+        UserError: It is not a run directory.
     """
     run = Path(path).expanduser()
     if not (run / "config.yaml").is_file():
         whole = {n: p for n, p in versions(run).items() if (p / "config.yaml").is_file()}
         run = whole[max(whole)] if whole else run
     if not (run / "config.yaml").is_file():
-        raise UserError(f"run: {run} is no run directory: it has no config.yaml")
+        raise UserError(f"run: {run} is not a run directory: it has no config.yaml")
     return run
 
 
@@ -196,7 +196,7 @@ def fill_in(path: str | os.PathLike[str]) -> Path:
 def replacing(file: Path) -> Iterator[Path]:
     """Gives the path of a file beside another, whose place it takes at the end; so that this is never half written.
 
-    What is no regular file, e.g. /dev/stdout, is written itself.
+    What is not a regular file, e.g. /dev/stdout, is written itself.
 
     Raises:
         UserError: It cannot be written; whatever stood there still does.

@@ -72,16 +72,16 @@ def read_yaml(source: str | Path, field: str) -> Any:
         field: What messages call it.
 
     Raises:
-        UserError: It cannot be read, or is no YAML.
+        UserError: It cannot be read, or is not YAML.
     """
     is_text = isinstance(source, str) and "\n" in source
     try:
         return yaml.safe_load(str(source) if is_text else Path(source).read_text())
     except OSError as error:
         raise UserError(f"{field}: {source} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:  # also what is no text
+    except (yaml.YAMLError, ValueError) as error:  # also what is not text
         name = "its text" if is_text else source
-        raise UserError(f"{field}: {name} is no YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{field}: {name} is not YAML ({' '.join(str(error).split())})") from error
 
 
 def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def candidates(words: Sequence[str]) -> dict[str, Entry]:
     """Names the candidates of a command line.
 
     Raises:
-        UserError: A file cannot be read, or is no mapping of names to candidates.
+        UserError: A file cannot be read, or is not a mapping of names to candidates.
     """
     found: dict[str, Entry] = {}
     for word in words:
@@ -48,7 +48,7 @@ def candidates(words: Sequence[str]) -> dict[str, Entry]:
 def _of_file(file: Path) -> dict[str, Entry]:
     content = read_yaml(file, "backbones")
     if not isinstance(content, dict) or not content:
-        raise UserError(f"backbones: {file} is no mapping of names to backbones")
+        raise UserError(f"backbones: {file} is not a mapping of names to backbones")
     for name, entry in content.items():
         if not isinstance(entry, str | None) and not (isinstance(entry, dict) and "class_path" in entry):
             raise UserError(f"backbones: {file}: {name}: {entry} is neither a word nor a class_path with init_args")
@@ -105,7 +105,7 @@ def _hub(name: str) -> str | None:
     classes = [n for n in KNOWN if isinstance(c := getattr(tl_modules, n, None), type) and issubclass(c, Backbone)]
     if name in classes or ("." in name and "/" not in name):
         return None
-    raise UserError(f"{name} is no classifier of torchvision or timm, no backbone class and no run directory"
+    raise UserError(f"{name} is not a classifier of torchvision or timm, no backbone class and no run directory"
                     f"{closest(name, [*known, *classes])}")  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def source_classifier(backbone: Backbone) -> nn.Module | None:
     """The last layer that pretrained weights came with, or a run's `LinearHead`; None if there was none of these."""
     pretrained, width = backbone.pretrained, backbone.width
     head = dict(pretrained.head) if pretrained is not None else {}
-    if pretrained is None or pretrained.task.get("class_names", ()) is None:  # a run's values are no classes
+    if pretrained is None or pretrained.task.get("class_names", ()) is None:  # a run's values are not classes
         return None
     kind, key = (nn.Linear, "weight") if "weight" in head else (LinearHead, "1.weight")
     if key not in head or head[key].ndim != 2 or head[key].shape[1] != width:

@@ -88,7 +88,7 @@ def _size(module: TransferModule, x: Any) -> dict[str, int]:
 def _labelled(module: TransferModule, data: LightningDataModule) -> Iterator[Batch]:
     """A few batches of labelled training samples, drawn over all of them."""
     if not isinstance(data, TransferDataModule):
-        raise UserError(f"data: {type(data).__name__} is no TransferDataModule, which taylor could ask for labels")
+        raise UserError(f"data: {type(data).__name__} is not a TransferDataModule, which taylor could ask for labels")
     data.collate = module.collate
     loader = data.labelled_dataloader()
     rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(data.seed))[:SAMPLES]

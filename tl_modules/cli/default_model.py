@@ -46,10 +46,10 @@ NESTED = 3  # of data that wraps data
 def with_defaults(args: list[str]) -> list[str]:
     """Names the embedded data, a task and a backbone where neither the command line nor a config does.
 
-    They are no defaults of the parser, because those would leave their arguments behind when the class is changed.
+    They are not defaults of the parser, because those would leave their arguments behind when the class is changed.
 
     Raises:
-        UserError: A config cannot be read or is no mapping.
+        UserError: A config cannot be read or is not a mapping.
     """
     configs = [_mapping(config) for config in values(args, "-c", "--config")]
     task, data = (_said(args, configs, section) for section in ("model", "data"))
@@ -131,5 +131,5 @@ def _mapping(config: str) -> dict[str, Any]:
     """A config, a file or its text."""
     content = read_yaml(config, "config") or {}
     if not isinstance(content, dict):
-        raise UserError(f"config: {config} is no mapping of {', '.join(SECTIONS)}")
+        raise UserError(f"config: {config} is not a mapping of {', '.join(SECTIONS)}")
     return content

@@ -75,7 +75,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
         name = next(filter(None, names[0]))
         if "." in name and _is_there(name):
             return (
-                f"{key}: {name} is no subclass of {BASES.get(key.rpartition('.')[2], 'the class that is wanted here')}"
+                f"{key}: {name} is not a subclass of {BASES.get(key.rpartition('.')[2], 'the expected class')}"
             )
         if "." not in name and (words := re.search(r"Expected a typing\.Literal\[(.+?)\]", message)):
             return f"{key}: {name} is neither a class nor one of {words[1]}"

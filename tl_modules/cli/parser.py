@@ -23,7 +23,7 @@ def _number(value: Any) -> float:
     if isinstance(value, bool | str):
         value = yaml.safe_load(str(value))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value} is no number")
+        raise ValueError(f"{value} is not a number")
     return value
 
 

@@ -33,11 +33,11 @@ def check_utf8(words: Sequence[str]) -> None:
     """Refuses what a config could not hold.
 
     Raises:
-        UserError: A word is no UTF-8.
+        UserError: A word is not UTF-8.
     """
     for word in words:
         if (shown := printable(word)) != word:
-            raise UserError(f"{shown} is no UTF-8, so that config.yaml cannot hold it; rename it, or make a link to it")
+            raise UserError(f"{shown} is not UTF-8, so that config.yaml cannot hold it; rename it, or link to it")
 
 
 def importable(own: bool) -> None:

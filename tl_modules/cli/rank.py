@@ -68,7 +68,7 @@ def rank(args: Sequence[str]) -> None:
     objects = parser.instantiate_classes(config)
     data, trust = objects.data, config.trust.split(",") if config.trust else []
     if not isinstance(data, TransferDataModule):
-        raise UserError(f"data: {type(data).__name__} is no TransferDataModule, so `tl rank` cannot ask it for labels")
+        raise UserError(f"data: {type(data).__name__} is not a TransferDataModule, which `tl rank` needs for labels")
     _task(data.schema)
     count = len(data.labelled_dataloader().dataset)
     rows = []

@@ -175,7 +175,7 @@ def soup(
         UserError: There is nothing to mix, or the runs are not of one architecture and task.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha: {alpha} must lie in [0, 1]")
+        raise UserError(f"alpha: {alpha} must be in [0, 1]")
     paths = list(dict.fromkeys(find_run(run) for run in runs))
     origin = None if start is None else find_run(start)
     if len(paths) + (origin is not None and origin not in paths) < 2:

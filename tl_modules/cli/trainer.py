@@ -297,7 +297,7 @@ class TransferTrainer(QuickHooks, Trainer):
         datamodule.setup("fit")
         loaders = by_domain(getattr(datamodule.train_dataloader(), "iterables", None), DataLoader)
         if not all(hasattr(loader, "first") for loader in loaders.values()):
-            raise UserError(f"data: {type(datamodule).__name__} is no TransferDataModule, whose samples can be drawn")
+            raise UserError(f"data: {type(datamodule).__name__} is not a TransferDataModule, as show-batch needs")
         if count * len(loaders) > DRAWN:
             raise UserError(
                 f"count: {count} of each of {len(loaders)} domains are more than a picture's {DRAWN} samples"

@@ -1,4 +1,4 @@
-"""What a model is worth: metrics, predictions, pictures, the choice of one, its cost, what it promises untrained."""
+"""Evaluation: metrics, predictions, figures, model selection, cost, transferability scores."""
 
 from tl_modules.evaluation.calibration import *
 from tl_modules.evaluation.cost import *

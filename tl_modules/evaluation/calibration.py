@@ -1,4 +1,4 @@
-"""Probabilities that can be believed: of all that is predicted with 0.8, eight in ten are right.
+"""Calibration: of all predictions with probability 0.8, eight in ten should be right.
 
 logits and labels of the validation split -> one temperature -> logits / temperature
 """
@@ -20,12 +20,12 @@ BINS = 15
 
 
 class Calibration(NamedTuple):
-    """How far probabilities are from frequencies.
+    """Measures of calibration.
 
     Attributes:
         ece: The expected calibration error over 15 bins (Naeini et al., AAAI 2015).
         nll: The mean negative log-likelihood, nats.
-        accuracy: The share of right decisions.
+        accuracy: The share of correct predictions.
     """
 
     ece: float
@@ -42,22 +42,22 @@ def calibration_of(logits: Tensor, y: Tensor, temperature: float = 1.0) -> Calib
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
-    """The temperature T with the least `mean CE(logits / T, y)` (Guo et al., ICML 2017), by L-BFGS.
+    """Finds the temperature T with the least `mean CE(logits / T, y)` (Guo et al., ICML 2017), by L-BFGS.
 
-    The loss is convex in 1 / T, which is what is searched; decisions and their order stay as they are.
+    The loss is convex in 1 / T, over which it searches; predictions and their order do not change.
 
     Args:
         logits: (N, C).
         y: Class numbers (N,).
 
     Raises:
-        UserError: No temperature is best: every decision is right, or the logits say nothing of the labels.
+        UserError: There is no best temperature: every prediction is right, or the logits do not depend on the labels.
     """
     logits = logits.double()
     if bool((logits.argmax(1) == y).all()):
         raise UserError(
-            f"calibrate: all {len(y)} validation samples are told apart without a mistake, so that the smallest "
-            "temperature would be best; give a larger validation split"
+            f"calibrate: all {len(y)} validation samples are classified correctly, so the smallest "
+            "temperature would be best; use a larger validation split"
         )
     inverse = torch.ones((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([inverse], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
@@ -73,7 +73,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     found = float(inverse.detach())
     if not found > 1e-3:
         raise UserError(
-            "calibrate: the model's probabilities are no better than chance on the validation split, so that no "
+            "calibrate: the model's probabilities are no better than chance on the validation split, so no "
             "temperature helps; train it longer"
         )
     return 1 / found

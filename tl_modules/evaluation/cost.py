@@ -24,7 +24,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def machine(device: torch.device) -> str:
-    """The name of the card, or of the processor with the threads that torch takes."""
+    """Returns the name of the GPU, or of the CPU with torch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -34,7 +34,7 @@ def machine(device: torch.device) -> str:
 
 
 def macs(module: nn.Module, x: Any) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention for one sample of a batch."""
+    """Counts the multiply-accumulates of matrix products, convolutions and attention per sample of a batch."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         module(samples.take(x, slice(0, 1)))
     return int(counter.get_total_flops()) // 2
@@ -46,14 +46,14 @@ def speed(
     """Times forward passes in inference mode.
 
     Args:
-        module: In eval mode, on its device.
-        x: Prepared inputs on that device; they are repeated to the batch size.
-        batch_size: Samples in a pass.
-        seconds: How long to go on; 8 passes at least, the first three of which are not counted.
-        context: Gives the precision's context.
+        module: The module in eval mode, on its device.
+        x: Prepared inputs on that device; they are repeated to fill the batch.
+        batch_size: Samples per pass.
+        seconds: Minimum duration; at least 8 passes, the first three of which are not counted.
+        context: Returns the precision's context.
 
     Returns:
-        `p50`, `p95`, `p99` in milliseconds a pass, `throughput` in samples a second.
+        `p50`, `p95`, `p99` in milliseconds per pass, `throughput` in samples per second.
     """
     batch = repeated(x, batch_size)
     times: list[float] = []
@@ -70,12 +70,12 @@ def speed(
 
 
 def repeated(x: Any, batch_size: int) -> Any:
-    """Takes a batch's samples as often as needed for one of another size."""
+    """Repeats a batch's samples to another batch size."""
     return samples.take(x, torch.arange(batch_size) % samples.count(x))
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of the tensors that `work` makes, at their peak: counted on a CPU, asked of the allocator on a GPU."""
+    """Returns the peak bytes of tensors created by `work`: counted on a CPU, from the allocator on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -89,7 +89,7 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that are made while it is on and are still held."""
+    """Counts the bytes of all storages that are created while it is active and still alive."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

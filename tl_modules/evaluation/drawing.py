@@ -1,4 +1,4 @@
-"""What matplotlib draws of samples: grids of them, the confusion matrix, a training batch."""
+"""Matplotlib figures of samples: grids, the confusion matrix, a training batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tl_modules.batch.task import draw_input
 from tl_modules.checkpoints.files import replacing
 from tl_modules.module import TransferModule
 
-CLASSES = 30  # of a confusion matrix, which grows by the square of them
-LETTERS = 40  # of a title or a class name
-DRAWN = 512  # samples of a training batch, together
+CLASSES = 30  # in a confusion matrix, which grows with their square
+LETTERS = 40  # in a title or a class name
+DRAWN = 512  # samples of a training batch in total
 
 
 def raw(x: Any, title: str) -> Callable[[Any], str]:
-    """What draws a raw input."""
+    """Returns a function that draws a raw input."""
 
     def draw(axes: Any) -> str:
         draw_input(axes, x)
@@ -29,11 +29,11 @@ def raw(x: Any, title: str) -> Callable[[Any], str]:
 
 
 def batch_figure(module: TransferModule, domains: Mapping[str, Sequence[tuple[Any, Any]]]) -> Any:
-    """Returns a figure of raw samples, 8 in a row, those of each domain below its name.
+    """Returns a figure of raw samples, 8 in a row, grouped by domain.
 
     Args:
-        module: Its task draws them.
-        domains: Samples (x, y) of each; y is None where labels are hidden.
+        module: The module, whose task draws them.
+        domains: Samples (x, y) of each domain; y is None if labels are hidden.
     """
     from matplotlib.figure import Figure
 
@@ -52,24 +52,24 @@ def save_figure(figure: Any, file: Path, **options: Any) -> None:
     """Writes a figure as a PNG, with options of matplotlib's `savefig`.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     with replacing(file) as part:
         figure.savefig(part, format="png", **options)
 
 
 def short(title: str, most: int = LETTERS) -> str:
-    """Cuts a title or a name off."""
+    """Shortens a title or a name."""
     title = " ".join(title.split())
     return title if len(title) <= most else title[: most - 1] + "\u2026"
 
 
 def grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
-    """Up to 16 samples in rows of 4; each is drawn by a function of the axes that returns its title."""
+    """Draws up to 16 samples in rows of 4; each is drawn by a function of the axes that returns its title."""
     from matplotlib.figure import Figure
 
     rows = -(-len(drawn) // 4)
-    figure = Figure(figsize=(9, 2.4 * rows), dpi=80)  # a constrained layout would take a second
+    figure = Figure(figsize=(9, 2.4 * rows), dpi=80)  # a constrained layout takes a second
     _fill(figure, drawn, 4, top=1 - 0.3 / (2.4 * rows))
     return figure
 
@@ -83,13 +83,13 @@ def _fill(figure: Any, drawn: Sequence[Callable[[Any], str]], columns: int, top:
 
 
 def confusion(pairs: Mapping[tuple[int, int], int], names: Sequence[str]) -> Any:
-    """True classes down, predicted across; colours are shares of the true class, the numbers are counts.
+    """Draws the confusion matrix: true classes down, predicted across; colours are shares, the numbers are counts.
 
-    Of many classes those are drawn that are in most mistakes, as the title then says.
+    Of many classes those with the most mistakes are drawn, as the title says.
 
     Args:
-        pairs: How often each (true, predicted) is found.
-        names: Of all classes.
+        pairs: The count of each (true, predicted).
+        names: The names of all classes.
     """
     from matplotlib.figure import Figure
 

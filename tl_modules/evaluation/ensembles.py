@@ -1,11 +1,11 @@
-"""Several opinions on each sample in `tl test` and `tl predict`: their mean, and how far they are apart.
+"""Several predictions per sample in `tl test` and `tl predict`: their mean, and their disagreement.
 
     tl predict --run A --run B --run C                      a deep ensemble (Lakshminarayanan et al., NeurIPS 2017)
     tl predict --run A --trainer.callbacks+=MCDropout       one network with dropout (Gal and Ghahramani, ICML 2016)
 
-Of classes the probabilities are averaged, of values the outputs. predictions.csv gets columns of uncertainty, in nats:
-of classes `entropy`, H(mean p), and the part of it that is disagreement, `mutual_information`, H(mean p) - mean H(p);
-of values, in their unit, the standard deviation `std`.
+For classes the probabilities are averaged, for values the outputs. predictions.csv gets columns of uncertainty: for
+classes, in nats, `entropy`, H(mean p), and its part due to disagreement, `mutual_information`, H(mean p) - mean H(p);
+for values, in their unit, the standard deviation `std`.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout
 
 
 class Ensemble(TestTimeAdaptation):
-    """Averages several passes of a batch; a subclass writes `members`.
+    """Averages several passes of a batch; a subclass implements `members`.
 
     Attributes:
-        opinions: What each of T passes gave for the last batch: probabilities (T, B, C), or outputs (T, B, K).
+        opinions: The outputs of T passes for the last batch: probabilities (T, B, C), or outputs (T, B, K).
     """
 
     needs_classes = False
     opinions: Tensor
 
     def members(self, module: TransferModule, forward: Forward) -> Iterator[Forward]:
-        """Yields what passes a batch, one for each opinion.
+        """Yields one function per member, which passes a batch.
 
         Args:
-            module: The run's.
-            forward: Its own pass.
+            module: The run's module.
+            forward: Its own forward pass.
         """
         raise NotImplementedError
 
     def check(self, module: TransferModule) -> None:
-        """Needs classes or values.
+        """Checks that the task has classes or values.
 
         Raises:
-            UserError: The task gives something else, of which there is no mean.
+            UserError: The task's outputs cannot be averaged.
         """
         if not module.is_classification and not module.schema["y"].keys() & {"values", "outputs"}:
             raise UserError(
@@ -60,7 +60,7 @@ class Ensemble(TestTimeAdaptation):
             )
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
-        """Puts the mean of all passes in the place of the module's pass."""
+        """Replaces the module's forward pass by the mean of all passes."""
         forward: Forward = module.forward_domains
 
         def averaged(batch: Domains) -> dict[str, DomainOutput]:
@@ -80,22 +80,22 @@ class Ensemble(TestTimeAdaptation):
         module.forward_domains = averaged  # type: ignore[method-assign]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the module its pass back, and its parts."""
+        """Restores the module's forward pass and parts."""
         vars(pl_module).pop("forward_domains", None)
         super().on_test_end(trainer, pl_module)
 
     on_predict_end = on_test_end
 
     def columns(self, module: TransferModule) -> dict[str, list[float]]:
-        """The columns of uncertainty for the last batch."""
+        """Returns the columns of uncertainty for the last batch."""
         return uncertainty(self.opinions.cpu(), module.is_classification)
 
 
 class MCDropout(Ensemble):
-    """Dropout stays active: `passes` passes are as many networks (Gal and Ghahramani, ICML 2016).
+    """Keeps dropout active, so that each of the `passes` passes is another network (Gal and Ghahramani, ICML 2016).
 
     Args:
-        passes: How many.
+        passes: Number of passes.
     """
 
     def __init__(self, passes: int = 20) -> None:
@@ -104,20 +104,20 @@ class MCDropout(Ensemble):
         self.passes = passes
 
     def check(self, module: TransferModule) -> None:
-        """Needs dropout.
+        """Checks that the network has dropout.
 
         Raises:
-            UserError: Nothing is dropped.
+            UserError: It has none.
         """
         super().check(module)
         if not _dropouts(module):
             raise UserError(
-                "callbacks: MCDropout needs dropout, and neither backbone nor head has any; train with "
+                "callbacks: MCDropout needs dropout, but neither backbone nor head has any; train with "
                 "--model.head MLPHead --model.head.dropout 0.2, or pass several --run for an ensemble"
             )
 
     def members(self, module: TransferModule, forward: Forward) -> Iterator[Forward]:
-        """The same pass each time, with other units dropped."""
+        """Yields the same pass each time, with other units dropped."""
         layers = _dropouts(module)
         for layer in layers:
             layer.train()
@@ -129,54 +129,54 @@ class MCDropout(Ensemble):
 
 
 class DeepEnsemble(Ensemble):
-    """The run's network and others, trained apart (Lakshminarayanan et al., NeurIPS 2017).
+    """The run's network and others, trained independently (Lakshminarayanan et al., NeurIPS 2017).
 
-    All get the inputs as the run's data and backbone prepare them.
+    All get the inputs as prepared by the run's data and backbone.
 
     Args:
-        others: Trained modules, e.g. of `load_run`.
+        others: Trained modules, e.g. from `load_run`.
     """
 
     def __init__(self, others: Sequence[LightningModule]) -> None:
         self.others = cast("list[TransferModule]", list(others))
 
     def check(self, module: TransferModule) -> None:
-        """Needs one task and one kind of input.
+        """Checks that all have the same task and kind of input.
 
         Raises:
-            UserError: A network tells other classes apart, or takes other inputs.
+            UserError: A network has other classes, or takes other inputs.
         """
         super().check(module)
         for other in self.others:
             if not isinstance(other, TransferModule) or other.task_description() != module.task_description():
                 raise UserError(
-                    "run: the runs of an ensemble tell other classes or values apart; take runs of one task"
+                    "run: the runs of an ensemble have different classes or values; use runs of one task"
                 )
             if not module.backbone.prepares_like(other.backbone):
                 ours, theirs = (type(each.backbone).__name__ for each in (module, other))
-                raise UserError(f"run: {ours} and {theirs} take other inputs, so their runs make no ensemble")
+                raise UserError(f"run: {ours} and {theirs} take different inputs, so they cannot form an ensemble")
 
     def members(self, module: TransferModule, forward: Forward) -> Iterator[Forward]:
-        """The pass of each network."""
+        """Yields the pass of each network."""
         yield forward
         for other in self.others:
             yield other.to(module.device).eval().forward_domains
 
 
 def uncertainty(opinions: Tensor, classes: bool) -> dict[str, list[float]]:
-    """How unsure T opinions on B samples are.
+    """Computes the uncertainty of T predictions on B samples.
 
     Args:
         opinions: Probabilities (T, B, C), or values (T, B, K).
-        classes: Which of them.
+        classes: Whether they are probabilities.
 
     Returns:
-        `entropy` and `mutual_information`, B numbers each; of values `std`, or `std_0`, `std_1`, ... for K of them.
+        `entropy` and `mutual_information`, B numbers each; for values `std`, or `std_0`, `std_1`, ... for K of them.
     """
     if classes:
         total, own = entropy(opinions.mean(0)), entropy(opinions.flatten(0, 1)).view(opinions.shape[:2])
         found = {"entropy": total, "mutual_information": (total - own.mean(0)).clamp(min=0)}
-        return {name: each.double().round(decimals=6).tolist() for name, each in found.items()}  # as probabilities are
+        return {name: each.double().round(decimals=6).tolist() for name, each in found.items()}  # like probabilities
     std = opinions.std(0)
     return {"std" if std.shape[1] == 1 else f"std_{i}": column.tolist() for i, column in enumerate(std.unbind(1))}
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside curves: inputs, mistakes, the confusion matrix, features, hyper-parameters."""
+"""TensorBoard content besides curves: inputs, mistakes, the confusion matrix, features, hyper-parameters."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from tl_modules.module import TransferModule
 __all__ = ["TensorBoardFigures"]
 
 SHOWN = 16  # images in a grid
-PLAYED = 4  # recordings with a player each
-SECONDS = 30  # of a recording that is played
-READ = 1000  # letters of a text that is shown
-SHOWN_LETTERS = 100  # of a text in the projector
+PLAYED = 4  # recordings with an audio player
+SECONDS = 30  # at most, of a recording with a player
+READ = 1000  # letters of a text in a grid
+SHOWN_LETTERS = 100  # letters of a text in the projector
 POINTS = 500  # samples in the embedding projector
 
 
 class TensorBoardFigures(Callback):
-    """Draws at the start of `fit` its inputs, and after it and after `test` what the model makes of them.
+    """Draws the inputs at the start of `fit`, and the model's predictions after `fit` and `test`.
 
-    The mistakes, the confusion matrix and the features are those of the best checkpoint's epoch (in `fit`, of the last
-    validation that was best so far; in `test`, of the test split).
+    Mistakes, confusion matrix and features are from the best checkpoint's epoch (in `fit`, the best validation so far;
+    in `test`, the test split).
 
     Args:
-        config: What TensorBoard's HPARAMS tab shows; it is flattened.
+        config: The config for TensorBoard's HPARAMS tab; it is flattened.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -54,21 +54,21 @@ class TensorBoardFigures(Callback):
 
     @property
     def state_key(self) -> str:
-        """The earlier name of this class, under which checkpoints keep its state."""
+        """The earlier name of this class, under which checkpoints store its state."""
         return "Pictures"
 
     def state_dict(self) -> dict[str, Any]:
-        """The best validation's metrics; its pictures are drawn if a resumed run finds a better one."""
+        """Returns the best validation's metrics; its figures are drawn only if a resumed run finds a better one."""
         return {"best": self.best.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restores the best validation's metrics."""
         self.best.metrics = dict(state["best"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draws the first batch, as the network has got it."""
+        """Draws the first batch, as the network gets it."""
         if trainer.current_epoch > 0 or batch_idx > 0 or not isinstance(pl_module, TransferModule):
             return
         writer = _writer(trainer)
@@ -99,15 +99,15 @@ class TensorBoardFigures(Callback):
                 writer.add_figure(f"inputs/{domain}", grid(drawn), 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts over."""
-        # in adaptation some have no labels
+        """Starts a new pass."""
+        # in adaptation some loaders have no labels
         loaders = (e for e in eval_dataloaders(trainer) if not getattr(e, "purpose", "val").startswith("target"))
         self.now = _Kept(next(loaders, None))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keeps the batch's worst and its features."""
+        """Keeps the batch's worst samples and its features."""
         if _tensorboard(trainer) is not None and isinstance(outputs, dict) and not trainer.sanity_checking:
             assert isinstance(pl_module, TransferModule)
             for out in outputs.values():
@@ -121,7 +121,7 @@ class TensorBoardFigures(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the best validation, and the hyper-parameters with its metrics."""
-        from torch.utils.tensorboard.summary import hparams  # costs a second of start-up
+        from torch.utils.tensorboard.summary import hparams  # importing it takes a second
 
         if self.kept is None or not isinstance(pl_module, TransferModule):
             return
@@ -142,7 +142,7 @@ class TensorBoardFigures(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keeps the batch's worst and its features."""
+        """Keeps the batch's worst samples and its features."""
         self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,10 +152,10 @@ class TensorBoardFigures(Callback):
 
 
 class _Kept:
-    """What one pass over a split leaves for drawing.
+    """Collects what is drawn of one pass over a split.
 
     Args:
-        loader: What the pass reads; its raw samples are read again when they are drawn.
+        loader: The loader of the pass; raw samples are read again when they are drawn.
     """
 
     def __init__(self, loader: Any = None) -> None:
@@ -177,7 +177,7 @@ class _Kept:
         self.worst = heapq.nlargest(SHOWN, self.worst, key=_loss)
 
     def draw(self, trainer: Trainer, module: TransferModule, split: str) -> None:
-        """Writes the pictures of what all processes kept, on the first of them."""
+        """Writes the figures of what all processes have kept, on the first process."""
         (rows, seen), (points, embedded) = (each.gathered(trainer) for each in (self.decisions, self.points))
         worst = heapq.nlargest(SHOWN, (each for part in every_rank(trainer, self.worst) for each in part), key=_loss)
         writer, step, dataset = _writer(trainer), trainer.global_step, self.dataset
@@ -226,7 +226,7 @@ class _Kept:
                 images = pool.map(lambda row: _thumbnail(dataset[row][0]), points)
             thumbnails = torch.stack(list(images))
         folder = Path(writer.log_dir) / "00000" / f"{split}_features"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier `tl test`
+        shutil.rmtree(folder, ignore_errors=True)  # from an earlier `tl test`
         shown: list[Any] = [module.name_of(samples.first(y)) for y in samples.unbind(labels)]
         header = None
         if isinstance(dataset[rows[0]][0], str):
@@ -242,7 +242,7 @@ def _loss(each: tuple[float, int, Any]) -> float:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model": {"init_args": {"k": 1}}} -> {"model.k": 1}, for TensorBoard."""
+    """Flattens {"model": {"init_args": {"k": 1}}} to {"model.k": 1}, for TensorBoard."""
     if not isinstance(config, dict):
         return {prefix: config if isinstance(config, int | float | str | bool) else str(config)[:READ]}
     if "class_path" in config:
@@ -259,25 +259,25 @@ def _tensorboard(trainer: Trainer) -> TensorBoardLogger | None:
 
 
 def _writer(trainer: Trainer) -> Any:
-    """TensorBoard's writer on the first process, or None."""
+    """Returns TensorBoard's writer on the first process, or None."""
     logger = _tensorboard(trainer)
     return logger.experiment if logger is not None and trainer.is_global_zero else None
 
 
 def _has_text(module: TransferModule) -> bool:
-    """Whether inputs are texts, or have one among them."""
+    """Returns whether inputs are texts, or include one."""
     x = module.schema.get("x") or {}
     return "text" in x or any(isinstance(part, Mapping) and "text" in part for part in x.values())
 
 
 def _text(x: Any) -> str:
-    """The text that a raw sample is, or that is among its inputs."""
+    """Returns the text of a raw sample, or of its inputs."""
     parts = x.values() if isinstance(x, Mapping) else [x]
     return next((part for part in parts if isinstance(part, str)), "")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown, as TensorBoard shows text; long cells are cut off."""
+    """Formats a Markdown table, TensorBoard's format for text; long cells are shortened."""
     cells = ((" ".join(str(cell).split())[:READ].replace("|", "\\|") for cell in row) for row in rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
 
@@ -287,24 +287,24 @@ def _is_image(x: Any) -> bool:
 
 
 def _thumbnail(image: Tensor) -> Tensor:
-    """(C, H, W) image -> (3, 32, 32) floats in [0, 1]."""
+    """Resizes an image (C, H, W) to (3, 32, 32) floats in [0, 1]."""
     x = image[None].float() / (255 if image.dtype == torch.uint8 else 1)
     small = torch.nn.functional.interpolate(x, (32, 32), mode="bilinear", antialias=True)
     return small[0].expand(3, -1, -1).clamp(0, 1)
 
 
 def rotated(features: Tensor) -> Tensor:
-    """(N, D) -> (N, min(N, D)) with the same distances and angles, since the projector's file is text."""
+    """Rotates (N, D) to (N, min(N, D)), which keeps distances and angles, since the projector's file is text."""
     return features if features.shape[1] <= len(features) else torch.linalg.qr(features.T, mode="r").R.T
 
 
 def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[str, Any]) -> None:
-    """t-SNE maps of source and target features side by side, coloured by the label, and for the target by the guess.
+    """Draws t-SNE maps of source and target features side by side, coloured by label, the target also by prediction.
 
     Args:
-        trainer: Its TensorBoard gets them as `domains/features`.
-        module: Says what an output stands for.
-        evidence: By title; the features of both domains (see `criteria.CriterionInputs`), or None.
+        trainer: The trainer, whose TensorBoard gets them as `domains/features`.
+        module: The module, which decodes outputs.
+        evidence: The features of both domains by title (see `criteria.CriterionInputs`), or None.
     """
     writer = _writer(trainer)
     found = {title: e for title, e in evidence.items() if e is not None and e.source_features is not None}

@@ -1,4 +1,4 @@
-"""What an evaluation reads, and what it finds of each sample, on all processes."""
+"""Collects what an evaluation computes for each sample, over all processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tl_modules.batch.ranks import every_rank
 
 
 def eval_dataloaders(trainer: Trainer) -> list[Any]:
-    """The loaders of the validation, test or prediction that is under way, also where there is but one."""
+    """Returns the loaders of the current validation, test or prediction as a list, even if there is only one."""
     fn = trainer.state.fn
     given: Any = getattr(trainer, f"{fn.value}_dataloaders") if fn in ("test", "predict") else trainer.val_dataloaders
     return given if isinstance(given, list) else [given]
 
 
 class Gathering:
-    """Keeps what a pass finds of each sample, and puts together what those of all processes have kept.
+    """Collects values for each sample of a pass, and merges those of all processes.
 
     Args:
-        loader: What is read; its sampler's `rows` are the numbers of this process's samples, else they are 0, 1, ...
-            None where `add` is told them.
+        loader: The loader of the pass; its sampler's `rows` are the numbers of this process's samples, otherwise 0, 1,
+            ... None if they are passed to `add`.
     """
 
     def __init__(self, loader: Any = None) -> None:
@@ -35,15 +35,15 @@ class Gathering:
         self.trees: list[Any] = []
 
     def add(self, tree: Any, rows: Tensor | None = None) -> None:
-        """Keeps a batch of samples, of the numbers `rows` (B,) or of the loader's next."""
+        """Adds the values of a batch of samples, with numbers `rows` (B,) or the loader's next ones."""
         self.rows += islice(self.coming, samples.count(tree)) if rows is None else rows.tolist()
         self.trees.append(tree)
 
     def gathered(self, trainer: Trainer) -> tuple[list[int], Any]:
-        """Gives every process the samples of all in the order of their numbers; all must call it.
+        """Returns the samples of all processes, sorted by number, to every process; a collective call.
 
         Returns:
-            The numbers, and a batch of all samples on the CPU; `([], None)` where nothing was kept.
+            The numbers, and a batch of all samples on the CPU; `([], None)` if nothing was added.
         """
         mine = samples.move(samples.concat(self.trees), "cpu") if self.trees else None
         parts = [(rows, tree) for rows, tree in every_rank(trainer, (self.rows, mine)) if rows]

@@ -1,9 +1,9 @@
-"""Which epoch's model is kept where the target's labels are hidden, and what another choice would have given.
+"""Chooses the epoch to keep if the target's labels are hidden, and reports what other criteria would have chosen.
 
 each validation   source's labelled samples, target's samples without labels -> a score per criterion
-                  what the model decides on the target's validation and test samples is put down, unlabelled
+                  the predicted labels of the target's validation and test samples are recorded
 best.ckpt         the epoch with the best score of the criterion that `by` names
-tl test           only now the labels are read: chosen by X beside the oracle, and the gap
+tl test           only now the labels are read: per criterion its choice, and the gap to the oracle
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = ["ModelSelection"]
 
 Criterion = Literal["source", "entropy", "infomax", "snd", "bnm", "class_cluster", "dev", "few", "oracle", "last"]
 log = logging.getLogger(__name__)
-FEW = 500  # so many samples of each domain are kept for the map of the features
+FEW = 500  # samples of each domain for the map of the features, at most
 
 
 class ModelSelection(Callback):
-    """Scores every validation by all criteria that need no label of the target, and keeps what the report needs.
+    """Scores every validation by all criteria that need no target labels, and keeps what the report needs.
 
-    Where the target's labels are open, the task's metric on them chooses, and this does nothing.
+    If the target's labels are visible, the task's metric on them chooses, and this callback does nothing.
 
     Args:
         by: What chooses the model: "source" (the task's metric on the source's validation samples); without labels of
             the target "entropy", "infomax", "snd", "bnm", "class_cluster" or "dev"; "few" labels of the target
             (`--data.selection_labels N`); "oracle", all of them (`--data.selection_labels all`); or "last", the last
-            epoch. None is "source", and without a source "infomax", or "last" where there are no classes. Of a target
-            that is kept unseen no input is looked at either.
-        run: The run's directory, for the report; None writes none.
+            epoch. None is "source", and without a source "infomax", or "last" if there are no classes. For an unseen
+            target, not even its inputs are used.
+        run: The run's directory, for the report; None writes no report.
     """
 
     def __init__(self, by: Criterion | None = None, run: Path | None = None) -> None:
@@ -58,20 +58,20 @@ class ModelSelection(Callback):
         self.after: CriterionInputs | None = None
         self.seen: dict[str, Gathering] = {}
 
-    # Choosing
+    # Choosing the criterion
 
     def choose(self, module: LightningModule, data: Any) -> None:
-        """Makes the criterion the module's monitor.
+        """Sets the criterion as the module's monitor.
 
         Raises:
-            UserError: The criterion needs what the data does not have or open.
+            UserError: The criterion needs something that the data lacks or hides.
         """
         if not isinstance(module, TransferModule) or not hasattr(data, "labels_hidden"):
             return
         if not data.labels_hidden():
             if self.by is not None:
                 raise UserError(
-                    f"select: {self.by} chooses where the target's labels are hidden; here they are open and choose"
+                    f"select: {self.by} has no effect: the target's labels are visible, and the task's metric chooses"
                 )
             return
         source = data.has_source()
@@ -81,44 +81,44 @@ class ModelSelection(Callback):
         metric = type(module).monitor[0].removeprefix("val/")
         if metric not in module.metrics():
             if self.by is not None:
-                raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is none of its metrics")
+                raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is not one of its metrics")
             return
         by = self.by or ("source" if source else "infomax" if module.is_classification else "last")
         if by in ("source", "dev") and not source:
-            raise UserError(f"select: {by} looks at a source, and there is none; take infomax, snd, ..., or last")
+            raise UserError(f"select: {by} needs a source, but there is none; use infomax, snd, ..., or last")
         if by in CRITERIA and not module.is_classification:
-            raise UserError(f"select: {by} works on class probabilities; take source, few, oracle or last")
+            raise UserError(f"select: {by} works on class probabilities; use source, few, oracle or last")
         if by in CRITERIA and data.target_unseen:
             raise UserError(
-                f"select: {by} looks at the target, which target_unseen keeps from training and from the choice of the "
-                "model; take source or last"
+                f"select: {by} uses the target, which target_unseen excludes from training and from model selection; "
+                "use source or last"
             )
         if by in ("few", "oracle"):
             opened = data.selection_labels
             if opened is None or (by == "oracle" and opened != "all"):
                 raise UserError(
-                    f"select: {by} looks at labels of the target that the data keeps hidden; open them by "
+                    f"select: {by} uses labels of the target that the data hides; show them with "
                     f"--data.selection_labels {'all' if by == 'oracle' else 'N'}"
                 )
         if data.selection_labels is not None and data.tests_on_validation():
-            opened_twice = "the target has no test split, so what selection_labels opens are labels of the test"
+            opened_twice = "the target has no test split, so selection_labels shows labels of the test samples"
             if by in ("few", "oracle"):
-                raise UserError(f"select: {opened_twice}, by which {by} would choose; give the target a test split")
-            log.warning("%s: 'few' and 'oracle' in the report have seen them", opened_twice)
+                raise UserError(f"select: {opened_twice}, which {by} would choose by; give the target a test split")
+            log.warning("%s: 'few' and 'oracle' in the report use them", opened_twice)
         self.by = by
         if by != "source":
             mode = type(module).monitor[1] if by in ("few", "oracle") else "max"
             module.monitor = (f"val/target_{by}", mode)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Chooses, where the command line has not."""
+        """Sets the criterion, if the command line has not."""
         if stage == "fit":
             self.choose(pl_module, getattr(trainer, "datamodule", None))
 
-    # Looking
+    # Collecting outputs
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts over."""
+        """Starts a new pass."""
         self.loaders = eval_dataloaders(trainer)
         self.seen = {}
 
@@ -131,7 +131,7 @@ class ModelSelection(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps outputs and features."""
+        """Collects outputs and features."""
         if not self._watches(trainer, pl_module) or not isinstance(outputs, dict):
             return
         assert isinstance(pl_module, TransferModule)
@@ -142,7 +142,7 @@ class ModelSelection(Callback):
             self.seen.setdefault(loader.purpose, Gathering(loader)).add(samples.map_leaves(_float, found))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores the epoch and puts down what the model decides on the target."""
+        """Scores the epoch and records the predicted labels of the target."""
         if not self._watches(trainer, pl_module) or "target val" not in {loader.purpose for loader in self.loaders}:
             return
         assert isinstance(pl_module, TransferModule)
@@ -172,7 +172,7 @@ class ModelSelection(Callback):
     def _scores(
         self, trainer: Trainer, module: TransferModule, inputs: CriterionInputs, source: Any, target: Any
     ) -> dict[str, float]:
-        """Of every criterion that can be had; those of the task's metric in its own sense."""
+        """Returns scores of all available criteria; higher is better, except for a task metric with mode 'min'."""
         scores: dict[str, float] = {"last": float(len(self.rows))}
         if inputs.source_y is not None:
             scores["source"] = module.primary_metric(source, inputs.source_y)
@@ -182,26 +182,26 @@ class ModelSelection(Callback):
                     scores[name] = criterion(inputs)
         data: Any = getattr(trainer, "datamodule", None)
         rows, labels = data.open_labels() if data is not None else ([], np.zeros(0))
-        rows = [row for row in rows if row < samples.count(target)]  # a limited validation sees fewer
+        rows = [row for row in rows if row < samples.count(target)]  # a limited validation has fewer
         if rows:
             name = "oracle" if data.selection_labels == "all" else "few"
             predicted = samples.take(target, torch.tensor(rows))
             scores[name] = module.primary_metric(predicted, module.label(list(labels[: len(rows)])))
         return scores
 
-    # Keeping
+    # State and files
 
     @property
     def state_key(self) -> str:
-        """The earlier name of this class, under which checkpoints keep its state."""
+        """The earlier name of this class, under which checkpoints store its state."""
         return "Selection"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was put down so far, so that a resumed run has all of it."""
+        """Returns the records so far, so that a resumed run has all of them."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it back."""
+        """Restores the records."""
         self.rows = list(state["rows"])
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +215,7 @@ class ModelSelection(Callback):
     # Reporting
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the target's labels and says what each criterion chose."""
+        """Reads the target's labels and reports what each criterion chose."""
         data = getattr(trainer, "datamodule", None)
         if self.run is None or not trainer.is_global_zero or not isinstance(pl_module, TransferModule):
             return
@@ -229,22 +229,22 @@ class ModelSelection(Callback):
             return
         labels = {split: pl_module.label(list(own)) for split, own in known.items()}
         if not labels or any(samples.count(labels[s]) != len(row[s]) for s in splits for row in kept["rows"]):
-            return  # of other data, or of a limited validation
+            return  # from other data, or a limited validation
         found = report(pl_module, kept["rows"], labels)
         _write(self.run, found, kept["by"], type(pl_module).monitor[0].removeprefix("val/"))
 
 
 def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each criterion chose, scored by the target's labels.
+    """Reports what each criterion chose, scored by the target's labels.
 
     Args:
-        module: Its task's metric scores.
-        rows: What each validation left.
-        labels: Of the target's splits "val" and, where it is another one, "test".
+        module: The module, whose task's metric scores.
+        rows: The records of each validation.
+        labels: Labels of the target's splits "val" and, if it is a different one, "test".
 
     Returns:
-        A row per criterion: chosen by, epoch, score on the split val, on the split test, behind the oracle. The
-        oracle is the epoch with the best score on the target's validation labels; "best epoch" that on the test labels.
+        A row per criterion: chosen by, epoch, score on the split val, on the split test, behind the oracle. The oracle
+        is the epoch with the best score on the target's validation labels; "best epoch" uses the test labels.
     """
     scored = {s: [module.primary_metric(row[s], y) for row in rows] for s, y in labels.items()}
     last = "test" if "test" in scored else "val"
@@ -289,22 +289,22 @@ def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None
 
 
 def _float(value: Any) -> Any:
-    """Single precision, free of the graph."""
+    """Converts to float32, detached."""
     return value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _unseen(trainer: Trainer) -> bool:
-    """Whether the target is to be kept from every choice, also from one by its inputs alone."""
+    """Returns whether the target must not influence model selection, not even by its inputs."""
     return bool(getattr(getattr(trainer, "datamodule", None), "target_unseen", False))
 
 
 def _small(module: TransferModule, labels: Any) -> Any:
-    """Predicted labels, small enough to be kept for every epoch."""
+    """Converts predicted labels to a small type, since they are kept for every epoch."""
     return labels.to(torch.int16) if module.is_classification and module.num_outputs < 2**15 else labels
 
 
 def _best(rows: list[dict[str, Any]], criterion: str, module: TransferModule) -> int:
-    """The first of the validations with the best score."""
+    """Returns the first of the validations with the best score."""
     scores = np.array([row["scores"].get(criterion, np.nan) for row in rows])
     lower = type(module).monitor[1] == "min" and criterion in ("source", "few", "oracle")
     worst = np.inf if lower else -np.inf

@@ -1,7 +1,7 @@
-"""Says which validation of a run was the best one so far.
+"""Determines the best validation of a run so far.
 
-best.ckpt is written by a ModelCheckpoint (cli/command_line.py) that goes by the same `monitor_of`; where the target's
-labels are hidden, `ModelSelection` has put its criterion there.
+best.ckpt is written by a ModelCheckpoint (cli/command_line.py) that uses the same `monitor_of`; if the target's labels
+are hidden, `ModelSelection` has set its criterion there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 
 def monitor_of(module: LightningModule) -> tuple[str, str]:
-    """The metric that chooses the model, and "min" or "max"."""
+    """Returns the metric that chooses the model, and "min" or "max"."""
     monitor: tuple[str, str] = getattr(module, "monitor", ("val/loss", "min"))
     return monitor
 
 
 def floats(trainer: Trainer, prefix: str = "") -> dict[str, float]:
-    """The latest metrics whose names begin with `prefix`."""
+    """Returns the latest metrics whose names begin with `prefix`."""
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefix)}
 
 
@@ -30,7 +30,7 @@ class BestMetrics:
         self.metrics: dict[str, Any] = {}
 
     def update(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Takes the validation that has just ended, if it is better than all before; nan is never better."""
+        """Updates the metrics if the last validation is the best so far (nan never is); returns whether it is."""
         name, mode = monitor_of(module)
         now = floats(trainer, "val/")
         if trainer.sanity_checking or math.isnan(now.get(name, math.nan)):
@@ -43,7 +43,7 @@ class BestMetrics:
         return True
 
     def __str__(self) -> str:
-        """`epoch 7: val/accuracy 0.913 (highest)`; empty where nothing was validated."""
+        """Returns `epoch 7: val/accuracy 0.913 (highest)`; empty without validation."""
         if "chosen_by" not in self.metrics:
             return ""
         name, sense = self.metrics["chosen_by"].split(", ")

@@ -1,4 +1,4 @@
-"""Writes what `tl predict` finds as a CSV."""
+"""Writes the predictions of `tl predict` as a CSV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(Callback):
-    """A row per sample: id (a path, where there is one), the task's columns, and those of an ensemble's uncertainty.
+    """Writes a row per sample: id (a path, if there is one), the task's columns, and an ensemble's uncertainty.
 
     Args:
         file: The CSV.
@@ -30,10 +30,10 @@ class PredictionWriter(Callback):
         self.found = Gathering()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds out before the work whether the file can be written.
+        """Checks before the work that the file can be written.
 
         Raises:
-            UserError: It cannot.
+            UserError: The file cannot be written.
         """
         try:
             if trainer.is_global_zero:
@@ -48,7 +48,7 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keeps the batch's rows."""
+        """Keeps the batch's rows until the end."""
         assert isinstance(pl_module, TransferModule)
         prediction, rows = outputs
         columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))

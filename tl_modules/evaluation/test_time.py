@@ -3,10 +3,10 @@
     tl test --run DIR --trainer.callbacks+=TENT     metrics.json gets test/tent/accuracy beside test/accuracy
 
     AdaBN   before the first batch    BatchNorm's statistics become those of the test inputs
-    TENT    after each batch          BatchNorm's scales and shifts learn to make predictions more certain
-    T3A     with each batch           the head's weights become means of the features it is most certain of
+    TENT    after each batch          BatchNorm's scales and shifts are trained for more confident predictions
+    T3A     with each batch           the head's weights become means of the most confident features
 
-What adapts is a copy, so that the module is afterwards what it was before. Labels are never looked at.
+A copy is adapted; the module is restored afterwards. Labels are never used.
 """
 
 from __future__ import annotations
@@ -35,62 +35,64 @@ from tl_modules.module import Domains, TransferModule
 __all__ = ["T3A", "TENT", "AdaBN", "TestTimeAdaptation"]
 
 Loaders = list[tuple[Any, list[list[int]]]]
-BATCH = 64  # statistics of smaller batches are noise
+BATCH = 64  # statistics of smaller batches are too noisy
 
 
 class TestTimeAdaptation(Callback):
-    """Gives the module other parts while it is tested or predicts; a subclass writes `check` and `begin`.
+    """Replaces parts of the module during a test or prediction; a subclass implements `check` and `begin`.
 
     Attributes:
-        moves_backbone: Whether features change: then the backbone is a copy that may be changed, and nothing is cached.
+        moves_backbone: Whether features change: then the backbone is a copy that may be modified, and nothing is
+            cached.
         needs_classes: Whether it works on class probabilities.
     """
 
-    __test__ = False  # pytest takes what is called Test for one
+    __test__ = False  # keeps pytest from collecting this class as a test
     moves_backbone: ClassVar[bool] = True
     needs_classes: ClassVar[bool] = True
     original: tuple[Backbone, nn.Module] | None = None
 
     @property
     def name(self) -> str:
-        """Under which metrics are kept, e.g. tent."""
+        """The prefix of its metrics, e.g. tent."""
         return type(self).__name__.lower()
 
     def check(self, module: TransferModule) -> None:
-        """Raises a UserError where the module cannot be adapted."""
+        """Raises a UserError if the module cannot be adapted."""
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
         """Changes the module's parts.
 
         Args:
-            trainer: Of the run.
-            module: Its backbone is a copy, where `moves_backbone`; its head is its own, and may be replaced.
-            loaders: What is tested, each with the rows of its batches.
+            trainer: The run's trainer.
+            module: The module; its backbone is a copy if `moves_backbone`; its head is the original, and may be
+                replaced.
+            loaders: The test loaders, each with the indices of its batches.
         """
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot be adapted.
+        """Rejects what cannot be adapted.
 
         Raises:
-            UserError: Another command; two adaptations; a task, backbone or head that this one has no use for.
+            UserError: Another command; two adaptations; or a task, backbone or head that it does not support.
         """
         name = type(self).__name__
         if stage not in ("test", "predict") or not isinstance(pl_module, TransferModule):
-            raise UserError(f"callbacks: {name} adapts in `tl test` and `tl predict` alone; leave it out here")
+            raise UserError(f"callbacks: {name} works only in `tl test` and `tl predict`; leave it out here")
         others = [c for c in cast(Any, trainer).callbacks if isinstance(c, TestTimeAdaptation) and c is not self]
         if others:
-            raise UserError(f"callbacks: {name} and {type(others[0]).__name__} both adapt the model; take one")
+            raise UserError(f"callbacks: {name} and {type(others[0]).__name__} both adapt the model; use one")
         if self.needs_classes and not pl_module.is_classification:
             raise UserError(f"callbacks: {name} works on class probabilities, which {type(pl_module).__name__} lacks")
         self.check(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the parts aside, and adapts others in their place."""
+        """Saves the module's parts, and adapts copies in their place."""
         assert isinstance(pl_module, TransferModule)
         self.original = pl_module.backbone, pl_module.head
         if self.moves_backbone:
-            with torch.inference_mode(False):  # what is made in inference mode can never be trained
+            with torch.inference_mode(False):  # tensors made in inference mode cannot be trained
                 pl_module.backbone = copy.deepcopy(pl_module.backbone)
         testing = trainer.state.fn == "test"
         counts = trainer.num_test_batches if testing else trainer.num_predict_batches
@@ -99,7 +101,7 @@ class TestTimeAdaptation(Callback):
         self.begin(trainer, pl_module, list(zip(loaders, batches, strict=True)))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the module its parts back."""
+        """Restores the module's parts."""
         if self.original is not None:
             module = cast(TransferModule, pl_module)
             module.backbone, module.head = self.original
@@ -109,22 +111,22 @@ class TestTimeAdaptation(Callback):
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives them back also where the test ends early."""
+        """Restores them also if the test ends early."""
         self.on_test_end(trainer, pl_module)
 
 
 class AdaBN(TestTimeAdaptation):
-    """BatchNorm's running statistics are taken anew from the test inputs (Li et al., arXiv 1603.04779).
+    """Recomputes BatchNorm's running statistics on the test inputs (Li et al., arXiv 1603.04779).
 
-    One pass before the first batch: the mean over batches of each layer's batch statistics, while all else is in eval
-    mode. It is read in a fixed random order, since batches of one class each would have the statistics of none; under
-    several processes the mean is over all of them.
+    One pass before the first batch: the mean over batches of each layer's batch statistics, with everything else in
+    eval mode. The data are read in a fixed random order, since statistics of batches with a single class would be
+    biased; with several processes the mean is over all of them.
     """
 
     needs_classes = False
 
     def check(self, module: TransferModule) -> None:
-        """Needs BatchNorm.
+        """Checks that there is a BatchNorm layer.
 
         Raises:
             UserError: There is none.
@@ -147,18 +149,18 @@ class AdaBN(TestTimeAdaptation):
 
 
 class TENT(TestTimeAdaptation):
-    """Learns BatchNorm's affine parameters online by the entropy of the predictions (Wang et al., ICLR 2021).
+    """Trains BatchNorm's affine parameters online by the entropy of the predictions (Wang et al., ICLR 2021).
 
-    Each batch is normalised with its own statistics and predicted, and then moves the parameters for the next one by
+    Each batch is normalised with its own statistics and predicted, and then updates the parameters for the next one by
     `mean H(p)`. As in the authors' code, of several steps on a batch the last one comes after its predictions.
 
-    The test data is not shuffled. Where files are sorted by class, a batch shows one class and its statistics are that
-    class's; TENT then fails, and often falls below the model it began with. AdaBN and T3A do not depend on the order
-    as much. Under several processes each one adapts to its own share of the data.
+    The test data is not shuffled. If files are sorted by class, a batch has a single class and its statistics are those
+    of that class; TENT then fails, and often ends below the original model. AdaBN and T3A depend less on the order.
+    With several processes each one adapts to its own share of the data.
 
     Args:
         lr: Learning rate of Adam.
-        steps: On each batch.
+        steps: Steps on each batch.
     """
 
     def __init__(self, lr: float = 1e-3, steps: int = 1) -> None:
@@ -169,16 +171,16 @@ class TENT(TestTimeAdaptation):
         self.lr, self.steps = lr, steps
 
     def check(self, module: TransferModule) -> None:
-        """Needs BatchNorm with affine parameters.
+        """Checks that there is a BatchNorm layer with affine parameters.
 
         Raises:
             UserError: There is none.
         """
         if not any(layer.affine for layer in _batch_norms(module, self)):
-            raise UserError("callbacks: TENT learns BatchNorm's affine parameters, and the backbone's have none")
+            raise UserError("callbacks: TENT trains BatchNorm's affine parameters, but the backbone's layers have none")
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
-        """Normalises by the batch; makes the optimizer.
+        """Switches to batch statistics; builds the optimizer.
 
         Raises:
             UserError: A batch of one has no statistics.
@@ -186,8 +188,8 @@ class TENT(TestTimeAdaptation):
         sizes = [len(batch) for _, batches in loaders for batch in batches]
         if min(sizes) == 1:
             raise UserError(
-                f"batch_size: {sum(sizes)} test samples in batches of {max(sizes)} leave a batch of one, by whose "
-                "statistics TENT cannot normalise; choose another --data.batch_size"
+                f"batch_size: {sum(sizes)} test samples in batches of {max(sizes)} leave a batch of one, whose "
+                "statistics TENT cannot use; choose another --data.batch_size"
             )
         module.backbone.requires_grad_(False)
         layers = _batch_norms(module, self)
@@ -197,7 +199,7 @@ class TENT(TestTimeAdaptation):
         self.optimizer = torch.optim.Adam(self.learned, self.lr)
 
     def update(self, module: TransferModule, batch: Domains) -> None:
-        """One step on a batch's inputs."""
+        """Takes one step on a batch's inputs."""
         ((domain, part),) = batch.items()
         with torch.inference_mode(False), torch.enable_grad():
             x = samples.copied(part.x)  # the batch was made in inference mode
@@ -212,7 +214,7 @@ class TENT(TestTimeAdaptation):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """All steps but the last."""
+        """Takes all steps except the last."""
         for _step in range(self.steps - 1):
             self.update(cast(TransferModule, pl_module), batch)
 
@@ -225,7 +227,7 @@ class TENT(TestTimeAdaptation):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """The last step, which helps the next batch."""
+        """Takes the last step, which helps the next batch."""
         self.update(cast(TransferModule, pl_module), batch)
 
     on_predict_batch_start = on_test_batch_start
@@ -233,17 +235,17 @@ class TENT(TestTimeAdaptation):
 
 
 class T3A(TestTimeAdaptation):
-    """Test-time template adjuster: prototypes decide in place of a linear layer (Iwasawa and Matsuo, NeurIPS 2021).
+    """Test-time template adjuster: prototypes classify instead of a linear layer (Iwasawa and Matsuo, NeurIPS 2021).
 
-    The layer is the head or, of an `MLPHead`, its last; what comes before makes the features. Each class has a support
-    set, which begins with its row of the layer's weights. A batch's features, scaled to length 1, join the sets of the
-    classes that the layer gives them; of each set the `filter_k` with the lowest entropy of its probabilities stay. The
-    output of features z for class c is `<z, mean of set c, scaled to length 1>`, whose scale is not that of the layer's
-    logits: accuracy compares, loss and calibration do not. Under several processes each one adapts to its own share of
+    The layer is the head or, for an `MLPHead`, its last layer; what comes before computes the features. Each class has
+    a support set, which begins with its row of the layer's weights. A batch's features, scaled to length 1, join the
+    sets of the classes that the layer predicts; of each set the `filter_k` with the lowest entropy are kept. The output
+    of features z for class c is `<z, mean of set c, scaled to length 1>`, whose scale differs from the layer's logits:
+    accuracy can be compared, loss and calibration cannot. With several processes each one adapts to its own share of
     the data.
 
     Args:
-        filter_k: So many supports are kept of each class.
+        filter_k: Number of supports kept per class.
     """
 
     moves_backbone = False
@@ -254,15 +256,15 @@ class T3A(TestTimeAdaptation):
         self.filter_k = filter_k
 
     def check(self, module: TransferModule) -> None:
-        """Needs a head that ends in a linear layer.
+        """Checks that the head ends in a linear layer.
 
         Raises:
-            UserError: It is another one.
+            UserError: It does not.
         """
         if not isinstance(_layers(module.head)[-1], nn.Linear):
             raise UserError(
-                "callbacks: T3A begins with the weights of a torch.nn.Linear that ends the head, and this run's head "
-                f"is a {type(module.head).__name__}; take AdaBN or TENT"
+                "callbacks: T3A needs a head that ends in a torch.nn.Linear, but this run's head "
+                f"is a {type(module.head).__name__}; use AdaBN or TENT"
             )
 
     def begin(self, trainer: Trainer, module: TransferModule, loaders: Loaders) -> None:
@@ -276,7 +278,7 @@ def _layers(head: nn.Module) -> list[nn.Module]:
 
 
 class _Prototypes(nn.Module):
-    """T3A's decision; every pass adds supports."""
+    """T3A's classifier; every pass adds supports."""
 
     def __init__(self, last: nn.Linear, filter_k: int) -> None:
         super().__init__()
@@ -286,7 +288,7 @@ class _Prototypes(nn.Module):
         self.entropies = entropy(last(weights).detach().softmax(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, C)."""
+        """Maps (B, D) to (B, C)."""
         logits = self.last(features)
         self.supports = torch.cat([self.supports, F.normalize(features)])
         self.classes = torch.cat([self.classes, logits.argmax(1)])
@@ -303,16 +305,16 @@ class _Prototypes(nn.Module):
 
 @contextmanager
 def taking_statistics(layers: Sequence[BatchNorm]) -> Iterator[None]:
-    """Inside, passes give BatchNorm layers running statistics anew: the mean over batches of those of each batch.
+    """Recomputes running statistics of BatchNorm layers in this context: the mean over batches of batch statistics.
 
-    The layers are those of a module in eval mode, and are in it again afterwards.
+    The layers belong to a module in eval mode, and are in eval mode again on exit.
     """
     before = [{name: getattr(layer, name) for name in ("momentum", "p") if hasattr(layer, name)} for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # an average over all batches
+        layer.momentum = None  # averages over all batches
         layer.train()
-        cast(Any, layer).p = 0.0  # StochNorm would mix in the statistics that are being taken
+        cast(Any, layer).p = 0.0  # StochNorm would mix in the statistics that are being computed
     yield
     for layer, settings in zip(layers, before, strict=True):
         layer.eval()
@@ -323,21 +325,21 @@ def _batch_norms(module: TransferModule, adaptation: TestTimeAdaptation) -> list
     layers = [layer for layer in module.backbone.modules() if isinstance(layer, BatchNorm)]
     if not layers:
         name = type(adaptation).__name__
-        raise UserError(f"callbacks: {name} adapts BatchNorm, and the backbone has none; take T3A")
+        raise UserError(f"callbacks: {name} adapts BatchNorm, but the backbone has none; use T3A")
     return layers
 
 
 def _mixed(loader: Any, batches: list[list[int]]) -> DataLoader[Any]:
-    """The same rows in a fixed random order, and in batches of nearly one size."""
+    """Loads the same rows in a fixed random order, in batches of nearly equal size."""
     rows = torch.tensor([row for batch in batches for row in batch])
     order = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     mixed = order.tensor_split(math.ceil(len(rows) / max(BATCH, len(batches[0]))))
-    # not the loader itself, which the test may be reading already
+    # not the loader itself, which the test may already be reading
     return DataLoader(
         loader.dataset,
         batch_sampler=[batch.tolist() for batch in mixed],
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),  # of its own, so that it leaves the model's numbers alone
+        generator=torch.Generator(),  # its own, so that the global random state does not change
     )

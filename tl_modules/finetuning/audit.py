@@ -1,4 +1,4 @@
-"""Shows what trains, and stops a run in which something trains that should not, or the other way round."""
+"""Shows what trains, and stops a run if something trains that should be frozen, or the other way round."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.finetuning.summary import summary
 
-OFF = "; pass --audit false to go on all the same"
+OFF = "; pass --audit false to continue anyway"
 
 
 class FreezeAudit(Callback):
-    """Prints the summary at the start and what opens later, and checks it against what happens.
+    """Prints a summary at the start and each unfreezing later, and checks them against what actually happens.
 
-    A run stops when a parameter trains but is in no optimizer, is in the optimizer twice, is open for a whole epoch
-    without ever getting a gradient, or when a weight or buffer that is closed has changed at an epoch's end, at the end
-    of the run or in a checkpoint, whatever has changed it.
+    A run stops if a parameter trains but is in no optimizer, is in the optimizer twice, is trainable for a whole epoch
+    without ever getting a gradient, or if a frozen weight or buffer has changed at the end of an epoch, at the end of
+    the run or in a checkpoint, whatever has changed it.
 
     Args:
-        check: Whether to check; the summary is shown all the same.
+        check: Whether to check; the summary is shown in any case.
     """
 
     def __init__(self, check: bool = True) -> None:
@@ -38,15 +38,15 @@ class FreezeAudit(Callback):
         self.waiting: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets an earlier fit."""
+        """Resets the state of an earlier fit."""
         self.trainable, self.sums, self.waiting = None, {}, {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that goes on within an epoch does not come here: it can't speak of the whole epoch."""
+        """Starts the gradient check of a whole epoch; not called when a run resumes mid-epoch."""
         self.epoch_starts = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """At an epoch's first step, waits for gradients; at a change of what is open, checks and shows it."""
+        """Starts the gradient check of an epoch; when stages unfreeze, checks the optimizer and prints them."""
         if not isinstance(pl_module, BaseTransferModule):
             return
         if self.epoch_starts:
@@ -65,39 +65,39 @@ class FreezeAudit(Callback):
             console.print(said, highlight=False, soft_wrap=before is not None)  # a live bar makes room
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Crosses out what has a gradient; after an epoch's first step, usually nothing is left."""
+        """Stops waiting for parameters with a gradient; after an epoch's first step usually none are left."""
         if self.waiting:
             self.waiting = {name: p for name, p in self.waiting.items() if p.grad is None}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that what was closed has not moved and that what was open could.
+        """Checks that frozen tensors have not changed, and that trainable parameters have got a gradient.
 
         Raises:
-            UserError: It has; it could not.
+            UserError: A frozen tensor has changed, or a trainable parameter has never got a gradient.
         """
         if not self.check or not isinstance(pl_module, BaseTransferModule):
             return
         self.compare(checksums(pl_module), f"changed in epoch {trainer.current_epoch}")
         if self.waiting and trainer.is_last_batch:
             raise UserError(
-                f"freeze audit: {_some(self.waiting)} was open for the whole epoch {trainer.current_epoch} but never "
+                f"freeze audit: {_some(self.waiting)} was trainable for all of epoch {trainer.current_epoch} but never "
                 f"got a gradient: the loss does not depend on it{OFF}"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks what other callbacks have left at the end.
+        """Checks frozen tensors after all other callbacks have run.
 
         Raises:
-            UserError: They have moved what was closed.
+            UserError: A callback has changed a frozen tensor.
         """
         if self.check and isinstance(pl_module, BaseTransferModule) and self.sums:
             self.compare(checksums(pl_module), "changed at the end of training, by a callback")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Checks what a checkpoint holds in place of the module's own tensors, e.g. an average.
+        """Checks frozen tensors that a checkpoint holds in place of the module's own, e.g. an average.
 
         Raises:
-            UserError: It is not what is closed.
+            UserError: A frozen tensor differs in the checkpoint.
         """
         if not self.check or not isinstance(pl_module, BaseTransferModule) or not self.sums:
             return
@@ -105,24 +105,24 @@ class FreezeAudit(Callback):
         held = {n: {k: state.get(k, t).detach() for k, t in named.items()} for n, named in closed.items()}
         own = {t.data_ptr() for named in closed.values() for t in named.values()}
         if any(t.data_ptr() not in own for named in held.values() for t in named.values()):
-            self.compare(sums_of(held), "is another one in the checkpoint, because of a callback")
+            self.compare(sums_of(held), "differs in the checkpoint, because of a callback")
 
     def compare(self, now: Mapping[str, list[int]], what: str) -> None:
-        """Refuses sums that are not those of before.
+        """Compares checksums with the earlier ones.
 
         Raises:
-            UserError: One is not.
+            UserError: A checksum differs.
         """
         for name, sums in now.items():
             if name in self.sums and sums != self.sums[name]:
-                raise UserError(f"freeze audit: {name} is closed, but one of its weights or buffers {what}{OFF}")
+                raise UserError(f"freeze audit: {name} is frozen, but one of its weights or buffers {what}{OFF}")
 
 
 def check_optimizer(module: BaseTransferModule, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Every parameter that trains is in an optimizer, once; compared by identity.
+    """Checks that every parameter that trains is in an optimizer exactly once, by identity.
 
     Raises:
-        UserError: One is not, or twice.
+        UserError: A parameter is in none, or in several groups.
     """
     held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     names = dict(module.named_parameters())
@@ -135,14 +135,14 @@ def check_optimizer(module: BaseTransferModule, optimizers: list[torch.optim.Opt
 
 
 def checksums(module: BaseTransferModule) -> dict[str, list[int]]:
-    """A sum over the bits of each tensor that must not move now, by stage."""
+    """Returns a checksum of each tensor that must not change now, by stage."""
     return sums_of(module.finetuning.frozen_tensors(module))
 
 
 def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
-    """A sum over the bits of each tensor, by group."""
+    """Returns a checksum of each tensor, by group."""
     every = [_bits(t) for named in tensors.values() for t in named.values()]
-    values = iter(torch.stack(every).tolist() if every else [])  # one wait for the device
+    values = iter(torch.stack(every).tolist() if every else [])  # a single device synchronisation
     return {name: [next(values) for _ in named] for name, named in tensors.items()}
 
 
@@ -155,7 +155,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def _opened(module: BaseTransferModule, trainer: Trainer, before: range) -> str:
     names = [f"stage_{number}" for number in module.trainable if number not in before]
     where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
-    return f"{where}: {' and '.join(names)} {'opens' if len(names) == 1 else 'open'}"
+    return f"{where}: unfreezes {' and '.join(names)}"
 
 
 def _some(named: Mapping[str, Tensor]) -> str:

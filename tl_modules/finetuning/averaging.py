@@ -1,8 +1,8 @@
-"""Keeps averages of the weights exact where nothing trains.
+"""Keeps averages of frozen weights exact.
 
-Lightning's averaging callbacks average everything, and `decay * w + (1 - decay) * w` is not w in floating point: what
-is frozen would move by a last digit in each step, and with it whatever starts from that checkpoint. (torch 2.15's
-`get_ema_avg_fn`; `tests/finetuning/test_averaging.py` tells when it is exact.)
+Lightning's averaging callbacks average all weights, and `decay * w + (1 - decay) * w` is not exactly w in floating
+point: frozen weights would drift in the last digit with each step, and so would everything that starts from that
+checkpoint. (torch 2.15's `get_ema_avg_fn`; `tests/finetuning/test_averaging.py` shows when it becomes exact.)
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from tl_modules.errors import UserError
 
 
 def averages(module: BaseTransferModule) -> list[nn.Module]:
-    """The networks that the run's averaging callbacks keep."""
+    """Returns the averaged networks that the run's callbacks keep."""
     callbacks = cast(Any, module.trainer).callbacks if attached(module) else []
     found = [average_of(callback) for callback in callbacks if isinstance(callback, WeightAveraging)]
     return [average.module for average in found if average is not None]
 
 
 def keep_exact(module: BaseTransferModule) -> None:
-    """Lets the run's averaging callbacks average what trains alone; called when a fit starts.
+    """Makes the run's averaging callbacks average only what trains; called when a fit starts.
 
     Raises:
-        UserError: A callback cannot be kept from moving what is closed.
+        UserError: A callback would change frozen tensors in a way that cannot be prevented.
     """
     for callback in cast(Any, module.trainer).callbacks:
         opens_all = len(module.finetuning.open_stages(module, 0)) == module.num_stages
         if isinstance(callback, StochasticWeightAveraging) and not opens_all:
             raise UserError(
-                "callbacks: StochasticWeightAveraging takes BatchNorm's statistics anew, those of closed stages too; "
-                "take EMAWeightAveraging, or Full"
+                "callbacks: StochasticWeightAveraging recomputes BatchNorm's statistics, even in frozen stages; "
+                "use EMAWeightAveraging, or Full"
             )
         if isinstance(callback, WeightAveraging) and (average := average_of(callback)) is not None:
             average.update_parameters = _Update(average)
 
 
 class _Update:
-    """Updates an average, and then takes over what rests as it is.
+    """Updates an average, then copies frozen tensors unchanged.
 
     Args:
         average: torch's AveragedModel.
@@ -61,7 +61,7 @@ class _Update:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
             self.trainable, self.pairs = module.trainable, [(mine[name], tensor) for name, tensor in _resting(module)]
         for average, current in self.pairs:
-            if average.shape != current.shape:  # a buffer that has got its size since
+            if average.shape != current.shape:  # a buffer that was resized since
                 average.resize_(current.shape)
         self.update(module)
         for average, current in self.pairs:
@@ -69,7 +69,7 @@ class _Update:
 
 
 def _resting(module: BaseTransferModule) -> list[tuple[str, Tensor]]:
-    """What no optimizer moves now: what is closed, and the methods' buffers and parameters without gradient."""
+    """Lists tensors that no optimizer updates now: frozen ones, the methods' buffers and their frozen parameters."""
     methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
     buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]
     return (

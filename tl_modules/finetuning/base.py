@@ -1,16 +1,15 @@
-"""Defines a fine-tuning strategy: a pure function from the position in training to what trains.
+"""Defines a fine-tuning strategy: a pure function from the position in training to the stages that train.
 
     stages        [ 0 ][ 1 ][ 2 ][ 3 ][ head ]
     range(4, 4)     -    -    -    -     x        x trains; - is frozen: no gradient, and in eval mode, so that
     range(2, 4)     -    -    x    x     x        BatchNorm keeps its running statistics
     range(0, 4)     x    x    x    x     x
 
-Nothing is remembered: a resumed run derives what is open from its epoch or step. Every parameter is in the optimizer,
-in a named group, from the first step, and every parameter that will ever train requires a gradient when the Trainer
-wraps the module, so that DDP sees it. Parameters of the backbone that are in no stage are new, as the head is, and
-always train. The strategy is applied at each epoch's start and whenever something calls `train()` (`StagedModule`,
-staged.py); after a validation Lightning gives every submodule the mode that it had before. The strategies themselves
-are in freezing.py and lora.py.
+No state is stored: a resumed run derives the trainable stages from its epoch or step. Every parameter is in the
+optimizer, in a named group, from the first step, and every parameter that will ever train requires a gradient when the
+Trainer wraps the module, so that DDP sees it. Parameters of the backbone that are in no stage are new, like the head,
+and always train. The strategy is applied at each epoch's start and in every `train()` (`StagedModule`, staged.py);
+after a validation Lightning restores every submodule's mode. The strategies themselves are in freezing.py and lora.py.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ from tl_modules.errors import UserError
 __all__ = ["FineTuning"]
 
 Unit = Literal["epochs", "steps", "fraction"]
-# the rate that a new head needs destroys pretrained weights; if few of them train, a higher one is safe
+# the rate that a new head needs destroys pretrained weights; if few of them train, a higher rate is safe
 PRETRAINED_LR, PART_LR = 1 / 30, 1 / 10
 
 
 class FineTuning:
     """Decides which stages of the backbone train; the head and the methods always do.
 
-    A subclass writes `trainable_stages`, and `trains` if only some parameters of these stages are to train. Stages may
-    be unfrozen during training, never frozen again.
+    A subclass implements `trainable_stages`, and `trains` if only some parameters of these stages are to train. Stages
+    may be unfrozen during training, but never frozen again.
 
     Attributes:
-        unit: What the position is counted in.
+        unit: The unit of the position.
         pretrained_lr: The default of `backbone_lr` for a pretrained backbone.
-        merged: Whether what it has added to the network has become part of the weights.
+        merged: Whether the parameters that it has added to the network have been merged into the weights.
 
     Args:
         lr_decay: Learning rate of a stage relative to the one above it, from the head down (discriminative learning
             rates, Howard and Ruder, ACL 2018); 1 gives all stages the same.
         backbone_lr: Learning rate of the backbone relative to the head's. None: if the backbone is pretrained, 1/30, or
             1/10 in strategies that train little of it; if it starts at random, 1.
-        batch_norm: "train" normalises by the batch in open stages and moves the running statistics; "eval" keeps those
-            of the pretrained weights, which a little data cannot better. None is "eval" where a pretrained backbone is
-            fine-tuned on one labelled domain, and "train" elsewhere. Layers without weights, which only standardise,
-            always train.
+        batch_norm: "train" normalises by batch statistics in trainable stages and updates the running ones; "eval" uses
+            the running statistics of the pretrained weights, which little data cannot improve. None is "eval" if a
+            pretrained backbone is fine-tuned on one labelled domain, and "train" otherwise. Layers without weights,
+            which only standardise, always update.
     """
 
     unit: Unit = "epochs"
@@ -66,13 +65,13 @@ class FineTuning:
         batch_norm: Literal["train", "eval"] | None = None,
     ) -> None:
         if not 0 < lr_decay <= 1:
-            raise UserError(f"lr_decay: {lr_decay} must lie in (0, 1]")
+            raise UserError(f"lr_decay: {lr_decay} must be in (0, 1]")
         if backbone_lr is not None and not 0 < backbone_lr <= 1:
-            raise UserError(f"backbone_lr: {backbone_lr} must lie in (0, 1]")
+            raise UserError(f"backbone_lr: {backbone_lr} must be in (0, 1]")
         self.lr_decay, self.backbone_lr, self.batch_norm = lr_decay, backbone_lr, batch_norm
 
     def relative_lr(self, random: bool) -> float:
-        """The backbone's learning rate relative to the head's, where its weights start at random or not."""
+        """Returns the backbone's learning rate relative to the head's, given whether its weights start at random."""
         if self.backbone_lr is not None:
             return self.backbone_lr
         return 1.0 if random else self.pretrained_lr
@@ -81,46 +80,47 @@ class FineTuning:
         """Returns which stages train, numbered from the input.
 
         Args:
-            position: How far training is, in `unit`: the epoch (from 0), the optimizer steps taken, or their fraction.
-            stages: How many the backbone has.
+            position: The position in training, in `unit`: the epoch (from 0), the optimizer steps taken, or their
+                fraction.
+            stages: Number of stages of the backbone.
         """
         raise NotImplementedError
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """Returns whether a parameter of a stage that trains does.
+        """Returns whether a parameter of a trainable stage trains.
 
         Args:
             name: Its name in the module that holds it, e.g. "bias".
-            owner: That module.
+            owner: The module that holds it.
         """
         return True
 
     @property
     def end(self) -> float:
-        """The largest position: what is frozen there is frozen for the whole run."""
+        """The last position: what is frozen there is frozen for the whole run."""
         return 1.0 if self.unit == "fraction" else float(sys.maxsize)
 
     def open_stages(self, module: BaseTransferModule, position: float | None = None) -> range:
-        """Returns which of a module's stages train at a position; None is the end.
+        """Returns the stages of a module that train at a position; None is the end.
 
-        Those that its backbone keeps closed, the first ones, are not counted.
+        The first stages, which the backbone keeps frozen, are not included.
         """
         closed = module.backbone.closed
         found = self.trainable_stages(self.end if position is None else position, module.num_stages - closed)
         return range(found.start + closed, found.stop + closed)
 
     def opens_later(self, stages: int) -> bool:
-        """Returns whether a stage that is frozen at the start will train."""
+        """Returns whether a stage that is frozen at the start will train later."""
         return self.trainable_stages(self.end, stages) != self.trainable_stages(0, stages)
 
     def extend(self, module: BaseTransferModule) -> None:
-        """Adds parameters of its own to the stages; called once, before the methods look at the module."""
+        """Adds new parameters to the stages; called once, before methods copy anything from the module."""
 
     def merge(self, module: BaseTransferModule) -> None:
-        """Puts what `extend` has added into the weights, for good; `merged` says whether there was anything."""
+        """Merges the parameters that `extend` has added into the weights; `merged` says whether there were any."""
 
     def parameters(self, stages: Sequence[nn.Module]) -> Iterator[tuple[int, nn.Parameter, bool]]:
-        """Yields every parameter once: the first stage that holds it, itself, and whether it trains with its stage."""
+        """Yields every parameter once: its first stage, the parameter, and whether it trains with the stage."""
         seen: set[int] = set()
         for number, stage in enumerate(stages):
             for owner in stage.modules():
@@ -130,41 +130,41 @@ class FineTuning:
                         yield number, parameter, self.trains(name, owner)
 
     def prepare(self, module: BaseTransferModule) -> None:
-        """Freezes for good what never trains; called once, when the module is built.
+        """Freezes permanently what never trains; called once, in the module's constructor.
 
         Raises:
-            UserError: The strategy trains parameters of a kind that the backbone lacks.
+            UserError: The strategy trains a kind of parameter that the backbone lacks.
         """
         stages = module.stages()
         trains = [each for *_, each in self.parameters(stages)]
         if trains and not any(trains):
             raise UserError(
                 f"finetuning: {type(self).__name__} finds no parameter to train in {type(module.backbone).__name__}; "
-                "take LastStages, or FeatureExtraction if only the head is to train"
+                "use LastStages, or FeatureExtraction to train only the head"
             )
         self.apply(module, self.end)
 
     def check(self, module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
-        """Refuses a run in which it cannot train; called when training starts.
+        """Rejects a run in which the strategy cannot train; called when training starts.
 
         Args:
-            module: As it is at the start.
-            loaders: Of the training data, by domain.
+            module: The module at the start.
+            loaders: The training loaders, by domain.
 
         Raises:
-            UserError: Nothing trains, DDP would lose stages that are unfrozen later, or BatchNorm would see a batch of
+            UserError: Nothing trains, DDP would miss stages that are unfrozen later, or BatchNorm would get a batch of
                 one.
         """
         name = module.strategy_name()
         if not any(p.requires_grad for p in module.parameters()):
             raise UserError(
-                f"finetuning: nothing trains, since a method keeps the head and {name} closes the backbone; take Full"
+                f"finetuning: nothing trains, since a method freezes the head and {name} freezes the backbone; use Full"
             )
         strategy = module.trainer.strategy
         plain_ddp = isinstance(strategy, DDPStrategy) and not finds_unused_parameters(strategy)
         if plain_ddp and self.opens_later(module.num_stages):
             raise UserError(
-                f"finetuning: {name} opens stages during training, which plain ddp cannot follow; pass "
+                f"finetuning: {name} unfreezes stages during training, which plain ddp does not support; pass "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
         if any(isinstance(m, BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in module.modules()):
@@ -172,12 +172,12 @@ class FineTuning:
                 _check_last_batch(loader)
 
     def apply(self, module: BaseTransferModule, position: float) -> None:
-        """Freezes and unfreezes: requires_grad and, in training, train or eval mode."""
+        """Freezes and unfreezes: sets requires_grad and, in training, train or eval mode."""
         stages = module.stages()
         trainable = self.open_stages(module, position)
-        # what belongs to no stage (containers, a BatchNorm without parameters) is frozen until all stages train
+        # modules in no stage (containers, a BatchNorm without parameters) are frozen until all stages train
         module.backbone.train(module.training and len(trainable) == len(stages))
-        if len(stages) > len(module.backbone.stages()):  # a pretrained head, whose parts in no stage are new
+        if len(stages) > len(module.backbone.stages()):  # a pretrained head; its parts outside stages are new
             module.head.train(module.training)
         for part in new_parts(module.backbone):
             part.train(module.training)
@@ -193,8 +193,8 @@ class FineTuning:
     def param_groups(self, module: BaseTransferModule) -> Iterator[dict[str, Any]]:
         """Yields groups `head`, `bottleneck`, `fusion`, the methods' names, `stage_N`, with every parameter once.
 
-        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of the
-        stages, the head and the methods. One that does not train with its stage is left out.
+        `lr_scale` multiplies the learning rate. A parameter that several parts share belongs to the first of them, in
+        the order stages, head, methods. Parameters that do not train with their stage are left out.
         """
         stages = module.stages()
         of_stage: list[list[nn.Parameter]] = [[] for _ in stages]
@@ -203,7 +203,7 @@ class FineTuning:
             seen.add(id(parameter))
             if trains:
                 of_stage[number].append(parameter)
-        # methods also hold networks that never train (a teacher, a copy of the pretrained one)
+        # methods also hold networks that never train (a teacher, a copy of the pretrained network)
         methods = [(name, [p for p in m.parameters() if p.requires_grad]) for name, m in module.named_methods()]
         new = [("head", list(module.head.parameters())), ("bottleneck", list(module.bottleneck.parameters()))]
         new += [("fusion", new_parameters(module.backbone))]
@@ -220,7 +220,7 @@ class FineTuning:
     def frozen_tensors(self, module: BaseTransferModule) -> dict[str, dict[str, Tensor]]:
         """Returns the parameters and buffers that must not change now, by part and by name.
 
-        While a stage is frozen, what belongs to no stage is too; the head is if none of it trains.
+        While any stage is frozen, so is what belongs to no stage; the head is frozen if none of it trains.
         """
         stages = module.stages()
         stage_of: dict[int, int] = {}
@@ -254,13 +254,13 @@ class FineTuning:
 
 
 def new_parameters(backbone: BaseBackbone) -> list[nn.Parameter]:
-    """Lists the parameters of a backbone that are in no stage: they are new."""
+    """Lists the parameters of a backbone that are in no stage, and so are new."""
     staged = {id(p) for stage in backbone.stages() for p in stage.parameters()}
     return [p for p in backbone.parameters() if id(p) not in staged]
 
 
 def new_parts(backbone: BaseBackbone) -> list[nn.Module]:
-    """Lists the modules of a backbone that hold such parameters and no others."""
+    """Lists the modules of a backbone that hold only new parameters."""
     new = {id(p) for p in new_parameters(backbone)}
     held = [(part, {*map(id, part.parameters())}) for part in backbone.modules()] if new else []
     return [part for part, own in held if own and own <= new]

@@ -1,4 +1,4 @@
-"""Strategies that freeze stages or parameters: each is a line or two."""
+"""Strategies that freeze stages or parameters, one or two lines each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Full(FineTuning):
     """Trains every stage from the start (the classical fine-tuning)."""
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """All."""
+        """Returns all stages."""
         return range(stages)
 
 
@@ -33,17 +33,17 @@ class FeatureExtraction(FineTuning):
     """Trains the head on a frozen backbone."""
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """None."""
+        """Returns no stage."""
         return range(stages, stages)
 
 
 class LastStages(FineTuning):
     """Trains the head and the last `k` stages.
 
-    If nothing else is said, a pretrained backbone gets 1 / (10 k) of the head's learning rate, at least 1/30.
+    By default a pretrained backbone gets 1 / (10 k) of the head's learning rate, at least 1/30.
 
     Args:
-        k: How many stages, counted from the head.
+        k: Number of stages, counted from the head.
         **kwargs: As for `FineTuning`.
     """
 
@@ -55,7 +55,7 @@ class LastStages(FineTuning):
         self.pretrained_lr = max(PRETRAINED_LR, PART_LR / max(1, k))
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """The last k."""
+        """Returns the last k stages."""
         return range(max(0, stages - self.k), stages)
 
 
@@ -65,7 +65,7 @@ class FirstStages(FineTuning):
     For a target whose inputs look different (noise, blur, another sensor) while the labels mean the same.
 
     Args:
-        k: How many stages, counted from the input.
+        k: Number of stages, counted from the input.
         **kwargs: As for `FineTuning`.
     """
 
@@ -78,17 +78,17 @@ class FirstStages(FineTuning):
         self.k = k
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """The first k."""
+        """Returns the first k stages."""
         return range(min(self.k, stages))
 
 
 class GradualUnfreezing(FineTuning):
-    """Unfreezes one more stage every so often, from the head down (Howard and Ruder, ACL 2018).
+    """Unfreezes one more stage at regular intervals, from the head down (Howard and Ruder, ACL 2018).
 
     Args:
-        every: How long between two openings, in `unit`; the first stage opens after the head has trained alone so long.
+        every: Interval between two unfreezings, in `unit`; the head trains alone in the first interval.
         unit: "epochs", "steps" (of the optimizer) or "fraction" (of all the run's steps).
-        **kwargs: As for `FineTuning`; the paper takes 1 / 2.6 as `lr_decay`.
+        **kwargs: As for `FineTuning`; the paper uses 1 / 2.6 as `lr_decay`.
     """
 
     def __init__(self, every: float = 1, unit: Unit = "epochs", **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ class GradualUnfreezing(FineTuning):
         self.every, self.unit = _checked("every", every, unit), unit
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """One more each time."""
+        """Returns one more stage after each interval."""
         return range(max(0, stages - int(position / self.every + 1e-9)), stages)
 
 
@@ -117,7 +117,7 @@ class FreezeThenUnfreeze(FineTuning):
         self.after, self.unit = _checked("after", after, unit), unit
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """None, then all."""
+        """Returns no stage, then all."""
         return range(0 if position >= self.after else stages, stages)
 
 
@@ -127,7 +127,7 @@ class BitFit(Full):
     pretrained_lr = PART_LR
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """The biases."""
+        """Returns whether it is a bias."""
         return name.endswith("bias")
 
 
@@ -137,13 +137,13 @@ class NormOnly(Full):
     pretrained_lr = PART_LR
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """Those of a layer whose class, or one that it derives from, is called a norm."""
+        """Returns whether the layer's class, or a base class of it, is named a norm."""
         return any("norm" in kind.__name__.lower() for kind in type(owner).__mro__)
 
 
 def _checked(name: str, value: float, unit: Unit) -> float:
     if unit == "fraction" and not 0 < value < 1:
-        raise UserError(f"{name}: {value} is no fraction of the run between 0 and 1")
+        raise UserError(f"{name}: {value} is not a fraction of the run between 0 and 1")
     if unit != "fraction" and (value < 1 or value != int(value)):
         raise UserError(f"{name}: {value} must be a whole number of {unit}, at least 1 (or pass unit: fraction)")
     return value

@@ -1,11 +1,10 @@
-"""Starts a head: by the labels that training sees, and a linear one in closed form on a frozen pretrained backbone.
+"""Initialises the head: from the training labels, and a linear one in closed form on a frozen pretrained backbone.
 
 labels of the training data -> `Task.see_labels`, e.g. their mean and deviation
 
-The closed form is of the features that the backbone gives of the training data.
-
-Not where the backbone will train too: a head that already fits the training data leaves little gradient to learn from,
-and in trials with MobileNetV1 fine-tuning from it ended 2 to 7 points behind (clothes, emoji, magnetic tiles).
+The closed form uses the backbone's features of the training data. It is not used if the backbone will train too: a head
+that already fits the training data leaves little gradient to learn from, and in trials with MobileNetV1 fine-tuning
+from it ended 2 to 7 points lower (clothes, emoji, magnetic tiles).
 
 training data, not augmented -> backbone in eval mode -> features -> the task's closed form -> the head's last layer
 """
@@ -27,15 +26,15 @@ from tl_modules.batch.task import Task
 from tl_modules.heads import Bottleneck, LinearHead
 
 log = logging.getLogger(__name__)
-MANY = 10_000  # samples; more would not change the start much
+MANY = 10_000  # samples; more would hardly change the result
 
 
 def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
-    """Shows the task the labels, and gives a head without weights those of the closed form; leaves any other as it is.
+    """Passes the labels to the task, and initialises a head without weights in closed form; any other head is kept.
 
     Args:
-        module: On its device, in a fit that starts.
-        loaders: Of the training data, by domain.
+        module: The module on its device, in a fit that starts.
+        loaders: The training loaders, by domain.
     """
     trainer, head = module.trainer, module.head
     if trainer.ckpt_path is None and (labels := _visible_labels(loaders)):
@@ -64,7 +63,7 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
     everything = [pair for part in every_rank(trainer, found) for pair in part]
     features, labels = ([pair[i] for pair in everything] for i in range(2))
     solved = module.closed_form(torch.cat(features), torch.cat(labels)) if features else None
-    solved = trainer.strategy.broadcast(solved)  # its last digits can differ from machine to machine
+    solved = trainer.strategy.broadcast(solved)  # its last digits can differ between machines
     if solved is None:
         return
     with torch.no_grad():
@@ -76,7 +75,7 @@ def start_head(module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
 
 
 def _visible_labels(loaders: Mapping[str, Any]) -> list[Any]:
-    """The labels of the training rows of each domain whose data set has `targets` in memory, as numbers."""
+    """Returns the labels of the training rows of each domain whose data set has `targets` in memory, as numbers."""
     views = [loader.dataset for loader in loaders.values() if getattr(loader.dataset, "label", "") == "y"]
     found = [(np.asarray(getattr(view.dataset, "targets", None)), np.asarray(view.rows)) for view in views]
     return [targets[rows] for targets, rows in found if targets.ndim and targets.dtype.kind in "fiu"]

@@ -1,10 +1,10 @@
-r"""Small trainable layers beside frozen ones: LoRA and what else peft can put into a network.
+r"""Small trainable layers beside frozen ones: LoRA and other adapters of peft.
 
     x --> [ W, frozen ] --> + --> y        y = W x + alpha / r B A x
-     \--> [ A ] --> [ B ] -/               B is 0 at the start, so that the network is at first what it was
+     \--> [ A ] --> [ B ] -/               B starts at 0, so that the network is unchanged at first
 
-peft (https://github.com/huggingface/peft) builds the layers; this file says where they are, when they train, and how
-they leave the network again: merged into the weights, or alone, in peft's own files.
+peft (https://github.com/huggingface/peft) builds the layers; this file decides where they are, when they train, and how
+they leave the network again: merged into the weights, or separately, in peft's own files.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from tl_modules.finetuning.freezing import Full
 
 __all__ = ["LoRA"]
 
-# what networks call the projections to queries and values, of which LoRA's authors adapt these two
+# common names of the projections to queries and values, the two that LoRA's authors adapt
 QUERY_VALUE = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v", "qkv", "query_key_value")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
 class LoRA(FineTuning):
-    """Trains the head and low-rank additions to frozen layers (Hu et al., ICLR 2022), or others of peft's adapters.
+    """Trains the head and low-rank additions to frozen layers (Hu et al., ICLR 2022), or other adapters of peft.
 
-    A run with it is tested, resumed and asked as a teacher like any other. `--model.save trainable` keeps the adapters
-    and the head alone; `tl compress` makes a run of the merged weights; `save_adapters` writes what peft reads.
+    A run with it can be tested, resumed and used as a teacher like any other. `--model.save trainable` saves only
+    adapters and head; `tl compress` makes a run with merged weights; `save_adapters` writes peft's files.
 
     Args:
         r: Rank of the additions.
-        alpha: They count alpha / r.
+        alpha: The additions are scaled by alpha / r.
         dropout: Share of their inputs that is dropped in training.
-        targets: Which layers have them, by the ends of their names, e.g. [query, value], or one regular expression for
-            the whole name; "all-linear" is every linear layer. None: the attention's projections to queries and values;
-            in networks without such every linear, convolutional and embedding layer.
-        kind: Which adapter, by peft's name: lora, loha, lokr, ia3, oft, boft, hra, ln_tuning, ... Those that share
-            state between layers (vera) or lengthen the input (prefix_tuning) are refused.
-        options: Further arguments of peft's config of that kind, e.g. {use_dora: true} or {use_rslora: true}.
-        whole: Modules that train whole in place of adapters, by a run of their names, e.g. [parts.image], one backbone
-            of several.
-        opening: Which stages have adapters and from when on they train, e.g. LastStages or GradualUnfreezing; None:
-            all, from the start.
+        targets: The adapted layers, by the ends of their names, e.g. [query, value], or one regular expression for the
+            whole name; "all-linear" is every linear layer. None: the attention's projections to queries and values; in
+            networks without these every linear, convolutional and embedding layer.
+        kind: The adapter, by peft's name: lora, loha, lokr, ia3, oft, boft, hra, ln_tuning, ... Adapters that share
+            state between layers (vera) or lengthen the input (prefix_tuning) are rejected.
+        options: Further arguments of peft's config of that adapter, e.g. {use_dora: true} or {use_rslora: true}.
+        whole: Modules that train fully instead of getting adapters, by a consecutive part of their names, e.g.
+            [parts.image], one of several backbones.
+        opening: The strategy that decides which stages have adapters and when these train, e.g. LastStages or
+            GradualUnfreezing; None: all, from the start.
         **kwargs: As for `FineTuning`.
 
     Raises:
@@ -81,18 +81,18 @@ class LoRA(FineTuning):
         self.whole, self.unit = whole or [], self.opening.unit
 
     def trainable_stages(self, position: float, stages: int) -> range:
-        """Those of `opening`."""
+        """Returns the stages of `opening`."""
         return self.opening.trainable_stages(position, stages)
 
     def trains(self, name: str, owner: nn.Module) -> bool:
-        """What `extend` has added, and what is to train whole."""
+        """Returns whether `extend` has added the parameter, or its module trains fully."""
         return getattr(owner, "trains_beside", False)
 
     def extend(self, module: BaseTransferModule) -> None:
-        """Puts adapters into the stages that will train.
+        """Adds adapters to the stages that will train.
 
         Raises:
-            UserError: There is no such layer, or peft refuses it.
+            UserError: There is no such layer, or peft rejects it.
         """
         stages = module.stages()
         inside = {id(layer) for number in self.open_stages(module) for layer in stages[number].modules()}
@@ -104,10 +104,10 @@ class LoRA(FineTuning):
                 self._insert(part, names)
 
     def chosen(self, layers: dict[str, nn.Module]) -> list[str]:
-        """Names those of the layers that get adapters.
+        """Returns the names of the layers that get adapters.
 
         Raises:
-            UserError: `targets` names none of them.
+            UserError: `targets` matches no layer.
         """
         within = {
             id(m) for layer in layers.values() if isinstance(layer, nn.MultiheadAttention) for m in layer.modules()
@@ -125,11 +125,11 @@ class LoRA(FineTuning):
             found = [n for n in layers if any(f".{n}".endswith(f".{end}") for end in self.targets)]
         if layers and not found:
             there = dict.fromkeys(n.split(".")[-1] for n, m in fit.items() if isinstance(m, LAYERS))
-            raise UserError(f"targets: no layer is called {self.targets}; there are {short(there)}")
+            raise UserError(f"targets: no layer is named {self.targets}; there are {short(there)}")
         return found
 
     def config(self, names: list[str]) -> Any:
-        """Peft's config of adapters in layers of these names.
+        """Returns peft's config of adapters in layers with these names.
 
         Raises:
             UserError: peft is missing, or has no such adapter or option.
@@ -148,7 +148,7 @@ class LoRA(FineTuning):
         try:
             return kinds[self.kind](**{k: v for k, v in given.items() if k in fields} | self.options)
         except (TypeError, ValueError) as error:
-            raise UserError(f"options: peft's {self.kind.lower()} does not take them ({_first_line(error)})") from error
+            raise UserError(f"options: peft's {self.kind.lower()} rejects them ({_first_line(error)})") from error
 
     def _insert(self, part: nn.Module, names: list[str]) -> None:
         config = self.config(names)
@@ -157,7 +157,7 @@ class LoRA(FineTuning):
         known, before = {id(m) for m in part.modules()}, vars(part).get("peft_config")
         for layer in part.modules():
             if isinstance(layer, nn.TransformerEncoderLayer):
-                layer.activation_relu_or_gelu = 0  # its fast path would read the weights past the adapters
+                layer.activation_relu_or_gelu = 0  # its fast path would bypass the adapters
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -165,11 +165,11 @@ class LoRA(FineTuning):
         except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"finetuning: peft cannot put {self.kind.lower()} into {type(part).__name__} ({_first_line(error)}); "
-                "take other targets, another kind, or other options"
+                "use other targets, another kind, or other options"
             ) from error
         if before is None:
             vars(part).pop("peft_config", None)
-        part.requires_grad_(True)  # peft froze what it did not add; `apply` says what trains
+        part.requires_grad_(True)  # peft froze what it did not add; `apply` decides what trains
         for layer in part.modules():
             if id(layer) not in known and next(layer.parameters(recurse=False), None) is not None:
                 layer.trains_beside = True  # type: ignore[assignment]
@@ -178,7 +178,7 @@ class LoRA(FineTuning):
                 layer.register_forward_hook(_put_back_weights, always_call=True)
 
     def merge(self, module: BaseTransferModule) -> None:
-        """Adds the adapters to the weights and takes them out; outputs stay the same but for rounding."""
+        """Merges the adapters into the weights and removes them; outputs stay the same up to rounding."""
         for name, layer in list(adapter_layers(module)):
             parent, _, child = name.rpartition(".")
             if hasattr(layer, "unload_and_optionally_merge_module"):
@@ -190,16 +190,16 @@ class LoRA(FineTuning):
             self.merged = True
 
     def save_adapters(self, network: nn.Module, folder: Path | str) -> None:
-        """Writes the adapters of a network as peft does: adapter_config.json and adapter_model.safetensors.
+        """Writes the adapters of a network in peft's format: adapter_config.json and adapter_model.safetensors.
 
-        `peft.PeftModel.from_pretrained(network as it was, folder)` then is what this network is.
+        `peft.PeftModel.from_pretrained(original_network, folder)` then equals this network.
 
         Args:
-            network: The one that peft will be given, e.g. `module.backbone.model`.
-            folder: Where to; made where it is missing.
+            network: The network that will be passed to peft, e.g. `module.backbone.model`.
+            folder: The output folder; created if missing.
 
         Raises:
-            UserError: There is no adapter in it.
+            UserError: The network has no adapter.
         """
         names = [name for name, _ in adapter_layers(network)]
         if not names:
@@ -221,7 +221,7 @@ class LoRA(FineTuning):
 
 
 def adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the outermost layers of peft's in a network, by name."""
+    """Yields the outermost peft layers in a network, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     outer = None
@@ -232,7 +232,7 @@ def adapter_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _merging(layer: Any) -> list[tuple[nn.Module, str]]:
-    """The weights that peft's attention adds its adapters to, and subtracts them from, in each forward."""
+    """Returns the weights to which peft's attention adds its adapters, and subtracts them again, in each forward."""
     attention = layer.get_base_layer()
     return [(attention, "in_proj_weight"), (attention.out_proj.get_base_layer(), "weight")]
 
@@ -242,7 +242,7 @@ def _note_weights(layer: Any, *_: Any) -> None:
 
 
 def _put_back_weights(layer: Any, *_: Any) -> None:
-    """Puts back the very weights, which rounding would move a little each time."""
+    """Restores the exact weights, which rounding would change slightly each time."""
     for (owner, name), weight in zip(_merging(layer), layer.weights_before, strict=True):
         delattr(owner, name)
         owner.register_parameter(name, weight)

@@ -1,11 +1,12 @@
-"""Finds a learning rate: one factor grows from step to step, until the loss diverges (Smith, WACV 2017).
+"""Finds a learning rate: a factor grows with each step until the loss diverges (Smith, WACV 2017).
 
     rate of the head   1e-6 .......................... 1    every other group: its `lr_scale` times that
-    suggestions        valley: half way down the longest fall of the smoothed loss, low behind a long plateau
-                       minimum: a tenth of the rate at its minimum; steepest: where it falls fastest, daring
+    suggestions        valley: half way down the longest fall of the smoothed loss, low after a long plateau
+                       minimum: a tenth of the rate at its minimum; steepest: where it falls fastest, aggressive
 
-What changes during a run is held as it is at its end, so that nothing else moves the loss: all stages that will train
-are open, and weights of methods that ramp are full. The first step is the run's own, a head in closed form included.
+Values that change during a run are held at their final value, so that nothing else affects the loss: all stages that
+will train are unfrozen, and ramped weights of methods are full. The first step is the run's own, including a
+closed-form head.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def smoothed(losses: Sequence[float], beta: float = 0.9) -> list[float]:
 def diverges(means: Sequence[float]) -> bool:
     """Returns whether the last smoothed loss is worse than the first, and 4 times the best.
 
-    Losses may be negative: what counts is the distance to the best, beyond 3 times its size.
+    Losses may be negative, so distances to the best count, beyond 3 times its absolute value.
     """
     best = min(means)
     return means[-1] > means[0] and means[-1] - best > (DIVERGED - 1) * abs(best)
@@ -66,9 +67,9 @@ def steepest(rates: Sequence[float], means: Sequence[float]) -> int:
 
 
 def falls(losses: Sequence[float]) -> bool:
-    """Returns whether the smoothed loss falls below that of the first tenth by more than the losses there differ.
+    """Returns whether the smoothed loss falls below that of the first tenth by more than the variation there.
 
-    That is their standard deviation, or a thousandth of the loss where they are all alike.
+    The variation is the standard deviation, or a thousandth of the loss if that is constant.
     """
     first = losses[: max(2, len(losses) // 10)]
     if len(losses) <= len(first):
@@ -77,27 +78,27 @@ def falls(losses: Sequence[float]) -> bool:
 
 
 class LearningRateSweep(Callback):
-    """Raises the learning rates together, from step to step, and keeps the losses.
+    """Raises all learning rates together, from step to step, and records the losses.
 
     Args:
         min_lr: The head's rate in the first step.
-        max_lr: In the last one.
-        steps: How many there are, of the optimizer.
+        max_lr: The head's rate in the last step.
+        steps: Number of optimizer steps.
 
     Attributes:
-        rates: The head's, of each step whose loss is kept.
-        losses: Of each step, a mean over accumulated batches and processes.
-        ended: Why there are no more of them; None: the last rate was reached.
+        rates: The head's rate in each step whose loss is recorded.
+        losses: The loss of each step, a mean over accumulated batches and processes.
+        ended: Why the sweep stopped early; None: the last rate was reached.
 
     Raises:
-        UserError: There is no range, or too few steps for one.
+        UserError: The range is empty, or there are too few steps.
     """
 
     def __init__(self, min_lr: float = 1e-6, max_lr: float = 1.0, steps: int = 100) -> None:
         if not 0 < min_lr < max_lr < math.inf:
             raise UserError(f"min_lr, max_lr: {min_lr} must be above 0 and below {max_lr}")
         if steps < 10:
-            raise UserError(f"steps: {steps} must be at least 10, to see where the loss falls")
+            raise UserError(f"steps: {steps} must be at least 10, to show where the loss falls")
         self.min_lr, self.max_lr, self.steps = min_lr, max_lr, steps
         self.rates: list[float] = []
         self.losses: list[float] = []
@@ -106,7 +107,7 @@ class LearningRateSweep(Callback):
 
     @property
     def rate(self) -> float:
-        """The head's rate in the present step: min_lr (max_lr / min_lr)^(step / (steps - 1))."""
+        """The head's rate in the current step: min_lr (max_lr / min_lr)^(step / (steps - 1))."""
         return float(self.min_lr * (self.max_lr / self.min_lr) ** (len(self.rates) / (self.steps - 1)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -117,7 +118,7 @@ class LearningRateSweep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the loss; ends where it diverges, or a loss or weight is not finite."""
+        """Records the loss; stops if it diverges, or if a loss or weight is not finite."""
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it
         self.batches.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
         if trainer.global_step == len(self.rates):  # the optimizer has not stepped
@@ -138,9 +139,9 @@ class LearningRateSweep(Callback):
         self.ended, trainer.should_stop = why, True
 
     def suggestions(self) -> dict[str, float]:
-        """Returns the rates by `valley`, `minimum` and `steepest`; {} where the loss does not fall.
+        """Returns the rates by `valley`, `minimum` and `steepest`; {} if the loss does not fall.
 
-        Left out are, as in fastai, the first tenth of the steps, where the mean is of few batches, and the last 5.
+        As in fastai, the first tenth of the steps, where the mean is over few batches, and the last 5 are left out.
         """
         if not falls(self.losses):
             return {}
@@ -156,7 +157,7 @@ class LearningRateSweep(Callback):
         }
 
     def figure(self) -> Any:
-        """Returns matplotlib's figure of loss over rate, with what is suggested."""
+        """Returns a matplotlib figure of loss over rate, with the suggestions."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")

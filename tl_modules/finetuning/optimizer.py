@@ -1,4 +1,4 @@
-"""How a run is optimised: what `TransferModule` builds where the config says nothing else, and how rates are resumed.
+"""Defaults of a run's optimisation that its config leaves open, and how learning rates are resumed.
 
 part                         learning rate                       changed by
 head, methods                3e-3 (AdamW)                        --model.optimizer.lr
@@ -16,8 +16,8 @@ data                         epochs                              changed by
 fine-tuning                  10, or more up to 10,000 samples    --trainer.max_epochs
 beside a source              10, or more up to 30,000 samples    --trainer.max_epochs
 
-Gradients are not clipped (--trainer.gradient_clip_val). 3e-3 and 0.01 stand in `TransferModule.__init__`, 1/30 and 1/10
-in finetuning/base.py and freezing.py; the rows' optimizer and the epochs are decided here, and only `tl` asks.
+Gradients are not clipped (--trainer.gradient_clip_val). 3e-3 and 0.01 are in `TransferModule.__init__`, 1/30 and 1/10
+in finetuning/base.py and freezing.py; the optimizer for rows and the epochs are decided here, and only used by `tl`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ from tl_modules.errors import UserError
 __all__ = ["WarmupCosine"]
 
 NO_DECAY = "/no_decay"
-# of networks for rows of numbers, as Long et al. (JMLR 2018 and before) train a bottleneck on features
+# for networks on rows of numbers, as Long et al. (JMLR 2018 and before) train a bottleneck on features
 ROWS = {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
 EPOCHS, SAMPLES, SAMPLES_BESIDE_A_SOURCE = 10, 10_000, 30_000
 RATES = ("lr", "initial_lr", "max_lr", "min_lr", "configured_lr")
 
 
 class WarmupCosine(LRScheduler):
-    """Raises the learning rate in a straight line, then lowers it to 0 along a cosine; stepped each step.
+    """Raises the learning rate linearly, then lowers it to 0 along a cosine; stepped each step.
 
     Args:
-        optimizer: What it schedules.
+        optimizer: The optimizer.
         warmup: Share of the steps in which the rate grows.
-        total_steps: How many steps there are; None takes those of the run. Where a run has no end, the rate is
-            constant.
+        total_steps: Number of steps; None takes the run's. If a run has no end, the rate is constant.
 
     Raises:
         UserError: `warmup` is not in [0, 1).
@@ -59,24 +58,24 @@ class WarmupCosine(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, warmup: float = 0.05, total_steps: int | None = None) -> None:
         if not 0 <= warmup < 1:
-            raise UserError(f"warmup: {warmup} must lie in [0, 1)")
+            raise UserError(f"warmup: {warmup} must be in [0, 1)")
         self.warmup = warmup
         self.total_steps = math.inf if total_steps is None else total_steps
         self.of_run = total_steps is None
         super().__init__(optimizer)
 
     def bind(self, steps: float) -> None:
-        """Takes the length of the run, unless one was given; when training starts.
+        """Sets the length of the run, unless one was given; called when training starts.
 
-        Not earlier: who asks Lightning (2.6) for it before it has restored the loaders of a resumed run loses their
-        place.
+        Not earlier: computing it in Lightning (2.6) before the loaders of a resumed run are restored loses their
+        position.
         """
         if self.of_run:
             self.total_steps = steps
             set_rates(self, self.get_lr())
 
     def factor(self, step: int) -> float:
-        """The share of the full rate in a step, counted from 0."""
+        """Returns the share of the full rate in a step, counted from 0."""
         if math.isinf(self.total_steps):
             return 1.0
         warm = self.warmup * self.total_steps
@@ -85,16 +84,16 @@ class WarmupCosine(LRScheduler):
         return (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, self.total_steps - warm)))) / 2
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The rate of each group in the present step."""
+        """Returns the current rate of each group."""
         return [float(lr) * self.factor(self.last_epoch) for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it is; the shape of the schedule is what the run's config says now."""
+        """Returns the step only; the shape of the schedule follows from the run's current config."""
         return {key: getattr(self, key) for key in SCHEDULER_STATE}
 
 
 def configure(module: BaseTransferModule) -> Any:
-    """What Lightning's `configure_optimizers` gives: named groups, each with its share of the rate, and a scheduler."""
+    """Returns what Lightning's `configure_optimizers` expects: named groups with scaled rates, and a scheduler."""
     optimizer = module.optimizer(list(module.finetuning.param_groups(module)))
     _exempt_from_decay(optimizer, module)
     for group in optimizer.param_groups:
@@ -109,24 +108,24 @@ def configure(module: BaseTransferModule) -> Any:
         _scale_cycle(optimizer, scheduler)
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "step" if each_step else "epoch"}
     if isinstance(scheduler, ReduceLROnPlateau):
-        # without a name it watches the loss, or the task's metric where that grows
+        # without a name it monitors the loss, or the task's metric if higher is better
         watched = "val/loss" if scheduler.mode == "min" else module.monitor[0]
         config["monitor"] = getattr(scheduler, "monitor", watched)
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
 def default_epochs(samples: Sequence[int]) -> int:
-    """Returns how many epochs a run has that says nothing: ten, and more where the data are few.
+    """Returns the default number of epochs: ten, and more if there are few data.
 
     Args:
-        samples: Of each domain of the training data; none if that is unknown.
+        samples: Number of training samples of each domain; empty if unknown.
     """
     budget = SAMPLES if len(samples) < 2 else SAMPLES_BESIDE_A_SOURCE
     return max(EPOCHS, math.ceil(budget / max(1, *samples))) if samples else EPOCHS
 
 
 def _exempt_from_decay(optimizer: Optimizer, module: nn.Module) -> None:
-    """Moves what should not shrink into groups of its own: scales, biases, embeddings, tokens (1, N, D)."""
+    """Moves parameters that should not decay into their own groups: scales, biases, embeddings, tokens (1, N, D)."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     for group in list(optimizer.param_groups):
         exempt = [p for p in group["params"] if p.ndim < 2 or id(p) in embeddings or (p.ndim == 3 and len(p) == 1)]
@@ -143,7 +142,7 @@ def _exempt_from_decay(optimizer: Optimizer, module: nn.Module) -> None:
 
 
 def fused(optimizer: Optimizer) -> Optimizer:
-    """Lets an optimizer that can update all parameters in one kernel do so, unless another way was asked for."""
+    """Enables the fused kernel of an optimizer that has one, unless another implementation was requested."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     given = optimizer.defaults
     asked = given.get("foreach") is not None or given.get("capturable") or given.get("differentiable")
@@ -156,7 +155,7 @@ def fused(optimizer: Optimizer) -> Optimizer:
 
 
 def _scale_cycle(optimizer: Optimizer, scheduler: Any) -> None:
-    """Gives each group its share of a cycle's learning rates, which these schedulers set to one value for all."""
+    """Scales a cycle's learning rates in each group, because these schedulers set one value for all."""
     for number, group in enumerate(optimizer.param_groups):
         for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
             group[key] *= group["lr_scale"]
@@ -166,14 +165,14 @@ def _scale_cycle(optimizer: Optimizer, scheduler: Any) -> None:
 
 
 def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
-    """Lets the learning rates that are given now win over a checkpoint's, each at the schedule's present share of it.
+    """Applies learning rates that have changed since a checkpoint, each at the schedule's current fraction of it.
 
     Args:
-        module: Configured as the run is now.
-        checkpoint: Of an interrupted run; its optimizer and scheduler states are changed in place.
+        module: The module as configured now.
+        checkpoint: The checkpoint of an interrupted run; its optimizer and scheduler states are modified in place.
 
     Raises:
-        UserError: Its parameter groups are not this module's, or it is of another optimizer.
+        UserError: Its parameter groups differ from this module's, or it was made with another optimizer.
     """
     states, schedulers = checkpoint["optimizer_states"], checkpoint.get("lr_schedulers", [])
     built = configure(module)  # the Trainer builds its own only after it has read the checkpoint
@@ -183,14 +182,14 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
     names = [[(g.get("name"), len(g["params"])) for g in groups] for groups in (before, now)]
     if names[0] != names[1]:
         raise UserError(
-            f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; go on with "
+            f"checkpoint: its optimizer has {_groups(names[0])}, this model's has {_groups(names[1])}; continue with "
             "the same backbone, head and methods, or start a new run with --model.backbone.weights"
         )
     others, own = (set(groups[0]) - set(RATES) for groups in (before, now))
-    if others - own and own - others:  # a key more alone is of another version of torch
+    if others - own and own - others:  # a single additional key means another version of torch
         raise UserError(
-            f"optimizer: the checkpoint is of another one, with {', '.join(sorted(others - own))}, and "
-            f"{type(optimizer).__name__} has {', '.join(sorted(own - others))}; go on with the run's own, or start a "
+            f"optimizer: the checkpoint was made with another one, which has {', '.join(sorted(others - own))}; "
+            f"{type(optimizer).__name__} has {', '.join(sorted(own - others))}; use the run's own, or start a "
             "new run from its weights, --model.backbone.weights RUN"
         )
     given = [{key: group[key] for key in RATES if key in group} for group in now]
@@ -198,25 +197,25 @@ def resume_rates(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None
     for old, new in zip(before, given, strict=True):
         configured = old.get("configured_lr", new["configured_lr"])
         for key in old.keys() & set(RATES):
-            anew = not configured or (cyclic and key in ("initial_lr", "max_lr", "min_lr"))  # there is no share of 0
-            old[key] = new[key] if anew else old[key] * (new["configured_lr"] / configured)
+            reset = not configured or (cyclic and key in ("initial_lr", "max_lr", "min_lr"))  # there is no share of 0
+            old[key] = new[key] if reset else old[key] * (new["configured_lr"] / configured)
     for state in schedulers:
         if "base_lrs" in state:
             state["base_lrs"] = [group.get("initial_lr", group["lr"]) for group in before]
         if "max_lrs" in state:
             state["max_lrs"] = list(built["lr_scheduler"]["scheduler"].max_lrs)
-    if cyclic and schedulers:  # whose rate follows from the step alone
+    if cyclic and schedulers:  # their rate follows from the step alone
         scheduler: Any = built["lr_scheduler"]["scheduler"]
         scheduler.last_epoch = schedulers[0]["last_epoch"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a call that is no step
+            warnings.simplefilter("ignore")  # about a call without an optimizer step
             rates = scheduler.get_lr()
         for old, lr in zip(before, rates, strict=True):
             old["lr"] = lr
 
 
 def _divide_groups(state: dict[str, Any], module: BaseTransferModule, optimizer: Optimizer) -> None:
-    """Gives the state of a run from before there were groups without decay the present groups, in place."""
+    """Adapts the state of a run from before there were groups without decay to the current groups, in place."""
     old = {group.get("name"): group for group in state["param_groups"]}
     parameters = [p for group in module.finetuning.param_groups(module) for p in group["params"]]
     if any(str(name).endswith(NO_DECAY) for name in old) or len(parameters) != sum(

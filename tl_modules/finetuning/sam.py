@@ -18,7 +18,7 @@ __all__ = ["SAM"]
 
 
 class SAM(AdamW):
-    """Steps by the gradient at the worst place near the weights: AdamW after min_w max_{|e| <= rho} L(w + e).
+    """Steps by the gradient at the worst point near the weights: AdamW after min_w max_{|e| <= rho} L(w + e).
 
     The inner maximum is one step, e = rho g / |g|, with the norm over all parameters that train (Foret et al., ICLR
     2021). Each step runs forward and backward twice, which takes twice as long; the logged terms are the mean of both,
@@ -26,9 +26,9 @@ class SAM(AdamW):
 
     Args:
         params: Parameters, or groups of them.
-        lr: Of AdamW.
-        weight_decay: Of AdamW.
-        rho: How far the worst place is, at least 0; 0 is AdamW.
+        lr: As in AdamW.
+        weight_decay: As in AdamW.
+        rho: Distance of the worst point, at least 0; 0 is AdamW.
         **kwargs: As for `torch.optim.AdamW`.
 
     Raises:
@@ -47,7 +47,7 @@ class SAM(AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; `closure` computes the loss and its gradients."""
         if closure is None:
-            raise UserError("optimizer: SAM computes gradients twice, and was given no closure for it")
+            raise UserError("optimizer: SAM computes gradients twice, so step() needs a closure")
         with torch.enable_grad():
             loss = closure()
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""The hooks of a module that freezes, unfreezes and optimises its stages as its strategy says."""
+"""The hooks of a module that freezes, unfreezes and optimises its stages according to its strategy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tl_modules.finetuning.optimizer import WarmupCosine, configure
 
 
 class StagedModule(BaseTransferModule):
-    """Freezes and unfreezes the stages of its backbone, and of a head that has stages, when Lightning calls."""
+    """Freezes and unfreezes the stages of its backbone, and of a head that has stages, in Lightning's hooks."""
 
     finetuning: FineTuning
     adapts = False  # whether training has more than one domain, or one without labels
-    at_end = False  # whether what changes during a run is held as it is at its end
+    at_end = False  # whether values that change during a run are held at their final value
 
     def stages(self) -> list[nn.Module]:
         """Returns the stages from the input on: the backbone's, then those of a pretrained head."""
@@ -30,7 +30,7 @@ class StagedModule(BaseTransferModule):
 
     @property
     def progress(self) -> float:
-        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside of a run.
+        """The share of the run's optimizer steps that are done, in [0, 1]; 0 outside a run.
 
         Raises:
             UserError: The run has no end.
@@ -41,18 +41,18 @@ class StagedModule(BaseTransferModule):
             return 0.0
         if math.isinf(steps := self.total_steps):
             raise UserError(
-                "trainer: a weight that moves with training and a strategy in fractions of the run need its end; "
-                "give --trainer.max_epochs or max_steps"
+                "trainer: a changing weight, or a strategy in fractions of the run, needs the run's end; "
+                "pass --trainer.max_epochs or max_steps"
             )
         return min(1.0, self.global_step / steps)
 
     @property
     def total_steps(self) -> float:
-        """The optimizer steps of the whole run; infinite without an end, or outside of a run."""
+        """The optimizer steps of the whole run; infinite without an end, or outside a run."""
         return float(self.trainer.estimated_stepping_batches) if attached(self) else math.inf
 
     def now(self) -> float:
-        """How far training is, in the strategy's unit."""
+        """Returns the current position in training, in the strategy's unit."""
         if self.at_end:
             return float(self.finetuning.end)
         if not attached(self) or self.finetuning.unit == "epochs":
@@ -60,7 +60,7 @@ class StagedModule(BaseTransferModule):
         return self.progress if self.finetuning.unit == "fraction" else self.global_step
 
     def strategy_name(self) -> str:
-        """The class of the strategy; a default one is a lazy instance, whose class has a prefix."""
+        """Returns the class name of the strategy; a default is a lazy instance, whose class name has a prefix."""
         return type(self.finetuning).__name__.removeprefix("LazyInstance_")
 
     def trainable_stages(self, position: float | None = None) -> range:
@@ -68,50 +68,50 @@ class StagedModule(BaseTransferModule):
         return self.finetuning.open_stages(self, position)
 
     def will_train(self, part: nn.Module) -> bool:
-        """Whether a part of the backbone is in a stage that is open now or opens later."""
+        """Returns whether a part of the backbone is in a stage that trains now or later."""
         stages = self.stages()
         return any(part is module for number in self.trainable_stages() for module in stages[number].modules())
 
     def keeps_statistics(self) -> bool:
-        """Whether BatchNorm keeps its running statistics, unless the strategy says: in plain fine-tuning."""
+        """Returns the default for whether BatchNorm keeps its running statistics: in plain fine-tuning."""
         changed = any(method.changes_backbone for _, method in self.named_methods())
         return not (self.backbone.random or self.adapts or changed)
 
     def open_stages(self) -> None:
-        """Freezes and unfreezes stages as the position in training says."""
+        """Freezes and unfreezes stages according to the position in training."""
         self.trainable = self.trainable_stages(self.now())
         self.finetuning.apply(self, self.now())
 
     def on_train_epoch_start(self) -> None:
-        """Opens what this epoch opens."""
+        """Unfreezes the stages of this epoch."""
         self.open_stages()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Opens what this step opens."""
+        """Unfreezes the stages of this step."""
         if self.finetuning.unit != "epochs" and self.trainable_stages(self.now()) != self.trainable:
             self.open_stages()
 
     def train(self, mode: bool = True) -> Any:
-        """Train or eval mode; what is closed stays in eval mode."""
+        """Sets train or eval mode; frozen stages stay in eval mode."""
         super().train(mode)
         if mode:
             self.open_stages()
         return self
 
     def configure_optimizers(self) -> Any:
-        """Named groups with discriminative learning rates, and the scheduler at its interval."""
+        """Returns named groups with discriminative learning rates, and the scheduler with its interval."""
         return configure(self)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Skips ReduceLROnPlateau, which `on_train_epoch_end` steps.
 
-        Lightning would step it after the checkpoint is saved (its pull request 7877).
+        Lightning would step it after the checkpoint is saved (Lightning pull request 7877).
         """
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:
-        """Steps a plateau's scheduler, so that the epoch's checkpoint has it; not if `max_steps` cuts it short."""
+        """Steps ReduceLROnPlateau before the epoch's checkpoint is saved; not if `max_steps` cuts the epoch short."""
         if not self.trainer.is_last_batch:
             return
         for config in self.trainer.lr_scheduler_configs:
@@ -119,24 +119,24 @@ class StagedModule(BaseTransferModule):
                 cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
 
     def on_fit_start(self) -> None:
-        """Keeps averages of the weights exact where nothing trains."""
+        """Keeps averages of frozen weights exact."""
         keep_exact(self)
 
     def on_train_start(self) -> None:
-        """Gives the scheduler the length of the run."""
+        """Passes the length of the run to the scheduler."""
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine):
                 config.scheduler.bind(self.total_steps)
 
     def setup(self, stage: str) -> None:
-        """Refuses data whose classes are not the model's, and strategies that cannot keep what this one promises.
+        """Rejects data with other class names, and distributed strategies that freezing does not support.
 
         Raises:
-            UserError: The class names differ; parameters would be split; BatchNorm synchronised on CPUs.
+            UserError: The class names differ; parameters would be sharded; BatchNorm would be synchronised on CPUs.
         """
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise UserError(
-                "strategy: FSDP, ModelParallel and DeepSpeed split the parameters over the processes, which freezing "
+                "strategy: FSDP, ModelParallel and DeepSpeed shard the parameters over the processes, which freezing "
                 "by stages and exact checkpoints do not support; pass --trainer.strategy ddp"
             )
         if synchronizes_batchnorm(self.trainer.strategy) and self.trainer.strategy.root_device.type == "cpu":

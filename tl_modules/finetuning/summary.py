@@ -1,4 +1,4 @@
-"""Says what a run will do, when it starts: what trains, from when and how fast, on which samples, for how long."""
+"""Summarises a run when it starts: what trains, from when and how fast, on which samples, for how long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tl_modules.finetuning.optimizer import WarmupCosine
 
 
 def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
-    """Returns rich's table of what trains, and lines on the samples, the steps and the rates."""
+    """Returns a rich table of what trains, and lines on the samples, the steps and the rates."""
     every, ever = sum(p.numel() for p in module.parameters()), 0
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("part", "parameters", "trains", "peak lr"):
@@ -28,7 +28,7 @@ def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
     parts: dict[str, nn.Module] = {f"stage_{i}": stage for i, stage in enumerate(module.stages())}
     parts["fusion"] = nn.ParameterList(new_parameters(module.backbone))
     parts |= {"bottleneck": module.bottleneck, "head": module.head} | dict(module.named_methods())
-    # what a module has beside these, e.g. a generator or a teacher
+    # further parts of the module, e.g. a generator or a teacher
     parts |= {n: each for n, each in module.named_children() if n not in {*parts, "backbone", "methods"}}
     held = {id(p): group for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     for name, part in parts.items():
@@ -42,7 +42,7 @@ def summary(module: BaseTransferModule, trainer: Trainer) -> Group:
             continue
         group = held[id(own[0])]
         trained = sum(p.numel() for p in own)
-        held = {key: group for key, group in held.items() if key not in set(map(id, own))}  # a tied one counts once
+        held = {key: group for key, group in held.items() if key not in set(map(id, own))}  # tied parameters count once
         ever += trained
         when = f"from {_unit(module)} {opens:,}" if opens else "yes"
         share = "" if trained == count else f", {trained:,} of them"
@@ -57,7 +57,7 @@ def _unit(module: BaseTransferModule) -> str:
 
 
 def _opens(module: BaseTransferModule, stage: int) -> float:
-    """The epoch or step, as the strategy counts, in which a stage opens; infinite if not in this run."""
+    """Returns the epoch or step, in the strategy's unit, in which a stage unfreezes; infinite if not in this run."""
     strategy, steps, epochs = module.finetuning, module.total_steps, module.trainer.max_epochs
     last = steps if strategy.unit != "epochs" else epochs if epochs is not None and epochs >= 0 else math.inf
     scale = steps if strategy.unit == "fraction" else 1.0
@@ -66,11 +66,11 @@ def _opens(module: BaseTransferModule, stage: int) -> float:
         return stage in strategy.open_stages(module, at / scale)
 
     end = int(min(last, 1e9)) - 1
-    return bisect_left(range(end), True, key=is_open) if end >= 0 and is_open(end) else math.inf  # it stays open
+    return bisect_left(range(end), True, key=is_open) if end >= 0 and is_open(end) else math.inf  # it stays trainable
 
 
 def _peak(group: Mapping[str, Any], trainer: Trainer, module: BaseTransferModule, opens: float) -> float:
-    """The largest rate that a group trains with."""
+    """Returns the largest rate of a group."""
     rate = group.get("max_lr", group.get("configured_lr", group["lr"]))
     scheduler = next((config.scheduler for config in trainer.lr_scheduler_configs), None)
     steps = module.total_steps
@@ -81,7 +81,7 @@ def _peak(group: Mapping[str, Any], trainer: Trainer, module: BaseTransferModule
 
 
 def _samples(trainer: Trainer) -> str:
-    """The samples of each domain and split that the run reads."""
+    """Describes the samples of each domain and split of the run."""
     found: dict[str, list[str]] = {}
     for name, loader in by_domain(trainer.train_dataloader, DataLoader).items():
         hidden = " without labels" if getattr(loader.dataset, "label", "y") == "none" else ""
@@ -99,7 +99,7 @@ def _count(loader: Any) -> str:
 
 
 def _steps(module: BaseTransferModule, trainer: Trainer) -> str:
-    """Epochs, batches and optimizer steps."""
+    """Describes epochs, batches and optimizer steps."""
     loaders = by_domain(trainer.train_dataloader, DataLoader)
     sizes = {name: getattr(loader, "batch_size", None) or "?" for name, loader in loaders.items()}
     end = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
@@ -113,7 +113,7 @@ def _steps(module: BaseTransferModule, trainer: Trainer) -> str:
 
 
 def _schedule(trainer: Trainer) -> str:
-    """The optimizer, and how its rates move."""
+    """Describes the optimizer and its rates."""
     optimizer = type(trainer.optimizers[0]).__name__
     config = next(iter(trainer.lr_scheduler_configs), None)
     if config is None:

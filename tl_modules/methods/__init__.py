@@ -1,4 +1,4 @@
-"""Methods: terms that are added to the task's loss."""
+"""Methods: terms added to the task's loss."""
 
 from tl_modules.methods.adversarial import *
 from tl_modules.methods.base import *

@@ -1,6 +1,6 @@
-"""Critics that cannot tell the domains, or the classifiers, apart: features become the same by playing against them.
+"""Adversarial alignment: features are trained so that a critic cannot tell the domains (or two classifiers) apart.
 
-features --x--> critic        x: the gradient is reversed, so one optimizer does both sides of the game
+features --x--> critic        x: the gradient is reversed, so one optimizer trains both sides
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["ADDA", "CDAN", "DANN", "MCD", "MDD", "OSBP", "PADA"]
 
 
 class Adversarial(Method):
-    """A critic of features, and how fast the backbone begins to play against it.
+    """A critic of features, with a schedule for the backbone's adversarial gradient.
 
     Args:
         weight: lambda, the term's weight.
         hidden: Width of the critic's hidden layers.
-        gamma: How steep the backbone's part grows, as `2 / (1 + exp(-gamma p)) - 1` of the run's progress p; 0 is fully
-            there from the start.
-        batch_norm: Normalises the critic's hidden units over the rows of both domains.
-        layers: How many hidden layers the critic has.
+        gamma: Steepness of the schedule of the backbone's gradient, `2 / (1 + exp(-gamma p)) - 1` of the run's progress
+            p; 0 applies it fully from the start.
+        batch_norm: Normalises the critic's hidden units over the samples of both domains.
+        layers: Number of the critic's hidden layers.
     """
 
     required_domains = ("source", "target")
@@ -54,7 +54,7 @@ class Adversarial(Method):
         self.hidden, self.gamma, self.batch_norm, self.layers = hidden, gamma, batch_norm, layers
 
     def build_critic(self, width: int) -> nn.Sequential:
-        """Features (B, width) -> logits (B, 1) of being the source's."""
+        """Builds the critic, from features (B, width) to the logit (B, 1) of the source."""
         inner: list[nn.Module] = []
         for inputs in [width, *[self.hidden] * (self.layers - 2)][: self.layers - 1]:
             norm = [nn.BatchNorm1d(self.hidden)] if self.batch_norm else []
@@ -63,23 +63,23 @@ class Adversarial(Method):
         return nn.Sequential(*inner, *MLPHead(inputs, 1, self.hidden, batch_norm=self.batch_norm, normalize=False))
 
     def reversal(self, module: BaseTransferModule) -> float:
-        """How much of the backbone's part counts now."""
+        """Returns the current scale of the reversed gradient."""
         return ramp(module.progress, self.gamma) if self.gamma else 1.0
 
 
 class DANN(Adversarial):
     """Domain-adversarial training (Ganin et al., JMLR 2016).
 
-    A critic learns `BCE(critic(features), domain)`; the backbone gets its gradient reversed, times
-    `2 / (1 + exp(-gamma p)) - 1` with p the progress of the run. The critic is that of Transfer-Learning-Library; the
-    paper's has no BatchNorm.
+    A critic learns `BCE(critic(features), domain)`; the backbone gets the reversed gradient, scaled by `2 / (1 +
+    exp(-gamma p)) - 1` with p the progress of the run. The critic is that of Transfer-Learning-Library; the paper's has
+    no BatchNorm.
 
     Args:
         weight: lambda, the term's weight.
-        hidden: Width of the critic's hidden layers (the paper takes 100 for digits, 1024 for Office).
-        gamma: How steep the reversal grows; 0 reverses fully from the start. The paper takes 10.
-        batch_norm: Normalises the critic's hidden units over the rows of both domains.
-        layers: How many hidden layers the critic has.
+        hidden: Width of the critic's hidden layers (in the paper 100 for digits, 1024 for Office).
+        gamma: Steepness of the reversal's schedule; 0 reverses fully from the start. 10 in the paper.
+        batch_norm: Normalises the critic's hidden units over the samples of both domains.
+        layers: Number of the critic's hidden layers.
     """
 
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources",)
@@ -89,19 +89,19 @@ class DANN(Adversarial):
         self.critic = self.build_critic(self.width(module))
 
     def width(self, module: BaseTransferModule) -> int:
-        """Of what the critic sees."""
+        """Returns the width of the critic's input."""
         return module.width
 
     def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
-        """What the critic sees of a view, (B, width)."""
+        """Returns the critic's input for a domain, (B, width)."""
         return view.pooled
 
     def sample_weights(self, view: DomainOutput) -> Tensor:
-        """The weight of each sample, (B,) with mean 1."""
+        """Returns the weight of each sample, (B,) with mean 1."""
         return torch.ones(len(view), device=view.pooled.device)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The critic's cross-entropy, the mean over both domains."""
+        """Computes the critic's cross-entropy, the mean over both domains."""
         assert source is not None
         assert target is not None
         scale = self.reversal(module)
@@ -115,16 +115,16 @@ class DANN(Adversarial):
 class CDAN(DANN):
     """Conditional domain-adversarial training (Long et al., NeurIPS 2018): the critic sees features x probabilities.
 
-    Where features times classes are more than 4,096, both are projected at random to 1,024 values and multiplied. The
-    critic is smaller than the authors' (two layers of 1024), which did worse.
+    If features times classes exceed 4,096, both are randomly projected to 1,024 values and multiplied. The critic is
+    smaller than the authors' (two layers of 1024), which performed worse.
 
     Args:
-        weight: Of the term.
+        weight: The term's weight.
         hidden: As for `DANN`.
         gamma: As for `DANN`.
         batch_norm: As for `DANN`.
         layers: As for `DANN`.
-        entropy: Weighs samples by `1 + exp(-H(p))`, which is CDAN+E.
+        entropy: Weights samples by `1 + exp(-H(p))`, which is CDAN+E.
     """
 
     needs_classes = True
@@ -142,7 +142,7 @@ class CDAN(DANN):
         self.entropy = entropy
 
     def width(self, module: BaseTransferModule) -> int:
-        """Of the product, or of the random projections."""
+        """Returns the width of the product, or of the random projections."""
         features, classes = module.width, module.num_outputs
         self.projected = features * classes > 4096
         if self.projected:
@@ -151,26 +151,26 @@ class CDAN(DANN):
         return 1024 if self.projected else features * classes
 
     def critic_input(self, module: BaseTransferModule, view: DomainOutput) -> Tensor:
-        """Features x probabilities; no gradient goes through the probabilities, as in the authors' code."""
+        """Returns features x probabilities; the probabilities are detached, as in the authors' code."""
         p = view.probabilities.detach()
         if self.projected:
             return (view.pooled @ self.get_buffer("features_to")) * (p @ self.get_buffer("classes_to"))
         return torch.einsum("bc,bd->bcd", p, view.pooled).flatten(1)
 
     def sample_weights(self, view: DomainOutput) -> Tensor:
-        """Certain samples count more."""
+        """Returns larger weights for confident samples."""
         return certainty_weights(view.probabilities) if self.entropy else super().sample_weights(view)
 
 
 class PADA(DANN):
-    """Partial adversarial adaptation (Cao et al., ECCV 2018): source classes that the target lacks count little.
+    """Partial adversarial adaptation (Cao et al., ECCV 2018): down-weights source classes that the target lacks.
 
-    A class's weight is the target's mean probability of it, scaled to a maximum of 1, as a running mean; the source's
-    part of the critic's loss and the task's loss on the source are weighted by it.
+    A class's weight is the target's mean probability of it, scaled to a maximum of 1, as a running mean; it weights the
+    source's part of the critic's loss and the task's loss on the source.
 
     Args:
         *args: As for `DANN`.
-        momentum: Of the running mean.
+        momentum: Momentum of the running mean.
         **kwargs: As for `DANN`.
     """
 
@@ -182,12 +182,12 @@ class PADA(DANN):
         self.momentum = momentum
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Starts with equal classes."""
+        """Initialises equal class weights."""
         super().attach(module)
         self.register_buffer("share", torch.full((module.num_outputs,), 1 / module.num_outputs))
 
     def sample_weights(self, view: DomainOutput) -> Tensor:
-        """The weight of the label's class; 1 in the target."""
+        """Returns the weight of each sample's class; 1 in the target."""
         if view.y is None:
             return super().sample_weights(view)
         share = self.get_buffer("share")
@@ -195,7 +195,7 @@ class PADA(DANN):
         return view.y @ share if view.y.is_floating_point() else share[view.y]
 
     def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """Weighs the source's samples by their classes."""
+        """Weights the source's samples by their classes."""
         assert source is not None
         assert target is not None
         if self.training:
@@ -205,7 +205,7 @@ class PADA(DANN):
         source.weight = weight if source.weight is None else source.weight * weight
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The critic's term."""
+        """Computes the critic's term, once the class weights are updated."""
         assert target is not None
         return super().forward(module, source, replace(target, y=None))
 
@@ -213,11 +213,11 @@ class PADA(DANN):
 class OSBP(Method):
     """Open-set adaptation by backpropagation (Saito et al., ECCV 2018); the last class is "unknown".
 
-    On the target `-t log p - (1 - t) log(1 - p)` with p the probability of "unknown": the head learns it, and the
-    backbone, whose gradient is reversed, moves each sample to one side: to a known class, or to the unknown.
+    The term on the target is `-t log p - (1 - t) log(1 - p)` with p the probability of "unknown": the head minimises
+    it, and the backbone, whose gradient is reversed, moves each sample towards a known class or towards "unknown".
 
     Args:
-        weight: Of the term.
+        weight: The term's weight.
         threshold: t.
     """
 
@@ -230,7 +230,7 @@ class OSBP(Method):
         self.threshold = threshold
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The term on the target."""
+        """Computes the term on the target."""
         assert target is not None
         with statistics_kept(module.head):
             logs: Tensor = module.head(reverse_gradient(target.pooled)).log_softmax(1)
@@ -241,15 +241,15 @@ class OSBP(Method):
 class MDD(Method):
     """Margin disparity discrepancy (Zhang et al., ICML 2019).
 
-    A second head f' agrees with the first one's decision y on the source and disagrees on the target:
-    `margin * CE(f'(source), y) - log(1 - softmax(f'(target))_y)`; the backbone's gradient is reversed.
+    A second head f' agrees with the first head's prediction y on the source and disagrees on the target: `margin *
+    CE(f'(source), y) - log(1 - softmax(f'(target))_y)`; the backbone's gradient is reversed.
 
     Args:
-        weight: Of the term.
-        margin: gamma, the weight of the source's part; the paper takes 4.
-        reversal: The reversal's scale at the end, to which it grows as in DANN; the paper takes 0.1.
+        weight: The term's weight.
+        margin: gamma, the weight of the source's part; 4 in the paper.
+        reversal: Final scale of the reversal, which grows as in DANN; 0.1 in the paper.
         hidden: Width of the second head's hidden layer (the authors' code: 1024).
-        dropout: In the second head, as in the authors' code, whose first head has two layers too.
+        dropout: Dropout in the second head, as in the authors' code, whose first head also has two layers.
     """
 
     required_domains = ("source", "target")
@@ -271,13 +271,13 @@ class MDD(Method):
         self.adversary = MLPHead(module.width, module.num_outputs, self.hidden, self.dropout, normalize=False)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The disparity's negative, which the second head makes small and the backbone large."""
+        """Computes the negative disparity, which the second head minimises and the backbone maximises."""
         assert source is not None
         assert target is not None
         scale = self.reversal * ramp(module.progress)
         here, there = (cast(Tensor, self.adversary(reverse_gradient(v.pooled, scale))) for v in (source, target))
         agreed = F.cross_entropy(here, source.output.argmax(1))
-        # log(1 - p) as a sum over the other classes does not lose its digits
+        # log(1 - p) as a sum over the other classes loses no precision
         own = F.one_hot(target.output.argmax(1), there.shape[1]).bool()
         others = there.log_softmax(1).masked_fill(own, -torch.inf).logsumexp(1)
         return self.margin * agreed - others.mean()
@@ -286,12 +286,12 @@ class MDD(Method):
 class MCD(Method):
     """Maximum classifier discrepancy (Saito et al., CVPR 2018), in one step by gradient reversal.
 
-    A second head learns the source too; both heads make `mean |p1 - p2|` on the target large, the backbone makes it
-    small. The paper takes three steps in turn; the single one with a reversed gradient is its authors' other version.
+    A second head also learns the source; both heads maximise `mean |p1 - p2|` on the target, the backbone minimises it.
+    The paper alternates three steps; a single step with a reversed gradient is its authors' other version.
 
     Args:
-        weight: Of the term.
-        reversal: The reversal's scale.
+        weight: The term's weight.
+        reversal: Scale of the reversal.
     """
 
     required_domains = ("source", "target")
@@ -302,14 +302,14 @@ class MCD(Method):
         self.reversal = reversal
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Makes a second head like the first, with other start weights."""
+        """Builds a second head like the first, with other initial weights."""
         self.second = copy.deepcopy(module.head)
         for layer in self.second.modules():
             reset: Callable[[], None] = getattr(layer, "reset_parameters", lambda: None)
             reset()
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The second head's loss on the source, less the discrepancy on the target."""
+        """Computes the second head's loss on the source, minus the discrepancy on the target."""
         assert source is not None
         assert target is not None
         features = reverse_gradient(target.pooled, self.reversal)
@@ -323,49 +323,50 @@ class MCD(Method):
 class ADDA(WithPretrainedCopy, Adversarial):
     """Adversarial discriminative adaptation (Tzeng et al., CVPR 2017): the second of its two steps.
 
-    Start from a run that was trained on the source (`--model.backbone.weights RUN`). A copy of the start stays the
-    source's encoder; the backbone becomes the target's, sees the target alone, and learns what a critic takes for the
-    source: labels are inverted where gradient reversal would vanish. The head stays, and no label trains anything.
+    Start from a run that was trained on the source (`--model.backbone.weights RUN`). A copy of the initial network
+    stays the source's encoder; the backbone becomes the target's, gets only the target, and learns to make a critic
+    take it for the source: with inverted labels, since gradient reversal would vanish. The head is frozen, and labels
+    are not used.
 
     Args:
-        weight: Of the term.
-        hidden: Width of the critic's hidden layers (the paper takes 500).
-        gamma: How steep the inverted label's part grows, as the reversal in `DANN`; 0 is fully there from the start.
-        batch_norm: Normalises the critic's hidden units over the rows of both domains.
-        layers: How many hidden layers the critic has.
+        weight: The term's weight.
+        hidden: Width of the critic's hidden layers (500 in the paper).
+        gamma: Steepness of the schedule of the inverted label's part, as in `DANN`; 0 applies it fully from the start.
+        batch_norm: Normalises the critic's hidden units over the samples of both domains.
+        layers: Number of the critic's hidden layers.
     """
 
     source_x: Any
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Copies the encoder, closes the head and builds the critic."""
+        """Copies the encoder, freezes the head and builds the critic."""
         super().attach(module)
         module.head.requires_grad_(False)
         self.bottleneck = copy.deepcopy(module.bottleneck).requires_grad_(False)
         self.critic = self.build_critic(module.width)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses to start from a head that knows nothing.
+        """Also rejects a head that starts at random.
 
         Raises:
-            UserError: The head is not the source's.
+            UserError: The head does not come from the source.
         """
         super().check(module, domains)
         check_head(self, module)
         for _, method in module.named_methods():
             if method is not self and {"source", "domains"} & set(method.required_domains):
                 raise UserError(
-                    f"methods: {type(method).__name__} needs the source's features, and beside ADDA the backbone sees "
-                    "the target alone; leave one of them out"
+                    f"methods: {type(method).__name__} needs the source's features, but beside ADDA the backbone sees "
+                    "only the target; leave one of them out"
                 )
 
     def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
-        """Keeps the source's inputs for the critic; the backbone's BatchNorm is to see the target alone."""
+        """Keeps the source's inputs for the critic, so that the backbone's BatchNorm sees only the target."""
         self.source_x = samples.concat([part.x for name, part in batch.items() if name != "target"])
         return {"target": batch["target"]}
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The critic's cross-entropy, and the backbone's with the inverted label."""
+        """Computes the critic's cross-entropy, and the backbone's with the inverted label."""
         assert target is not None
         with torch.no_grad():
             here = self.bottleneck.eval()(self.before(self.source_x))

@@ -1,4 +1,4 @@
-"""Distances between the domains' features, which training makes small."""
+"""Distances between the domains' features, which training minimises."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ __all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "DeepJDOT", "OptimalTransport"]
 
 
 class Discrepancy(Method):
-    """The mean of a distance over the pairs of domains: source and target, or each two of several sources.
+    """The mean of a distance over the pairs of domains: source and target, or every two of several sources.
 
-    A subclass writes `distance`.
+    A subclass implements `distance`.
     """
 
     required_domains = ("domains",)
     supported_settings = ("several sources", "generalisation")
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """Of two views, a scalar."""
+        """Computes the distance of two domains, a scalar."""
         raise NotImplementedError
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over the pairs."""
+        """Computes the mean over the pairs."""
         return torch.stack([self.distance(one, other) for one, other in pairs(source, target)]).mean()
 
 
 class DAN(Discrepancy):
-    """Deep adaptation network: the features' maximum mean discrepancy, several kernels (Long et al., ICML 2015)."""
+    """Deep adaptation network: MMD of the features with several kernels (Long et al., ICML 2015)."""
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """`MMD^2(features, features)`."""
+        """Computes `MMD^2(features, features)`."""
         return mmd(one.pooled, other.pooled)
 
 
@@ -60,7 +60,7 @@ class JAN(Discrepancy):
     needs_classes = True
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """`MMD^2` with the product of the kernels of both layers."""
+        """Computes `MMD^2` with the product of the kernels of both layers."""
         xs, ys = ([view.pooled, view.probabilities] for view in (one, other))
         return joint_mmd(xs, ys, kernels=[gaussian_kernel, lambda p: gaussians(squared_distances(p), [1.68])])
 
@@ -68,14 +68,14 @@ class JAN(Discrepancy):
 class CORAL(Discrepancy):
     """Deep CORAL: equal covariances of the features (Sun and Saenko, ECCV workshops 2016).
 
-    `||C_S - C_T||_F^2 / (||C_S||_F^2 + ||C_T||_F^2)`. The paper divides by `4 D^2`, and chooses the weight anew for
-    each network so that the term ends as large as the task's loss: with weight 1 it did next to nothing on most
-    features, since it grows with the fourth power of their scale. Divided by its own scale, one weight fits all.
+    `||C_S - C_T||_F^2 / (||C_S||_F^2 + ||C_T||_F^2)`. The paper divides by `4 D^2`, and chooses the weight for each
+    network so that the term ends as large as the task's loss: with weight 1 it had hardly any effect on most features,
+    since it grows with the fourth power of their scale. Divided by its own scale, one weight fits all.
 
     Args:
-        weight: Of the term.
+        weight: The term's weight.
         mean: Adds the squared distance of the means over the sum of the variances, `||m_S - m_T||^2 / (tr C_S + tr
-            C_T)`; DomainBed compares the means too.
+            C_T)`; DomainBed also compares the means.
     """
 
     def __init__(self, weight: LossWeight = 0.03, mean: bool = False) -> None:
@@ -83,20 +83,20 @@ class CORAL(Discrepancy):
         self.mean = mean
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """Of the covariances, and, if asked, of the means."""
+        """Computes the distance of the covariances, and optionally of the means."""
         return relative_coral(one.pooled, other.pooled, self.mean)
 
 
 class SWD(Discrepancy):
-    """Sliced Wasserstein distance of the features, along new random directions in each step.
+    """Sliced Wasserstein distance of the features, with new random directions in each step.
 
     The distance is that of Bonneel et al. (Journal of Mathematical Imaging and Vision, 2015), between the domains'
     features as in Gabourie et al. (Allerton 2019), without their pseudo-labels. The sliced Wasserstein *discrepancy* of
-    Lee et al. (CVPR 2019) is another method: there two classifiers play against the features, as in `MCD`.
+    Lee et al. (CVPR 2019) is another method, in which two classifiers play against the features, as in `MCD`.
 
     Args:
-        weight: Of the term.
-        directions: How many.
+        weight: The term's weight.
+        directions: Number of directions.
     """
 
     def __init__(self, weight: LossWeight = 1.0, directions: int = 128) -> None:
@@ -104,20 +104,20 @@ class SWD(Discrepancy):
         self.directions = directions
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """The mean over the directions of the squared Wasserstein-2 distance."""
+        """Computes the mean over the directions of the squared Wasserstein-2 distance."""
         x, y = one.pooled, other.pooled
         directions = F.normalize(torch.randn(x.shape[1], self.directions, device=x.device, dtype=x.dtype), dim=0)
         return sliced_wasserstein(x, y, directions)
 
 
 class DeepJDOT(Discrepancy):
-    """Joint distribution optimal transport, the cost of carrying one domain to the other (Damodaran et al., ECCV 2018).
+    """Joint distribution optimal transport: the cost of moving one domain to the other (Damodaran et al., ECCV 2018).
 
     `sum_ij G_ij (alpha ||f_i - f_j||^2 / D + beta CE(output_j, y_i))` with G the optimal plan of the batch
-    (`pip install 'lightning-transfer[ot]'`), through which no gradient goes. Without classes, beta is 0.
+    (`pip install 'lightning-transfer[ot]'`), which is detached. Without classes, beta is 0.
 
     Args:
-        weight: Of the term.
+        weight: The term's weight.
         alpha: Weight of the features' squared distance, a mean over their D values.
         beta: Weight of the label's cross-entropy.
     """
@@ -137,7 +137,7 @@ class DeepJDOT(Discrepancy):
             ) from error
 
     def distance(self, one: DomainOutput, other: DomainOutput) -> Tensor:
-        """The transport's cost."""
+        """Computes the cost of the transport."""
         import ot
 
         cost = self.alpha * torch.cdist(one.pooled, other.pooled).square() / one.pooled.shape[1]
@@ -149,19 +149,19 @@ class DeepJDOT(Discrepancy):
         return (torch.from_numpy(plan).to(cost) * cost).sum()
 
 
-OptimalTransport = DeepJDOT  # earlier name, which a config may hold
+OptimalTransport = DeepJDOT  # earlier name, which a saved config may contain
 
 
 class AFN(Method):
     """Adaptive feature norm, stepwise (Xu et al., ICCV 2019): features of larger norm transfer better.
 
     `mean (||f|| - (||f||_detached + step))^2` over all samples of both domains. As in the authors' code each domain
-    passes through the network by itself: in a common batch, BatchNorm's statistics would tie the norms of one domain to
+    passes through the network separately: in a joint batch, BatchNorm's statistics would tie the norms of one domain to
     those of the other.
 
     Args:
-        weight: Of the term; the paper takes 0.05 for each of two domains.
-        step: By how much a norm is to grow; the paper takes 1.
+        weight: The term's weight; in the paper 0.05 for each of two domains.
+        step: How much a norm should grow; 1 in the paper.
     """
 
     separate_domains = True
@@ -172,6 +172,6 @@ class AFN(Method):
         self.step = step
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over all samples."""
+        """Computes the mean over all samples."""
         norms = torch.cat([view.pooled.norm(dim=1) for view in (source, target) if view is not None])
         return (norms - (norms.detach() + self.step)).square().mean()

@@ -1,4 +1,4 @@
-"""Terms on the target's class probabilities: certain of each sample, and of many classes."""
+"""Terms on the target's class probabilities: confident for each sample, and diverse over the batch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
 
 
 class TargetOnly(Method):
-    """A term on the target's logits alone; a subclass writes `term`."""
+    """A term on the target's logits only; a subclass implements `term`."""
 
     required_domains = ("target",)
     needs_classes = True
     supported_settings: ClassVar[tuple[str, ...]] = ("several sources", "source-free")
 
     def term(self, logits: Tensor) -> Tensor:
-        """Of logits (B, C), a scalar."""
+        """Computes the term of logits (B, C), a scalar."""
         raise NotImplementedError
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The term on the target."""
+        """Computes the term on the target."""
         assert target is not None
         return self.term(target.output)
 
@@ -36,7 +36,7 @@ class MinimumEntropy(TargetOnly):
     """`mean H(p)` (Grandvalet and Bengio, NeurIPS 2004).
 
     Args:
-        weight: Of the term; Shu et al. (ICLR 2018) take 0.01, and 0.1 lets classes die out.
+        weight: The term's weight; 0.01 in Shu et al. (ICLR 2018); 0.1 lets classes collapse.
     """
 
     supported_settings = ("several sources", "partial", "source-free")
@@ -45,7 +45,7 @@ class MinimumEntropy(TargetOnly):
         super().__init__(weight)
 
     def term(self, logits: Tensor) -> Tensor:
-        """The mean entropy."""
+        """Computes the mean entropy."""
         return entropy(logits.softmax(1)).mean()
 
 
@@ -53,7 +53,7 @@ class InfoMax(TargetOnly):
     """`mean H(p) - H(mean p)`: information maximisation (Krause et al., NeurIPS 2010; SHOT's first term)."""
 
     def term(self, logits: Tensor) -> Tensor:
-        """The mutual information's negative."""
+        """Computes the negative mutual information."""
         return -mutual_information(logits.softmax(1))
 
 
@@ -61,8 +61,8 @@ class MCC(TargetOnly):
     """Minimum class confusion (Jin et al., ECCV 2020).
 
     Args:
-        weight: Of the term.
-        temperature: Of the softmax; the paper takes 2.5 (2 to 3).
+        weight: The term's weight.
+        temperature: Temperature of the softmax; 2.5 in the paper (2 to 3).
     """
 
     supported_settings = ("several sources", "partial", "source-free")
@@ -72,7 +72,7 @@ class MCC(TargetOnly):
         self.temperature = temperature
 
     def term(self, logits: Tensor) -> Tensor:
-        """The confusion of the batch."""
+        """Computes the confusion of the batch."""
         return class_confusion(logits, self.temperature)
 
 
@@ -80,5 +80,5 @@ class BNM(TargetOnly):
     """Batch nuclear-norm maximisation: `-||P||_* / B` (Cui et al., CVPR 2020)."""
 
     def term(self, logits: Tensor) -> Tensor:
-        """The negative nuclear norm."""
+        """Computes the negative nuclear norm."""
         return -nuclear_norm(logits.softmax(1))

@@ -1,4 +1,4 @@
-"""The maths of transfer as pure functions: tensors in, tensors out.
+"""The maths of transfer learning as pure functions: tensors in, tensors out.
 
 Features are (B, D), logits (B, C), probabilities (B, C) with rows that sum to 1; a loss is a scalar.
 """
@@ -19,7 +19,7 @@ from tl_modules.errors import UserError
 
 
 def ramp(progress: float, gamma: float = 10.0) -> float:
-    """`2 / (1 + exp(-gamma p)) - 1`: 0 at the start, near 1 at the end (Ganin et al., JMLR 2016)."""
+    """Computes `2 / (1 + exp(-gamma p)) - 1`: 0 at the start, near 1 at the end (Ganin et al., JMLR 2016)."""
     return 2 / (1 + math.exp(-gamma * progress)) - 1
 
 
@@ -38,12 +38,12 @@ class _Reverse(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor, scale: float = 1.0) -> Tensor:
-    """The same values; the gradient comes back times `-scale` (Ganin and Lempitsky, ICML 2015)."""
+    """Returns x; its gradient is multiplied by `-scale` (Ganin and Lempitsky, ICML 2015)."""
     return cast(Tensor, _Reverse.apply(x, scale))
 
 
 def detached_call(module: nn.Module, *args: Tensor) -> Tensor:
-    """What a module gives, with gradients to its inputs and none to its parameters."""
+    """Calls a module with gradients to its inputs but not to its parameters."""
     fixed = {name: p.detach() for name, p in module.named_parameters()}
     return cast(Tensor, torch.func.functional_call(module, fixed, args))
 
@@ -52,23 +52,23 @@ def detached_call(module: nn.Module, *args: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """`||x_i - x_j||^2` of all pairs of rows, (N, D) -> (N, N)."""
+    """Computes `||x_i - x_j||^2` of all pairs of rows, (N, D) -> (N, N)."""
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def gaussians(squared: Tensor, widths: Sequence[float | Tensor]) -> Tensor:
-    """`sum_w exp(-squared / w)`: Gaussian kernels of squared distances."""
+    """Computes `sum_w exp(-squared / w)`: Gaussian kernels of squared distances."""
     return torch.stack([torch.exp(-squared / width) for width in widths]).sum(0)
 
 
 def gaussian_kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0)) -> Tensor:
-    """Gaussian kernels as wide as the sample, (N, D) -> (N, N).
+    """Computes Gaussian kernels with bandwidths relative to the sample, (N, D) -> (N, N).
 
-    Their widths are `2 f m` with m the mean squared distance of the pairs, through which no gradient goes; the factors
-    are those of DAN (Long et al., ICML 2015), powers of two around the median heuristic.
+    Their widths are `2 f m` with m the mean squared distance of the pairs, which is detached; the factors are those of
+    DAN (Long et al., ICML 2015), powers of two around the median heuristic.
     """
     squared = squared_distances(x)
-    # the mean over pairs of different rows; equal rows have no scale, and distances of 0
+    # the mean over pairs of different rows; equal rows have distance 0 and no scale
     scale = (squared.detach().sum() / max(1, len(x) * (len(x) - 1))).clamp(min=1e-12)
     return gaussians(squared, [2 * factor * scale for factor in factors])
 
@@ -76,12 +76,12 @@ def gaussian_kernel(x: Tensor, factors: Sequence[float] = (0.125, 0.25, 0.5, 1.0
 def joint_mmd(
     xs: Sequence[Tensor], ys: Sequence[Tensor], kernels: Sequence[Callable[[Tensor], Tensor]] | None = None
 ) -> Tensor:
-    """Squared joint maximum mean discrepancy of the layers' activations: their kernels are multiplied (JAN).
+    """Computes the squared joint maximum mean discrepancy of several layers, by multiplying their kernels (JAN).
 
     Args:
         xs: A sample's activations in each layer, (N, D_l).
         ys: Another sample's, (M, D_l).
-        kernels: Of each layer, (N + M, D_l) -> (N + M, N + M); None takes `gaussian_kernel` for all.
+        kernels: The kernel of each layer, (N + M, D_l) -> (N + M, N + M); None uses `gaussian_kernel` for all.
 
     Returns:
         `mean K(x, x) + mean K(y, y) - 2 mean K(x, y)`, a scalar that is never negative and 0 for equal samples.
@@ -95,18 +95,18 @@ def joint_mmd(
 
 
 def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy with several Gaussian kernels (Gretton et al., JMLR 2012; DAN)."""
+    """Computes the squared maximum mean discrepancy with several Gaussian kernels (Gretton et al., JMLR 2012; DAN)."""
     return joint_mmd([x], [y])
 
 
 def covariance(x: Tensor) -> Tensor:
-    """(N, D) -> (D, D), divided by N - 1."""
+    """Computes the covariance, (N, D) -> (D, D), divided by N - 1."""
     centred = x - x.mean(0)
     return centred.T @ centred / max(1, len(x) - 1)
 
 
 def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
-    """`||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, at any scale.
+    """Computes `||C_x - C_y||_F^2 / (||C_x||_F^2 + ||C_y||_F^2)`: 0 for equal covariances, at most 1, at any scale.
 
     Args:
         x: (N, D).
@@ -114,7 +114,7 @@ def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
         mean: Adds `||m_x - m_y||^2 / (tr C_x + tr C_y)`.
     """
     one, other = covariance(x), covariance(y)
-    tiny = torch.finfo(x.dtype).tiny  # of features that are all the same
+    tiny = torch.finfo(x.dtype).tiny  # for constant features
     distance = (one - other).square().sum() / (one.square().sum() + other.square().sum()).clamp(min=tiny)
     if mean:
         spread = (one.trace() + other.trace()).clamp(min=tiny)
@@ -123,7 +123,7 @@ def relative_coral(x: Tensor, y: Tensor, mean: bool = False) -> Tensor:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """Squared sliced Wasserstein-2 distance: the mean over directions of what sorting the projections costs.
+    """Computes the squared sliced Wasserstein-2 distance: the mean over directions of the cost after sorting.
 
     Args:
         x: (N, D).
@@ -132,7 +132,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
     """
     x, y = (x @ directions).sort(0).values, (y @ directions).sort(0).values
     if len(x) != len(y):
-        # the two quantile functions are constant between the steps of both
+        # both quantile functions are constant between the steps of either
         n, m = len(x), len(y)
         steps = torch.unique(torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]))
         widths = torch.diff(steps, prepend=steps.new_zeros(1)).to(x) / (n * m)
@@ -145,26 +145,26 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """`-sum_c p_c log p_c` of each row, (B, C) -> (B,)."""
+    """Computes `-sum_c p_c log p_c` of each row, (B, C) -> (B,)."""
     return cast(Tensor, torch.special.entr(p).sum(1))
 
 
 def mutual_information(p: Tensor) -> Tensor:
-    """Mutual information of input and class, `H(mean p) - mean H(p)`: certain of each, and of many classes."""
+    """Computes the mutual information of input and class, `H(mean p) - mean H(p)`: confident and diverse."""
     return entropy(p.mean(0, keepdim=True)).squeeze(0) - entropy(p).mean()
 
 
 def certainty_weights(p: Tensor) -> Tensor:
-    """`1 + exp(-H(p))`, scaled to a mean of 1 and without gradient, (B, C) -> (B,): the E of CDAN+E, and MCC's."""
+    """Computes `1 + exp(-H(p))`, scaled to mean 1 and detached, (B, C) -> (B,): used by CDAN+E and MCC."""
     weights = 1 + torch.exp(-entropy(p.detach()))
     return weights / weights.mean()
 
 
 def class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
-    """How much the classes are taken for one another (Jin et al., MCC, ECCV 2020), (B, C) -> scalar.
+    """Computes how much the classes are confused with one another (Jin et al., MCC, ECCV 2020), (B, C) -> scalar.
 
-    `P = softmax(logits / T)`, `K = P^T diag(w) P` with w the weights of certainty, each row of K scaled to sum 1; the
-    mean over the classes of what lies off the diagonal.
+    `P = softmax(logits / T)`, `K = P^T diag(w) P` with w the certainty weights, each row of K scaled to sum 1; the
+    result is the mean over the classes of the off-diagonal sum.
     """
     p = (logits / temperature).softmax(1)
     confusion = (p * certainty_weights(p)[:, None]).T @ p
@@ -173,22 +173,22 @@ def class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
 
 
 def nuclear_norm(p: Tensor) -> Tensor:
-    """`||P||_* / B`, the mean of the singular values' sum: large where P is certain and diverse (Cui et al., BNM)."""
+    """Computes `||P||_* / B`, the sum of singular values: large if P is confident and diverse (Cui et al., BNM)."""
     return cast(Tensor, torch.linalg.matrix_norm(p, "nuc") / len(p))
 
 
 def soft_cross_entropy(logits: Tensor, p: Tensor) -> Tensor:
-    """`-sum_c p_c log softmax(logits)_c` of each row, (B,)."""
+    """Computes `-sum_c p_c log softmax(logits)_c` of each row, (B,)."""
     return -(p * logits.log_softmax(1)).sum(1)
 
 
-# A student beside its teacher
+# Distillation
 
 
 def tempered_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 mean KL(softmax(teacher / T) || softmax(student / T))` of logits (Hinton et al., 2015).
+    """Computes `T^2 mean KL(softmax(teacher / T) || softmax(student / T))` of logits (Hinton et al., 2015).
 
-    T^2 keeps the gradient's size, whatever the temperature.
+    T^2 keeps the size of the gradient independent of the temperature.
     """
     return temperature**2 * _divergence(student / temperature, teacher / temperature)
 
@@ -196,7 +196,7 @@ def tempered_divergence(student: Tensor, teacher: Tensor, temperature: float = 1
 def decoupled_divergence(
     student: Tensor, teacher: Tensor, y: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
 ) -> Tensor:
-    """The same in two parts, of which each has a weight of its own (Zhao et al., DKD, CVPR 2022).
+    """Computes the divergence in two parts with separate weights (Zhao et al., DKD, CVPR 2022).
 
     `T^2 (alpha KL of (p_y, 1 - p_y) + beta KL of the probabilities among the other classes)`.
 
@@ -205,7 +205,7 @@ def decoupled_divergence(
         teacher: Logits.
         y: Class numbers (B,).
         alpha: Weight of the first part.
-        beta: Weight of the second one, which is 0 for two classes.
+        beta: Weight of the second part, which is 0 if there are only two classes.
         temperature: T.
     """
     one = F.one_hot(y, student.shape[1]).bool()
@@ -222,58 +222,58 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def correlation_distance(x: Tensor, y: Tensor) -> Tensor:
-    """`mean (1 - r(x_i, y_i))` with Pearson's r of rows, (N, D) each; a constant row is correlated with nothing."""
+    """Computes `mean (1 - r(x_i, y_i))` with Pearson's r of rows, (N, D) each; r of a constant row is 0."""
     x, y = (each - each.mean(1, keepdim=True) for each in (x, y))
     return 1 - F.cosine_similarity(x, y, dim=1).mean()
 
 
 def energy(maps: Tensor) -> Tensor:
-    """`mean_c x_c^2` at each position, (B, C, *positions) -> (B, *positions): where a network looks."""
+    """Computes `mean_c x_c^2` at each position, (B, C, *positions) -> (B, *positions): where a network looks."""
     return maps.square().mean(1)
 
 
 def attention_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared difference of energies (B, *positions), those of a sample of length 1 (Zagoruyko and Komodakis)."""
+    """Computes the mean squared difference of energies (B, *positions), normalised by sample (Zagoruyko, Komodakis)."""
     one, other = (F.normalize(each.flatten(1)) for each in smaller(x[:, None], y[:, None]))
     return F.mse_loss(one, other)
 
 
 def smaller(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Averages maps (B, C, *positions) over regions, so that both have as many positions as the one with fewer."""
+    """Averages maps (B, C, *positions) over regions, so that both have as many positions as the smaller one."""
     size = [min(one, other) for one, other in zip(x.shape[2:], y.shape[2:], strict=True)]
     pool: Any = F.adaptive_avg_pool1d if len(size) == 1 else F.adaptive_avg_pool2d
     return [each if list(each.shape[2:]) == size else pool(each, size) for each in (x, y)]
 
 
 def relative_distances(x: Tensor) -> Tensor:
-    """`||x_i - x_j||` divided by its mean over the pairs, (N, D) -> (N, N)."""
+    """Computes `||x_i - x_j||` divided by its mean over the pairs, (N, D) -> (N, N)."""
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / max(1, len(x) * (len(x) - 1))
     return distances / mean.clamp(min=1e-12)
 
 
 def angles(x: Tensor) -> Tensor:
-    """Cosines of the angles at x_i between x_j and x_k, (N, D) -> (N, N, N); 0 where two of them are one point."""
+    """Computes cosines of the angles at x_i between x_j and x_k, (N, D) -> (N, N, N); 0 if two points coincide."""
     directions = F.normalize(x[None] - x[:, None], dim=2)
     return directions @ directions.transpose(1, 2)
 
 
-# Heads in closed form
+# Closed-form heads
 
-MOST = 4_000_000_000  # numbers in all classes' covariances; more would take minutes
+MOST = 4_000_000_000  # entries in all classes' covariances; more would take minutes
 
 
 def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
-    """Linear discriminant analysis, each class's covariance shrunk by Ledoit and Wolf (scikit-learn's `lsqr`).
+    """Fits linear discriminant analysis with Ledoit-Wolf shrinkage of each class's covariance (scikit-learn's `lsqr`).
 
     Args:
         features: (N, D).
         y: Class numbers (N,).
-        classes: C; one that no sample has is never chosen.
+        classes: C; a class without samples is never predicted.
 
     Returns:
-        Weight (C, D) and bias (C,) of the log posteriors; None where fewer than two classes have samples, no
-        class has two, features are not finite, or it would take minutes.
+        Weight (C, D) and bias (C,) of the log posteriors; None if fewer than two classes have samples, no class has
+        two, features are not finite, or it would take minutes.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -281,10 +281,10 @@ def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Ten
     if not 2 <= len(there) < len(y) or not features.isfinite().all() or len(there) * features.shape[1] ** 2 > MOST:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of columns that never change
+        warnings.simplefilter("ignore")  # about constant columns
         fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(features.double().numpy(), y.numpy())
     rows, biases = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if len(there) == 2:  # it gives the difference of the two
+    if len(there) == 2:  # with two classes scikit-learn returns their difference
         rows, biases = (torch.cat([-half, half]) for half in (rows / 2, biases / 2))
     weight, bias = rows.new_zeros(classes, features.shape[1]), biases.new_full((classes,), float(biases.min()) - 10)
     weight[there], bias[there] = rows, biases
@@ -292,7 +292,7 @@ def discriminant(features: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Ten
 
 
 def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Ridge regression, its penalty chosen by leave-one-out errors from 0.01 to 10,000.
+    """Fits ridge regression, with the penalty chosen by leave-one-out errors from 0.01 to 10,000.
 
     Args:
         features: (N, D).
@@ -311,28 +311,28 @@ def ridge(features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
     return weight.view(values.shape[1], -1), bias
 
 
-# Augmentation of whole batches
+# Augmentation of batches
 
 
 def strong_augment(x: Any, strength: float = 1.0) -> Tensor:
-    """Changes each sample of a batch strongly but keeps what it shows; draws from torch's generator.
+    """Augments each sample of a batch strongly without changing its class; draws from torch's generator.
 
     Args:
         x: Images (B, C, H, W), uint8 or floats in [0, 1], or vectors (B, D).
-        strength: 0 changes nothing; 1 turns by up to 20 degrees, shifts by up to 15 %, scales and shears by up to
-            15 %, changes brightness and contrast by up to 50 %, inverts one in five and covers a quarter of the side;
-            vectors get noise of a fifth of the batch's deviation, and lose a tenth of their values to its mean.
+        strength: 0 changes nothing; 1 rotates by up to 20 degrees, translates by up to 15 %, scales and shears by up to
+            15 %, changes brightness and contrast by up to 50 %, inverts one in five and masks a quarter of the side;
+            vectors get noise of a fifth of the batch's deviation, and a tenth of their values are replaced by its mean.
 
     Returns:
-        The same shape, in floats.
+        The same shape, as floats.
 
     Raises:
-        UserError: They are something else, e.g. texts.
+        UserError: The inputs are something else, e.g. texts.
     """
     if not isinstance(x, Tensor) or not (x.ndim == 4 or (x.ndim == 2 and x.is_floating_point())):
         what = f"tensors {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(
-            f"methods: what changes copies of the inputs (FixMatch, MeanTeacher) takes images or vectors, not {what}"
+            f"methods: strong augmentation (FixMatch, MeanTeacher) takes images or vectors, not {what}"
         )
     if x.ndim == 2:
         noisy = x + 0.2 * strength * x.std(0, unbiased=False) * torch.randn_like(x)
@@ -344,7 +344,7 @@ def strong_augment(x: Any, strength: float = 1.0) -> Tensor:
 
     angle, scale = uniform() * math.radians(20), 1 + 0.15 * uniform()
     cos, sin, shear = angle.cos() * scale, angle.sin() * scale, 0.15 * uniform()
-    shift = 0.3 * uniform(2)  # a side is 2 long
+    shift = 0.3 * uniform(2)  # in coordinates from -1 to 1
     theta = torch.stack([torch.stack([cos, shear - sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
     y = F.grid_sample(
         y, F.affine_grid(theta, list(y.shape), align_corners=False), padding_mode="reflection", align_corners=False

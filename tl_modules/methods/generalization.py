@@ -1,7 +1,7 @@
 """Domain generalisation: several labelled sources, and a target that training does not see.
 
-ERM is no method: it is what remains without one. CORAL, DAN and the other discrepancies work between the sources, and
-an average of the weights is Lightning's `EMAWeightAveraging` callback.
+ERM is not a method: it is training without one. CORAL, DAN and the other discrepancies work between the sources, and
+weight averaging is Lightning's `EMAWeightAveraging` callback.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ GENERALISE = ("several sources", "generalisation")
 
 
 def risks(source: DomainOutput | None) -> Tensor:
-    """The task's mean loss of each source domain, (number of domains,)."""
+    """Computes the task's mean loss of each source domain, (number of domains,)."""
     assert source is not None
     return torch.stack([view.mean_loss for view in source.split()])
 
 
 def risk(view: DomainOutput, output: Any) -> Tensor:
-    """The task's mean loss of another head's or network's output for the same samples, weighted as they are."""
+    """Computes the task's weighted mean loss of another head's or network's output for the same samples."""
     return weighted_mean(replace(view, output=output).loss, view.weight)
 
 
@@ -54,10 +54,10 @@ class GroupDRO(Method):
     """Group distributionally robust optimisation (Sagawa et al., ICLR 2020).
 
     The task's loss on the sources is `sum_e q_e R_e`; in each step `q_e` is multiplied by `exp(eta R_e)` and scaled to
-    sum 1. It has no term of its own.
+    sum 1. It has no separate term.
 
     Args:
-        eta: The step size of q; DomainBed takes 0.01.
+        eta: The step size of q; 0.01 in DomainBed.
     """
 
     required_domains = ("sources",)
@@ -68,18 +68,18 @@ class GroupDRO(Method):
         super().__init__()
         self.eta = eta
         self.register_buffer("q", torch.zeros(0))
-        # the model is built before the data says how many domains there are
+        # the number of domains is not known yet when the model is built
         sized_by_checkpoint(self, "q")
 
     def reweight(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """Gives the samples of each domain its q together."""
+        """Weights the samples of each domain by q."""
         assert source is not None
         each = risks(source)
         if len(self.q) != len(each):
             self.q = torch.full_like(each, 1 / len(each)).detach()
         if self.training:
-            # the same q in every process
-            now = each.detach().clone()  # which the reduction changes in place
+            # average over processes, so that q is the same in all
+            now = each.detach().clone()  # the reduction works in place
             now = module.trainer.strategy.reduce(now, reduce_op="mean") if attached(module) else now
             self.q *= (self.eta * now).exp()
             self.q /= self.q.sum()
@@ -88,19 +88,20 @@ class GroupDRO(Method):
         source.weight = torch.cat([q * part / part.sum() for q, part in parts])
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """No term."""
+        """Returns no term."""
 
 
 class IRM(Method):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al., 2019).
 
     `mean_e g1 g2` with `g = d/dw R_e(w * output)` at w = 1 on each half of the domain's batch, whose product is an
-    unbiased estimate of the squared gradient. Its weight is 1 until `anneal` of the run is done, then `penalty`. (The
-    authors also divide the whole loss by the penalty; Adam, which they and DomainBed take, does not see that.)
+    unbiased estimate of the squared gradient. The weight is 1 until the share `anneal` of the run is done, then
+    `penalty`. (The authors also divide the whole loss by the penalty, which has no effect with Adam, used there and in
+    DomainBed.)
 
     Args:
-        penalty: lambda after the annealing; DomainBed takes 100.
-        anneal: Share of the run with weight 1; DomainBed takes 500 of 5,000 steps.
+        penalty: lambda after the annealing; 100 in DomainBed.
+        anneal: Share of the run with weight 1; 500 of 5,000 steps in DomainBed.
     """
 
     required_domains = ("sources",)
@@ -111,7 +112,7 @@ class IRM(Method):
         self.penalty, self.anneal = penalty, anneal
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The penalty, weighted."""
+        """Computes the weighted penalty."""
         assert source is not None
         terms = []
         for view in source.split():
@@ -121,7 +122,7 @@ class IRM(Method):
             grads = [torch.autograd.grad(loss, one, create_graph=True, allow_unused=True)[0] for loss in losses]
             if grads[0] is None:
                 raise UserError(
-                    "methods: IRM needs a loss that depends on the head's outputs, and that of "
+                    "methods: IRM needs a loss that depends on the head's outputs, but that of "
                     f"{type(module).__name__} does not; leave IRM out"
                 )
             terms.append(grads[0] * grads[1])
@@ -132,7 +133,7 @@ class VREx(Method):
     """Risk extrapolation: the variance of the sources' risks (Krueger et al., ICML 2021).
 
     Args:
-        weight: beta; DomainBed takes 10 after 500 steps of 1.
+        weight: beta; in DomainBed 10 after 500 steps of 1.
     """
 
     required_domains = ("sources",)
@@ -142,20 +143,20 @@ class VREx(Method):
         super().__init__(weight)
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """`mean_e (R_e - mean R)^2`."""
+        """Computes `mean_e (R_e - mean R)^2`."""
         each = risks(source)
         return (each - each.mean()).square().mean()
 
 
 class Mixup(Method):
-    """Trains on mixed samples with mixed labels in place of the samples as they are (Zhang et al., ICLR 2018).
+    """Trains on mixed samples with mixed labels instead of the original samples (Zhang et al., ICLR 2018).
 
-    `x = l x_i + (1 - l) x_j` and `y = l y_i + (1 - l) y_j` with l from Beta(alpha, alpha), the labels of classes as
-    shares. A domain is mixed with itself; several sources each with the next one in a random order (DomainBed). It has
-    no term: the task's loss is that of the mixed batch.
+    `x = l x_i + (1 - l) x_j` and `y = l y_i + (1 - l) y_j` with l from Beta(alpha, alpha), class labels as one-hot
+    vectors. A domain is mixed with itself; several sources each with the next one in a random order (DomainBed). It has
+    no term: the task's loss is computed on the mixed batch.
 
     Args:
-        alpha: Of the Beta distribution; DomainBed takes 0.2.
+        alpha: Parameter of the Beta distribution; 0.2 in DomainBed.
     """
 
     needs_raw_input = True
@@ -166,7 +167,7 @@ class Mixup(Method):
         self.alpha = alpha
 
     def transform_batch(self, module: BaseTransferModule, batch: Mapping[str, Batch]) -> Mapping[str, Batch]:
-        """Mixes what is labelled."""
+        """Mixes the labelled domains."""
         mixed = dict(batch)
         for owner in ("source", "target"):
             names = [name for name, part in batch.items() if name.partition("/")[0] == owner and part.y is not None]
@@ -176,7 +177,7 @@ class Mixup(Method):
         return mixed
 
     def mix(self, module: BaseTransferModule, one: Batch, other: Batch) -> Any:
-        """Mixes each sample of a batch with one of another batch."""
+        """Mixes each sample of a batch with a sample of another batch."""
         share = random.betavariate(self.alpha, self.alpha)
         order = torch.randperm(samples.count(other.x))
 
@@ -194,13 +195,13 @@ class Mixup(Method):
         return Batch(x, y, one.index) if weights is None else AnnotatedBatch(x, y, one.index, mixed(*weights))
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """No term."""
+        """Returns no term."""
 
 
 def unit(x: Any) -> Tensor:
-    """Images as floats in [0, 1]; other inputs as they are."""
+    """Returns images as floats in [0, 1]; other inputs unchanged."""
     if not isinstance(x, Tensor) or (not x.is_floating_point() and x.dtype != torch.uint8):
-        raise UserError("methods: Mixup mixes images and numbers; these inputs are neither, so leave it out")
+        raise UserError("methods: Mixup mixes images and numbers, but the inputs are neither; leave it out")
     return x / 255 if x.dtype == torch.uint8 else x
 
 
@@ -211,9 +212,9 @@ class MixStyle(Method):
     of another sample of the batch, by l from Beta(alpha, alpha). Channels may come first or last, see `channel_axis`.
 
     Args:
-        p: How often; the paper takes 0.5.
-        alpha: Of the Beta distribution; the paper takes 0.1.
-        stages: After how many of the backbone's stages.
+        p: Probability of mixing; 0.5 in the paper.
+        alpha: Parameter of the Beta distribution; 0.1 in the paper.
+        stages: Number of the backbone's stages after which statistics are mixed.
     """
 
     required_domains = ("source",)
@@ -224,22 +225,22 @@ class MixStyle(Method):
         self.p, self.alpha, self.stages = p, alpha, stages
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Hooks into the first stages, which closed ones, being in eval mode, do not heed."""
+        """Registers forward hooks on the first stages; frozen stages are in eval mode, where the hooks do nothing."""
         for stage in module.backbone.stages()[: self.stages]:
             last = stage[-1] if isinstance(stage, nn.ModuleList) else stage
             last.register_forward_hook(self.mix)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses first stages that never train.
+        """Also rejects first stages that never train.
 
         Raises:
-            UserError: They are closed for good.
+            UserError: They are frozen for the whole run.
         """
         super().check(module, domains)
         check_trains(self, module, module.backbone.stages()[: self.stages], "the first stages")
 
     def mix(self, layer: nn.Module, inputs: Any, x: Any) -> Any:
-        """The layer's output, mixed in training."""
+        """Returns the layer's output, mixed in training."""
         if not (layer.training and self.training and isinstance(x, Tensor)) or random.random() > self.p:
             return x
         channels = channel_axis(layer, x)
@@ -253,15 +254,15 @@ class MixStyle(Method):
         return plain * mixed_deviation.detach() + mixed_mean.detach()
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """No term."""
+        """Returns no term."""
 
 
 def channel_axis(layer: nn.Module, x: Tensor) -> int:
-    """The axis that holds the channels of what leaves a layer.
+    """Returns the channel axis of a layer's output.
 
-    (B, C, H, W) is told from (B, H, W, C) by what is square, and where nothing or all is, by whether the layer begins
-    or ends with channels: a LayerNorm is for the last axis. (B, C, L) comes from convolutions, (B, N, C) from anything
-    else.
+    (B, C, H, W) and (B, H, W, C) are distinguished by which two axes are equal, and, if that is ambiguous, by whether
+    the layer begins or ends with channels: a LayerNorm is for the last axis. (B, C, L) comes from convolutions, (B, N,
+    C) from other layers.
     """
     if x.ndim == 4:
         first, second, third = x.shape[1:]
@@ -272,14 +273,14 @@ def channel_axis(layer: nn.Module, x: Tensor) -> int:
 
 
 class MLDG(Method):
-    """Meta-learning domain generalisation (Li et al., AAAI 2018): a step on some sources must help another one.
+    """Meta-learning domain generalisation (Li et al., AAAI 2018): a step on some sources must help another source.
 
-    `R_test(theta - lr dR_train / dtheta)` with a source drawn for the test in each step and the others for training,
-    through which the second-order gradient goes. The task's own term, the paper's R_train, is of all sources.
+    `R_test(theta - lr dR_train / dtheta)`, including the second-order gradient, with one source drawn for the test in
+    each step and the others for training. The task's own term, the paper's R_train, is over all sources.
 
     Args:
-        weight: beta; the paper takes 1.
-        lr: alpha, of the inner step; the paper takes 5e-4 of the outer one's kind.
+        weight: beta; 1 in the paper.
+        lr: alpha, of the inner step; 5e-4 in the paper, as in the outer step.
     """
 
     required_domains = ("sources",)
@@ -291,7 +292,7 @@ class MLDG(Method):
         self.lr = lr
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The risk of the source that was left out, after the inner step."""
+        """Computes the risk of the held-out source after the inner step."""
         assert source is not None
         views = source.split()
         held_out = int(torch.randint(len(views), ()))

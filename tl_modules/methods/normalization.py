@@ -1,4 +1,4 @@
-"""Methods that change how features are normalised, inside the backbone; they have no term."""
+"""Methods that change the normalisation layers of the backbone; they have no term."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ __all__ = ["DomainBatchNorm", "StochNorm"]
 
 
 class BatchNormPatch(Method):
-    """Gives every BatchNorm layer of the backbone another class, so that its weights keep their names.
+    """Changes the class of every BatchNorm layer of the backbone, so that the names of weights stay the same.
 
-    A subclass writes `change`.
+    A subclass implements `change`.
     """
 
     changes_backbone = True
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Changes the layers.
+        """Patches the layers.
 
         Raises:
-            UserError: There are none, or another method has changed them.
+            UserError: There are none, or another method has patched them.
         """
         layers = [layer for layer in module.backbone.modules() if isinstance(layer, BatchNorm)]
         name = type(self).__name__
         if not layers:
-            raise UserError(f"methods: {name} changes BatchNorm layers, and the backbone has none")
+            raise UserError(f"methods: {name} changes BatchNorm layers, but the backbone has none")
         for layer in layers:
             if hasattr(layer, "changed_by"):
-                raise UserError(f"methods: {name} and {layer.changed_by} both change the BatchNorm layers; take one")
+                raise UserError(f"methods: {name} and {layer.changed_by} both change the BatchNorm layers; use one")
             self.change(layer)
             cast(Any, layer).changed_by = name
 
     def change(self, layer: BatchNorm) -> None:
-        """Changes one layer in place."""
+        """Patches one layer in place."""
         raise NotImplementedError
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses a run in which none of the layers ever trains.
+        """Also rejects a run in which none of the layers ever trains.
 
         Raises:
-            UserError: All are closed for good, or keep their statistics.
+            UserError: All layers are frozen for the whole run, or keep their statistics.
         """
         super().check(module, domains)
         layers = [layer for layer in module.backbone.modules() if hasattr(layer, "changed_by")]
         check_trains(self, module, layers, "BatchNorm layers")
         if module.finetuning.batch_norm == "eval":
             raise UserError(
-                f"batch_norm: eval keeps the layers that {type(self).__name__} changes at rest; leave it out"
+                f"batch_norm: eval disables the layers that {type(self).__name__} changes; leave it out"
             )
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
-        """No term."""
+        """Returns no term."""
 
 
 class DomainBatchNorm(BatchNormPatch):
-    """DSBN: statistics and affine parameters for each of source and target (Chang et al., CVPR 2019).
+    """DSBN: separate statistics and affine parameters for source and target (Chang et al., CVPR 2019).
 
-    The source's are added; the layer's own become the target's, with which the model predicts.
+    The source's are new; the layer's own become the target's, which are used for prediction.
     """
 
     required_domains = ("source", "target")
-    needs_raw_input = True  # a cached entry does not know which domain it was normalised for
+    needs_raw_input = True  # the cache does not record which domain a sample was normalised for
     supported_settings = ("several sources", "partial", "open set")
 
     def change(self, layer: BatchNorm) -> None:
-        """Adds the source's twin."""
+        """Adds the source's layer."""
         layer.source = copy.deepcopy(layer)
         patch_class(layer, _ByDomain)
 
@@ -86,7 +86,7 @@ class _ByDomain(BatchNorm):
     source: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        # neighbours of one domain, e.g. several sources, together; where nobody says, all are the target's
+        # adjacent rows of one domain, e.g. several sources, together; undeclared rows are the target's
         groups = groupby(domain_rows() or [("target", len(input))], key=itemgetter(0))
         runs = [(name, sum(count for _, count in group)) for name, group in groups]
         parts = []
@@ -98,10 +98,10 @@ class _ByDomain(BatchNorm):
 class StochNorm(BatchNormPatch):
     """Stochastic normalisation (Kou et al., NeurIPS 2020).
 
-    In training each channel takes, with probability p, the running statistics in place of the batch's.
+    In training each channel uses, with probability p, the running statistics instead of the batch's.
 
     Args:
-        p: The probability; the paper takes 0.5.
+        p: The probability; 0.5 in the paper.
     """
 
     supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
@@ -111,7 +111,7 @@ class StochNorm(BatchNormPatch):
         self.p = p
 
     def change(self, layer: BatchNorm) -> None:
-        """Sets its probability; a layer without weights only standardises."""
+        """Sets the layer's probability; a layer without weights only standardises."""
         if not layer.affine:
             return
         patch_class(layer, _Stochastic)
@@ -125,7 +125,7 @@ class _Stochastic(BatchNorm):
         if not self.training or self.running_mean is None or self.running_var is None:
             return super().forward(input)
         shape = (1, -1, *(1,) * (input.ndim - 2))
-        # before this batch moves them
+        # before this batch updates them
         mean, deviation = self.running_mean.clone(), (self.running_var + self.eps).sqrt()
         fixed = (input - mean.view(shape)) / deviation.view(shape)
         if self.affine:
@@ -135,5 +135,5 @@ class _Stochastic(BatchNorm):
 
 
 def patch_class(layer: BatchNorm, mixin: type[BatchNorm]) -> None:
-    """Gives a layer, whatever its number of dimensions, the forward of `mixin`."""
+    """Gives a layer of any dimension the forward of `mixin`, by changing its class."""
     layer.__class__ = type(mixin.__name__, (mixin, type(layer)), {"__module__": __name__})

@@ -1,6 +1,6 @@
-"""Regularisers of fine-tuning: near what the network was, and away from what does not transfer.
+"""Regularisers for fine-tuning: keep the network close to its pretrained state, or suppress what does not transfer.
 
-They need the pretrained weights or their head, and no source data.
+They need the pretrained weights or their head, but no source data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class L2SP(Method):
     The paper's alpha is `weight`, its beta is `weight * head_weight`.
 
     Args:
-        weight: alpha; the paper searches 0.001 to 1 and mostly takes 0.1 (with SGD).
+        weight: alpha; searched from 0.001 to 1 in the paper, mostly 0.1 (with SGD).
         head_weight: beta / alpha.
     """
 
@@ -42,27 +42,27 @@ class L2SP(Method):
         self.head_weight = head_weight
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Copies the start weights into buffers, so that a checkpoint carries them."""
+        """Copies the initial weights into buffers, so that checkpoints save them."""
         for number, parameter in enumerate(module.backbone.parameters()):
             self.register_buffer(f"start_{number}", parameter.detach().clone())
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """Squared distance from the start, a scalar."""
+        """Computes the squared distance from the start, a scalar."""
         total = self.head_weight * sum(
             (parameter.square().sum() for parameter in module.head.parameters()), torch.zeros((), device=module.device)
         )
         for number, parameter in enumerate(module.backbone.parameters()):
-            if parameter.requires_grad:  # what is closed has not moved
+            if parameter.requires_grad:  # frozen parameters have not changed
                 total = total + (parameter - self.get_buffer(f"start_{number}")).square().sum()
         return total / 2
 
 
 class BSS(Method):
-    """Batch spectral shrinkage: `sum of the k smallest sigma^2` of the batch's features (Chen et al., NeurIPS 2019).
+    """Batch spectral shrinkage: sum of the k smallest sigma^2 of the batch's features (Chen et al., NeurIPS 2019).
 
     Args:
-        weight: eta; the paper takes 0.001.
-        k: How many singular values; the paper takes 1.
+        weight: eta; 0.001 in the paper.
+        k: Number of singular values; 1 in the paper.
     """
 
     supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
@@ -72,14 +72,14 @@ class BSS(Method):
         self.k = k
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """Of all rows of the step."""
+        """Computes the term over all samples of the step."""
         features = torch.cat([view.pooled for view in (source, target) if view is not None])
         smallest: Tensor = torch.linalg.svdvals(features)[-self.k :]
         return smallest.square().sum()
 
 
 class WithPretrainedCopy(Method):
-    """A method that keeps the network as it was, its pretrained start, in eval mode."""
+    """A method with a copy of the pretrained network, in eval mode."""
 
     needs_raw_input = True
 
@@ -88,11 +88,11 @@ class WithPretrainedCopy(Method):
         self.start = copy.deepcopy(module.backbone).requires_grad_(False).eval()
 
     def before(self, x: Any) -> Tensor:
-        """The vectors (B, D) that the network gave of inputs at its start."""
+        """Computes the pretrained network's features (B, D) of inputs."""
         return self.start.pooled_features(self.start(x))
 
     def train(self, mode: bool = True) -> WithPretrainedCopy:
-        """The start stays as it was."""
+        """Sets the mode, but keeps the copy in eval mode."""
         super().train(mode)
         if hasattr(self, "start"):
             self.start.eval()
@@ -100,19 +100,19 @@ class WithPretrainedCopy(Method):
 
 
 class DELTA(WithPretrainedCopy):
-    """Behaviour as it was: `1/2 sum_l mean ||F_l(x) - F_l^0(x)||^2` of the stages' outputs (Li et al., ICLR 2019).
+    """Preserves behaviour: `1/2 sum_l mean ||F_l(x) - F_l^0(x)||^2` of the stages' outputs (Li et al., ICLR 2019).
 
-    A stage's distance is a mean over its values, and all channels count the same: the paper's attention, which weighs
-    a channel by what the loss would be without it, takes a pass over the data for each of them and is left out.
+    A stage's distance is a mean over its values, with equal weights of the channels: the paper's attention weights a
+    channel by the loss without it, which takes a pass over the data for each channel, and is left out.
 
     Args:
-        weight: Of the term.
+        weight: The term's weight.
     """
 
     supported_settings = ("several sources", "generalisation", "partial", "open set", "source-free")
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over the stages, on the domain that the model is for."""
+        """Computes the mean over the stages, on the target, or else the source."""
         view = target or source
         assert view is not None
         with torch.no_grad():
@@ -123,7 +123,7 @@ class DELTA(WithPretrainedCopy):
 
 
 def stage_outputs(backbone: Any, run: Any, x: Any) -> list[Tensor]:
-    """What leaves each stage while `run(x)` passes through the backbone."""
+    """Returns the output of each stage while `run(x)` passes through the backbone."""
     outputs: list[Tensor] = []
     last = [stage[-1] if isinstance(stage, nn.ModuleList) else stage for stage in backbone.stages()]
     hooks = [module.register_forward_hook(lambda m, i, output: outputs.append(output)) for module in last]
@@ -139,7 +139,7 @@ PARTS = ("weight", "bias")
 
 
 class SourceHead(nn.Module):
-    """The pretrained head, a linear layer on the features as they are, or on normalised ones as in `LinearHead`."""
+    """The pretrained head: a linear layer on raw features, or on normalised ones as in `LinearHead`."""
 
     normalized: Tensor
 
@@ -149,9 +149,9 @@ class SourceHead(nn.Module):
         self.register_buffer("normalized", torch.tensor(False))
 
     def take(self, head: Mapping[str, Tensor]) -> bool:
-        """Takes the weights of a pretrained head; whether it is one of these."""
+        """Loads the weights of a pretrained head; returns whether it is of a supported kind."""
         own = dict(self.named_parameters())
-        # where the keys of each kind begin here, and there
+        # prefixes of each kind of head: here, and in the file
         for normalized, layout in ((False, {"linear.": ""}), (True, {"norm.": "0.", "linear.": "1."})):
             given = {f"{at}{part}": head.get(f"{there}{part}") for at, there in layout.items() for part in PARTS}
             if len(given) == len(head) and all(v is not None and v.shape == own[k].shape for k, v in given.items()):
@@ -161,16 +161,16 @@ class SourceHead(nn.Module):
         return False
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, in_features) -> (B, out_features)."""
+        """Maps (B, in_features) to (B, out_features)."""
         return cast(Tensor, self.linear(torch.where(self.normalized, self.norm(features), features)))
 
 
 class WithPretrainedHead(WithPretrainedCopy):
-    """A method that needs the pretrained head too: of a run of ours, or of a classifier whose last layer is linear.
+    """A method that also needs the pretrained head: of a run, or of a classifier whose last layer is linear.
 
     Args:
-        weight: Of the term.
-        source_classes: How many classes the pretrained head knows, e.g. 1000 for ImageNet.
+        weight: The term's weight.
+        source_classes: Number of classes of the pretrained head, e.g. 1000 for ImageNet.
     """
 
     needs_classes = True
@@ -180,10 +180,10 @@ class WithPretrainedHead(WithPretrainedCopy):
         self.source_classes = source_classes
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Takes the head twice: one that stays, and one that is trained along."""
+        """Copies the head twice: one is frozen, the other is trained."""
         super().attach(module)
         if isinstance(module.bottleneck, Bottleneck):
-            raise UserError(f"bottleneck: the pretrained head of {type(self).__name__} lacks it; leave it out")
+            raise UserError(f"bottleneck: the pretrained head of {type(self).__name__} has none; leave it out")
         self.old = SourceHead(module.backbone.width, self.source_classes)
         pretrained = module.backbone.pretrained
         self.given = {} if pretrained is None else {k: tuple(v.shape) for k, v in pretrained.head.items()}
@@ -192,32 +192,32 @@ class WithPretrainedHead(WithPretrainedCopy):
         self.old.requires_grad_(False)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses to start without the head.
+        """Also rejects weights without the head.
 
         Raises:
-            UserError: The pretrained weights bring no linear head of so many classes.
+            UserError: The pretrained weights have no linear head with `source_classes` classes.
         """
         super().check(module, domains)
         if not self.found and module.trainer.ckpt_path is None:
             have = (
-                f"bring one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "bring none"
+                f"have one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "have none"
             )
             raise UserError(
                 f"methods: {type(self).__name__} needs the pretrained linear head of {self.source_classes} classes "
-                f"(source_classes), and the weights {have}; give a run, or a classifier that ends in a linear layer, "
-                "by --model.backbone.weights"
+                f"(source_classes), but the weights {have}; pass a run, or a classifier with a linear last layer, "
+                "as --model.backbone.weights"
             )
 
 
 class LwF(WithPretrainedHead):
-    """Learning without forgetting: the old head keeps its answers on the new data (Li and Hoiem, ECCV 2016).
+    """Learning without forgetting: the old head keeps its outputs on the new data (Li and Hoiem, ECCV 2016).
 
     `mean CE(softmax(old output of the start / T), softmax(old output now / T))`.
 
     Args:
-        source_classes: How many classes the pretrained head knows.
-        weight: lambda_o; the paper takes 1.
-        temperature: T; the paper takes 2.
+        source_classes: Number of classes of the pretrained head.
+        weight: lambda_o; 1 in the paper.
+        temperature: T; 2 in the paper.
     """
 
     supported_settings = ("several sources", "generalisation", "source-free")
@@ -227,7 +227,7 @@ class LwF(WithPretrainedHead):
         self.temperature = temperature
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """Of the domain that the model is for."""
+        """Computes the term on the target, or else the source."""
         view = target or source
         assert view is not None
         with torch.no_grad():
@@ -236,14 +236,15 @@ class LwF(WithPretrainedHead):
 
 
 class CoTuning(WithPretrainedHead):
-    """Fine-tunes the pretrained head too, on source labels that go with the target's (You et al., NeurIPS 2020).
+    """Fine-tunes the pretrained head too, with source labels related to the target's (You et al., NeurIPS 2020).
 
-    `mean CE(head_S(f(x)), p(y_S | y))` with the relation p(y_S | y) the mean of the start's source probabilities over
-    the samples of class y (the paper's direct approach), as a running mean in place of a pass before training.
+    `mean CE(head_S(f(x)), p(y_S | y))` with the relation p(y_S | y) the mean of the pretrained network's source
+    probabilities over the samples of class y (the paper's direct approach), as a running mean instead of a pass before
+    training.
 
     Args:
-        source_classes: How many classes the pretrained head knows.
-        weight: lambda; the paper takes 2.3.
+        source_classes: Number of classes of the pretrained head.
+        weight: lambda; 2.3 in the paper.
     """
 
     supported_settings = ("several sources", "generalisation")
@@ -252,17 +253,17 @@ class CoTuning(WithPretrainedHead):
         super().__init__(source_classes, weight)
 
     def attach(self, module: BaseTransferModule) -> None:
-        """The relation begins as equal shares."""
+        """Initialises the relation uniformly."""
         super().attach(module)
         shape = (module.num_outputs, self.source_classes)
         self.register_buffer("relation", torch.full(shape, 1e-3 / self.source_classes))
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """Of the labelled samples of the domain that the model is for, or else of the source's."""
+        """Computes the term on the labelled samples of the target, or else the source."""
         known = (view.with_labels for view in (target, source) if view is not None)
         view = next((view for view in known if view is not None), None)
         if view is None:
-            raise UserError("methods: CoTuning needs labelled samples, which the training data does not have")
+            raise UserError("methods: CoTuning needs labelled samples, but the training data has none")
         relation = self.get_buffer("relation")
         if self.training:
             with torch.no_grad():
@@ -271,5 +272,5 @@ class CoTuning(WithPretrainedHead):
         return soft_cross_entropy(self.head(view.pooled), self.shares(view.y) @ share).mean()
 
     def shares(self, y: Tensor) -> Tensor:
-        """Class numbers (B,), or shares of the classes (B, C) -> shares."""
+        """Converts class numbers (B,) to one-hot vectors (B, C); returns soft labels (B, C) unchanged."""
         return y if y.is_floating_point() else F.one_hot(y, len(self.get_buffer("relation"))).float()

@@ -1,4 +1,4 @@
-"""Weights that move with training: pure functions of its progress, so that a resumed run needs no saved state."""
+"""Weights that change during training: pure functions of its progress, so a resumed run needs no saved state."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ __all__ = ["Linear", "LinearWeight", "Ramp", "RampWeight", "Schedule", "WeightSc
 
 
 class WeightSchedule:
-    """A weight as a function of how far training is; a subclass writes `__call__`."""
+    """A weight as a function of training progress; a subclass implements `__call__`."""
 
     def __call__(self, progress: float) -> float:
-        """The weight at `progress`, the share of the run's optimizer steps that are done, in [0, 1]."""
+        """Returns the weight at `progress`, the share of the run's optimizer steps that are done, in [0, 1]."""
         raise NotImplementedError
 
 
 class RampWeight(WeightSchedule):
-    """`to * (2 / (1 + exp(-gamma p)) - 1)`: from 0, steep at first (Ganin et al., JMLR 2016).
+    """Returns `to * (2 / (1 + exp(-gamma p)) - 1)`: from 0, steep at first (Ganin et al., JMLR 2016).
 
     Args:
-        to: The weight that it comes near at the end.
-        gamma: How steep; the paper takes 10.
+        to: The weight approached at the end.
+        gamma: Steepness; 10 in the paper.
     """
 
     def __init__(self, to: float = 1.0, gamma: float = 10.0) -> None:
         self.to, self.gamma = to, gamma
 
     def __call__(self, progress: float) -> float:
-        """The weight at `progress`."""
+        """Returns the weight at `progress`."""
         return self.to * ramp(progress, self.gamma)
 
 
 class LinearWeight(WeightSchedule):
-    """From `start` to `end` in a straight line, reached at `until`, and constant from there.
+    """Changes linearly from `start` to `end`, reached at `until`, and is constant from there.
 
     Args:
         start: The first weight.
@@ -45,16 +45,16 @@ class LinearWeight(WeightSchedule):
         self.start, self.end, self.until = start, end, until
 
     def __call__(self, progress: float) -> float:
-        """The weight at `progress`."""
+        """Returns the weight at `progress`."""
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
 
-# earlier names, which a config or a schedule of your own may hold
+# earlier names, which a saved config or your own code may contain
 Schedule, Ramp, Linear = WeightSchedule, RampWeight, LinearWeight
 
 LossWeight = float | WeightSchedule
 
 
 def current_weight(weight: LossWeight, module: BaseTransferModule) -> float:
-    """The weight's current value: a number as it is, a schedule at `module.progress`."""
+    """Returns the weight's current value: a number as it is, a schedule at `module.progress`."""
     return weight(module.progress) if isinstance(weight, WeightSchedule) else weight

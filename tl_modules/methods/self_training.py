@@ -1,4 +1,4 @@
-"""A network that teaches itself on the unlabelled target: by its own certain answers, or by its own average."""
+"""Self-training on the unlabelled target: with confident predictions, or with an average of past weights."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["SHOT", "FixMatch", "MeanTeacher", "PseudoLabel"]
 
 
 class FixMatch(Method):
-    """What is certain of a sample is to hold for a strongly changed copy of it (Sohn et al., NeurIPS 2020).
+    """Confident predictions on a sample become labels of a strongly augmented copy of it (Sohn et al., NeurIPS 2020).
 
     `mean 1[max p >= threshold] CE(output(strong(x)), argmax p)` on the target; the weak view is the batch itself, with
-    the data's `augment`. With few labels the paper has 7 unlabelled samples in a step for each labelled one,
+    the data's `augment`. With few labels the paper uses 7 unlabelled samples per labelled one in a step,
     `--data.unlabelled_ratio 7`.
 
     Args:
-        weight: Of the term.
-        threshold: How certain; the paper takes 0.95.
-        strength: Of the change, see `functional.strong_augment`.
+        weight: The term's weight.
+        threshold: Minimum confidence; 0.95 in the paper.
+        strength: Strength of the augmentation, see `functional.strong_augment`.
     """
 
     required_domains = ("target",)
@@ -42,7 +42,7 @@ class FixMatch(Method):
         self.threshold, self.strength = threshold, strength
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over all samples, those that are not certain with 0."""
+        """Computes the mean over all samples; samples that are not confident count as 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
         strong = module.forward_extra(strong_augment(target.x, self.strength)).output
@@ -54,16 +54,16 @@ class MeanTeacher(Method):
     """An average of the network's past weights teaches it (Tarvainen and Valpola, 2017; French et al., ICLR 2018).
 
     `mean_i m_i mean_c (p_ic - q_ic)^2 + balance mean_i m_i sum_c BCE(mean_i p_ic, 1 / C)` as in French's code, with q
-    the teacher's probabilities of the target's samples, p the student's of strongly changed copies, and m_i 1 where
-    `max_c q_ic >= threshold` and 0 elsewhere. Without classes, the mean squared difference of the outputs. Theirs has
-    its full weight at once; here the term grows from 0 like DANN's ramp.
+    the teacher's probabilities of the target's samples, p the student's of strongly augmented copies, and m_i 1 if
+    `max_c q_ic >= threshold` and 0 otherwise. Without classes, the mean squared difference of the outputs. French's
+    code applies the full weight at once; here the term grows from 0 like DANN's ramp.
 
     Args:
-        weight: Of the term; French takes 3.
-        momentum: Of the average, taken after each step.
-        threshold: How certain the teacher must be of a sample; French takes 0.968.
-        strength: Of the change, see `functional.strong_augment`.
-        balance: Weight of the second part, which is large where classes die out; French takes 0.005.
+        weight: The term's weight; 3 in French et al.
+        momentum: Momentum of the average, updated after each step.
+        threshold: The teacher's minimum confidence for a sample; 0.968 in French et al.
+        strength: Strength of the augmentation, see `functional.strong_augment`.
+        balance: Weight of the second part, which is large if classes collapse; 0.005 in French et al.
     """
 
     required_domains = ("target",)
@@ -84,11 +84,11 @@ class MeanTeacher(Method):
     def attach(self, module: BaseTransferModule) -> None:
         """Copies the network."""
         self.teacher = copy.deepcopy(_network(module))
-        self.teacher.requires_grad_(False).eval()  # Lightning leaves the modes of a fit as they are
-        self.register_buffer("seen", torch.full((), -1))  # steps; before the first one it is the network itself
+        self.teacher.requires_grad_(False).eval()  # Lightning does not change modes when a fit starts
+        self.register_buffer("seen", torch.full((), -1))  # steps; before the first one the teacher equals the network
 
     def train(self, mode: bool = True) -> MeanTeacher:
-        """The teacher is always in eval mode."""
+        """Sets the mode, but keeps the teacher in eval mode."""
         super().train(mode)
         if hasattr(self, "teacher"):
             self.teacher.eval()
@@ -96,7 +96,7 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def update_teacher(self, module: BaseTransferModule) -> None:
-        """Moves the teacher towards the network, once a step; in the first one it becomes the network."""
+        """Updates the teacher's average, once per step; in the first step it copies the network."""
         seen = self.get_buffer("seen")
         if int(seen) == module.global_step:
             return
@@ -110,7 +110,7 @@ class MeanTeacher(Method):
                 mine.copy_(student[name])
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The consistency on the target."""
+        """Computes the consistency on the target."""
         assert target is not None
         if self.training:
             self.update_teacher(module)
@@ -131,18 +131,18 @@ class MeanTeacher(Method):
 
 
 def _network(module: BaseTransferModule) -> nn.Sequential:
-    # in this order older checkpoints keep their names
+    # this order keeps the names in older checkpoints
     return nn.Sequential(module.backbone, module.head, module.bottleneck)
 
 
 class PseudoLabel(Method):
-    """Takes the certain decisions for labels (Lee, ICML workshops 2013).
+    """Uses confident predictions as labels (Lee, ICML workshops 2013).
 
     `mean 1[max p >= threshold] CE(output, argmax p)` on the target.
 
     Args:
-        weight: Of the term.
-        threshold: How certain.
+        weight: The term's weight.
+        threshold: Minimum confidence.
     """
 
     required_domains = ("target",)
@@ -154,7 +154,7 @@ class PseudoLabel(Method):
         self.threshold = threshold
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over all samples, those that are not certain with 0."""
+        """Computes the mean over all samples; samples that are not confident count as 0."""
         assert target is not None
         certainty, label = target.probabilities.detach().max(1)
         each = F.cross_entropy(target.output, label, reduction="none")
@@ -165,14 +165,14 @@ class SHOT(Method):
     """Source hypothesis transfer: adapts a source model without source data (Liang et al., ICML 2020).
 
     The head, the source's hypothesis, is frozen; the backbone learns `mean H(p) - H(mean p) + beta CE(output, y)`.
-    The pseudo-labels y come from a pass over all of the target before each epoch: each sample gets the class whose
-    centroid is nearest by the cosine, the centroids being means of the features, first weighted by the probabilities
-    and then over the samples of each class. Start from a run of the source, `--model.backbone.weights RUN` with the
-    same classes.
+    The pseudo-labels y come from a pass over the whole target before each epoch: each sample gets the class whose
+    centroid is nearest by cosine; centroids are means of the features, first weighted by the probabilities and then
+    over the samples of each class. Start from a run on the source, `--model.backbone.weights RUN` with the same
+    classes.
 
     Args:
-        weight: Of the term.
-        beta: Weight of the pseudo-labels; the paper takes 0.3 (0.1 for digits).
+        weight: The term's weight.
+        beta: Weight of the pseudo-labels; 0.3 in the paper (0.1 for digits).
     """
 
     required_domains = ("target",)
@@ -185,32 +185,32 @@ class SHOT(Method):
         super().__init__(weight)
         self.beta = beta
         self.register_buffer("labels", torch.zeros(0, dtype=torch.long))
-        sized_by_checkpoint(self, "labels")  # the model is built before the data says how many samples there are
+        sized_by_checkpoint(self, "labels")  # the number of samples is not known yet when the model is built
 
     def attach(self, module: BaseTransferModule) -> None:
         """Freezes the head."""
         module.head.requires_grad_(False)
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses to start from a head that knows nothing.
+        """Also rejects a head that starts at random.
 
         Raises:
-            UserError: The head is not the source's.
+            UserError: The head does not come from the source.
         """
         super().check(module, domains)
         check_head(self, module)
 
     def on_full_pass(self, module: BaseTransferModule, domain: str, outputs: Iterator[DomainOutput]) -> None:
-        """Labels all samples of the target anew.
+        """Computes new pseudo-labels for all samples of the target.
 
         Raises:
-            UserError: The loaders don't number them.
+            UserError: The loaders do not number the samples.
         """
         found = [(out.index, F.normalize(out.pooled), out.probabilities) for out in outputs]
         if found[0][0] is None:
-            raise UserError("methods: SHOT needs to know which sample is which; let the loaders give (x, y, index)")
+            raise UserError("methods: SHOT needs the samples' numbers; the loaders must return (x, y, index)")
         index, features, p = (torch.cat(column) for column in zip(*found, strict=True))
-        there = torch.unique(p.argmax(1))  # a class that no sample is decided for gets none
+        there = torch.unique(p.argmax(1))  # classes that are never predicted get no label
         share = p[:, there]
         for _ in range(2):
             centroids = share.T @ features / share.sum(0)[:, None].clamp(min=1e-8)

@@ -1,8 +1,8 @@
-"""What every method with a teacher is: the network of another run says what the student is to give.
+"""The base class of methods with a teacher: another run's network provides the student's targets.
 
-The teacher is given the batch's x, i.e. samples of the data's size as the student's backbone prepares them, not yet
-normalised: each backbone normalises on its own. It is no part of the module, so that no optimizer, checkpoint or count
-of parameters holds it. Where samples are the same in every epoch, `FeatureCache` asks it once.
+The teacher gets the batch's x: samples at the data's size, prepared by the student's backbone but not yet normalised,
+since each backbone normalises on its own. It is not part of the module, so that optimizers, checkpoints and parameter
+counts exclude it. If samples are the same in every epoch, `FeatureCache` runs it once.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ Domain = Literal["target", "source", "both"]
 
 
 class Distillation(Method):
-    """The distance of what the student gives to what a teacher says; a subclass writes `ask` and `distance`.
+    """The distance between the student's and a teacher's outputs; a subclass implements `ask` and `distance`.
 
     Args:
-        teacher: The directory of its run, `runs/NAME` being the newest version, or several of them.
-        weight: Of the term.
-        domain: Whose samples it speaks of, labelled or not: the target's (where there is none, the source's), the
-            source's, or both, of which the mean counts.
+        teacher: The directory of its run (`runs/NAME` is the newest version), or several of them.
+        weight: The term's weight.
+        domain: The domain of its samples, labelled or not: the target (without one, the source), the source, or both,
+            averaged.
     """
 
-    needs_raw_input = True  # unless all that the teacher says is cached
+    needs_raw_input = True  # unless all of the teacher's outputs are cached
     supported_settings = ("several sources", "generalisation", "partial", "source-free")
-    # runs are in a room above this one, which puts its `load_run` here, and the command line what it trusts
+    # `runs/` is above `methods/`: it sets this to its `load_run`, and the command line adds the trusted names
     read_run: ClassVar[Callable[[Path], Any]]
-    of_outputs = False  # whether teacher and student must mean the same by their outputs
+    of_outputs = False  # whether the outputs of teacher and student must mean the same
 
     def __init__(self, teacher: list[Path] | Path, weight: LossWeight = 1.0, domain: Domain = "target") -> None:
         super().__init__(weight)
         self.paths = [Path(path) for path in (teacher if isinstance(teacher, list) else [teacher])]
         self.domain = domain
-        self.networks: list[Any] = []  # a list, so that they are no submodules
+        self.networks: list[Any] = []  # a list, so that they are not submodules
         if not self.paths:
-            raise UserError("teacher: give the directory of a run, e.g. runs/NAME")
+            raise UserError("teacher: pass the directory of a run, e.g. runs/NAME")
         if len(self.paths) > 1 and not self.of_outputs:
-            raise UserError(f"teacher: {type(self).__name__} compares features, so that it takes one run; leave "
+            raise UserError(f"teacher: {type(self).__name__} compares features, so it takes a single run; leave "
                             f"{short(self.paths[1:])} out")  # fmt: skip
 
     def attach(self, module: BaseTransferModule) -> None:
-        """Makes room for a sum over the teachers' weights, by which a resumed run knows them again."""
+        """Registers a checksum of the teachers' weights, by which a resumed run recognises them."""
         self.register_buffer("teacher_sum", torch.tensor(-1))
 
     # The teacher
 
     def teachers(self, module: BaseTransferModule) -> list[Any]:
-        """The networks, read when they are first asked for: a student that is only tested needs none.
+        """Returns the networks, loaded on first use: a student that is only tested does not need them.
 
         Raises:
-            UserError: One cannot be read, or cannot teach this student.
+            UserError: A teacher cannot be loaded, or does not suit this student.
         """
         if not self.networks:
-            with torch.random.fork_rng([]):  # the student's random numbers are what they are without a teacher
+            with torch.random.fork_rng([]):  # loading a teacher must not change the student's random numbers
                 networks = [self._read(path) for path in self.paths]
             for path, network in zip(self.paths, networks, strict=True):
                 self.check_teacher(module, network, path)
@@ -85,64 +85,64 @@ class Distillation(Method):
             raise UserError(f"teacher: {str(error).removeprefix('run: ')}") from error
 
     def check_teacher(self, module: BaseTransferModule, network: Any, path: Path) -> None:
-        """Refuses a teacher that reads other inputs, or means something else by its outputs.
+        """Rejects a teacher with other inputs, or with outputs of another meaning.
 
         Raises:
-            UserError: It does.
+            UserError: The teacher does not suit the student.
         """
         if not isinstance(network, BaseTransferModule):
             raise UserError(f"teacher: {path} is a run of {type(network).__name__}, which has no backbone and head")
         student, teacher = (each.schema.get("x") or {} for each in (module, network))
         if student and teacher and student != teacher:
-            raise UserError(f"teacher: {path} reads {_words(teacher)}, and the data are {_words(student)}; take a "
+            raise UserError(f"teacher: {path} reads {_words(teacher)}, but the data is {_words(student)}; use a "
                             "teacher of such data")  # fmt: skip
         if not module.backbone.prepares_like(network.backbone):
             raise UserError(
-                f"teacher: {path} prepares its inputs in another way than {type(module.backbone).__name__}; take a "
-                "teacher and a student of one kind, e.g. two image backbones"
+                f"teacher: {path} prepares its inputs in another way than {type(module.backbone).__name__}; use a "
+                "teacher and a student of the same kind, e.g. two image backbones"
             )
         if not self.of_outputs:
             return
         if module.is_classification != network.is_classification or module.num_outputs != network.num_outputs:
             raise UserError(
                 f"teacher: {path} is a {type(network).__name__} with {network.num_outputs} outputs, the student a "
-                f"{type(module).__name__} with {module.num_outputs}; take a teacher of the same task"
+                f"{type(module).__name__} with {module.num_outputs}; use a teacher of the same task"
             )
         mine, its = module.class_names, network.class_names
         if mine and its and set(mine) != set(its):
-            raise UserError(f"teacher: the classes of {path} are {short(its)}, the student's are {short(mine)}; take "
-                            "a teacher of the same classes")  # fmt: skip
+            raise UserError(f"teacher: the classes of {path} are {short(its)}, the student's are {short(mine)}; use "
+                            "a teacher with the same classes")  # fmt: skip
 
     def check(self, module: BaseTransferModule, domains: list[str]) -> None:
-        """Also refuses to go on with other teachers than the run began with.
+        """Also rejects other teachers than the run began with.
 
         Raises:
-            UserError: They are others, or there is no source to speak of.
+            UserError: The teachers differ, or there is no source.
         """
         super().check(module, domains)
         name = type(self).__name__
         if self.domain == "source" and "source" not in _owners(domains):
             raise UserError(
-                f"domain: {name} is to speak of the source's samples, and there is none; give --data.source"
+                f"domain: {name} needs the source's samples, but there is no source; pass --data.source"
             )
         known, total = self.get_buffer("teacher_sum"), _checksum(self.teachers(module))
         if int(known) not in (-1, total):
             raise UserError(
-                f"teacher: {short(self.paths)} is not what this run began with; put that back, or start a new run"
+                f"teacher: {short(self.paths)} is not the teacher this run began with; restore it, or start a new run"
             )
         known.fill_(total)
 
     @torch.no_grad()
     def answer(self, module: BaseTransferModule, x: Any, domain: str) -> Any:
-        """What the teacher says of prepared inputs, a tree; of several teachers, their mean.
+        """Computes the teacher's outputs for prepared inputs, a tree; of several teachers, their mean.
 
         Args:
             module: The student.
             x: (B, ...).
-            domain: "source" or "target", for a teacher that treats them apart (`DomainBatchNorm`).
+            domain: "source" or "target", for a teacher that treats domains differently (`DomainBatchNorm`).
 
         Raises:
-            UserError: It cannot read them.
+            UserError: The teacher cannot read the inputs.
         """
         said = []
         for path, network in zip(self.paths, self.teachers(module), strict=True):
@@ -159,28 +159,28 @@ class Distillation(Method):
         return said[0] if len(said) == 1 else self.mean(module, said)
 
     def ask(self, module: BaseTransferModule, network: Any, x: Any, domain: str) -> Any:
-        """What one teacher says, a tree."""
+        """Computes the outputs of one teacher, a tree."""
         raise NotImplementedError
 
     def mean(self, module: BaseTransferModule, said: Sequence[Any]) -> Any:
-        """The mean of what several teachers say."""
+        """Averages the outputs of several teachers."""
         return samples.map_leaves(lambda *each: torch.stack(each).mean(0), *said)
 
     # The term
 
     def owners(self, domains: Collection[str]) -> list[str]:
-        """Whose samples it speaks of, of "source" and "target", where the training data are `domains`."""
+        """Returns which of "source" and "target" it uses, if the training data are `domains`."""
         there = _owners(domains)
         return there if self.domain == "both" else [self.domain if self.domain in there else there[-1]]
 
     def taught(self, module: BaseTransferModule, domain: str, out: DomainOutput) -> Any:
-        """What the teacher has said of the samples before, or says of them now."""
+        """Returns the teacher's cached outputs for the samples, or computes them now."""
         name = next(name for name, method in module.named_methods() if method is self)
         known = (out.taught or {}).get(name)
         return self.answer(module, out.x, domain) if known is None else known
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """The mean over the domains that it speaks of."""
+        """Computes the mean over its domains."""
         outputs = {name: out for name, out in (("source", source), ("target", target)) if out is not None}
         terms = [
             self.distance(module, name, outputs[name], self.taught(module, name, outputs[name]))
@@ -189,7 +189,7 @@ class Distillation(Method):
         return torch.stack(terms).mean()
 
     def distance(self, module: BaseTransferModule, domain: str, out: DomainOutput, said: Any) -> Tensor:
-        """How far the student is from what the teacher says, a scalar."""
+        """Computes the distance between the student and the teacher's outputs, a scalar."""
         raise NotImplementedError
 
 
@@ -202,7 +202,7 @@ def _words(schema: Any) -> str:
 
 
 def _checksum(networks: Sequence[nn.Module]) -> int:
-    """A CRC-32 over all weights and buffers."""
+    """Computes a CRC-32 over all weights and buffers."""
     total = 0
     for network in networks:
         for tensor in network.state_dict().values():

@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class LossMeans:
-    """Means over an epoch's samples, and the first step at which a term was not finite."""
+    """Means over an epoch's samples, and the first step in which a term was not finite."""
 
     def __init__(self) -> None:
-        # steps that have the same terms are summed together; nearly always that is all of them
+        # steps with the same terms are summed together; nearly always that is all of them
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.samples: dict[tuple[str, ...], int] = {}
         self.finite = torch.zeros(())
 
     def add(self, terms: Mapping[str, Tensor], size: int) -> None:
-        """Takes in one step's terms, scalars that are means over `size` samples."""
+        """Adds one step's terms, scalars that are means over `size` samples."""
         names = tuple(terms)
         values = torch.stack([term.detach() for term in terms.values()]).float()
         if names not in self.sums:
@@ -28,11 +28,11 @@ class LossMeans:
             self.finite = self.finite.to(values.device)
         self.sums[names].add_(values, alpha=size)
         self.samples[names] += size
-        # a sum that was once not finite never is again, and nothing times 0 is 0 then
-        self.finite += reduce(torch.add, [s.sum() for s in self.sums.values()]) * 0 == 0
+        # nan or inf in a sum stays there, so this counts the finite steps without a host sync
+        self.finite += reduce(torch.add, [s.sum() for s in self.sums.values()]).isfinite()
 
     def means(self) -> dict[str, Tensor]:
-        """The epoch's mean of each term so far."""
+        """Returns the epoch's mean of each term so far."""
         means = {}
         for name in dict.fromkeys(name for names in self.sums for name in names):
             having = [names for names in self.sums if name in names]
@@ -41,18 +41,18 @@ class LossMeans:
         return means
 
     def first_nonfinite(self) -> tuple[int, list[str]] | None:
-        """How many steps were finite before the first that was not, and which terms were not; None if all were."""
+        """Returns how many steps precede the first non-finite one, and its non-finite terms; None if all are finite."""
         fine = {names: sums.isfinite().tolist() for names, sums in self.sums.items()}
         wrong = [name for names, each in fine.items() for name, good in zip(names, each, strict=True) if not good]
         return (int(self.finite), list(dict.fromkeys(wrong))) if wrong else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns the state as plain data."""
         groups = [[list(names), sums.cpu(), self.samples[names]] for names, sums in self.sums.items()]
         return {"groups": groups, "finite": self.finite.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on where `state` was taken."""
+        """Restores the state."""
         self.sums = {tuple(names): sums.to(device) for names, sums, _ in state["groups"]}
         self.samples = {tuple(names): samples for names, _, samples in state["groups"]}
         self.finite = state["finite"].to(device)

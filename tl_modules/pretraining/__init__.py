@@ -1,4 +1,4 @@
-"""Pretraining: backbones that learn from data without labels, for the next run's `--model.backbone.weights RUN`."""
+"""Pretraining: backbones learn from data without labels, for the next run's `--model.backbone.weights RUN`."""
 
 from tl_modules.pretraining.base import *
 from tl_modules.pretraining.contrastive import *

@@ -1,11 +1,11 @@
-"""What every pretraining is: a backbone that learns from inputs alone, watched by what its features are worth.
+"""The base class of pretraining: a backbone learns from inputs only, monitored by the quality of its features.
 
     batch {"target": Batch((view, view), None, index)}
-      -> views         those of all domains together
-      -> objective     terms of the loss, of a network behind the backbone that is thrown away afterwards
+      -> views         of all domains together
+      -> objective     terms of the loss, from a network behind the backbone that is discarded afterwards
     validation         the objective on held-out samples; features -> nearest neighbours, spread
 
-Everything else is a run as any other: `TransferModule` freezes, optimises, saves and resumes.
+Everything else is like any other run: `TransferModule` freezes, optimises, saves and resumes.
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ __all__ = ["Pretraining"]
 
 log = logging.getLogger(__name__)
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of `val/knn`
-COLLAPSED = 0.01  # a spread below it
+COLLAPSED = 0.01  # spreads below this count as collapse
 SHOWN = 64  # images of a grid in TensorBoard
 
 
 class Pretraining(TransferModule):
     """A backbone that learns without labels, for the next run's `--model.backbone.weights RUN`.
 
-    A subclass writes `objective`, and hands its network behind the backbone to `__init__` as `head`.
+    A subclass implements `objective`, and passes its network behind the backbone to `__init__` as `head`.
 
-    Training gets no label at all. Where validation has some, the features' nearest neighbours are the metric that
-    chooses the epoch, `val/knn`: of each validation sample those among the others, the accuracy of their vote (for
-    values, R2 of their mean). Without labels it is `val/loss`. `val/spread` says how far the features' directions
-    spread; near 0 they have collapsed, and a warning says so.
+    Training uses no labels. If validation has labels, nearest neighbours in feature space give the metric that chooses
+    the epoch, `val/knn`: for each validation sample the vote of its neighbours among the others, as accuracy (for
+    values, R2 of their mean). Without labels it is `val/loss`. `val/spread` measures how far the directions of the
+    features spread; near 0 they have collapsed, and a warning is logged.
 
     Args:
-        backbone: Raw samples -> features.
-        head: Width of the features -> the network behind them.
-        schema: What inputs and labels are, as plain data; `tl fit` takes it from the data.
+        backbone: Maps raw samples to features.
+        head: Function from the width of the features to the network behind them.
+        schema: Describes inputs and labels as plain data; `tl fit` takes it from the data.
         finetuning: Which stages train when, and how fast.
-        optimizer: Class or function of the parameter groups; its learning rate is the head's.
+        optimizer: Class or function of the parameter groups; its learning rate is that of the head.
         lr_scheduler: Class or function of the optimizer.
         save: "all", or "trainable", from which no other run can start.
 
     Attributes:
-        views: How many augmented views of each sample it compares; 1 takes samples as training data usually are.
+        views: Number of augmented views of each sample that it compares; 1 takes samples as training data usually are.
         head_is_used: Whether the network behind the backbone predicts, so that training it alone makes sense.
 
     Raises:
-        UserError: The strategy keeps the whole backbone frozen, and the network behind it is not used.
+        UserError: The strategy freezes the whole backbone, and the network behind it is not used.
     """
 
     views: ClassVar[int] = 1
     head_is_used: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     monitor = ("val/knn", "max")
-    adapts = True  # its data are new to the backbone, whose BatchNorm follows them
+    adapts = True  # its data are new to the backbone, so BatchNorm updates its statistics
 
     def __init__(
         self,
@@ -99,53 +99,53 @@ class Pretraining(TransferModule):
         )
         if not (self.head_is_used or self.trainable_stages()):
             raise UserError(
-                f"finetuning: {self.strategy_name()} keeps the whole backbone frozen, so that pretraining would train "
-                "only what is thrown away; take Full, or LastStages"
+                f"finetuning: {self.strategy_name()} freezes the whole backbone, so pretraining would train "
+                "only the part that is discarded; use Full, or LastStages"
             )
-        self.seen: list[tuple[Tensor, Any]] = []  # features and labels of an evaluation
+        self.seen: list[tuple[Tensor, Any]] = []  # features and labels of the current evaluation
         self.warned = False
         if not {"classes", "values"} & self.schema["y"].keys():
             self.monitor = ("val/loss", "min")
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """Views of B samples, each a tree -> the terms of the loss, scalars by name, whose sum is minimised."""
+        """Computes terms of the loss from views of B samples, each a tree: scalars by name, whose sum is minimised."""
         raise NotImplementedError
 
-    # What it is to the others
+    # Interface for other parts
 
     @property
     def num_outputs(self) -> int:
-        """None of its outputs is a label's."""
+        """Returns 0, since no output belongs to a label."""
         return 0
 
     def task_description(self) -> dict[str, Any]:
-        """The class alone: a second run of it takes the head along, whatever the labels."""
+        """Returns only the class: another run of it can then reuse the head, whatever the labels."""
         return {"task": type(self).__name__, "class_names": None, "num_outputs": 0}
 
     @property
     def data_defaults(self) -> dict[str, Any]:
-        """No labels in training, and so many views; views that are compared are augmented."""
+        """Requests unlabelled training data and `views` views; if there are several, they are augmented."""
         compared = {"augment": "views"} if self.views > 1 else {}
         return {**self.backbone.data_defaults, "views": self.views, "unlabelled": True, **compared}
 
     @property
     def collate(self) -> Collate:
-        """Each view becomes a tree of its own."""
+        """Returns a collate function that makes a tree of each view."""
         return CollateViews(self.backbone.prepare, self.label) if self.views > 1 else super().collate
 
     # Training
 
     def views_of(self, batch: Domains) -> list[Any]:
-        """The views of a batch, each those of all its domains together.
+        """Returns the views of a batch, each over all its domains together.
 
         Raises:
-            UserError: The data give other views, or domains whose inputs do not make one batch.
+            UserError: The data returns other views, or domains whose inputs do not make one batch.
         """
         parts = [part.x if isinstance(part.x, tuple) and self.views > 1 else (part.x,) for part in batch.values()]
         if any(len(part) < self.views for part in parts):
             raise UserError(
-                f"data: {type(self).__name__} compares {self.views} views of a sample, so x must be a tuple of them; a "
-                "TransferDataModule gives these"
+                f"data: {type(self).__name__} compares {self.views} views of a sample: x must be a tuple of them, as a "
+                "TransferDataModule returns"
             )
         found = []
         for xs in zip(*parts, strict=True):
@@ -155,7 +155,7 @@ class Pretraining(TransferModule):
         return found
 
     def project(self, views: Sequence[Any]) -> list[Any]:
-        """What the head makes of each view; all pass through backbone and head as one batch."""
+        """Applies backbone and head to each view; all pass as one batch."""
         features = self.encode(samples.concat(list(views)))
         with full_precision(self.device):
             return samples.split(self.decode(features), [samples.count(view) for view in views])
@@ -169,15 +169,15 @@ class Pretraining(TransferModule):
         return total
 
     def on_train_start(self) -> None:
-        """Checks that the strategy can train; labels and methods are not asked for."""
-        self.open_stages()  # a run that goes on within an epoch does not start it
+        """Checks that the strategy can train; labels and methods are not checked."""
+        self.open_stages()  # a run resumed mid-epoch skips on_train_epoch_start
         self.finetuning.check(self, by_domain(self.trainer.train_dataloader, DataLoader))
         StagedModule.on_train_start(self)
 
     # Evaluation
 
     def validation_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Keeps the features of the first loader, and measures the objective on held-out samples."""
+        """Stores the features of the first loader, and measures the objective on held-out samples."""
         if dataloader_idx > 0:
             return
         ((name, part),) = batch.items()
@@ -187,7 +187,7 @@ class Pretraining(TransferModule):
         self._measure({name: Batch(rest)}, batch_idx, "val")
 
     def test_step(self, batch: Domains, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Keeps the features; the objective is measured where it takes samples as they are."""
+        """Stores the features; measures the objective if it takes single samples."""
         ((name, part),) = batch.items()
         part = as_batch(part)
         self._keep(part.x, part.y)
@@ -201,8 +201,8 @@ class Pretraining(TransferModule):
         views = self.views_of(batch)
         count = samples.count(views[0])
         if count == 1:
-            return  # nothing to compare it with
-        with torch.random.fork_rng():  # the same numbers in each validation, and training's go on as if nothing were
+            return  # nothing to compare with
+        with torch.random.fork_rng():  # the same random numbers in each validation, without changing those of training
             torch.manual_seed(batch_idx)
             loss = reduce(torch.add, self.objective(*views).values())
         mean = getattr(self, f"{split}_loss")
@@ -210,12 +210,12 @@ class Pretraining(TransferModule):
         self.log(f"{split}/loss", mean, metric_attribute=f"{split}_loss", batch_size=count, add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
-        """Asks what the features are worth, and whether they have collapsed."""
+        """Measures the quality of the features, and warns if they have collapsed."""
         super().on_validation_epoch_end()
         self._worth("val")
 
     def on_test_epoch_end(self) -> None:
-        """Asks what the features are worth."""
+        """Measures the quality of the features."""
         super().on_test_epoch_end()
         self._worth("test")
 
@@ -231,8 +231,8 @@ class Pretraining(TransferModule):
             self.warned = True
             if self.trainer.is_global_zero:
                 log.warning(
-                    "epoch %d: the features have collapsed to one direction (%s/spread %.2g; spread evenly it is 1), "
-                    "so they tell samples apart no more; lower --model.optimizer.lr, augment more, or take another "
+                    "epoch %d: the features have collapsed to one direction (%s/spread %.2g; evenly spread it is 1), "
+                    "so they no longer distinguish samples; lower --model.optimizer.lr, augment more, or use another "
                     "pretraining",
                     self.current_epoch,
                     split,
@@ -240,7 +240,7 @@ class Pretraining(TransferModule):
                 )
 
     def measures(self, features: Tensor, y: Any) -> dict[str, float]:
-        """Numbers by name that say what features (N, D) of a split are worth, beside their labels, None without."""
+        """Returns measures of the quality of a split's features (N, D) by name, given their labels, or None without."""
         found = {"spread": spread(features)}
         if isinstance(y, Tensor) and {"classes", "values"} & self.schema["y"].keys():
             y = y.float() if self.class_names is None else y
@@ -249,18 +249,18 @@ class Pretraining(TransferModule):
         return found
 
     def on_predict_start(self) -> None:
-        """Refuses.
+        """Rejects `tl predict`.
 
         Raises:
             UserError: Always.
         """
         raise UserError(
-            f"predict: {type(self).__name__} has learnt features and no labels; write the features by `tl embed --run "
-            "RUN`, or train a task on them by `tl fit --model.backbone.weights RUN`"
+            f"predict: {type(self).__name__} has learnt features, no labels; write the features with `tl embed --run "
+            "RUN`, or train a task on them with `tl fit --model.backbone.weights RUN`"
         )
 
     def show(self, title: str, images: Tensor) -> None:
-        """Writes images (N, 1 or 3, H, W) in [0, 1] into TensorBoard, 8 in a row."""
+        """Writes images (N, 1 or 3, H, W) in [0, 1] to TensorBoard, 8 in a row."""
         from torchvision.utils import make_grid
 
         for logger in self.loggers:
@@ -270,19 +270,19 @@ class Pretraining(TransferModule):
 
 
 def spread(features: Tensor) -> float:
-    """`sqrt(D) mean_d std(f_d / |f|)` of (N, D): 1 where directions are spread evenly, 0 where all are one.
+    """Computes `sqrt(D) mean_d std(f_d / |f|)` of (N, D): 1 if directions are evenly spread, 0 if all are the same.
 
-    As Chen and He (SimSiam, CVPR 2021) watch for collapse.
+    The measure of collapse of Chen and He (SimSiam, CVPR 2021).
     """
     unit = F.normalize(features.float())
     return float(unit.std(0, unbiased=False).mean() * unit.shape[1] ** 0.5)
 
 
 class CollateViews(Collate):
-    """Makes a batch of samples ((view, ...), y, index): each view becomes a tree of its own."""
+    """Makes a batch of samples ((view, ...), y, index): each view becomes a tree."""
 
     def __call__(self, samples: Sequence[tuple[Any, ...]]) -> Any:
-        """Returns the batch; samples without views, as `tl test` reads them, stay as they are."""
+        """Returns the batch; samples without views, as in `tl test`, are collated as usual."""
         batch = super().__call__([(None, *rest) for _, *rest in samples])
         xs = [x for x, *_ in samples]
         if isinstance(xs[0], tuple):
@@ -291,7 +291,7 @@ class CollateViews(Collate):
 
 
 def input_kind(backbone: Backbone, schema: Mapping[str, Any]) -> str:
-    """What inputs are, image or numeric, by the schema, or by the backbone where nothing is said.
+    """Returns the kind of the inputs, image or numeric, from the schema, or else from the backbone.
 
     Raises:
         UserError: It is neither.
@@ -304,7 +304,7 @@ def input_kind(backbone: Backbone, schema: Mapping[str, Any]) -> str:
         kind = "numeric"
     if kind is None:
         raise UserError(
-            f"model: this pretraining takes images or rows of numbers, not {', '.join(x) or 'what nobody knows'}; take "
-            "SimCLR, VICReg or DINO with transforms of your own, --data.augment"
+            f"model: this pretraining takes images or rows of numbers, not {', '.join(x) or 'unknown inputs'}; use "
+            "SimCLR, VICReg or DINO with your own transforms, --data.augment"
         )
     return kind

@@ -1,4 +1,4 @@
-"""Views of one sample are to be alike: SimCLR, VICReg and DINO with lightly's losses, and SCARF for rows."""
+"""Pretraining by comparing views of a sample: SimCLR, VICReg and DINO with lightly's losses, and SCARF for rows."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ __all__ = ["DINO", "SCARF", "SimCLR", "VICReg"]
 
 
 class Compared(Pretraining):
-    """Two views of each sample, compared by a loss of lightly's, `criterion`."""
+    """Compares two views of each sample with a loss of lightly, `criterion`."""
 
     views: ClassVar[int] = 2
     criterion: Any
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The loss of the two views' projections."""
-        self.criterion.gather_distributed = self.training  # evaluation's batches differ in size
+        """Computes the loss of the two views' projections."""
+        self.criterion.gather_distributed = self.training  # batches of an evaluation differ in size
         return {"views": self.criterion(*self.project(views))}
 
 
 class SimCLR(Compared):
-    """Finds a sample's other view among all views of the batch (Chen et al., ICML 2020).
+    """Identifies a sample's other view among all views of the batch (Chen et al., ICML 2020).
 
     `-log exp(cos(z_i, z_j) / T) / sum_(k != i) exp(cos(z_i, z_k) / T)`, the mean over the 2 B views i, with j the other
     view of the same sample; z is a projection of the features. lightly's `NTXentLoss`; over several processes all their
-    views are compared. Larger batches have more to compare with.
+    views are compared. Larger batches have more negatives.
 
     Args:
-        backbone: Raw samples -> features.
-        temperature: T; the paper takes 0.5 for small images, 0.1 for ImageNet.
-        hidden: Width of the projection's hidden layer; None is that of the features, as in the paper.
+        backbone: Maps raw samples to features.
+        temperature: T; in the paper 0.5 for small images, 0.1 for ImageNet.
+        hidden: Width of the projection's hidden layer; None takes that of the features, as in the paper.
         dim: Width of z.
         **kwargs: As for `Pretraining`.
     """
@@ -61,17 +61,17 @@ class SimCLR(Compared):
 
 
 class VICReg(Compared):
-    """Two views agree, and no dimension dies or repeats another (Bardes, Ponce and LeCun, ICLR 2022).
+    """Makes two views agree, without collapsed or redundant dimensions (Bardes, Ponce and LeCun, ICLR 2022).
 
     `invariance |z - z'|^2 / dim + variance mean_d max(0, 1 - std z_d) + covariance sum_(c != d) C_cd^2 / dim`, as
     lightly's `VICRegLoss`; z is an expansion of the features, C its covariance over the batch.
 
     Args:
-        backbone: Raw samples -> features.
-        invariance: Weight of the first part; 25 in the paper, as the next.
+        backbone: Maps raw samples to features.
+        invariance: Weight of the first part; 25 in the paper, like the next.
         variance: Weight of the second part.
         covariance: Weight of the third part.
-        dim: Width of z and of the two layers before it; the paper takes 8192 for a ResNet-50, four times its features.
+        dim: Width of z and of the two layers before it; in the paper 8192 for a ResNet-50, four times its features.
         **kwargs: As for `Pretraining`.
     """
 
@@ -90,19 +90,19 @@ class VICReg(Compared):
 
 
 class DINO(Pretraining):
-    """Says of a view what an average of its past weights says of the other one (Caron et al., ICCV 2021).
+    """Predicts for a view what an average of past weights predicts for the other view (Caron et al., ICCV 2021).
 
     `-sum_k q_k log p_k` with p the softmax of the student's outputs at temperature 0.1, and q that of the teacher's,
-    less their running mean, at `teacher_temperature`; lightly's `DINOLoss`, with two views and no small crops. The
-    teacher's momentum rises to 1 along a cosine. What is kept and transferred is the student.
+    minus their running mean, at `teacher_temperature`; lightly's `DINOLoss`, with two views and no small crops. The
+    teacher's momentum rises to 1 along a cosine. The student is kept and transferred.
 
     Args:
-        backbone: Raw samples -> features.
-        dim: How many outputs; the paper takes 65,536 for ImageNet.
+        backbone: Maps raw samples to features.
+        dim: Number of outputs; 65,536 in the paper for ImageNet.
         hidden: Width of the head's two hidden layers.
-        bottleneck_dim: Width of what is normalised before the last layer.
-        momentum: Of the teacher at the start; 0.996 in the paper, lower for short runs.
-        teacher_temperature: Of the teacher.
+        bottleneck_dim: Width of the normalised layer before the last one.
+        momentum: Initial momentum of the teacher; 0.996 in the paper, lower for short runs.
+        teacher_temperature: Temperature of the teacher.
         **kwargs: As for `Pretraining`.
     """
 
@@ -123,7 +123,7 @@ class DINO(Pretraining):
 
         super().__init__(backbone, head=head, **kwargs)
         if not 0 <= momentum <= 1:
-            raise UserError(f"momentum: {momentum} must lie in [0, 1]")
+            raise UserError(f"momentum: {momentum} must be in [0, 1]")
         self.momentum, self.teacher_temperature = momentum, teacher_temperature
         self.criterion = lightly_loss(self, "DINOLoss", output_dim=dim, teacher_temp=teacher_temperature)
         self.teacher = copy.deepcopy(self._student()).requires_grad_(False)
@@ -133,13 +133,13 @@ class DINO(Pretraining):
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Moves the teacher's weights towards the student's."""
+        """Updates the teacher's weights towards the student's."""
         momentum = 1 - (1 - self.momentum) * (math.cos(math.pi * self.progress) + 1) / 2
         for mine, students in zip(self.teacher.parameters(), self._student().parameters(), strict=True):
             mine.lerp_(students, 1 - momentum)
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The cross-entropy of each view with the teacher's answer to the other."""
+        """Computes the cross-entropy of each view with the teacher's output for the other."""
         if self.training:
             self.update_teacher()
         backbone, head = cast(Any, self.teacher)
@@ -149,17 +149,17 @@ class DINO(Pretraining):
                 taught = head(samples.to_float32(features)).chunk(len(views))
         center = self.criterion.center.clone()
         loss = self.criterion(list(taught), self.project(views), teacher_temp=self.teacher_temperature)
-        if not self.training:  # which moves nothing
+        if not self.training:  # evaluation updates nothing
             self.criterion.center.copy_(center)
         return {"dino": loss}
 
 
 class PrototypeHead(nn.Module):
-    """DINO's: an MLP with GELU, then the cosines with `outputs` directions that are learnt.
+    """DINO's head: an MLP with GELU, then the cosines with `outputs` learnt directions.
 
     Args:
-        widths: Of the input, the hidden layers and what is normalised.
-        outputs: How many directions.
+        widths: Widths of the input, the hidden layers and the normalised layer.
+        outputs: Number of directions.
     """
 
     def __init__(self, widths: list[int], outputs: int) -> None:
@@ -168,20 +168,20 @@ class PrototypeHead(nn.Module):
         self.directions = nn.Parameter(nn.init.trunc_normal_(torch.empty(outputs, widths[-1]), std=0.02))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> cosines (B, outputs)."""
+        """Maps (B, D) to cosines (B, outputs)."""
         return F.linear(F.normalize(self.layers(features)), F.normalize(self.directions))
 
 
 class SCARF(Pretraining):
-    """Finds a row among copies of the batch's rows with other values in most columns (Bahri et al., ICLR 2022).
+    """Identifies a row among copies of the batch's rows with most values replaced (Bahri et al., ICLR 2022).
 
-    `-log exp(cos(z_i, z'_i) / T) / sum_k exp(cos(z_i, z'_k) / T)`, the mean over the rows i; z' is of a copy whose
+    `-log exp(cos(z_i, z'_i) / T) / sum_k exp(cos(z_i, z'_k) / T)`, the mean over the rows i; z' is from a copy whose
     values were replaced, each with probability `corruption`, by those of other rows in the same column.
 
     Args:
-        backbone: Raw samples -> features.
-        corruption: Share of the values that are replaced; the paper takes 0.6.
-        temperature: T; the paper takes 1.
+        backbone: Maps raw samples to features.
+        corruption: Share of the values that are replaced; 0.6 in the paper.
+        temperature: T; 1 in the paper.
         dim: Width of z and of the layer before it; 256 in the paper.
         **kwargs: As for `Pretraining`.
     """
@@ -191,15 +191,15 @@ class SCARF(Pretraining):
     ) -> None:
         super().__init__(backbone, head=lambda width: projector([width, dim, dim]), **kwargs)
         if not 0 < corruption < 1:
-            raise UserError(f"corruption: {corruption} must lie between 0 and 1")
+            raise UserError(f"corruption: {corruption} must be between 0 and 1")
         if temperature <= 0:
             raise UserError(f"temperature: {temperature} must be above 0")
         if input_kind(self.backbone, self.schema) != "numeric":
-            raise UserError("model: SCARF swaps values of columns, so it takes rows of numbers; for images take SimCLR")
+            raise UserError("model: SCARF swaps values of columns, so it takes rows of numbers; for images use SimCLR")
         self.corruption, self.temperature = corruption, temperature
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The contrastive loss of the rows and of their corrupted copies."""
+        """Computes the contrastive loss of the rows and their corrupted copies."""
         (x,) = views
         parts = x if isinstance(x, dict) else {"": x}
         swapped = {name: swap(part, self.corruption)[0] for name, part in parts.items()}
@@ -208,10 +208,10 @@ class SCARF(Pretraining):
 
 
 def lightly_loss(module: Pretraining, name: str, **options: Any) -> Any:
-    """A loss of lightly.
+    """Builds a loss of lightly.
 
     Raises:
-        UserError: lightly is missing.
+        UserError: lightly is not installed.
     """
     try:
         from lightly import loss

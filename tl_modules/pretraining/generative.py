@@ -1,4 +1,4 @@
-"""A generator that is to deceive a discriminator, whose backbone learns what images are made of."""
+"""Pretraining with a generator and a discriminator, whose backbone learns features of images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["GAN"]
 
 
 class DCGANAdam(torch.optim.Adam):
-    """Adam with less momentum, as DCGAN needs it to be stable.
+    """Adam with less momentum, which DCGAN needs to be stable.
 
     Args:
         params: The parameters or groups of them.
         lr: The learning rate.
-        betas: Of the averages of the gradient and of its square.
+        betas: Decay rates of the averages of the gradient and of its square.
     """
 
     def __init__(self, params: Any, lr: float = 2e-4, betas: tuple[float, float] = (0.5, 0.999)) -> None:
@@ -37,23 +37,23 @@ class DCGANAdam(torch.optim.Adam):
 
 
 class GAN(Pretraining):
-    """A DCGAN whose discriminator is the backbone and a linear layer (Radford, Metz and Chintala, ICLR 2016).
+    """A DCGAN whose discriminator consists of the backbone and a linear layer (Radford, Metz and Chintala, ICLR 2016).
 
     discriminator   `BCE(D(x), 1) + BCE(D(G(z)), 0)`
     generator       `BCE(D(G(z)), 1)`
 
-    Each step moves the generator and then the discriminator, each with an optimizer of its own. Samples of the same 64
-    vectors z after each epoch are in TensorBoard. Running statistics are those of real images alone.
+    Each step updates the generator and then the discriminator, each with its own optimizer. TensorBoard gets samples of
+    the same 64 vectors z after each epoch. Running statistics come from real images only.
 
     Args:
-        backbone: Raw samples -> features.
+        backbone: Maps raw samples to features.
         latent: Length of z, standard normal.
-        image_size: Side of the images that are generated, in pixels; real ones are scaled to it.
-        channels: Of generated images, 1 for grey ones, or 3.
-        width: Channels of the generator's last layer but one.
-        smoothing: What real images' label 1 is lowered by (Salimans et al., NeurIPS 2016, take 0.1).
-        optimizer: Of both networks, each with its own.
-        lr_scheduler: Of both optimizers.
+        image_size: Side of the generated images, in pixels; real ones are resized to it.
+        channels: Channels of generated images, 1 for grey ones, or 3.
+        width: Channels of the generator's second to last layer.
+        smoothing: Reduction of the label 1 of real images (0.1 in Salimans et al., NeurIPS 2016).
+        optimizer: Optimizer class; each network gets its own.
+        lr_scheduler: Scheduler of both optimizers.
         **kwargs: As for `Pretraining`.
     """
 
@@ -76,7 +76,7 @@ class GAN(Pretraining):
         if channels not in (1, 3):
             raise UserError(f"channels: {channels} must be 1 or 3")
         if input_kind(self.backbone, self.schema) != "image":
-            raise UserError("model: GAN generates images, and the data's inputs are rows; take SCARF or Autoencoder")
+            raise UserError("model: GAN generates images, but the data's inputs are rows; use SCARF or Autoencoder")
         self.automatic_optimization = False
         self.latent, self.image_size, self.smoothing = latent, image_size, smoothing
         self.generator = nn.Sequential(upsampler(latent, channels, image_size, width), nn.Sigmoid())
@@ -91,12 +91,12 @@ class GAN(Pretraining):
         return images
 
     def judge(self, images: Tensor) -> Tensor:
-        """Images -> logits (B,) of being real."""
+        """Maps images to logits (B,) of being real."""
         (logits,) = self.project([images])
         return cast(Tensor, logits).squeeze(1).float()
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Of real and generated images, (B, C, H, W) each."""
+        """Computes the loss of real and generated images, (B, C, H, W) each."""
         size = (self.image_size, self.image_size)
         if real.shape[-2:] != size:
             real = real.float() / 255 if real.dtype == torch.uint8 else real
@@ -108,15 +108,15 @@ class GAN(Pretraining):
         return true + F.binary_cross_entropy_with_logits(others, torch.zeros_like(others))
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The discriminator's loss; the generator's is computed in `training_step`."""
+        """Computes the discriminator's loss; the generator's is computed in `training_step`."""
         return {"discriminator": self.discriminator_loss(views[0], self.generate(len(views[0])).detach())}
 
     def training_step(self, batch: Domains, batch_idx: int) -> Any:
-        """Moves the generator, then the discriminator."""
+        """Updates the generator, then the discriminator."""
         (real,) = self.views_of({name: as_batch(part) for name, part in batch.items()})
         count = samples.count(real)
         mine, its = self.optimizers()  # type: ignore[attr-defined]
-        its = its.optimizer  # without Lightning's wrapper, whose steps count as the run's
+        its = its.optimizer  # unwrapped: steps of Lightning's wrapper count as the run's
         with full_precision(self.device):
             fake = self.generate(count)
         with statistics_kept(self.backbone):
@@ -134,7 +134,7 @@ class GAN(Pretraining):
         self.terms.add({"loss": told, "generator": deceived}, count)
 
     def schedulers(self) -> list[Any]:
-        """Those that are due: of each step, and after the last batch those of each epoch."""
+        """Returns the schedulers that are due: those of each step, and after the last batch those of each epoch."""
         return [
             config.scheduler
             for config in self.trainer.lr_scheduler_configs
@@ -142,7 +142,7 @@ class GAN(Pretraining):
         ]
 
     def configure_optimizers(self) -> Any:
-        """The discriminator's, in named groups as any run's, and the generator's."""
+        """Returns the discriminator's optimizer, with named groups as in any run, and the generator's."""
         own = super().configure_optimizers()
         first = own if isinstance(own, dict) else {"optimizer": own}
         group = {"name": "generator", "params": list(self.generator.parameters()), "lr_scale": 1.0}
@@ -152,20 +152,20 @@ class GAN(Pretraining):
         return first, second
 
     def on_train_start(self) -> None:
-        """Also refuses what two optimizers cannot do.
+        """Also rejects settings that two optimizers do not support.
 
         Raises:
-            UserError: Plain ddp; scaled gradients.
+            UserError: Plain ddp, or scaled gradients.
         """
         super().on_train_start()
         strategy = self.trainer.strategy
         if hasattr(strategy, "_ddp_kwargs") and not finds_unused_parameters(strategy):
             raise UserError(
-                "strategy: GAN trains one network after the other, which plain ddp cannot follow; pass "
+                "strategy: GAN trains one network after the other, which plain ddp does not support; pass "
                 "--trainer.strategy ddp_find_unused_parameters_true"
             )
         if self.trainer.precision == "16-mixed":
-            raise UserError("precision: GAN's two optimizers cannot share 16-mixed's scale; take bf16-mixed or 32-true")
+            raise UserError("precision: GAN's two optimizers cannot share 16-mixed's scaler; use bf16-mixed or 32-true")
 
     def on_validation_epoch_end(self) -> None:
         """Also draws samples."""

@@ -1,7 +1,7 @@
-"""Two inputs of one sample are to find each other: CLIP, for images and texts, and for any two kinds of data.
+"""CLIP: two inputs of a sample learn to identify each other, for images and texts, or any two kinds of data.
 
 image -> [ part ] -> projection -> z_i --+
-                                         +-- cosine of each image and each text of the batch -> which belong together
+                                         +-- cosine of each image and each text of the batch -> which are pairs
 text  -> [ part ] -> projection -> z_t --+
 """
 
@@ -23,32 +23,32 @@ from tl_modules.tasks.classification import class_columns
 
 __all__ = ["CLIP"]
 
-LARGEST = 100.0  # what cosines are multiplied by at most, as in the paper
+LARGEST = 100.0  # largest scale of the cosines, as in the paper
 
 
 class CLIP(Pretraining):
-    """Finds the text of each image among those of the batch, and the image of each text (Radford et al., ICML 2021).
+    """Identifies the text of each image in the batch, and the image of each text (Radford et al., ICML 2021).
 
-    `(CE(s z_i z_t^T) + CE(s z_t z_i^T)) / 2` over the pairs of a batch, over several processes over all of theirs, with
-    z normalised projections and s learnt. Larger batches have more to compare with. The two inputs may be of any kinds;
-    with a text among them, `val/zero_shot` is the accuracy of taking, for each sample, the class whose name is nearest
-    to its other input, of the classes that the split's labels hold. `val/recall_1` and `val/recall_5` say how often the
-    first input of a sample is the nearest, or one of the five nearest, to its second, of all samples of the split.
+    `(CE(s z_i z_t^T) + CE(s z_t z_i^T)) / 2` over the pairs of a batch (over all processes), with z normalised
+    projections and s learnt. Larger batches have more negatives. The two inputs may be of any kind; if one is a text,
+    `val/zero_shot` is the accuracy of choosing, for each sample, the class whose name is nearest to its other input,
+    among the classes in the split's labels. `val/recall_1` and `val/recall_5` are the shares of samples whose first
+    input is the nearest, or one of the five nearest, to their second input, among all samples of the split.
 
-    The epoch is chosen by `val/loss`. `FeatureExtraction` learns the projections alone, as suits pretrained parts and
-    few pairs. `tl predict` classifies by the names of `classes`, whether training has seen such or not. The next run
-    starts from the parts by `SeveralBackbones.weights`.
+    The epoch is chosen by `val/loss`. `FeatureExtraction` learns only the projections, which suits pretrained parts and
+    few pairs. `tl predict` classifies by the names of `classes`, whether training has seen these classes or not. The
+    next run starts from the parts with `SeveralBackbones.weights`.
 
     Args:
         backbone: A `SeveralBackbones` with two parts, e.g. image and text, and concatenation.
         dim: Width of z.
-        temperature: 1 / s at the start.
-        prompt: What the names are put into, e.g. "a photo of a {}"; `_` and `-` in names become blanks.
-        classes: What `tl predict` chooses among; None: the classes of the data.
+        temperature: Initial value of 1 / s.
+        prompt: Template for the names, e.g. "a photo of a {}"; `_` and `-` in names become spaces.
+        classes: The classes among which `tl predict` chooses; None: the classes of the data.
         **kwargs: As for `Pretraining`.
 
     Raises:
-        UserError: The backbone is another one, or the prompt has no {}.
+        UserError: The backbone is a different one, or the prompt has no {}.
     """
 
     views: ClassVar[int] = 1
@@ -70,17 +70,17 @@ class CLIP(Pretraining):
         if temperature <= 0:
             raise UserError(f"temperature: {temperature} must be above 0")
         if "{}" not in prompt:
-            raise UserError(f"prompt: {prompt} has no {{}}, where the class's name is put")
+            raise UserError(f"prompt: {prompt} has no {{}}, where the class's name is inserted")
 
         def head(width: int) -> nn.Module:
             return Projections({name: part.width for name, part in backbone.parts.items()}, dim, temperature)
 
         super().__init__(backbone, head=head, **kwargs)
-        self.monitor = ("val/loss", "min")  # of the projections; neighbours of frozen features would never change
+        self.monitor = ("val/loss", "min")  # not val/knn: neighbours of frozen features never change
         self.prompt, self.chosen_classes = prompt, classes
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The cross-entropy of both directions."""
+        """Computes the cross-entropy in both directions."""
         (pair,) = self.project(views)
         one, other = pair
         others = [gathered(each, self.training) for each in (one, other)]
@@ -92,14 +92,14 @@ class CLIP(Pretraining):
 
     @property
     def projections(self) -> Projections:
-        """The head."""
+        """The projections, which are the head."""
         assert isinstance(self.head, Projections)
         return self.head
 
-    # What it is worth
+    # Evaluation
 
     def measures(self, features: Tensor, y: Any) -> dict[str, float]:
-        """Also retrieval, and classification by the classes' names."""
+        """Also measures retrieval, and classification by the classes' names."""
         one, other = self.projections(features.to(self.device))
         near = other @ one.T
         rank = (near > near.diagonal()[:, None]).sum(1)
@@ -113,19 +113,19 @@ class CLIP(Pretraining):
 
     @property
     def text(self) -> str | None:
-        """The input that is a text, by the schema; the second one where both are."""
+        """The name of the text input, by the schema; the second one if both are texts."""
         named = [name for name, kind in self.several.kinds.items() if "text" in kind]
         return named[-1] if named else None
 
     @property
     def several(self) -> SeveralBackbones:
-        """The backbone."""
+        """The backbone, typed."""
         assert isinstance(self.backbone, SeveralBackbones)
         return self.backbone
 
     @torch.no_grad()
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Names of classes -> z of their prompts, (C, dim)."""
+        """Maps names of classes to z of their prompts, (C, dim)."""
         assert self.text is not None
         texts = [self.prompt.format(name.replace("_", " ").replace("-", " ")) for name in names]
         prepared, _ = samples.move(self.several.each.one(self.text, texts), self.device)
@@ -133,44 +133,44 @@ class CLIP(Pretraining):
         return self.projections.project(self.text, part.pooled_features(part(prepared)).float())
 
     def _pictured(self, pair: Sequence[Tensor]) -> Tensor:
-        """Of the two projections, that of the input that is not the text."""
+        """Returns the projection of the input that is not the text."""
         return next(z for name, z in zip(self.several.parts, pair, strict=True) if name != self.text)
 
     # Prediction
 
     @property
     def named_classes(self) -> list[str]:
-        """What predictions choose among."""
+        """The classes among which predictions choose."""
         return self.chosen_classes or self.class_names or []
 
     def on_predict_start(self) -> None:
         """Embeds the names of the classes.
 
         Raises:
-            UserError: There are none, or no text among the inputs.
+            UserError: There are no names, or no text among the inputs.
         """
         if not self.named_classes or self.text is None:
             raise UserError(
-                "predict: CLIP chooses among names; give --model.classes [a, b], and a text among its inputs"
+                "predict: CLIP chooses among names; pass --model.classes [a, b], and a text among its inputs"
             )
         self.embedded = self.embed(self.named_classes)
 
     def postprocess(self, out: DomainOutput) -> Tensor:
-        """Probabilities of the classes by their names, (B, C)."""
+        """Returns probabilities of the classes by their names, (B, C)."""
         return (self.projections.scale * self._pictured(out.output) @ self.embedded.T).softmax(1)
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
-        """Columns `label` and `p_<class>`."""
+        """Returns columns `label` and `p_<class>`."""
         return class_columns(prediction, self.named_classes)
 
 
 class Projections(nn.Module):
-    """Vectors of two parts, one beside the other -> a normalised projection of each, and the scale of their cosines.
+    """Projects the concatenated vectors of two parts to normalised vectors, and holds the scale of their cosines.
 
     Args:
-        widths: Of each part's vectors, by name.
-        dim: Of the projections.
-        temperature: 1 / scale at the start.
+        widths: Width of each part's vectors, by name.
+        dim: Width of the projections.
+        temperature: Initial value of 1 / scale.
     """
 
     def __init__(self, widths: Mapping[str, int], dim: int, temperature: float) -> None:
@@ -181,21 +181,21 @@ class Projections(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What cosines are multiplied by."""
+        """The scale of the cosines."""
         return self.log_scale.exp().clamp(max=LARGEST)
 
     def project(self, name: str, vectors: Tensor) -> Tensor:
-        """A part's vectors (B, D) -> (B, dim), of length 1."""
+        """Projects a part's vectors (B, D) to (B, dim), of length 1."""
         return F.normalize(self.layers[name](vectors), dim=1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        """(B, sum of the widths) -> (B, dim) of each part."""
+        """Maps (B, sum of the widths) to (B, dim) for each part."""
         each = torch.split(features, list(self.widths.values()), 1)
         return tuple(self.project(name, vectors) for name, vectors in zip(self.widths, each, strict=True))
 
 
 def gathered(z: Tensor, training: bool) -> Tensor:
-    """The rows of all processes, with their gradient; in evaluation, where batches differ in size, one's own."""
+    """Returns the rows of all processes, with gradient; in evaluation, where batches differ in size, only its own."""
     if not training or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return z
     from torch.distributed.nn.functional import all_gather

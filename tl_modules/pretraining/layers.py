@@ -1,4 +1,4 @@
-"""Networks that pretraining puts behind a backbone, and throws away afterwards."""
+"""Networks that pretraining puts behind a backbone, and discards afterwards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def projector(widths: list[int], last_norm: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Linear layers of these widths with BatchNorm and an activation between them.
+    """Builds linear layers of these widths with BatchNorm and an activation between them.
 
     Args:
         widths: Of the input, the hidden layers and the output.
-        last_norm: Puts BatchNorm also behind the last one, as SimCLR does.
+        last_norm: Adds BatchNorm after the last layer too, as SimCLR does.
         activation: A class.
     """
     layers: list[nn.Module] = []
@@ -26,15 +26,15 @@ def projector(widths: list[int], last_norm: bool = False, activation: type[nn.Mo
 
 
 def upsampler(inputs: int, channels: int, size: int, width: int) -> nn.Sequential:
-    """Vectors -> images: a grid of 5 to 10 positions, doubled by transposed convolutions, as in DCGAN.
+    """Builds DCGAN's network from vectors to images: a grid of 5 to 10 positions, then transposed convolutions.
 
     (B, inputs) -> (B, channels, size, size)
 
     Args:
         inputs: Width of the vectors.
-        channels: Of the images.
-        size: Their side in pixels.
-        width: Channels before the last convolution; each step before has twice as many, at most 512.
+        channels: Channels of the images.
+        size: Side of the images in pixels.
+        width: Channels before the last convolution; each earlier layer has twice as many, at most 512.
     """
     doublings = max(0, round(math.log2(size / 7)))
     start = math.ceil(size / 2**doublings)
@@ -46,5 +46,5 @@ def upsampler(inputs: int, channels: int, size: int, width: int) -> nn.Sequentia
         layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     layers.append(nn.Conv2d(widths[-1], channels, 3, padding=1))
     if spare := start * 2**doublings - size:
-        layers.append(nn.ZeroPad2d((0, -spare, 0, -spare)))  # cuts from the right and the bottom
+        layers.append(nn.ZeroPad2d((0, -spare, 0, -spare)))  # crops the right and the bottom
     return nn.Sequential(*layers)

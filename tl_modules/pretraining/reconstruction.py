@@ -1,4 +1,4 @@
-"""Inputs are restored from their features, after a part of them was destroyed."""
+"""Pretraining by reconstructing inputs from features of a corrupted copy."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ __all__ = ["Autoencoder"]
 
 
 class Autoencoder(Pretraining):
-    """Restores an input from the features of what is left of it (Vincent et al., JMLR 2010; He et al., CVPR 2022).
+    """Reconstructs an input from the features of a corrupted copy (Vincent et al., JMLR 2010; He et al., CVPR 2022).
 
         image, convolutions   Gaussian noise on all pixels
-        image, transformer    patches are blank, and only they are compared, as in masked autoencoders
-        row of numbers        values are those of other rows in the same column
+        image, transformer    patches are blanked, and only they are compared, as in masked autoencoders
+        row of numbers        values are replaced by those of other rows in the same column
 
-    `mean (decoder(features(destroyed x)) - x)^2`, of images normalised as the backbone does, of rows standardised
-    column by column. The decoder gets the pooled features, which the next run will get too; transposed convolutions
-    make an image of them.
+    `mean (decoder(features(corrupted x)) - x)^2`, for images normalised as in the backbone, for rows standardised by
+    column. The decoder gets the pooled features, as the next run will; transposed convolutions turn them into an image.
 
     Args:
-        backbone: Raw samples -> features.
+        backbone: Maps raw samples to features.
         noise: Standard deviation of the noise, on the [0, 1] scale.
-        masked: Share of the patches that are blank, or of the values that are swapped. None is 0.5 for transformers,
+        masked: Share of the patches that are blanked, or of the values that are replaced. None is 0.5 for transformers,
             0.3 for rows, otherwise 0.
         patch: Side of a patch in pixels.
-        image_size: Side of what is restored, in pixels; larger images are compared at this size.
-        width: Channels of the decoder's last layer but one, or of rows half the width of its hidden layer.
+        image_size: Side of the reconstruction, in pixels; larger images are compared at this size.
+        width: Channels of the decoder's second to last layer; for rows half the width of its hidden layer.
         **kwargs: As for `Pretraining`.
     """
 
@@ -61,7 +60,7 @@ class Autoencoder(Pretraining):
         self.kind = input_kind(self.backbone, self.schema)
         if (self.schema.get("x") or {}).get("categorical"):
             raise UserError(
-                "model: Autoencoder restores numbers, and the data has categories; take SCARF, or drop them"
+                "model: Autoencoder reconstructs numbers, but the data has categories; use SCARF, or drop them"
             )
         attends = any("Attention" in type(module).__name__ for module in self.backbone.modules())
         usual = 0.3 if self.kind == "numeric" else 0.5 if attends else 0.0
@@ -73,7 +72,7 @@ class Autoencoder(Pretraining):
             self.scale = Standardise(cast(Any, self.head)[-1].out_features, "each", 5.0)
 
     def objective(self, *views: Any) -> dict[str, Tensor]:
-        """The squared error, over what was masked where something was."""
+        """Computes the squared error, over the masked part if something was masked."""
         (x,) = views
         destroyed, target, mask = self.destroy(x)
         (restored,) = self.project([destroyed])
@@ -82,7 +81,7 @@ class Autoencoder(Pretraining):
             return {"error": errors.mean() if mask is None else (errors * mask).sum() / mask.expand_as(errors).sum()}
 
     def destroy(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The input for the backbone, what is to be restored, and a mask (B, 1, H, W) of where; None: everywhere."""
+        """Returns the corrupted input, the target, and a mask (B, 1, H, W) of the corrupted part; None: everywhere."""
         if self.kind == "numeric":
             return swap(x, self.masked)[0], self.scale(x), None
         backbone = cast(ImageBackbone, self.backbone)
@@ -105,7 +104,7 @@ class Autoencoder(Pretraining):
 
     @torch.no_grad()
     def on_validation_epoch_end(self) -> None:
-        """Also draws some inputs, destroyed, and what is made of them."""
+        """Also draws some corrupted inputs and their reconstructions."""
         super().on_validation_epoch_end()
         loader = self.trainer.val_dataloaders
         loader = loader[0] if isinstance(loader, list) else loader
@@ -130,7 +129,7 @@ def swap(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
         share: Probability that a value is replaced.
 
     Returns:
-        The rows, and where values were replaced, (B, D).
+        The rows, and a mask of the replaced values, (B, D).
     """
     replaced = torch.rand(x.shape, device=x.device) < share
     other = torch.rand(x.shape, device=x.device).argsort(0)  # a permutation of each column

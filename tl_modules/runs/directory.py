@@ -96,7 +96,7 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     """The sections of a run's config.yaml that every command shares.
 
     Raises:
-        UserError: It is no mapping of sections, or names what a config of someone else's must not.
+        UserError: It is not a mapping of sections, or names what a config of someone else's must not.
     """
     file = run / "config.yaml"
     try:
@@ -104,11 +104,11 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"run: {file} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
-        raise UserError(f"run: {file} is no mapping of {', '.join(SECTIONS)}")
+        raise UserError(f"run: {file} is not a mapping of {', '.join(SECTIONS)}")
     config = {key: value for key, value in config.items() if key in SECTIONS}
     for key in MAPPINGS:
         if not isinstance(config.get(key) or {}, dict):
-            raise UserError(f"run: {file}: {key} is no mapping")
+            raise UserError(f"run: {file}: {key} is not a mapping")
     for key in ("folder", "disk_gb"):  # the cache is the machine's; somebody else must not say what to empty
         (config.get("cache") or {}).pop(key, None)
     check_config(config, trusted, f"run: {file}")
@@ -183,7 +183,7 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
         trust: Modules of your own that its config may name; importing them runs their code.
 
     Raises:
-        UserError: It is no run directory, the checkpoint is not there or damaged, or the config names what it must not.
+        UserError: It is not a run directory, the checkpoint is not there or damaged, or the config names what it must not.
     """
     run = find_run(path)
     config = read_config(run, trust)

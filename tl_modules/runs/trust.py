@@ -93,7 +93,7 @@ def imports_only(trusted: Sequence[str]) -> Iterator[None]:
     """Inside, the parser imports nothing but what a run may name and what is trusted.
 
     Raises:
-        UserError: What is trusted is no name of a module or class.
+        UserError: What is trusted is not a name of a module or class.
     """
     with import_policy_kept():
         try:
@@ -136,7 +136,7 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Every value that is no mapping or list: its key, the value, and the class whose argument it is.
+    """Every value that is not a mapping or list: its key, the value, and the class whose argument it is.
 
     Raises:
         UserError: The config contains itself, or grows beyond all bounds by its aliases.
@@ -183,7 +183,7 @@ def _reason(name: str, is_class: bool) -> str | None:
     if not any(name.startswith(f"{prefix}.") or name == prefix for prefix in ALLOWED):
         ours = any(prefix.startswith(f"{top}.") for prefix in ALLOWED)
         return f"names {name}, which " + ("can write files or run code" if ours else "is none of ours")
-    return None if _is_of_a_kind(name) else f"names {name}, which is no class that a run is made of"
+    return None if _is_of_a_kind(name) else f"names {name}, which is not a class that a run is made of"
 
 
 def _is_module(top: str) -> bool:

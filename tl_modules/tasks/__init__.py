@@ -1,4 +1,4 @@
-"""Tasks: what the loss, the metrics and a prediction are."""
+"""Tasks: they define loss, metrics and predictions."""
 
 from tl_modules.tasks.classification import *
 from tl_modules.tasks.regression import *

@@ -1,4 +1,4 @@
-"""The area under the ROC curve, by exact ranks as long as memory allows.
+"""The area under the ROC curve, by exact ranks as far as memory allows.
 
 probabilities (N, C), labels (N,) -> ranks within each class's column -> (rank sum of the positives) -> AUROC (C,)
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-EXACT = 2**26  # probabilities that are kept, 256 MB
+EXACT = 2**26  # probabilities kept in memory, 256 MB
 BINS, STEP = 2000, 0.02  # of the log-odds from -20 to 20
 AT_ONCE = 2**22
 
 
 class MacroAUROC(Metric):
-    """The mean one-vs-rest AUROC of the classes that the labels hold; torchmetrics counts an absent one as 0.
+    """The mean one-vs-rest AUROC of the classes in the labels; torchmetrics counts an absent class as 0.
 
-    Exact, with ties as one half, while N x C is at most 67 million in a process; beyond that all probabilities are put
-    into 2,000 bins of their log-odds. (Even bins of the probability cannot tell the samples of a rare class apart.)
+    Exact, with ties as one half, as long as N x C is at most 67 million per process; above that all probabilities are
+    put into 2,000 bins of their log-odds. (Even bins of the probability do not separate the samples of a rare class.)
 
     Args:
         num_classes: C.
@@ -44,12 +44,12 @@ class MacroAUROC(Metric):
         """Adds probabilities (B, C) and labels (B,)."""
         self.probabilities.append(preds.detach().float())
         self.labels.append(target)
-        # asked of what all processes have in common: the number of batches and the size of the first one
+        # decided by what all processes share: the number of batches and the size of the first one
         if len(self.binned) or len(self.labels) * self.probabilities[0].numel() > EXACT:
             self._bin()
 
     def compute(self) -> Tensor:
-        """A scalar; nan where all labels are of one class."""
+        """Returns a scalar; nan if all labels are of one class."""
         if len(self.binned):
             self._bin()
             negative, positive = self.binned.view(2, self.num_classes, BINS).double().unbind()
@@ -65,7 +65,7 @@ class MacroAUROC(Metric):
         return areas[areas.isfinite()].mean().float()
 
     def _bin(self) -> None:
-        """Moves what is kept into the bins."""
+        """Moves the stored probabilities into the bins."""
         if not len(self.binned):
             self.binned = torch.zeros(2 * self.num_classes * BINS, dtype=torch.long, device=self.binned.device)
         if len(self.labels):
@@ -83,12 +83,12 @@ def auroc(scores: Tensor, labels: Tensor, first: int = 0) -> Tensor:
     """Computes the one-vs-rest AUROC of some classes by ranks (Mann and Whitney), ties counted as one half.
 
     Args:
-        scores: (N, K), of the classes `first` to `first` + K - 1.
+        scores: (N, K), for the classes `first` to `first` + K - 1.
         labels: Class numbers, (N,).
         first: The number of the first column's class.
 
     Returns:
-        (K,); nan for a class that no label has, or that all have.
+        (K,); nan for a class that no label has, or all labels have.
     """
     columns = scores.T.contiguous()
     ordered = columns.sort(1).values

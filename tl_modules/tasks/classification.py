@@ -1,4 +1,4 @@
-"""One label out of C."""
+"""Classification: one label out of C."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Classification(TransferModule):
     Args:
         *args: As for `TransferModule`.
         class_weights: Weight of each class in the loss, in the order of `class_names`.
-        label_smoothing: Share of the label that is spread over all classes (Szegedy et al., CVPR 2016).
+        label_smoothing: Share of the label that is distributed over all classes (Szegedy et al., CVPR 2016).
         **kwargs: As for `TransferModule`.
     """
 
@@ -48,7 +48,7 @@ class Classification(TransferModule):
         if self.num_outputs < 2:
             values = "values" in (self.schema.get("y") or {})
             hint = (
-                "; the labels are numbers: pass --model Regression, or --data.kind classes where they are classes"
+                "; the labels are numbers: pass --model Regression, or --data.kind classes if they are classes"
                 if values
                 else ""
             )
@@ -56,34 +56,34 @@ class Classification(TransferModule):
         if class_weights is not None and len(class_weights) != self.num_outputs:
             raise UserError(f"class_weights: {len(class_weights)} weights for {self.num_outputs} classes")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"label_smoothing: {label_smoothing} must lie in [0, 1)")
+            raise UserError(f"label_smoothing: {label_smoothing} must be in [0, 1)")
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.label_smoothing = label_smoothing
         self.said: set[str] = set()
 
     def decode(self, features: Any) -> Tensor:
-        """Features -> logits (B, C), divided by the temperature."""
+        """Maps features to logits (B, C), divided by the temperature."""
         logits: Tensor = super().decode(features)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def loss(self, out: DomainOutput) -> Tensor:
-        """Cross-entropy (B,) of logits (B, C) and class numbers (B,), or shares of the classes (B, C)."""
+        """Computes the cross-entropy (B,) of logits (B, C) and class numbers (B,), or soft labels (B, C)."""
         return F.cross_entropy(out.output, out.y, label_smoothing=self.label_smoothing, reduction="none")
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Shrinkage discriminant analysis."""
+        """Fits shrinkage discriminant analysis."""
         return discriminant(features, y, self.num_outputs)
 
     def loss_weight(self, out: DomainOutput) -> Tensor | None:
-        """The weights of the samples' classes."""
+        """Returns the weights of the samples' classes."""
         if self.class_weights is None:
             return None
         return out.y @ self.class_weights if out.y.is_floating_point() else self.class_weights[out.y]
 
     def metrics(self) -> MetricCollection:
-        """Accuracy (micro), F1 and AUROC (macro, over the classes that are there), calibration error over 15 bins."""
-        # each check of the arguments would wait for the device
+        """Returns accuracy (micro), F1 and AUROC (macro, over the classes present), calibration error over 15 bins."""
+        # validate_args=False: each check would synchronise with the device
         common: dict[str, Any] = {"num_classes": self.num_outputs, "validate_args": False}
         return MetricCollection(
             {
@@ -95,11 +95,11 @@ class Classification(TransferModule):
         )
 
     def on_validation_end(self) -> None:
-        """Says once which classes the macro averages leave out."""
+        """Logs once which classes the macro averages leave out."""
         self._say_absent(self.val_metrics, "validation")
 
     def on_test_end(self) -> None:
-        """Says once which classes the macro averages leave out."""
+        """Logs once which classes the macro averages leave out."""
         self._say_absent(self.test_metrics, "test")
 
     def _say_absent(self, metrics: MetricCollection, split: str) -> None:
@@ -115,38 +115,38 @@ class Classification(TransferModule):
         )
 
     def postprocess(self, out: DomainOutput) -> Tensor:
-        """Logits (B, C) -> probabilities (B, C)."""
+        """Maps logits (B, C) to probabilities (B, C)."""
         return cast(Tensor, out.output).float().softmax(1)
 
     def probabilities(self, out: DomainOutput) -> Tensor:
-        """The softmax of the logits, with its gradient."""
+        """Computes the softmax of the logits, with its gradient."""
         return cast(Tensor, out.output).softmax(1)
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
-        """Columns `label` and `p_<class>`."""
+        """Returns columns `label` and `p_<class>`."""
         return class_columns(prediction, self.class_names or [str(number) for number in range(self.num_outputs)])
 
 
 class MacroF1(MulticlassF1Score):
-    """The mean F1 of the classes that the labels hold; torchmetrics counts a class that is only predicted as 0."""
+    """The mean F1 of the classes in the labels; torchmetrics counts a class that is only predicted as 0."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(average="none", **kwargs)
         self.absent: list[int] = []
 
     def compute(self) -> Tensor:
-        """A scalar; nan without labels."""
+        """Returns a scalar; nan without labels."""
         present = cast(Tensor, self.tp) + cast(Tensor, self.fn) > 0
         self.absent = (~present).nonzero().flatten().tolist()
         return super().compute()[present].mean()
 
 
 def class_columns(probabilities: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Probabilities (B, C) -> columns `label` and `p_<class>`."""
+    """Turns probabilities (B, C) into columns `label` and `p_<class>`."""
     columns: dict[str, list[Any]] = {"label": [names[i] for i in probabilities.argmax(1).tolist()]}
     return columns | {f"p_{name}": _rounded(probabilities[:, i]) for i, name in enumerate(names)}
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Six digits after the point, which is what float32 probabilities carry."""
+    """Rounds to six decimals, the precision of float32 probabilities."""
     return [round(value, 6) for value in values.tolist()]

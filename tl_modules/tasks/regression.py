@@ -1,4 +1,4 @@
-"""One or more real values."""
+"""Regression of one or more real values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["Regression"]
 class Regression(TransferModule):
     """Mean squared error; MAE, RMSE and R2; the values themselves.
 
-    The head gives standardised values, (y - mean) / deviation of the labels that training sees, so that labels of any
-    unit are learnt alike; outputs and metrics are in the label's unit, the loss in deviations. A checkpoint has both.
+    The head outputs standardised values, (y - mean) / deviation of the training labels, so that labels in any unit are
+    learnt alike; outputs and metrics are in the label's unit, the loss in deviations. A checkpoint holds both.
 
     Args:
         *args: As for `TransferModule`.
@@ -37,35 +37,35 @@ class Regression(TransferModule):
         self.register_buffer("label_std", torch.ones(self.num_outputs))
 
     def see_labels(self, labels: Any) -> None:
-        """Takes mean and deviation of labels (N,) or (N, K), each column's own."""
+        """Stores mean and deviation of labels (N,) or (N, K), per column."""
         values = torch.as_tensor(labels, dtype=torch.float64).view(len(labels), -1)
         deviation = values.std(0, correction=0)
         self.label_mean.copy_(values.mean(0))
         self.label_std.copy_(torch.where(deviation > 0, deviation, 1.0))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Reads also a checkpoint from before labels were standardised."""
+        """Also reads a checkpoint from before labels were standardised."""
         for name in ("label_mean", "label_std"):
             checkpoint["state_dict"].setdefault(name, getattr(self, name).clone())
         super().on_load_checkpoint(checkpoint)
 
     def decode(self, features: Any) -> Tensor:
-        """Features -> values (B, K), in the label's unit."""
+        """Maps features to values (B, K), in the label's unit."""
         values: Tensor = super().decode(features) * self.label_std + self.label_mean
         return values
 
     def loss(self, out: DomainOutput) -> Tensor:
-        """Mean squared error (B,) of outputs (B, K) and values (B,) or (B, K), in deviations."""
+        """Computes the mean squared error (B,) of outputs (B, K) and values (B,) or (B, K), in deviations."""
         y = out.y.view_as(out.output).to(out.output.dtype)
         return F.mse_loss(out.output / self.label_std, y / self.label_std, reduction="none").mean(1)
 
     def closed_form(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Ridge regression."""
+        """Fits ridge regression."""
         mean, std = self.label_mean.cpu(), self.label_std.cpu()
         return ridge(features, (y.view(len(y), -1) - mean) / std)
 
     def metrics(self) -> MetricCollection:
-        """MAE and RMSE in the label's unit, and R2."""
+        """Returns MAE and RMSE in the label's unit, and R2."""
         outputs = self.num_outputs
         return MetricCollection(
             {
@@ -76,11 +76,11 @@ class Regression(TransferModule):
         )
 
     def postprocess(self, out: DomainOutput) -> Tensor:
-        """Outputs (B, K) -> values (B,) where K is 1, otherwise (B, K)."""
+        """Maps outputs (B, K) to values (B,) if K is 1, otherwise (B, K)."""
         return cast(Tensor, out.output).float().squeeze(1)
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
-        """Columns `value`, or `value_0`, `value_1`, ..."""
+        """Returns columns `value`, or `value_0`, `value_1`, ..."""
         if prediction.ndim == 1:
             return {"value": prediction.tolist()}
         return {f"value_{i}": prediction[:, i].tolist() for i in range(prediction.shape[1])}

@@ -100,7 +100,7 @@ def read_plan(file: Path) -> Plan:
     _slugs([task for task in plan.tasks if task], f"{file}: tasks")
     reported = [name for name, way in plan.ways.items() if way.report]
     if plan.baseline is not None and plan.baseline not in reported:
-        raise UserError(f"{file}: baseline: {plan.baseline} is no way that is reported{closest(plan.baseline, names)}")
+        raise UserError(f"{file}: baseline: {plan.baseline} is not a way that is reported{closest(plan.baseline, names)}")
     return plan
 
 
@@ -154,7 +154,7 @@ def _words(text: Any, names: list[str], where: str) -> list[str]:
 
 def _mapping(content: Any, keys: Sequence[str] | None, where: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
-        raise UserError(f"{where} is no mapping" + (f" of {', '.join(keys)}" if keys else " of names to words"))
+        raise UserError(f"{where} is not a mapping" + (f" of {', '.join(keys)}" if keys else " of names to words"))
     for key in content:
         if keys and key not in keys:
             raise UserError(f"{where}: there is no key {key}{closest(str(key), keys)}; there are {', '.join(keys)}")
@@ -170,7 +170,7 @@ def _of_type(value: Any, kind: Any, where: str, wanted: str) -> Any:
 def read_seeds(seeds: Any, where: str) -> list[int]:
     """A list of seeds, each once."""
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(f"{where}: {seeds} is no list of whole numbers, e.g. [0, 1, 2]")
+        raise UserError(f"{where}: {seeds} is not a list of whole numbers, e.g. [0, 1, 2]")
     return list(dict.fromkeys(seeds))
 
 

@@ -36,7 +36,7 @@ def p_value(numbers: Sequence[float]) -> float:
     """
     from scipy.stats import t
 
-    if max(numbers) - min(numbers) <= 1e-3 * max(map(abs, numbers)):  # the rounding of float32 is no spread either
+    if max(numbers) - min(numbers) <= 1e-3 * max(map(abs, numbers)):  # the rounding of float32 is not a spread either
         return 1.0
     return 2 * float(t.sf(abs(statistics.fmean(numbers)) / _error(numbers), len(numbers) - 1))
 
@@ -323,7 +323,7 @@ class Scores:
 
 
 def _times(way: str, choices: Sequence[Choice]) -> int | None:
-    """How often a way is chosen, None where it is no candidate."""
+    """How often a way is chosen, None where it is not a candidate."""
     return sum(one.way == way for one in choices) if any(way in one.values for one in choices) else None
 
 

@@ -33,7 +33,7 @@ class FileDomains(TransferDataModule):
         super().__init__(**kwargs)
         if test_fraction != 1 and not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
             raise DataError(
-                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0, and below 1 together "
+                f"val_fraction, test_fraction: {val_fraction} and {test_fraction} must be above 0 and below 1 together "
                 "(a test_fraction of 1 takes all for testing)"
             )
         self.fractions = val_fraction, test_fraction

@@ -233,7 +233,7 @@ def test_load_run(ok, tmp_path):
     assert isinstance(module, Classification)
     assert not module.training
     assert module.class_names == [str(i) for i in range(10)]
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="not a run directory"):
         load_run(tmp_path)
 
 
@@ -341,5 +341,5 @@ def test_the_help_of_heads_names_ours(ok, tl):
 
 def test_a_trial_of_all_steps_names_no_run_to_test(ok):
     said = ok("fit --name a --trainer.fast_dev_run true --model.backbone.width 4")
-    assert "fast_dev_run: all steps work; runs/a/version_0 has no checkpoint to test" in said
+    assert "fast_dev_run: all steps ran; runs/a/version_0 has no checkpoint to test" in said
     assert "tl test" not in said

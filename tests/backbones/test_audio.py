@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(UserError, match="needs an image backbone, not TabularMLP"):
         Spectrogram(TabularMLP(3))
     for wrong in ({"mels": 0}, {"high": 9000}, {"low": 5000}):
-        with pytest.raises(UserError, match="do not fit 8000 samples a second"):
+        with pytest.raises(UserError, match="do not fit 8000 samples per second"):
             LogMel(8000, **wrong)
     for make in (lambda: SpeechConvNet(4, kernel=4), lambda: Spectrogram(ConvNet(4), seconds=0),
                  lambda: SpecAugment(time=2), lambda: SpeechConvNet(4, rate=0)):  # fmt: skip

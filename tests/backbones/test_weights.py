@@ -166,11 +166,15 @@ def test_a_body_of_fastai_has_numbers_for_names(tmp_path):
 def test_several_prefixes_are_asked_for(tmp_path):
     one, two = TorchvisionBackbone("squeezenet1_1"), TorchvisionBackbone("squeezenet1_1")
     torch.save({"params": one.model.state_dict(), "params_ema": two.model.state_dict()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"several times, with the prefixes params\., params_ema\.; pass one .*weights_prefix"):
+    with pytest.raises(
+        UserError, match=r"several times, with the prefixes params\., params_ema\.; pass one .*weights_prefix"
+    ):
         TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth")
     for prefix in ("params_ema", "params_ema."):
         assert same(TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix=prefix), two)
-    with pytest.raises(UserError, match=r"weights_prefix: no name in .* begins with ema\.; its names are params\.features"):
+    with pytest.raises(
+        UserError, match=r"weights_prefix: no name in .* begins with ema\.; its names are params\.features"
+    ):
         TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix="ema")
 
 

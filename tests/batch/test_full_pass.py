@@ -196,9 +196,7 @@ def test_foreign_loaders(numbered):
 
 
 def test_shot_says_what_foreign_loaders_lack():
-    with pytest.raises(
-        UserError, match=r"SHOT needs the samples' numbers; the loaders must return \(x, y, index\)"
-    ):
+    with pytest.raises(UserError, match=r"SHOT needs the samples' numbers; the loaders must return \(x, y, index\)"):
         fit([SHOT()], DataLoader(images(0), 8))
 
 

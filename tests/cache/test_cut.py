@@ -265,7 +265,11 @@ class Thing(nn.Linear):
     ("one", "forward", "reason"),
     [
         (nn.Linear, lambda net, x: net.two(x), "read only the input itself"),
-        (nn.Linear, lambda net, x: net.one(x) if net.two(x).isfinite().all() else net.two(x), "depends on outputs of trainable ones"),
+        (
+            nn.Linear,
+            lambda net, x: net.one(x) if net.two(x).isfinite().all() else net.two(x),
+            "depends on outputs of trainable ones",
+        ),
         (Average, lambda net, x: net.two(net.one(x)), "differ alone and in a batch"),
         (Whole, lambda net, x: net.two(net.one(x)[1]).expand(len(x), 4), "read only the input itself"),
         (

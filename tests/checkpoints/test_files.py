@@ -105,7 +105,7 @@ def test_newest_falls_back_and_says_so(file, caplog):
     assert "going on from" in caplog.text
     for path in file.parent.iterdir():
         path.write_bytes(b"x")
-    with pytest.raises(UserError, match="no other is there"):
+    with pytest.raises(UserError, match="there is no other"):
         latest_checkpoint(file.parent)
     assert latest_checkpoint(file.parent / "empty") is None
 
@@ -167,7 +167,7 @@ def test_an_optimizer_with_other_groups_is_refused(ok, tl):
                  "--model.methods.source_classes 3"):  # fmt: skip
         result = tl(f"fit --run runs/a --resume --trainer.max_epochs 3 {more}")
         assert result.code == 2
-        assert "take the backbone, head and methods that it was trained with" in result.err
+        assert "use the backbone, head and methods that it was trained with" in result.err
 
 
 # What would run code

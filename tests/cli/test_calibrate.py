@@ -96,7 +96,7 @@ def test_values_have_no_probabilities(ok, tl):
        "--data.kind values --trainer.max_epochs 1 --name v")  # fmt: skip
     refused = tl("calibrate --run runs/v")
     assert refused.code == 2
-    assert "calibrate: it scales the probabilities of classes, which Regression lacks" in refused.err
+    assert "calibrate: Regression has no class probabilities to scale" in refused.err
 
 
 def test_it_needs_labels(ok, tl, run):

@@ -63,29 +63,29 @@ WAYS = "ways: {a: --x 1, b: --x 2}\n"
 BAD = {
     "": "is not a mapping of name, config",
     "ways: {a: }\nseed: [0]": "there is no key seed (did you mean seeds?)",
-    "name: x": "ways is not a mapping of names to words",
+    "name: x": "ways is not a mapping of names to options",
     "ways: {}": "name at least one way",
     "ways: [a, b]": "ways is not a mapping",
-    "ways: {a: 3}": "ways: a: 3 is neither a text nor a list of words",
+    "ways: {a: 3}": "ways: a: 3 must be a text or a list of options",
     "ways: {a: '--x \"'}": "cannot be split into words (No closing quotation)",
-    "ways: {a: '--x {bb}', b: }": "ways: a: {bb} names no way (did you mean b?)",
+    "ways: {a: '--x {bb}', b: }": "ways: a: {bb} is not a way (did you mean b?)",
     "ways: {a: {option: x}}": "ways: a: there is no key option (did you mean options?)",
     "ways: {a: {of: c}}": "ways: a: of: there is no way c",
-    "ways: {a: {of: b, options: --x}, b: }": "put its words into test instead of options",
+    "ways: {a: {of: b, options: --x}, b: }": "put its options under test instead of options",
     "ways: {a b: , a-b: }": "a b and a-b would share the folder a-b",
     "ways: {'->': }": "has no letter or digit",
     WAYS + "tasks: [1]": "tasks is not a mapping",
     WAYS + "seeds: 3": "seeds: 3 is not a list of whole numbers",
     WAYS + "seeds: [a]": "is not a list of whole numbers",
-    WAYS + "baseline: c": "baseline: c is not a way that is reported",
+    WAYS + "baseline: c": "baseline: c is not a reported way",
     WAYS + "config: nowhere.yaml": "config: there is no file nowhere.yaml",
     WAYS + "tasks: {t: {config: nowhere.yaml}}": "f.yaml: tasks: t: config: there is no file nowhere.yaml",
-    "ways: {a: {of: b, config: f.yaml}, b: }": "put its words into test instead of options",
+    "ways: {a: {of: b, config: f.yaml}, b: }": "put its options under test instead of options",
     WAYS + "lower_is_better: perhaps": "lower_is_better: perhaps is not true or false",
-    "ways: {a: {compress: --run x, soup: x, options: --x}}": "ways: a: compress makes its run of others; leave options, soup out",
-    WAYS + "benchmark: 3": "benchmark: 3 is neither a text nor a list of words",
+    "ways: {a: {compress: --run x, soup: x, options: --x}}": "ways: a: compress makes its run from others; leave options, soup out",
+    WAYS + "benchmark: 3": "benchmark: 3 must be a text or a list of options",
     "ways: [": "is not YAML",
-    "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot wait for itself",
+    "ways: {a: '{b}', b: '{a}'}": "a needs b needs a; a way cannot depend on itself",
 }
 
 
@@ -195,7 +195,7 @@ def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
     grid("0.01")
     second = tl("compare g.yaml --processes 2 --only again")
     assert second.code == 0
-    assert "2 of 3 cells are done already" in second.out
+    assert "2 of 3 trials are already done" in second.out
     assert "nothing left to train" in (file.parent / "log.txt").read_text()
     assert state(file.parent)["metrics"] == before["tuned"]["metrics"]
     assert state(file.parent)["seconds"] > before["tuned"]["seconds"]
@@ -204,8 +204,8 @@ def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
     grid("0.02")
     third = tl("compare g.yaml --processes 2 --only again")
     assert third.code == 0
-    assert "run anew, since their words or configs have changed: again, tuned" in third.out
-    assert "1 of 3 cells are done already" in third.out
+    assert "rerunning, because their options or configs have changed: again, tuned" in third.out
+    assert "1 of 3 trials are already done" in third.out
     assert {p.name for p in file.parents[1].iterdir()} == {"seed-0", "seed-0.old-1"}
     assert {row["way"] for row in results(folder, "table.csv")} == {"tuned", "again", "broken", "after"}
 
@@ -230,7 +230,7 @@ def test_compressed_and_measured(ok, tmp_path):
     assert float(small["megabytes"]) < 0.5 * float(whole["megabytes"])
     assert (tmp_path / "runs/g/pareto.png").stat().st_size > 5000
     assert "| p50_ms |" in (tmp_path / "runs/g/table.md").read_text()
-    assert "2 of 2 cells are done already" in ok("compare g.yaml --only small")
+    assert "2 of 2 trials are already done" in ok("compare g.yaml --only small")
 
 
 def test_a_crash_takes_nothing_along_and_a_metric_must_be_there(tl, tmp_path):

@@ -232,7 +232,7 @@ def test_the_choice_by_hand(tmp_path, capsys):
     assert [row["chosen by infomax"] for row in scores.table()] == ["2 of 4", "2 of 4", None]
     report(rows, scores, tmp_path, "made up")
     printed = capsys.readouterr().out
-    assert "chosen by what needs no label of the target" in printed
+    assert "chosen by criteria without target labels" in printed
     assert "a 2 of 4, b 2 of 4" in printed
     assert results(tmp_path, "choice.csv")[1]["b chosen"] == "0"
     assert (

@@ -186,11 +186,11 @@ def test_an_ensemble_of_runs(ok, tl, here):
 def test_mistakes(tl, ok, here):
     ok(FIT.replace("width 2", "width 4") + "--name wide")
     for line, sentence in (
-        ("soup runs/a --out x", "soup: give two runs or more, or one and --start RUN"),
-        ("soup runs/a runs/a --out x", "soup: give two runs or more"),
+        ("soup runs/a --out x", "soup: pass two runs or more, or one and --start RUN"),
+        ("soup runs/a runs/a --out x", "soup: pass two runs or more"),
         ("soup runs/a runs/b", "missing: soup.out"),
         ("soup runs/a --start runs/start --alpha 2 --out x", "alpha: 2.0 must be in [0, 1]"),
-        ("soup runs/a runs/wide --out x", "differ in backbone; take runs of one architecture"),
+        ("soup runs/a runs/wide --out x", "differ in backbone; use runs of one architecture"),
         ("soup runs/a runs/b --how best --out x", "how: best is not one of"),
     ):
         refused = tl(line)

@@ -127,7 +127,7 @@ def test_a_share_of_nothing(share):
 
 
 def test_more_than_can_go():
-    with pytest.raises(UserError, match=r"ConvNet can lose 0\.\d\d, .* and 0\.999 was asked for"):
+    with pytest.raises(UserError, match=r"ConvNet can lose 0\.\d\d .*; pass less than 0\.999"):
         prune(Classification(ConvNet(4), 3).eval(), images(), 0.999)
 
 

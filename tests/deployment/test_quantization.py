@@ -71,5 +71,5 @@ def test_dynamic_computes_linear_layers_in_int8():
 
 def test_dynamic_needs_linear_layers():
     network = nn.Conv2d(3, 4, 1)
-    with pytest.raises(UserError, match="this network has none; take int8"):
+    with pytest.raises(UserError, match="this network has none; use int8"):
         quantize(network, {"state_dict": network.state_dict()}, "int8_dynamic")

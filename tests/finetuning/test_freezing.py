@@ -260,7 +260,9 @@ def test_warm_up_and_cosine_live_through_every_opening():
 def test_stages_open_within_an_epoch(unit, every, steps, ok):
     printed = ok(f"{SMALL} {GRADUAL} --model.finetuning.unit {unit} --model.finetuning.every {every}")
     opened = [
-        int(line.split("step ")[1].split(":")[0]) for line in printed.splitlines() if "step " in line and "open" in line
+        int(line.split("step ")[1].split(":")[0])
+        for line in printed.splitlines()
+        if "step " in line and "unfreezes" in line
     ]
     assert opened == steps
 

@@ -163,7 +163,7 @@ def test_a_missing_domain_is_said(domains, unseen, method, match):
 def test_a_missing_head_is_said(method):
     method = getattr(tl_modules, method)
     module = Classification(ConvNet(4), 3, methods=[method(**arguments(method))])
-    with pytest.raises(UserError, match=r"give .*--model.backbone.weights"):
+    with pytest.raises(UserError, match=r"pass .*--model.backbone.weights"):
         fit(module, Several("image"))
 
 

@@ -159,13 +159,13 @@ def test_aliases_without_end(received, try_all):
     whole = received.config
     whole["model"]["init_args"]["methods"] = [whole["model"]]
     received.write()
-    assert any("nested without end" in error for error in try_all(commands=("test",)))
+    assert any("nested too deeply" in error for error in try_all(commands=("test",)))
     laughs = ["ha"]
     for _ in range(40):
         laughs = [laughs] * 10
     whole["model"]["init_args"]["methods"] = laughs
     received.write()
-    assert any("nested without end" in error for error in try_all(commands=("test",)))
+    assert any("nested too deeply" in error for error in try_all(commands=("test",)))
 
 
 class Reduce:
@@ -351,7 +351,7 @@ def test_links_out_of_the_run(link, received, try_all):
         path.unlink()
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(os.path.relpath(target, path.parent))
-    assert all("outside of the run" in error for error in try_all())
+    assert all("outside the run" in error for error in try_all())
 
 
 def test_a_link_within_the_run_is_fine(received, try_all):

@@ -120,9 +120,7 @@ class AudioTransformer(AudioBackbone):
         if isinstance(x, Padded):
             return self._frames(x)
         if not isinstance(x, dict):
-            raise UserError(
-                "AudioTransformer takes recordings, but the inputs are not; use data such as AudioFolders"
-            )
+            raise UserError("AudioTransformer takes recordings, but the inputs are not; use data such as AudioFolders")
         output = self.model(x["spectrogram"])
         if getattr(output, "pooler_output", None) is not None:
             return output.pooler_output

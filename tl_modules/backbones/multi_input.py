@@ -100,9 +100,7 @@ class SeveralBackbones(Backbone):
         """
         for name in (*self.parts, *self.carries) if x else ():
             if not isinstance(x.get(name), Mapping) or not KINDS & x[name].keys():
-                raise UserError(
-                    f"parts: the data has no input named {name}; it has {short(x)}, alone or by name"
-                )
+                raise UserError(f"parts: the data has no input named {name}; it has {short(x)}, alone or by name")
         for name, part in self.parts.items():
             part.bind_schema(x.get(name, {}))
         self.kinds = {name: dict(x.get(name, {})) for name in self.parts}

@@ -1,1 +1,1 @@
-"""Checkpoints: whole files, and what is in them."""
+"""Checkpoints: atomic files, and their contents."""

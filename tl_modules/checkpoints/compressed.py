@@ -1,9 +1,9 @@
-"""What a compressed checkpoint says beside its tensors, and how a network takes it.
+"""The format of compressed checkpoints, and how a network loads them.
 
     pruned: true                           the network's layers have the sizes of the tensors: `fit_shapes`
-    quantized: {kind, scales: {key: s}}    the tensor at key is int8, and stands for key * s: `dequantized`
+    quantized: {kind, scales: {key: s}}    the tensor at key is int8, and means key * s: `dequantized`
 
-Both are plain data and tensors, so that loading unpickles nothing; architecture and config stay those of the original.
+Both are plain data and tensors, so that loading unpickles nothing; architecture and config are those of the original.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def fit_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives a network's tensors the shapes that a state dict has, in place, and its layers the sizes that follow.
+    """Resizes a network's tensors to the shapes in a state dict, in place, and its layers accordingly.
 
-    What gets another shape holds nothing yet: load the state dict next. What it lacks stays as it is.
+    Resized tensors are uninitialised: load the state dict next. Tensors that it lacks are not changed.
 
     Args:
         network: Any network of convolutions, linear layers and norms; the parameters stay the same objects.
@@ -43,12 +43,12 @@ def fit_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _resize(module: nn.Module) -> None:
-    """Sets what a layer says of its own size to what its weight says."""
+    """Sets a layer's size attributes from its weight."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, _Conv):
-        if module.groups == module.in_channels == module.out_channels:  # each channel by itself
+        if module.groups == module.in_channels == module.out_channels:  # depthwise
             module.groups = len(weight)
         module.out_channels, module.in_channels = len(weight), weight.shape[1] * module.groups
     elif isinstance(module, _Transposed):
@@ -62,10 +62,10 @@ def _resize(module: nn.Module) -> None:
 
 
 def dequantized(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with its int8 tensors as floats; any other content as it is.
+    """Converts a checkpoint's int8 tensors to floats; other contents are kept.
 
     Raises:
-        UserError: What it says of its int8 tensors does not fit them.
+        UserError: The scales do not match the int8 tensors.
     """
     if not checkpoint.get("quantized"):
         return checkpoint
@@ -74,15 +74,15 @@ def dequantized(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for key, scale in checkpoint["quantized"]["scales"].items():
             state[key] = state[key] * scale.view(-1, *[1] * (state[key].ndim - 1))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError("checkpoint: its int8 tensors and the scales in its `quantized` do not fit") from error
+        raise UserError("checkpoint: its int8 tensors do not match the scales in `quantized`") from error
     return checkpoint | {"state_dict": state}
 
 
 def run_dynamic(network: nn.Module) -> None:
-    """Lets torchao run the linear layers in int8, their inputs quantised as they come; for inference.
+    """Makes torchao run the linear layers in int8, with inputs quantised on the fly; for inference.
 
     Raises:
-        UserError: torchao is missing.
+        UserError: torchao is not installed.
     """
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

@@ -1,12 +1,12 @@
-"""What is in a checkpoint, and who puts it there.
+"""The contents of a checkpoint, and who writes them.
 
 key                                        writer                             read by
 state_dict, optimizer_states, loops, ...   Lightning
   of it backbone._extra_state              backbones/base.py: `carried`         the same: a tokenizer, words
 current_model_state                        Lightning's WeightAveraging        the same, when a run resumes
-transfer                                   this file: the task, its labels    backbones/weights.py: takes the head along
+transfer                                   this file: the task, its labels    backbones/weights.py: reuses the head
 random_backbone                            this file                          this file, when a run resumes
-temperature                                cli/calibrate.py                   this file, unless a run resumes
+temperature                                cli/calibrate.py                   this file, except when a run resumes
 left_out                                   this file, with save: trainable    this file: are the weights the same?
 pruned                                     this file                          this file, backbones/weights.py: shapes
 merged                                     this file                          this file: no adapters beside the weights
@@ -34,15 +34,15 @@ from tl_modules.finetuning.averaging import averages
 from tl_modules.finetuning.optimizer import resume_rates
 
 log = logging.getLogger(__name__)
-EARLIER = (".centroids", ".counts")  # SHOT's of version 0.1, which the first full pass replaces
+EARLIER = (".centroids", ".counts")  # of SHOT in version 0.1; the first full pass replaces them
 BOTTLENECK = "bottleneck."
 STATES = {"state_dict", "current_model_state"}
 
 
 def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
-    """Adds to a checkpoint what the task is, so that the next transfer knows whether the labels are shared.
+    """Adds a description of the task to a checkpoint, so that the next transfer knows whether the labels are shared.
 
-    With `save: trainable` it takes out what never trains, and adds a fingerprint of that.
+    With `save: trainable` it removes what never trains, and adds a fingerprint of that.
     """
     checkpoint["transfer"] = module.task_description()
     checkpoint["random_backbone"] = module.backbone.random
@@ -61,7 +61,7 @@ def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
 
 
 def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
-    """Fills in what was left out; lets a learning rate given now win, at the schedule's present fraction of it.
+    """Restores left-out weights; rescales saved learning rates if the configured one has changed.
 
     Raises:
         UserError: The checkpoint belongs to another network, or to a backbone with other weights.
@@ -80,7 +80,7 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     resumes = attached(module) and module.trainer.training
     if resumes and not checkpoint.get("optimizer_states"):
         raise UserError(
-            "checkpoint: it has no optimizer's state, as of a compressed run, so that training cannot go on from it; "
+            "checkpoint: it has no optimizer state, like that of a compressed run, so training cannot resume; "
             "start a run from it with --model.backbone.weights RUN"
         )
     if checkpoint.get("merged"):
@@ -95,16 +95,16 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     for key in [k for k in given if k not in own and k.startswith("methods.") and k.endswith(EARLIER)]:
         del given[key]
     for key in [k for k in own if k not in given and k.startswith("methods.") and k.endswith(".labels")]:
-        given[key] = own[key]  # SHOT's, of the next full pass
+        given[key] = own[key]  # of SHOT, replaced by the next full pass
     wrong = given.keys() ^ own.keys()
-    # an empty parameter takes the size that it has here
+    # an empty parameter takes its size from the checkpoint
     wrong |= {k for k, p in module.named_parameters() if k in given and p.numel() and given[k].shape != p.shape}
     if wrong:
         raise UserError(
-            f"checkpoint: its {short(sorted(wrong))} and this model's are not the same; take the backbone, head "
+            f"checkpoint: its {short(sorted(wrong))} and this model's differ; use the backbone, head "
             "and methods that it was trained with, or start a new run with --model.backbone.weights"
         )
-    # what the checkpoint fills looks random; runs of version 0.1 treated all alike
+    # a backbone filled from a checkpoint looks random; version 0.1 treated all alike
     module.backbone.random = checkpoint.get("random_backbone", True) if resumes else False
     module.backbone_lr = module.finetuning.relative_lr(module.backbone.random)
     module.temperature = 1.0 if resumes else float(checkpoint.get("temperature", 1.0))
@@ -113,7 +113,7 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
 
 
 def transfer_head(module: BaseTransferModule) -> bool:
-    """Takes the source run's head along where task, labels and shape are the same, and says so."""
+    """Reuses the source run's head if task, labels and shape are the same, and logs it."""
     pretrained = module.backbone.pretrained
     if pretrained is None or pretrained.task != module.task_description():
         return False
@@ -123,12 +123,12 @@ def transfer_head(module: BaseTransferModule) -> bool:
     layers = {k.removeprefix(BOTTLENECK): v for k, v in pretrained.head.items() if k.startswith(BOTTLENECK)}
     module.head.load_state_dict({k: v for k, v in pretrained.head.items() if not k.startswith(BOTTLENECK)})
     module.bottleneck.load_state_dict(layers)
-    log.info("head from %s too: the task and its labels are the same", pretrained.origin)
+    log.info("head also from %s: the task and its labels are the same", pretrained.origin)
     return True
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and bits."""
+    """Computes the SHA-256 of names, shapes, types and bits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there, and that hold tensors and plain data only.
+"""Checkpoint files that are written atomically, and that hold only tensors and plain data.
 
     write .last.ckpt.part in the target folder -> fsync -> replace last.ckpt -> fsync the folder
 
@@ -26,7 +26,7 @@ from tl_modules.checkpoints.compressed import dequantized
 from tl_modules.errors import UserError, chain
 
 log = logging.getLogger(__name__)
-AS_NAMED: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
+AS_NAMED: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -35,10 +35,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Writes beside the target and takes its place only when everything is on the disk.
+        """Writes to a temporary file that replaces the target only when everything is on the disk.
 
         Raises:
-            UserError: It cannot be written; whatever stood there still does.
+            UserError: The file cannot be written; an earlier one is kept.
         """
         path = Path(path)
         part = path.with_name(f".{path.name}.part")
@@ -50,7 +50,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             part.replace(path)
             _sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError on a full disk
             cause = next((each for each in chain(error) if isinstance(each, OSError)), None)
             if cause is None:
                 raise
@@ -64,7 +64,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """The checkpoint's content; `weights_only` is always on.
+        """Returns the checkpoint's content; `weights_only` is always on.
 
         Raises:
             UserError: It is missing, damaged, or holds more than tensors and plain data.
@@ -72,12 +72,12 @@ class AtomicCheckpointIO(CheckpointIO):
         return load_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Removes a file that may not be there."""
+        """Removes a file, if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint after its checksums; what is int8 in it becomes float.
+    """Reads a checkpoint after verifying its checksums; int8 tensors become floats.
 
     Raises:
         UserError: It is missing, damaged, or holds more than tensors and plain data.
@@ -95,13 +95,13 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 
 
 def weight_bytes(path: str | os.PathLike[str]) -> int:
-    """Bytes of the tensors that a network takes of a checkpoint, as they are stored; without an optimizer's."""
+    """Returns the stored bytes of the tensors that a network loads from a checkpoint, without the optimizer's."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     return _size(content["state_dict"]) + _size(content.get("quantized"))
 
 
 def find_corruption(path: str | os.PathLike[str]) -> str | None:
-    """Says what is wrong with a checkpoint file as a file; None if nothing is."""
+    """Returns what is wrong with a checkpoint file, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -113,7 +113,7 @@ def find_corruption(path: str | os.PathLike[str]) -> str | None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Returns last.ckpt, or if it is damaged the newest intact one, with a warning; None if there is none."""
+    """Returns last.ckpt, or, if it is damaged, the newest intact checkpoint, with a warning; None if there is none."""
     last = folder / "last.ckpt"
     others = sorted((p for p in folder.glob("*.ckpt") if p != last), key=lambda p: -p.stat().st_mtime)
     faults: list[str] = []
@@ -126,12 +126,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
         if path.exists():
             faults.append(f"{path} {fault}")
     if faults:
-        raise UserError(f"checkpoint: {'; '.join(faults)}; no other is there")
+        raise UserError(f"checkpoint: {'; '.join(faults)}; there is no other")
     return None
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes files that a killed run left half written."""
+    """Removes partial files of a killed run."""
     for part in folder.glob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -145,7 +145,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _size(value: Any) -> int:
-    """Bytes of all tensors in nested plain data."""
+    """Returns the bytes of all tensors in nested plain data."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, dict):
@@ -160,12 +160,12 @@ def _free(folder: Path) -> int:
 
 
 def versions(folder: Path) -> dict[int, Path]:
-    """The run directories in `folder` by their number."""
+    """Returns the run directories in `folder` by version number."""
     return {int(p.name[8:]): p for p in folder.glob("version_*") if p.name[8:].isdigit()}
 
 
 def find_run(path: str | os.PathLike[str]) -> Path:
-    """The run directory at `path`; for a folder of versions, the newest one.
+    """Returns the run directory at `path`; for a folder of versions, the newest one.
 
     Raises:
         UserError: It is not a run directory.
@@ -180,7 +180,7 @@ def find_run(path: str | os.PathLike[str]) -> Path:
 
 
 def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
-    """Merges metrics into metrics.json; null stands for what is not finite, which JSON has no word for."""
+    """Merges metrics into metrics.json; values that are not finite become null, since JSON cannot represent them."""
     file = run / "metrics.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
@@ -188,18 +188,18 @@ def write_metrics(run: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def fill_in(path: str | os.PathLike[str]) -> Path:
-    """A path with ~ and $VARIABLES filled in, unless there is one that is written just so."""
+    """Expands ~ and $VARIABLES in a path, unless a path of exactly this name exists."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expandvars(path)).expanduser()
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Gives the path of a file beside another, whose place it takes at the end; so that this is never half written.
+    """Yields the path of a temporary file that replaces another at the end, so that this is never half written.
 
-    What is not a regular file, e.g. /dev/stdout, is written itself.
+    A path that is not a regular file, e.g. /dev/stdout, is written directly.
 
     Raises:
-        UserError: It cannot be written; whatever stood there still does.
+        UserError: The file cannot be written; an earlier one is kept.
     """
     part = file.with_name(f".{file.name}.part") if file.is_file() or not file.exists() else file
     try:
@@ -216,10 +216,10 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Replaces a file at once.
+    """Replaces a file atomically.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     with replacing(file) as part, part.open("w", newline="") as stream:
         stream.write(text)

@@ -1,4 +1,4 @@
-"""What `tl` does to the words of a command line before the parser sees them."""
+"""Preprocesses the arguments of a command line before the parser reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_modules.errors import UserError
 
 
 def values(args: Sequence[str], *options: str) -> list[str]:
-    """What is given to an option, as `--x V` or `--x=V`, in order."""
+    """Returns the values of options, given as `--x V` or `--x=V`, in order."""
     found = []
     for number, word in enumerate(args):
         option, equals, value = word.partition("=")
@@ -24,12 +24,12 @@ def values(args: Sequence[str], *options: str) -> list[str]:
 
 
 def given(args: Sequence[str], option: str) -> bool:
-    """Whether an option is there, as `--x` or `--x=V`."""
+    """Returns whether an option is given, as `--x` or `--x=V`."""
     return any(word.partition("=")[0] == option for word in args)
 
 
 def without(args: Sequence[str], *options: str) -> list[str]:
-    """The words without these options and what is given to them."""
+    """Returns the arguments without these options and their values."""
     kept: list[str] = []
     skip = False
     for word in args:
@@ -43,10 +43,10 @@ def without(args: Sequence[str], *options: str) -> list[str]:
 
 
 def named_runs(args: Sequence[str]) -> list[str]:
-    """`soup A B --out N` -> `soup --run A --runs [A, B] --out N`.
+    """Turns `soup A B --out N` into `soup --run A --runs [A, B] --out N`.
 
     Raises:
-        UserError: There is no run behind the command.
+        UserError: No run follows the command.
     """
     count = next((number for number, word in enumerate(args[1:]) if word.startswith("-")), len(args) - 1)
     runs = list(args[1 : 1 + count])
@@ -56,7 +56,7 @@ def named_runs(args: Sequence[str]) -> list[str]:
 
 
 def own_config(args: Sequence[str]) -> list[Any]:
-    """All that a command line says itself: its words, and what its configs hold, as far as they can be read."""
+    """Returns everything that a command line contains: its arguments, and its configs, as far as they can be read."""
     said: list[Any] = [word.partition("=")[2] or word for word in args]
     for config in values(args, "-c", "--config"):
         with contextlib.suppress(UserError):
@@ -65,27 +65,27 @@ def own_config(args: Sequence[str]) -> list[Any]:
 
 
 def read_yaml(source: str | Path, field: str) -> Any:
-    """What a YAML file holds, or a text of several lines.
+    """Reads a YAML file, or a YAML text of several lines.
 
     Args:
         source: The file or the text.
-        field: What messages call it.
+        field: The argument's name for messages.
 
     Raises:
-        UserError: It cannot be read, or is not YAML.
+        UserError: The source cannot be read, or is not YAML.
     """
     is_text = isinstance(source, str) and "\n" in source
     try:
         return yaml.safe_load(str(source) if is_text else Path(source).read_text())
     except OSError as error:
         raise UserError(f"{field}: {source} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError) as error:  # also what is not text
+    except (yaml.YAMLError, ValueError) as error:  # also for binary files
         name = "its text" if is_text else source
         raise UserError(f"{field}: {name} is not YAML ({' '.join(str(error).split())})") from error
 
 
 def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Writes nested values into a nested config, in place."""
+    """Merges nested values into a nested config, in place."""
     for key, value in more.items():
         if isinstance(value, Mapping):
             merge(config.setdefault(key, {}), value)
@@ -94,7 +94,7 @@ def merge(config: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def help_last(args: Sequence[str]) -> list[str]:
-    """Puts `--model.help X` at the end: the parser would take what follows it for options of X (4.53)."""
+    """Moves `--model.help X` to the end, since the parser reads what follows as options of X (4.53)."""
     others: list[str] = []
     asked: list[str] = []
     for before, word in zip(["", *args], args, strict=False):
@@ -105,7 +105,7 @@ def help_last(args: Sequence[str]) -> list[str]:
 
 
 def nested_nulls(args: Sequence[str]) -> list[str]:
-    """Writes `--model.backbone.weights null` as a config: the parser would make the word None of it (4.53)."""
+    """Rewrites `--model.backbone.weights null` as a config, since the parser would read the text "None" (4.53)."""
     words: list[str] = []
     for word in args:
         if word == "null" and words and words[-1].startswith("--") and "=" not in words[-1]:

@@ -1,4 +1,4 @@
-"""Finds the largest batch size that fits the memory, by trying."""
+"""Finds the largest batch size that fits into memory, by trial."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tl_modules.errors import UserError
 from tl_modules.runs.resume import random_state, restore_random_state
 
 log = logging.getLogger(__name__)
-SHARE = 0.8  # of the free main memory that may be filled; the kernel kills a process that asks for more than there is
+SHARE = 0.8  # of the free RAM; the kernel kills a process that exceeds it
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory or the main memory was not enough."""
+    """Returns whether an error means that device memory or RAM was insufficient."""
     return isinstance(error, MemoryError) or is_oom_error(error)
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest of start, 2 start, 4 start, ... (or start / 2, ...) that fits, at most `most`.
+    """Returns the largest of start, 2 start, 4 start, ... (or start / 2, ...) that fits, at most `most`.
 
     Args:
         fits: Tries a size.
-        start: Where to begin.
-        most: Where to stop.
+        start: The first size.
+        most: The largest size.
 
     Raises:
         UserError: Not even 1 fits.
@@ -40,7 +40,7 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
     size = min(start, most)
     while not fits(size):
         if size == 1:
-            raise UserError("auto_batch: not even a batch of one fits the memory; choose a smaller backbone or image")
+            raise UserError("auto_batch: not even a batch of one fits into memory; use a smaller backbone or image")
         size //= 2
     if size == min(start, most):
         while size < most and fits(min(2 * size, most)):
@@ -49,12 +49,12 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
 
 
 def find_batch_size(module: LightningModule, data: Any, trainer: Trainer, precision: str) -> int:
-    """Trains and validates copies of the module with growing batches; module and random numbers stay as they are.
+    """Trains and validates copies of the module with growing batches; the module and random states do not change.
 
     Args:
-        module: What will be trained.
-        data: Has `batch_size`, which is set back.
-        trainer: The run's Trainer; only its accelerator is asked for.
+        module: The module to be trained.
+        data: The datamodule; its `batch_size` is restored.
+        trainer: The run's Trainer; only its accelerator is used.
         precision: The run's precision.
 
     Returns:

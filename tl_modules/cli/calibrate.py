@@ -1,4 +1,4 @@
-"""`tl calibrate --run RUN`: a temperature for a run's logits, fitted on validation and kept in its checkpoint."""
+"""`tl calibrate --run RUN`: fits a temperature for a run's logits on validation and stores it in the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tl_modules.runs.directory import load_state_into
 
 
 def calibrate(trainer: Trainer, module: TransferModule, data: LightningDataModule, file: Path) -> float:
-    """Fits the temperature, writes it into the checkpoint, and prints what it changes.
+    """Fits the temperature, writes it into the checkpoint, and prints its effect.
 
     Args:
-        trainer: Validates.
-        module: Of the run.
-        data: Its labelled validation split is read: the target's, beside a hidden target the source's.
-        file: The checkpoint. All else in it stays as it is.
+        trainer: Runs the validation.
+        module: The run's module.
+        data: The data; uses its labelled validation split: the target's, or beside a hidden target the source's.
+        file: The checkpoint. Everything else in it is kept.
 
     Returns:
         The temperature.
 
     Raises:
-        UserError: The task has no classes, the validation split no labels, or no temperature is best.
+        UserError: The task has no classes, the validation split has no labels, or there is no best temperature.
     """
     if not module.is_classification:
-        raise UserError(f"calibrate: it scales the probabilities of classes, which {type(module).__name__} lacks")
+        raise UserError(f"calibrate: {type(module).__name__} has no class probabilities to scale")
     if trainer.world_size > 1:
-        raise UserError("calibrate: it runs in one process; pass --trainer.devices 1")
+        raise UserError("calibrate: runs only in one process; pass --trainer.devices 1")
     content = load_checkpoint(file)
     load_state_into(module, dict(content))
     module.temperature = 1.0
@@ -46,7 +46,7 @@ def calibrate(trainer: Trainer, module: TransferModule, data: LightningDataModul
     finally:
         trainer.callbacks.remove(collected)  # type: ignore[attr-defined]
     if not collected.labels:
-        raise UserError("calibrate: the validation split has no labels; give some, or a source, --data.source")
+        raise UserError("calibrate: the validation split has no labels; add labels, or a source, --data.source")
     logits, y = torch.cat(collected.logits), torch.cat(collected.labels)
     temperature = fit_temperature(logits, y)
     before, after = calibration_of(logits, y), calibration_of(logits, y, temperature)
@@ -69,7 +69,7 @@ def calibrate(trainer: Trainer, module: TransferModule, data: LightningDataModul
 
 
 class _Collect(Callback):
-    """Keeps logits and labels."""
+    """Collects logits and labels."""
 
     def __init__(self) -> None:
         self.logits: list[Tensor] = []

@@ -1,10 +1,10 @@
-"""The candidates of `tl rank`: a word or a config becomes a backbone, with the classifier that it was trained with.
+"""The candidates of `tl rank`: an argument or a config becomes a backbone, with the classifier of its weights.
 
-resnet18                    torchvision's or timm's, with its own pretrained weights
+resnet18                    from torchvision or timm, with its default pretrained weights
 resnet18=FILE               with these weights: a hub name, a file or a run; `null` leaves them random
 runs/NAME                   the backbone of a run, and its head
 ConvNet, mine.MyNet=FILE    a class
-FILE.yaml                   name: one of these words, or class_path and init_args
+FILE.yaml                   names, each with one of these, or class_path and init_args
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Entry = str | Mapping[str, Any]
 
 
 def candidates(words: Sequence[str]) -> dict[str, Entry]:
-    """Names the candidates of a command line.
+    """Reads the candidates of a command line, by name.
 
     Raises:
         UserError: A file cannot be read, or is not a mapping of names to candidates.
@@ -51,7 +51,7 @@ def _of_file(file: Path) -> dict[str, Entry]:
         raise UserError(f"backbones: {file} is not a mapping of names to backbones")
     for name, entry in content.items():
         if not isinstance(entry, str | None) and not (isinstance(entry, dict) and "class_path" in entry):
-            raise UserError(f"backbones: {file}: {name}: {entry} is neither a word nor a class_path with init_args")
+            raise UserError(f"backbones: {file}: {name}: {entry} must be a text or a class_path with init_args")
     return {str(name): str(name) if entry is None else entry for name, entry in content.items()}
 
 
@@ -59,14 +59,14 @@ def build(entry: Entry, trust: Sequence[str] = ()) -> tuple[Backbone, nn.Module 
     """Builds a candidate.
 
     Args:
-        entry: A word or a config.
-        trust: What the configs of runs may name beside our classes.
+        entry: A text or a config.
+        trust: What the configs of runs may name besides our classes.
 
     Returns:
-        The backbone, and the head of a run that tells classes, pooled features (B, D) -> logits.
+        The backbone, and the head if it comes from a classification run, pooled features (B, D) -> logits.
 
     Raises:
-        UserError: There is no such backbone, or its weights cannot be had.
+        UserError: The backbone does not exist, or its weights are not available.
     """
     if not isinstance(entry, str):
         return _parsed(entry), None
@@ -86,10 +86,10 @@ def build(entry: Entry, trust: Sequence[str] = ()) -> tuple[Backbone, nn.Module 
 
 
 def _hub(name: str) -> str | None:
-    """The class for an architecture of this name; None for a class.
+    """Returns the backbone class for an architecture of this name; None if it names a class.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is neither an architecture nor a class.
     """
     from torchvision import models
 
@@ -105,7 +105,7 @@ def _hub(name: str) -> str | None:
     classes = [n for n in KNOWN if isinstance(c := getattr(tl_modules, n, None), type) and issubclass(c, Backbone)]
     if name in classes or ("." in name and "/" not in name):
         return None
-    raise UserError(f"{name} is not a classifier of torchvision or timm, no backbone class and no run directory"
+    raise UserError(f"{name} is not a classifier of torchvision or timm, a backbone class or a run directory"
                     f"{closest(name, [*known, *classes])}")  # fmt: skip
 
 
@@ -121,12 +121,12 @@ def _parsed(config: Mapping[str, Any]) -> Backbone:
         parsed = _arguments().parse_object({"backbone": dict(config)})
     except ArgumentError as error:
         raise UserError(explain(str(error), [], [], KNOWN)) from error
-    absolute_paths(parsed.backbone)  # as in a fit, whose features these then are too
+    absolute_paths(parsed.backbone)  # as in a fit, so that it can use the cached features
     return cast(Backbone, _arguments().instantiate_classes(parsed).backbone)
 
 
 def source_classifier(backbone: Backbone) -> nn.Module | None:
-    """The last layer that pretrained weights came with, or a run's `LinearHead`; None if there was none of these."""
+    """Returns the last layer of the pretrained weights, or a run's `LinearHead`; None if there is neither."""
     pretrained, width = backbone.pretrained, backbone.width
     head = dict(pretrained.head) if pretrained is not None else {}
     if pretrained is None or pretrained.task.get("class_names", ()) is None:  # a run's values are not classes

@@ -1,6 +1,6 @@
-"""LightningCLI with run directories: a command line becomes data, model, Trainer and their callbacks.
+"""LightningCLI with run directories: turns a command line into data, model, Trainer and callbacks.
 
-argv -> config (later wins) -> data, model (of the data's schema) -> run directory -> Trainer
+argv -> config (later wins) -> data, model (from the data's schema) -> run directory -> Trainer
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ from tl_modules.runs.trust import check_config, check_links, imports_only, leave
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
 ENSEMBLES = {"test", "predict"}  # commands that take several runs
-UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in the place of an object
+UNSERIALIZABLE = "Unable to serialize instance"  # what jsonargparse writes in place of an object
 
 log = logging.getLogger(__name__)
 
 
 class TransferCLI(OneCommand, LightningCLI):
-    """Wires model, data and Trainer, and gives every run a directory.
+    """Connects model, data and Trainer, and gives every run a directory.
 
     Args:
         args: The arguments after `tl`.
@@ -81,7 +81,7 @@ class TransferCLI(OneCommand, LightningCLI):
             words = named_runs(words) if self.command == "soup" else words
             words = self._expand_run(words)
         importable(not self.configured or bool(self.trusted))
-        if runs and not self.configured:  # a run's config says everything
+        if runs and not self.configured:  # a run's config is complete
             words = with_defaults(words)
         super().__init__(
             model_class=LightningModule,
@@ -102,24 +102,24 @@ class TransferCLI(OneCommand, LightningCLI):
     # Arguments
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that is asked for; building the arguments of the others would only cost time."""
+        """Returns only the requested command, since building the arguments of the others takes time."""
         known = LightningCLI.subcommands()
         known["predict"].add("return_predictions")
         known |= {name: {"model", "datamodule"} for name in OWN} | {"rank": set(), "compare": set()}
         return {self.command: known[self.command]} if self.command else known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses `args`; Lightning's own would warn that the process has arguments too."""
+        """Parses `args`; Lightning's own method would warn that the process has arguments too."""
         with imports_only(self.trusted) if self.configured else contextlib.nullcontext():
             self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what `tl` has beside Lightning's own arguments, and the links from data to model."""
+        """Adds the options of `tl` beside Lightning's, and the links from data to model."""
         parser.add_argument("--name", type=str | None, default=None, help="The run goes to runs/NAME/version_N.")
         what = "A run's directory: its config and best.ckpt. Several, in test and predict: an ensemble."
         parser.add_argument("--run", type=str | None, default=None, help=what)
         parser.add_argument(
-            "--trust", type=str | None, default=None, help="Modules of your own that the run's config may name: a,b."
+            "--trust", type=str | None, default=None, help="Your own modules that the run's config may name: a,b."
         )
         parser.add_class_arguments(FeatureCache, "cache")
         parser.add_class_arguments(ModelSelection, "select", skip={"run"})
@@ -128,34 +128,34 @@ class TransferCLI(OneCommand, LightningCLI):
             parser.add_argument(
                 "--save_every", type=int | None, default=None, help="Save last.ckpt also after every N steps."
             )
-            parser.add_argument("--audit", type=bool, default=True, help="Check that what trains is what should.")
+            parser.add_argument("--audit", type=bool, default=True, help="Check that exactly the intended parts train.")
             parser.add_argument("--compile", action="store_true", help="Run the backbone through torch.compile.")
             parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
-        if not self.configured:  # a run's config already has what the links give
+        if not self.configured:  # a run's config already contains the linked values
             parser.link_arguments("data.schema", "model.init_args.schema", apply_on="instantiate")
 
     def _expand_run(self, args: list[str]) -> list[str]:
-        """A run's config goes below all that the command line says, and its checkpoint above."""
-        # what the command line names itself is the user's own
+        """Puts the config of --run first, so that the command line overrides it, and adds its checkpoint."""
+        # modules that the command line itself names are the user's own
         named = [name for text in values(args, "--trust") for name in text.split(",")]
         self.trusted = named + to_trust(own_config(args))
         self.root = (values(args, "--trainer.default_root_dir") or ["."])[-1]
-        Distillation.read_run = staticmethod(partial(load_run, trust=self.trusted))  # teachers may name the same
+        Distillation.read_run = staticmethod(partial(load_run, trust=self.trusted))  # for teachers too
         resume = given(args, "--resume") or values(args, "--ckpt_path")[-1:] == ["last"]
         self.run = self._run_to_resume(args, resume) if self.command == "fit" else self._trained_run(args)
         if self.run is None:
             return without(args, "--ckpt_path") if resume else args
         check_links(self.run)
-        # a command line with --name says everything itself, as a job that is run again does
+        # a command line with --name is complete, like a job that is run again
         self.configured = bool(values(args, "--run")) or not resume
         config = ["--config", to_yaml(read_config(self.run, self.trusted))] if self.configured else []
         if self.command not in BEFORE and (resume or not given(args, "--ckpt_path")):
             file = latest_checkpoint(self.run / "checkpoints") if resume else self.run / "checkpoints" / "best.ckpt"
             args = without(args, "--ckpt_path")
             if file is None:
-                log.warning("%s has no checkpoint yet: it starts from scratch", self.run)
+                log.warning("%s has no checkpoint yet: starting from scratch", self.run)
             elif not file.is_file():
                 raise UserError(f"run: {self.run} has no checkpoints/best.ckpt")
             else:
@@ -163,11 +163,11 @@ class TransferCLI(OneCommand, LightningCLI):
         return [args[0], *config, *args[1:]]
 
     def _run_to_resume(self, args: list[str], resume: bool) -> Path | None:
-        """The run that `tl fit` goes on with; None starts one."""
+        """Returns the run that `tl fit` resumes; None starts a new one."""
         runs, names = values(args, "--run"), values(args, "--name")
         if not resume:
             if runs:
-                raise UserError(f"run: `tl fit` starts a run of its own; to go on with {runs[-1]} pass --resume too")
+                raise UserError(f"run: `tl fit` starts a new run; to resume {runs[-1]}, pass --resume too")
             return None
         if runs:
             return find_run(runs[-1])
@@ -177,7 +177,7 @@ class TransferCLI(OneCommand, LightningCLI):
         return find_run(folder) if any((p / "config.yaml").is_file() for p in versions(folder).values()) else None
 
     def _trained_run(self, args: list[str]) -> Path | None:
-        """The run that a command measures or predicts with; None if only a checkpoint is given."""
+        """Returns the run that a command uses; None if only a checkpoint is given."""
         runs, checkpoints = values(args, "--run"), values(args, "--ckpt_path")
         if not runs and checkpoints and not given(args, "--config") and not given(args, "-c"):
             folder = Path(checkpoints[-1]).parent.parent
@@ -205,10 +205,8 @@ class TransferCLI(OneCommand, LightningCLI):
         for key, text, owner in leaves(self.saved):
             if isinstance(text, str) and text.startswith(UNSERIALIZABLE):
                 value = text.removeprefix(UNSERIALIZABLE).strip()
-                raise UserError(
-                    f"{owner}: its {key}, {value}, cannot be written into config.yaml; pass it as plain data"
-                )
-        if self.configured and self.run is not None:  # also what texts and further files have brought in
+                raise UserError(f"{owner}: its {key}, {value}, cannot be written to config.yaml; pass it as plain data")
+        if self.configured and self.run is not None:  # includes what texts and further files contain
             said = {key: self.saved.get(key) for key in SECTIONS}
             check_config(said, self.trusted, f"run: {self.run / 'config.yaml'}")
         if config.get("ckpt_path") is not None:
@@ -217,13 +215,13 @@ class TransferCLI(OneCommand, LightningCLI):
             without_weights(config.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Gives the Trainer its run directory, loggers and callbacks."""
+        """Builds the Trainer with its run directory, loggers and callbacks."""
         config = self.config[str(self.subcommand)]
         trainer = config.trainer
         if hasattr(self.datamodule, "resolve"):
             merge(self.saved["data"], {"init_args": self.datamodule.resolve(getattr(self.model, "data_defaults", {}))})
         name = config.name or type(self.datamodule).__name__.lower()
-        # the first process chooses; the others are told by the strategy
+        # the first process chooses the directory, and the strategy broadcasts it
         if self.command in BEFORE or not first_process():
             path = Path(trainer.default_root_dir or ".") / "runs" / name
         else:
@@ -247,8 +245,8 @@ class TransferCLI(OneCommand, LightningCLI):
         kwargs.setdefault("default_root_dir", str(path))
         built = cast(TransferTrainer, super().instantiate_trainer(**kwargs))
         if any(isinstance(each, LearningRateFinder) for each in built.callbacks):
-            raise UserError("callbacks: LearningRateFinder needs a model with one rate; `tl lr-find` finds them all")
-        built.root = Path(self.root)  # of what it makes of runs: the user's to say, not a run's config's
+            raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
+        built.root = Path(self.root)  # for new runs; set by the user, not by a run's config
         return built
 
     def _callbacks(self, path: Path) -> list[Callback]:
@@ -279,11 +277,11 @@ class TransferCLI(OneCommand, LightningCLI):
                 callbacks.append(LearningRateMonitor("epoch"))
             if config.trainer.enable_checkpointing is not False:
                 callbacks += self._checkpoints(path / "checkpoints")
-        # last, so that what it builds comes after the signal handlers
+        # last, so that its processes start after the signal handlers are set
         return [*callbacks, FeatureCache(**config.cache)]
 
     def _checkpoints(self, folder: Path) -> list[Callback]:
-        """best.ckpt by the task's metric, last.ckpt after every epoch and whenever the run is interrupted."""
+        """Builds callbacks for best.ckpt, by the monitored metric, and last.ckpt, after each epoch and interruption."""
         config = self.config[str(self.subcommand)]
         monitor: str | None
         monitor, mode = monitor_of(self.model)
@@ -310,7 +308,7 @@ class TransferCLI(OneCommand, LightningCLI):
         ]
 
     def _resolved(self) -> dict[str, Any]:
-        """The config with what the data decided, so that the model can be built without the data."""
+        """Returns the config with the values that the data decided, so that the model can be built without the data."""
         resolved: dict[str, Any] = {key: self.saved.get(key) for key in SECTIONS}
         resolved["name"] = self.directory.parent.name
         arguments = resolved["model"].setdefault("init_args", {})
@@ -329,10 +327,10 @@ class TransferCLI(OneCommand, LightningCLI):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Says what to do where memory is too small, or the disk."""
+        """Turns errors of full memory or a full disk into advice."""
         try:
             yield
-        except OSError as error:  # of a logger, which does not say of which file
+        except OSError as error:  # from a logger, without the file's name
             raise no_room(error, self.directory) or error from error.__cause__
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -342,7 +340,7 @@ class TransferCLI(OneCommand, LightningCLI):
             raise UserError(f"out of memory with a batch size of {size}; {smaller}") from error
 
     def before_fit(self) -> None:
-        """Finds the batch size, if asked to, and writes it into the run's config; compiles."""
+        """Finds the batch size, if requested, and writes it to the run's config; compiles the backbone."""
         config = self.config[str(self.subcommand)]
         if config.auto_batch:
             size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
@@ -353,13 +351,13 @@ class TransferCLI(OneCommand, LightningCLI):
             compile_backbone(self.model)
 
     def predict(self, **kwargs: Any) -> None:
-        """Predicts without keeping what the table already has."""
+        """Predicts without keeping outputs that the CSV already has."""
         self.trainer.predict(return_predictions=False, **kwargs)
 
     def after_fit(self) -> None:
-        """Says where everything is."""
+        """Prints where everything is."""
         if getattr(self.trainer, "fast_dev_run", False):
-            return self._say(f"fast_dev_run: all steps work; {self.directory} has no checkpoint to test")
+            return self._say(f"fast_dev_run: all steps ran; {self.directory} has no checkpoint to test")
         if not self.files.trained:
             self._say(
                 f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
@@ -369,15 +367,15 @@ class TransferCLI(OneCommand, LightningCLI):
         self._say(f"tl test --run {self.directory}{self.trust}\ntensorboard --logdir {self.directory.parent}")
 
     def after_test(self) -> None:
-        """Says where the numbers are."""
+        """Prints where the metrics are."""
         self._say(f"metrics: {self.directory / 'metrics.json'}")
 
     after_validate = after_test
 
     def after_compress(self) -> None:
-        """Writes the new run's config, which is that of the old one; its checkpoint is whole by then."""
+        """Writes the new run's config, a copy of the old one's; its checkpoint is complete by then."""
         run = cast(TransferTrainer, self.trainer).made
-        if run is None:  # another process has it
+        if run is None:  # another process wrote it
             return
         config = self._resolved() | {"name": run.parent.name}
         if "save" in config["model"]["init_args"]:
@@ -393,7 +391,7 @@ class TransferCLI(OneCommand, LightningCLI):
 
 
 class _TensorBoard(TensorBoardLogger):
-    """Lightning's, without the hparams.yaml that would stand beside config.yaml and say less."""
+    """Lightning's logger without hparams.yaml, which would repeat part of config.yaml."""
 
     def save(self) -> None:
         """Flushes the events."""

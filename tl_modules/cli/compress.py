@@ -1,4 +1,4 @@
-"""`tl compress`: a trained module becomes a smaller one, in a run of its own.
+"""`tl compress`: turns a trained module into a smaller one, in a new run.
 
 module -> adapters merged -> deployment/pruning.py -> state dict -> deployment/quantization.py -> config.yaml, best.ckpt
 """
@@ -37,45 +37,45 @@ def compress_run(
     importance: Importance,
     kind: Kind | None,
 ) -> Path:
-    """Merges adapters, prunes and quantises, in place, and writes best.ckpt into a run of its own.
+    """Merges adapters, prunes and quantises, in place, and writes best.ckpt into a new run.
 
     Args:
-        module: A trained one, on the CPU, in eval mode.
-        data: Its labelled training samples are what "taylor" looks at.
+        module: A trained module, on the CPU, in eval mode.
+        data: The data; "taylor" uses its labelled training samples.
         x: Prepared inputs.
         root: The new run is root/runs/OUT/version_N.
         out: Its name.
-        share: Of the MACs that goes; None prunes nothing.
-        importance: What keeps a channel.
-        kind: How weights are quantised; None leaves them floats.
+        share: Share of the MACs to remove; None does not prune.
+        importance: How channels are ranked.
+        kind: How weights are quantised; None keeps them as floats.
 
     Returns:
         The new run's directory, which still needs a config.
 
     Raises:
-        UserError: Neither is asked for, or the network cannot be compressed so.
+        UserError: Nothing is requested, or the network cannot be compressed this way.
         DataError: The labels that "taylor" needs are hidden.
     """
     before = _size(module, x)
     module.finetuning.merge(module)
     if share is None and kind is None and not module.finetuning.merged:
-        raise UserError("compress: nothing is asked for; pass --prune 0.5, --quantize int8 or both")
+        raise UserError("compress: nothing to do; pass --prune 0.5, --quantize int8 or both")
     if share is not None:
         prune(module, x, share, importance, _labelled(module, data) if importance == "taylor" else ())
     after = _size(module, x)
-    module.save = "all"  # its pretrained weights are not these any more
+    module.save = "all"  # its weights no longer equal the pretrained ones
     checkpoint: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": __version__}
     checkpoint["state_dict"] = module.state_dict()
     module.on_save_checkpoint(checkpoint)
     if kind is not None:
         quantize(module, checkpoint, kind)
-    run = new_run(root, out)  # only now, so that a mistake leaves none
+    run = new_run(root, out)  # only now, so that an error leaves no empty run
     file = run / "checkpoints" / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(checkpoint, file)
     floats = 4 * before["parameters"]
     print(
         f"{before['parameters']:,} -> {after['parameters']:,} parameters, {before['macs'] / 1e6:,.1f} -> "
-        f"{after['macs'] / 1e6:,.1f} million MACs a sample, file {file.stat().st_size / 1e6:.2f} MB, "
+        f"{after['macs'] / 1e6:,.1f} million MACs per sample, file {file.stat().st_size / 1e6:.2f} MB, "
         f"{file.stat().st_size / floats:.0%} of the original's parameters"
     )
     return run
@@ -86,9 +86,9 @@ def _size(module: TransferModule, x: Any) -> dict[str, int]:
 
 
 def _labelled(module: TransferModule, data: LightningDataModule) -> Iterator[Batch]:
-    """A few batches of labelled training samples, drawn over all of them."""
+    """Draws a few batches of labelled training samples from all of them."""
     if not isinstance(data, TransferDataModule):
-        raise UserError(f"data: {type(data).__name__} is not a TransferDataModule, which taylor could ask for labels")
+        raise UserError(f"data: {type(data).__name__} is not a TransferDataModule, which taylor needs for labels")
     data.collate = module.collate
     loader = data.labelled_dataloader()
     rows = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(data.seed))[:SAMPLES]

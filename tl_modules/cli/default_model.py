@@ -1,4 +1,4 @@
-"""The model where the command line names none, or no backbone of it: what suits the data.
+"""The default model, or its default backbone, if the command line does not name one: chosen by the data.
 
 photos, GPU                                   ConvNeXt-T       28 million parameters, 82.5 % on ImageNet
 photos, CPU                                   MobileNetV3-L    5 million parameters, 74.0 % on ImageNet
@@ -7,7 +7,7 @@ texts (TextFiles)                             MiniLM           22 million parame
 rows (TabularData)                            TabularMLP       from scratch
 recordings (AudioFolders)                     SpeechConvNet    from scratch
 
-Where a TabularMLP learns classes from scratch, SGD trains it with a linear head, for its features are normalised.
+If a TabularMLP learns classes from scratch, SGD trains it with a linear head, because its features are normalised.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tl_modules.module import TransferModule
 from tl_modules.runs.directory import SECTIONS
 
 log = logging.getLogger(__name__)
-# torchvision's, by whether there is a GPU, and why it is that one
+# torchvision models, by whether there is a GPU, and the reason
 PHOTOS = {
     True: ("convnext_tiny", "IMAGENET1K_V1", "a GPU trains it in minutes, and it transfers well"),
     False: ("mobilenet_v3_large", "IMAGENET1K_V1", "without a GPU it trains in a third of a ResNet-18's time"),
@@ -40,13 +40,13 @@ OTHERS = {
     AudioFolders: ["SpeechConvNet"],
 }
 CLASSES = (None, "Classification", "tl_modules.Classification")
-NESTED = 3  # of data that wraps data
+NESTED = 3  # levels of data that wraps data
 
 
 def with_defaults(args: list[str]) -> list[str]:
-    """Names the embedded data, a task and a backbone where neither the command line nor a config does.
+    """Adds the embedded data, a task and a backbone if neither the command line nor a config names them.
 
-    They are not defaults of the parser, because those would leave their arguments behind when the class is changed.
+    These cannot be parser defaults: jsonargparse would keep their init_args when the user picks another class.
 
     Raises:
         UserError: A config cannot be read or is not a mapping.
@@ -71,7 +71,7 @@ def with_defaults(args: list[str]) -> list[str]:
 
 
 def _for_rows(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How a network for rows is trained from scratch, as far as nothing else is said."""
+    """Adds how a network for rows is trained from scratch, as far as nothing else is given."""
     if _said(args, configs, "model", "backbone", "weights") is not None:
         return []
     words = [] if _said(args, configs, "model", "head") else ["--model.head", "torch.nn.Linear"]
@@ -92,28 +92,28 @@ def _backbone(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list
     gpu = on_gpu(_said(args, configs, "trainer", "accelerator") or "auto")
     name, weights, why = PHOTOS[gpu]
     if not values(args, "--model.backbone.name"):
-        log.info("backbone: %s, torchvision's %s, since none is named: %s", name, weights, why)
+        log.info("backbone: %s, torchvision's %s, since none is given: %s", name, weights, why)
     words = ["--model.backbone", "TorchvisionBackbone", "--model.backbone.name", name]
     return [*words, "--model.backbone.weights", weights]
 
 
 def _takes_backbone(task: str | None) -> bool:
-    """Whether it is a task of ours; others may not compose a backbone."""
+    """Returns whether a task is one of ours; other tasks may not have a backbone."""
     found = _class(task, tl_modules.__name__) if task else TransferModule
     return isinstance(found, type) and issubclass(found, TransferModule)
 
 
 def _class(name: str, package: str) -> Any:
-    """The class of a dotted name or, by a bare one, of a package; None where there is none, which the parser says."""
+    """Imports a class by its dotted name, or its bare name in a package; None if that fails."""
     module, _, last = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module or package), last, None)
-    except Exception:  # anything can happen in a file of the user's
+    except Exception:  # a user's file may raise anything
         return None
 
 
 def _said(args: Sequence[str], configs: Sequence[Mapping[str, Any]], *path: str) -> str | None:
-    """The class or value that the words or else the configs give at a place, e.g. "model", "backbone"."""
+    """Returns the class or value at a path, e.g. "model", "backbone", in the arguments or else the configs."""
     if words := values(args, f"--{'.'.join(path)}"):
         return words[-1]
     for config in reversed(configs):
@@ -128,7 +128,7 @@ def _said(args: Sequence[str], configs: Sequence[Mapping[str, Any]], *path: str)
 
 
 def _mapping(config: str) -> dict[str, Any]:
-    """A config, a file or its text."""
+    """Reads a config, given as a file or as text."""
     content = read_yaml(config, "config") or {}
     if not isinstance(content, dict):
         raise UserError(f"config: {config} is not a mapping of {', '.join(SECTIONS)}")

@@ -1,4 +1,4 @@
-"""Sweeps the learning rate over a copy of the model, and says what comes of it."""
+"""Sweeps the learning rate over a copy of the model, and reports the result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tl_modules.runs.resume import random_state, restore_random_state
 
 
 def sweep_rates(module: TransferModule, data: LightningDataModule, trainer: Trainer, sweep: LearningRateSweep) -> bool:
-    """Trains a copy of the module, on one device; module, random numbers and cached features stay as they are.
+    """Trains a copy of the module, on one device; the module, random states and cached features do not change.
 
     Args:
-        module: As a run begins with it.
-        data: Its training batches.
-        trainer: The run's Trainer, which stays as it is too.
-        sweep: Keeps what comes of it.
+        module: The module at the start of a run.
+        data: The datamodule with the training batches.
+        trainer: The run's Trainer, which does not change either.
+        sweep: Records the result.
 
     Returns:
         Whether the head started in closed form.
@@ -62,16 +62,16 @@ def sweep_rates(module: TransferModule, data: LightningDataModule, trainer: Trai
 
 
 def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folder: Path, rule: str) -> str:
-    """Writes lr_find.png and lr_find.yaml; returns what to say of them."""
+    """Writes lr_find.png and lr_find.yaml; returns the text of the report."""
     plot, config, rates = folder / "lr_find.png", folder / "lr_find.yaml", sweep.suggestions()
     save_figure(sweep.figure(), plot)
     ended = f"\nended early: {sweep.ended}" if sweep.ended else ""
     if not rates:
-        config.unlink(missing_ok=True)  # of an earlier sweep
+        config.unlink(missing_ok=True)  # from an earlier sweep
         start = ", since the head starts in closed form" if solved else ""
         return (
-            f"learning rate: at no rate from {sweep.min_lr:.2g} to {sweep.max_lr:.2g} does the loss fall{start}; keep "
-            f"the one that you have{ended}\nplot: {plot}"
+            f"learning rate: the loss falls at no rate from {sweep.min_lr:.2g} to {sweep.max_lr:.2g}{start}; keep "
+            f"your current rate{ended}\nplot: {plot}"
         )
     rate = float(f"{rates[rule]:.2g}")
     others = ", ".join(f"{name} {other:.2g}" for name, other in rates.items() if name != rule)
@@ -79,12 +79,12 @@ def report(module: TransferModule, sweep: LearningRateSweep, solved: bool, folde
     write_whole(config, line + "\n")
     return (
         f"learning rate: {rate:.2g} by {rule} ({others})\n{line}\n"
-        f"to take it, end the command with -c {config}{ended}\nplot: {plot}"
+        f"to use it, add -c {config} at the end of the command{ended}\nplot: {plot}"
     )
 
 
 def _config(module: TransferModule, rate: float) -> dict[str, Any]:
-    """The model's arguments with that rate; with a cycle it is the scheduler's."""
+    """Returns the model's arguments with that rate; for a cyclic scheduler it is the scheduler's."""
     built: Any = configure(module)
     scheduler = built["lr_scheduler"]["scheduler"] if isinstance(built, dict) else None
     owner, name = ("lr_scheduler", "max_lr") if isinstance(scheduler, OneCycleLR | CyclicLR) else ("optimizer", "lr")

@@ -13,7 +13,7 @@ from tl_modules.cli.process import check_utf8, importable, quiet, stop
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs `tl`: exits with 0, with 2 after a mistake of the user's, with 1 after one of ours.
+    """Runs `tl`: exits with 0, with 2 after a mistake of the user, with 1 after an internal error.
 
     Args:
         args: The arguments after `tl`; None takes them from the process.
@@ -23,11 +23,11 @@ def main(args: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else args
     try:
         check_utf8(words)
-        if words and words[0] == "compare":  # it has no model and data of its own, but starts runs
+        if words and words[0] == "compare":  # it has no model and data, but starts runs
             from tl_modules.cli.compare import compare
 
             compare(words[1:], main)
-        elif words and words[0] == "rank":  # it has data, and many backbones in place of a model
+        elif words and words[0] == "rank":  # it has data, and many backbones instead of a model
             from tl_modules.cli.rank import rank
 
             rank(words[1:])
@@ -38,6 +38,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if ours is None:
             raise
         stop(one_line(ours))
-    finally:  # a group that is left to the end of the interpreter can abort there, and take the exit code along
+    finally:  # a process group that lives until the interpreter ends can abort there and change the exit code
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

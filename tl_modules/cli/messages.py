@@ -1,4 +1,4 @@
-"""What went wrong, in one sentence, out of the reports of the parser and of worker processes."""
+"""Extracts one sentence about what went wrong from reports of the parser and of worker processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASES = {
 
 
 def explain(message: str, options: Sequence[str], commands: Sequence[str], classes: Sequence[str]) -> str:
-    """The dotted key and the cause out of jsonargparse's report, which lists every type that a value could have had.
+    """Extracts the dotted key and the cause from jsonargparse's report, which lists every type that was tried.
 
     Args:
         message: The report.
@@ -59,7 +59,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     if found := re.search(r"does not accept option '([^']+)'", message):
         return f"there is no key {found[1]}{closest(found[1], SECTIONS)}; a config has {', '.join(SECTIONS)}"
     if 'expected "subcommand"' in message:
-        return f"name a command: {', '.join(commands)}; `tl --help` says what they do"
+        return f"name a command: {', '.join(commands)}; see `tl --help`"
     if found := re.search(r"invalid choice: '([^']+)'", message):
         return f"there is no command {found[1]}{closest(found[1], commands)}; there are {', '.join(commands)}"
     if found := re.search(r"the following arguments are required: (.*)", message):
@@ -68,22 +68,20 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     if found := re.search(r"File does not exist: '?([^']+)'?", message):
         return f"{key}: there is no file {found[1]}"
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
-        refused = f"{key}: {found[1]} is not imported for a config of somebody else's"
+        refused = f"{key}: {found[1]} is not imported for a config from somebody else"
         return f"{refused}; if you trust it, pass --trust {found[1]}"
     names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
     if names:
         name = next(filter(None, names[0]))
         if "." in name and _is_there(name):
-            return (
-                f"{key}: {name} is not a subclass of {BASES.get(key.rpartition('.')[2], 'the expected class')}"
-            )
+            return f"{key}: {name} is not a subclass of {BASES.get(key.rpartition('.')[2], 'the expected class')}"
         if "." not in name and (words := re.search(r"Expected a typing\.Literal\[(.+?)\]", message)):
-            return f"{key}: {name} is neither a class nor one of {words[1]}"
+            return f"{key}: {name} must be a class or one of {words[1]}"
         return f"{key}: there is no class {name}{_closest_class(name, classes)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
     if found := re.search(r"Multiple subclasses with name (.*)", message):
-        return f"{key}: more than one class has the name {found[1]}"
+        return f"{key}: more than one class is named {found[1]}"
     expected = [
         re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")
     ]
@@ -100,7 +98,7 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
 
 
 def _closest_option(option: str, options: Sequence[str]) -> str:
-    """The option that `option` is the end of, e.g. --model.optimizer.lr of --optimizer.lr; or the nearest one."""
+    """Returns the option that ends with `option`, e.g. --model.optimizer.lr for --optimizer.lr; or the closest one."""
     section, dot, rest = option.removeprefix("--").partition(".")
     if dot and section in ("model", "data", "trainer"):
         return closest(option, options)
@@ -114,7 +112,7 @@ def _closest_option(option: str, options: Sequence[str]) -> str:
 
 
 def _arguments(class_path: str) -> list[str]:
-    """The argument names of a class, its parents' behind **kwargs included."""
+    """Returns the argument names of a class, including its parents' behind **kwargs."""
     names: dict[str, None] = {}
     for parent in import_class(class_path).__mro__:
         if "__init__" not in vars(parent):
@@ -127,7 +125,7 @@ def _arguments(class_path: str) -> list[str]:
 
 
 def _closest_class(name: str, ours: Sequence[str]) -> str:
-    """The nearest class in the module that a dotted name gives, or among those with a bare name."""
+    """Returns the closest class in the module of a dotted name, or among ours for a bare name."""
     module, dot, bare = name.rpartition(".")
     if dot:
         try:
@@ -152,20 +150,20 @@ def _is_there(class_path: str) -> bool:
 
 
 def import_class(class_path: str) -> Any:
-    """The class that a config names by its path."""
+    """Imports the class that a config names by its path."""
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def cause(error: BaseException | None) -> BaseException | None:
-    """The mistake of the user's behind an exception, which the parser wraps in some of its own; None if it is ours."""
+    """Returns the user's mistake behind an exception that the parser has wrapped; None if it is an internal error."""
     known = UserError, datamodules.DataError, MisconfigurationException
     found = next((each for each in chain(error) if isinstance(each, known)), None)
     return found or no_room(error, "a file") or _refusal(error)
 
 
 def no_room(error: BaseException | None, place: object) -> UserError | None:
-    """The sentence about a full disk behind an exception of what others write, or None; `place` if it names no file."""
+    """Returns an error about a full disk that caused an exception, or None; `place` replaces a missing file name."""
     full = next((each for each in chain(error) if isinstance(each, OSError) and disk_full(each)), None)
     if full is None:
         return None
@@ -173,9 +171,9 @@ def no_room(error: BaseException | None, place: object) -> UserError | None:
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
-    """The exception by which a class of another package has refused the arguments that it was given, or None.
+    """Returns the exception by which a class of another package has rejected its arguments, or None.
 
-    The last code of ours to run was then what makes objects of arguments: the command line, or an optimizer's rules.
+    The innermost frame of our code is then one that instantiates classes: the command line, or an optimizer's rules.
     """
     frames: list[Path] = []
     first = error
@@ -188,7 +186,7 @@ def _refusal(error: BaseException | None) -> BaseException | None:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's own sentence, also when a worker process has wrapped it in its traceback."""
+    """Returns an exception's message, even if a worker process has wrapped it in its traceback."""
     text = str(error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""What `tl` understands: its commands, types that the parser does not know, errors in one sentence."""
+"""The parser of `tl`: its commands, types that jsonargparse does not know, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def _number(value: Any) -> float:
     return value
 
 
-# torchvision's transforms ask for numbers.Number, which the parser would take for a class to build
+# torchvision's transforms are annotated with numbers.Number, which the parser would take for a class to build
 register_type(Number, serializer=_number, deserializer=_number)
 
-# averaging callbacks have one as their default
+# averaging callbacks have it as their default
 register_type(torch.device)
 
-# what the parser writes, it reads again as it was
+# the parser must read back what it writes
 set_dumper("yaml", to_yaml)
 
-# a value may not name what runs commands, e.g. os.system
+# a value must not name something that runs commands, e.g. os.system
 set_parsing_settings(import_path_denylist=[])
 
-# what a config can name without its module; aliases are earlier names
+# classes that a config can name without their module; aliases are earlier names
 _NAMES = [
     (package.__name__, name, vars(package)[name]) for package in (tl_modules, datamodules) for name in package.__all__
 ]
@@ -51,33 +51,33 @@ COMMANDS = {
     "validate": "Measure a run on the validation split.",
     "test": "Measure a run on the test split.",
     "predict": "Label data with a run and write a CSV.",
-    "embed": "Write a backbone's features of your data.",
+    "embed": "Write a backbone's features of your data to a file.",
     "soup": "Average the weights of runs into one; WiSE-FT.",
-    "calibrate": "Calibrate a run's probabilities by a temperature.",
-    "benchmark": "Measure latency, memory and size of a run here.",
+    "calibrate": "Calibrate a run's probabilities with a temperature.",
+    "benchmark": "Measure latency, memory and size of a run on this machine.",
     "compress": "Prune and quantize a run into a new run.",
     "lr-find": "Find a learning rate before training.",
     "show-batch": "Draw the first training batch, augmented.",
-    "rank": "Order backbones for your data before any training.",
+    "rank": "Rank backbones for your data before any training.",
     "compare": "Run and compare a grid of ways, tasks and seeds.",
 }
-# commands that are methods of our Trainer, and what the CLI gives them itself
+# commands that are methods of our Trainer, and the arguments that the CLI sets itself
 OWN = {"embed", "soup", "calibrate", "benchmark", "compress", "lr-find", "show-batch"}
-# commands that look at a run before it is trained: they take no checkpoint and make no version
+# commands that use a run before it is trained: they take no checkpoint and create no version
 BEFORE = {"lr-find", "show-batch"}
-# commands that validate for themselves, and leave a run's metrics and curves as they are
+# commands that run their own validation, and leave a run's metrics and curves unchanged
 QUIET = {"soup", "calibrate"}
 
 
 class Parser(LightningArgumentParser):
-    """Says in one sentence what is wrong with the command line or a config, and stops with code 2."""
+    """Reports in one sentence what is wrong with the command line or a config, and exits with code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints the cause, with the closest valid name, in place of the whole parser."""
+        """Prints the cause, with the closest valid name, instead of the whole help."""
         if not self.exit_on_error:  # a nested parser: the outer one adds its key
             super().error(message, ex)
         stop(explain(message, options(self), list(COMMANDS), KNOWN))

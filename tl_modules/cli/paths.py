@@ -1,4 +1,4 @@
-"""Paths of a config, so that config.yaml works from anywhere."""
+"""Makes the paths of a config absolute, so that config.yaml works from anywhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tl_modules.cli.messages import import_class
 
 
 def absolute_paths(config: Any) -> None:
-    """Makes every argument that is a path and exists absolute, in place and nested.
+    """Makes every argument that is an existing path absolute, in place, at all levels.
 
-    A path is what is annotated as one, and `weights`, which a backbone of the user's may take as a text.
+    Paths are arguments annotated as paths, and `weights`, which a user's backbone may annotate as text.
     """
     if isinstance(config, list):
         for item in config:
@@ -26,7 +26,7 @@ def absolute_paths(config: Any) -> None:
     hints: dict[str, Any] = {}
     for parent in reversed(import_class(config.class_path).__mro__):
         if "__init__" in vars(parent):
-            with contextlib.suppress(NameError, TypeError):  # a name that is imported for type checkers only
+            with contextlib.suppress(NameError, TypeError):  # a name that is imported only for type checkers
                 hints |= get_type_hints(parent.__init__)
     for key, value in vars(config.init_args).items():
         is_path = key == "weights" or Path in (hints.get(key), *get_args(hints.get(key)))

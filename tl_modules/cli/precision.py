@@ -1,4 +1,4 @@
-"""Which precision a run takes where none is asked for."""
+"""The default precision of a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tl_modules.batch.compat import cpu_has_bf16
 
 
 def on_gpu(accelerator: Any = "auto") -> bool:
-    """Whether the Trainer takes a GPU of CUDA, for its argument `accelerator`."""
+    """Returns whether the Trainer uses a CUDA GPU, given its argument `accelerator`."""
     return accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 def best_precision(module: Any, accelerator: Any = "auto") -> str:
-    """bf16-mixed where device and backbone gain by it, otherwise 32-true; the same in every run on a machine.
+    """Returns bf16-mixed if device and backbone benefit, otherwise 32-true; the same in every run on a machine.
 
     Args:
-        module: Has a `backbone` that says in `bf16_devices` whether it may; anything else stays in 32 bits.
+        module: Its `backbone` lists in `bf16_devices` where bfloat16 is allowed; any other module stays in 32 bits.
         accelerator: As for the Trainer.
     """
     backbone = getattr(module, "backbone", None)

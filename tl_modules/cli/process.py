@@ -1,4 +1,4 @@
-"""The process that `tl` runs in: what it imports, prints and ends with."""
+"""The process of `tl`: its imports, output and exit code."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tl_modules.errors import UserError, disk_full
 
 
 def first_process() -> bool:
-    """Whether this is the only process or the first of several."""
+    """Returns whether this is the only process or the first of several."""
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def stop(text: str) -> NoReturn:
-    """Prints a text on standard error and exits with code 2."""
+    """Prints a text to standard error and exits with code 2."""
     if first_process():
         print(f"tl: error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def check_utf8(words: Sequence[str]) -> None:
-    """Refuses what a config could not hold.
+    """Rejects arguments that a config could not hold.
 
     Raises:
-        UserError: A word is not UTF-8.
+        UserError: An argument is not UTF-8.
     """
     for word in words:
         if (shown := printable(word)) != word:
@@ -41,10 +41,10 @@ def check_utf8(words: Sequence[str]) -> None:
 
 
 def importable(own: bool) -> None:
-    """Lets a config name files of the working directory, or not.
+    """Sets whether a config may name files in the working directory.
 
-    The directory comes last, so that none of its files stands in for a package; and where a run's config is all that
-    is read, not at all: whoever sent the run may have sent the files too.
+    The directory comes last, so that none of its files shadows a package; and if only a run's config is read, it is
+    left out: whoever sent the run may also have sent the files.
     """
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
     if own:
@@ -57,16 +57,16 @@ def _without_full_disks(told: threading.ExceptHookArgs) -> None:
 
 
 def quiet() -> None:
-    """Keeps what a user cannot act on from the terminal: advertisements, hints about workers, chatty libraries."""
+    """Hides output that a user cannot act on: advertisements, hints about workers, verbose libraries."""
     threading.excepthook = _without_full_disks
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("tl_modules", "datamodules"):
         logging.getLogger(package).setLevel(logging.INFO if first_process() else logging.ERROR)
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers is news to nobody
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations are irrelevant
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    # a command on a run has other callbacks than `fit` had, and a copied run another folder: both are meant
+    # a command on a run has other callbacks than `fit`, and a copied run another folder: both are intended
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec")
     told = "(Be aware that when using `ckpt_path`|The dirpath has changed|You're using the WeightAveraging callback)"
     warnings.filterwarnings("ignore", message=told)

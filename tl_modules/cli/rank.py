@@ -1,4 +1,4 @@
-"""`tl rank`: backbones and weights in the order in which they promise to transfer, before anything is trained.
+"""`tl rank`: ranks backbones and weights by how well they promise to transfer, before any training.
 
 words -> candidates.py: backbones -> cost here -> cached features of the labelled training samples -> scores -> rank.csv
 """
@@ -43,7 +43,7 @@ OF_FEATURES: dict[str, Callable[[Tensor, Tensor], float]] = {
 OF_SOURCE: dict[str, Callable[[Tensor, Tensor], float]] = {"leep": leep, "nce": nce}
 SCORES = (*OF_FEATURES, *OF_SOURCE)
 COLUMNS = ("rank", "backbone", "status", *SCORES, "parameters", "macs", "ms", "error")
-BATCH = 8  # samples in a pass that is timed
+BATCH = 8  # samples in a timed pass
 SECONDS = 0.5
 MANY = 10_000  # samples; more would hardly change a score
 
@@ -55,8 +55,8 @@ def rank(args: Sequence[str]) -> None:
         args: The arguments after it.
 
     Raises:
-        UserError: A mistake in them or in a file, or labels that are neither classes nor values.
-        DataError: The data cannot be read, or none of its labels is open.
+        UserError: The arguments or a file have a mistake, or labels are neither classes nor values.
+        DataError: The data cannot be read, or its labels are hidden.
         SystemExit: With 1 if a candidate has failed.
     """
     importable(True)
@@ -76,7 +76,7 @@ def rank(args: Sequence[str]) -> None:
         try:
             seed_everything(data.seed, verbose=False)  # what is random is the same in every call
             found = measured(*build(entry, trust), data, config.budget_ms or math.inf, objects.cache)
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # other candidates continue after any error
             found = {"status": "failed", "error": one_line(cause(error) or error) or type(error).__name__}
         rows.append({"backbone": name} | found)
         print(f"[{number}/{len(entries)}] {name}: {_progress(found, config.by)}", flush=True)
@@ -95,14 +95,14 @@ def rank(args: Sequence[str]) -> None:
 def _arguments() -> Parser:
     parser = Parser(
         prog="tl rank",
-        description="Orders backbones and their weights by how well they promise to transfer to the data's labelled "
-        "training samples, with what they cost here. Nothing is trained; features are computed once and cached.",
+        description="Ranks backbones and their weights by how well they promise to transfer to the data's labelled "
+        "training samples, with their cost on this machine. Nothing is trained; features are computed once and cached.",
     )
     parser.add_argument(
         "backbones",
         nargs="+",
         help="resnet18 (torchvision's or timm's, pretrained), resnet18=FILE (a hub name, a file, a run, null), a run's "
-        "directory, a class; or FILE.yaml with names and one of these, or class_path and init_args, each.",
+        "directory, a class; or FILE.yaml with names, each with one of these, or class_path and init_args.",
     )
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser.add_argument("--by", type=By, default="logme", help="The score that orders.")
@@ -110,11 +110,11 @@ def _arguments() -> Parser:
         "--budget_ms",
         type=float | None,
         default=None,
-        help=f"Leaves out what takes longer a sample, {BATCH} at a time.",
+        help=f"Skips backbones that take longer per sample, in batches of {BATCH}.",
     )
     parser.add_argument("--out", type=str, default="rank.csv", help="The CSV.")
     parser.add_argument(
-        "--trust", type=str | None, default=None, help="Modules of your own that a run's config may name: a,b."
+        "--trust", type=str | None, default=None, help="Your own modules that a run's config may name: a,b."
     )
     parser.add_class_arguments(FeatureCache, "cache")
     return parser
@@ -127,18 +127,18 @@ def measured(
     budget_ms: float = math.inf,
     cache: FeatureCache | None = None,
 ) -> dict[str, Any]:
-    """Measures what a backbone costs here, and what its features promise for the data's labelled training samples.
+    """Measures a backbone's cost on this machine, and scores its features on the data's labelled training samples.
 
     Args:
-        backbone: As it is.
-        head: Pooled features (B, D) -> logits of the classes that it was trained on; None takes the classifier that its
-            weights came with.
-        data: What it is to be transferred to.
-        budget_ms: Milliseconds a sample above which nothing is scored.
-        cache: Where the features are kept for other calls and for `tl fit`.
+        backbone: The backbone.
+        head: Pooled features (B, D) -> logits of the classes that it was trained on; None takes the classifier of its
+            weights.
+        data: The data to transfer to.
+        budget_ms: Milliseconds per sample above which nothing is scored.
+        cache: Stores the features, for other calls and for `tl fit`.
 
     Returns:
-        `status` ("ranked" or "over budget"), `parameters`, `macs` and `ms` a sample, and the scores that there are.
+        `status` ("ranked" or "over budget"), `parameters`, `macs` and `ms` per sample, and the available scores.
 
     Raises:
         UserError: The data's labels are neither classes nor values, or the features are not finite.
@@ -196,7 +196,7 @@ def _cost(trainer: Trainer, backbone: Backbone, x: Any) -> dict[str, Any]:
 
 
 class _Collect(Callback):
-    """Keeps pooled features and labels."""
+    """Collects pooled features and labels."""
 
     def __init__(self) -> None:
         self.features: list[Tensor] = []
@@ -212,7 +212,7 @@ class _Collect(Callback):
 
 
 def ordered(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
-    """Puts the best first and numbers what has the score; then what has not, is too slow or has failed."""
+    """Sorts the best first and numbers the rows that have the score; the others, too slow or failed, come last."""
 
     def place(row: Mapping[str, Any]) -> float:
         score = row.get(by, math.nan)
@@ -225,7 +225,7 @@ def ordered(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
 def _progress(row: Mapping[str, Any], by: str) -> str:
     if row["status"] == "failed":
         return f"failed: {row['error']}"
-    cost = f"{row['ms']:.2f} ms a sample"
+    cost = f"{row['ms']:.2f} ms per sample"
     return f"{cost}, over budget" if row["status"] != "ranked" else f"{by} {row.get(by, math.nan):.3f}, {cost}"
 
 

@@ -1,9 +1,10 @@
-"""`tl soup`: runs of one architecture become one run whose weights are their mean; nothing is trained.
+"""`tl soup`: averages the weights of runs with one architecture into a new run; nothing is trained.
 
     tl soup RUN RUN RUN --out NAME              a greedy soup (Wortsman et al., ICML 2022)
     tl soup RUN --start PROBE --out NAME        WiSE-FT: half way back to the start (Wortsman et al., CVPR 2022)
 
-runs -> their best.ckpt -> validation: which are taken -> weighted mean -> BatchNorm's statistics -> runs/NAME/version_N
+runs -> their best.ckpt -> validation: which ones to use -> weighted mean -> BatchNorm's statistics ->
+runs/NAME/version_N
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from tl_modules.runs.directory import load_state_into, new_run, write_config
 How = Literal["greedy", "uniform"]
 State = dict[str, Tensor]
 Shares = dict[Path, float]
-# what is mixed; a method's critic or teacher stays that of the first run
+# the averaged parts; a method's critic or teacher stays that of the first run
 NETWORK = ("backbone.", "bottleneck.", "head.")
 
 
 class Soup:
-    """Mixes runs and measures the mixtures on the validation split.
+    """Averages runs and measures the averages on the validation split.
 
     Args:
-        trainer: Validates.
-        module: Of the first run; gets the weights of each mixture.
-        data: Whose validation split chooses, and whose training inputs give BatchNorm its statistics.
-        runs: Directories; all are read.
+        trainer: Runs the validation.
+        module: The first run's module; gets the weights of each average.
+        data: The datamodule; its validation split chooses, and its training inputs give BatchNorm's statistics.
+        runs: The directories of all runs.
     """
 
     def __init__(
@@ -55,42 +56,42 @@ class Soup:
 
     def _read(self, run: Path, first: Path) -> None:
         if differing := _differing(_architecture(run), _architecture(first)):
-            raise UserError(f"soup: {run} and {first} differ in {differing}; take runs of one architecture")
+            raise UserError(f"soup: {run} and {first} differ in {differing}; use runs of one architecture")
         content = load_checkpoint(run / "checkpoints" / "best.ckpt")
         if content.get("transfer") != self.module.task_description():
-            raise UserError(f"soup: {run} and {first} tell other classes or values apart; take runs of one task")
+            raise UserError(f"soup: {run} and {first} have different classes or values; use runs of one task")
         network = {k: v for k, v in content["state_dict"].items() if k.startswith(NETWORK)}
         if run == first:
             self.rest = {k: v for k, v in content["state_dict"].items() if not k.startswith(NETWORK)}
         try:
             load_state_into(self.module, content | {"state_dict": self.rest | network})
         except UserError as error:
-            raise UserError(f"soup: {run} and {first} are not of one architecture ({error})") from error
-        # with what its checkpoint left out
+            raise UserError(f"soup: {run} and {first} have different architectures ({error})") from error
+        # including what its checkpoint left out
         self.states[run] = {
             k: v.detach().cpu().clone() for k, v in self.module.state_dict().items() if k.startswith(NETWORK)
         }
 
     def measure(self, shares: Shares) -> float:
-        """Gives the module this mixture's weights, and validates it.
+        """Sets this average's weights in the module, and validates it.
 
         Raises:
             UserError: The validation split has no labels.
         """
         mixture = mixed([self.states[run] for run in shares], list(shares.values()))
         self.module.load_state_dict(mixture, strict=False)
-        self.module.temperature = 1.0  # that of one run is not the mixture's
+        self.module.temperature = 1.0  # a temperature of one run does not suit the average
         self._take_statistics([self.states[run] for run in shares])
         self.trainer.validate(self.module, datamodule=self.data, verbose=False)
         found = floats(self.trainer, "val/")
         if self.metric not in found:
-            raise UserError(f"soup: it is measured by {self.metric}, and the validation split has no labels for that")
+            raise UserError(f"soup: {self.metric} needs labels, but the validation split has none")
         return found[self.metric]
 
     def _take_statistics(self, states: Sequence[State]) -> None:
-        """Takes the running statistics of BatchNorm anew where they were trained, as stochastic weight averaging does.
+        """Recomputes the running statistics of BatchNorm layers that were trained, as in stochastic weight averaging.
 
-        A layer whose statistics are the same in all runs has kept those of its pretrained weights, and goes on to.
+        A layer with the same statistics in all runs has kept the pretrained ones, and keeps them here too.
         """
         named = [(n, m) for n, m in self.module.named_modules() if isinstance(m, BatchNorm) and n.startswith(NETWORK)]
         keys = [(f"{name}.running_mean", layer) for name, layer in named if layer.running_mean is not None]
@@ -108,7 +109,7 @@ class Soup:
                 self.module.forward_domains(moved)
 
     def greedy(self, runs: Sequence[Path]) -> Shares:
-        """From the best on: each next run stays if the mean with it is at least as good on the validation split."""
+        """Starts with the best run, and adds each next one if the mean is then no worse on the validation split."""
         sign = 1 if self.mode == "max" else -1
         scores = {run: self.measure({run: 1.0}) for run in runs}
         for run, score in scores.items():
@@ -123,16 +124,16 @@ class Soup:
 
 
 def equal(runs: Sequence[Path]) -> Shares:
-    """The same share for each."""
+    """Returns equal shares."""
     return {run: 1 / len(runs) for run in runs}
 
 
 def mixed(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> State:
-    """The weighted mean of states; in double precision, so that what is the same in all stays so to the bit.
+    """Computes the weighted mean of states; in float64, so that equal values stay equal to the bit.
 
     Args:
-        states: With the same names and shapes. What holds no floating point is the first one's.
-        shares: Their weights, which add up to 1.
+        states: States with the same names and shapes. Tensors that are not floating point come from the first one.
+        shares: Their weights, which sum to 1.
     """
     found = {}
     for name, first in states[0].items():
@@ -155,33 +156,33 @@ def soup(
     start: str | None = None,
     alpha: float = 0.5,
 ) -> Path:
-    """Writes the mixture as a run of its own.
+    """Writes the average as a new run.
 
     Args:
-        trainer: Validates.
-        module: Of the first run.
-        data: The first run's, as the command line has it.
-        runs: Directories.
+        trainer: Runs the validation.
+        module: The first run's module.
+        data: The first run's datamodule, as configured by the command line.
+        runs: The directories of the runs.
         root: The new run is root/runs/OUT/version_N.
         out: Its name.
-        how: Which of the runs are taken.
-        start: A run that the others began with; None: there is no way back.
+        how: Which runs are averaged.
+        start: A run that the others started from; None: no interpolation towards a start.
         alpha: The share of the runs, `alpha runs + (1 - alpha) start`.
 
     Returns:
         The new run's directory.
 
     Raises:
-        UserError: There is nothing to mix, or the runs are not of one architecture and task.
+        UserError: There is nothing to average, or the runs differ in architecture or task.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha: {alpha} must be in [0, 1]")
     paths = list(dict.fromkeys(find_run(run) for run in runs))
     origin = None if start is None else find_run(start)
     if len(paths) + (origin is not None and origin not in paths) < 2:
-        raise UserError("soup: give two runs or more, or one and --start RUN, a run that it began with")
+        raise UserError("soup: pass two runs or more, or one and --start RUN, the run that it started from")
     if trainer.world_size > 1:
-        raise UserError("soup: it runs in one process; pass --trainer.devices 1")
+        raise UserError("soup: runs only in one process; pass --trainer.devices 1")
     pot = Soup(trainer, module, data, [*paths, *([origin] if origin else [])])
     shares = pot.greedy(paths) if how == "greedy" and len(paths) > 1 else equal(paths)
     if origin is not None:
@@ -198,7 +199,7 @@ def soup(
 
 
 def _architecture(run: Path) -> dict[str, Any]:
-    """What a run's config says of the network, as plain data, without the weights that it began with."""
+    """Returns a run's config of the network as plain data, without its initial weights."""
     model: Any = (yaml.safe_load((run / "config.yaml").read_text()) or {}).get("model") or {}
     given = model.get("init_args") or {}
     parts = {name: given.get(name) for name in ("backbone", "bottleneck", "head")}

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with what `tl` does beside fitting and testing; each typed method is a command."""
+"""Lightning's Trainer with the further commands of `tl`; each typed method is a command."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TransferTrainer(QuickHooks, Trainer):
     """The Trainer of `tl`.
 
     Attributes:
-        root: Where a run that is made of others goes: root/runs/NAME/version_N.
-        made: That run.
+        root: Where new runs made from others go: root/runs/NAME/version_N.
+        made: The new run.
     """
 
     root = Path()
@@ -57,12 +57,12 @@ class TransferTrainer(QuickHooks, Trainer):
         """Writes the backbone's features of all splits and domains for use elsewhere.
 
         Args:
-            model: Its backbone gives the features.
-            datamodule: Whose samples.
-            ckpt_path: A checkpoint; None takes the backbone as its pretrained weights made it.
+            model: Its backbone computes the features.
+            datamodule: The data.
+            ckpt_path: A checkpoint; None uses the backbone with its pretrained weights.
             out: The folder; None is `embeddings` in the run's directory. It gets features.safetensors (a tensor
-                `features`) or features.npy, (N, out_features) in single precision, and index.csv: row, domain, split,
-                id (a path, where there is one) and label.
+                `features`) or features.npy, (N, out_features) in float32, and index.csv: row, domain, split, id (a
+                path, if there is one) and label.
             format: The file format of the features.
 
         Raises:
@@ -114,19 +114,19 @@ class TransferTrainer(QuickHooks, Trainer):
         alpha: float = 0.5,
         ckpt_path: str | None = None,
     ) -> None:
-        """Averages the weights of runs of one architecture into a run of its own; nothing is trained.
+        """Averages the weights of runs with one architecture into a new run; nothing is trained.
 
-        `tl soup RUN RUN RUN --out NAME` is a model soup, `tl soup RUN --start PROBE --out NAME` WiSE-FT: half way
-        back from a fine-tuned model to the one that it began with, which is better on data that are not like those of
-        the training. The start is a run too, since weights without a head decide nothing: a `FeatureExtraction` from
-        the same weights, best the one whose head and backbone the run has taken over.
+        `tl soup RUN RUN RUN --out NAME` is a model soup, `tl soup RUN --start PROBE --out NAME` WiSE-FT: half way back
+        from a fine-tuned model to the one that it started from, which performs better on data that differ from the
+        training data. The start is also a run, because weights without a head cannot classify: a `FeatureExtraction`
+        run on the same weights, ideally the one whose head and backbone the run has taken over.
 
         Args:
-            model: Of the first run.
-            datamodule: Of the first run; its validation split chooses.
-            runs: The directories of the runs; `tl soup RUN RUN` needs no option name.
+            model: The first run's model.
+            datamodule: The first run's data; its validation split chooses.
+            runs: The directories of the runs; `tl soup RUN RUN` needs no option.
             out: The new run goes to runs/OUT/version_N.
-            how: greedy: from the best run on, each next one stays if the mean with it is no worse on the validation
+            how: greedy: from the best run on, each next one is added if the mean with it is no worse on the validation
                 split. uniform: the mean of all.
             start: The run that the others started from (WiSE-FT).
             alpha: The share of the runs in `alpha runs + (1 - alpha) start`.
@@ -135,13 +135,14 @@ class TransferTrainer(QuickHooks, Trainer):
         self.made = soup(self, _ours(model), datamodule, runs, self.root, out, how, start, alpha)
 
     def calibrate(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str | None = None) -> None:
-        """Fits a temperature on the validation split, so that a run's probabilities are as often right as they say.
+        """Fits a temperature on the validation split, so that a run's probabilities match how often it is right.
 
-        It goes into the checkpoint; `tl test` and `tl predict` divide the logits by it, and decide as before.
+        It is stored in the checkpoint; `tl test` and `tl predict` divide the logits by it, and predict the same
+        classes.
 
         Args:
-            model: Of the run.
-            datamodule: Its labelled validation split is read.
+            model: The run's model.
+            datamodule: The data; its labelled validation split is used.
             ckpt_path: The checkpoint; it is rewritten with the temperature.
         """
         assert ckpt_path is not None
@@ -152,22 +153,22 @@ class TransferTrainer(QuickHooks, Trainer):
         model: LightningModule,
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
-        batch_sizes: list[int] = [1, 8, 32],  # noqa: B006 - what the help shows
+        batch_sizes: list[int] = [1, 8, 32],  # noqa: B006 - shown in the help
         seconds: float = 2.0,
         compile: bool = False,
     ) -> None:
-        """Measures what predicting costs on this machine, and writes benchmark.json into the run's directory.
+        """Measures the cost of prediction on this machine, and writes benchmark.json into the run's directory.
 
         Args:
-            model: What is measured, in the run's precision.
-            datamodule: Its first test batch is the input.
+            model: The model to measure, in the run's precision.
+            datamodule: The data; its first test batch is the input.
             ckpt_path: A checkpoint.
-            batch_sizes: The numbers of samples in a batch.
-            seconds: How long each batch size is timed.
+            batch_sizes: The batch sizes to measure.
+            seconds: Duration of the measurement per batch size.
             compile: Also measures torch.compile.
 
         Raises:
-            UserError: A batch size is not positive, or there is nothing to compile with.
+            UserError: A batch size is not positive, or there is no compiler.
         """
         if not batch_sizes or min(batch_sizes) < 1:
             raise UserError(f"batch_sizes: {batch_sizes} must be at least 1 each")
@@ -210,15 +211,15 @@ class TransferTrainer(QuickHooks, Trainer):
     ) -> None:
         """Makes a run smaller: channels are pruned, weights become int8; the result is a run like any other.
 
-        Adapters (`LoRA`) are merged into the weights before, which may be all that is asked for.
+        Adapters (`LoRA`) are merged into the weights first; this alone is possible too.
 
         `tl test`, `predict` and `benchmark` take it, and `tl fit --model.backbone.weights` starts from it, e.g. to
         fine-tune what pruning has left: `tl fit -c runs/OUT/version_0/config.yaml --model.backbone.weights runs/OUT`.
 
         Args:
-            model: What is compressed.
-            datamodule: Its first test batch is what the network is followed with; "taylor" takes gradients of labelled
-                training samples.
+            model: The model to compress.
+            datamodule: The data; its first test batch traces the network; "taylor" uses gradients of labelled training
+                samples.
             out: The new run is runs/OUT/version_N.
             ckpt_path: A checkpoint.
             prune: The share of a sample's multiply-accumulates to remove.
@@ -227,7 +228,7 @@ class TransferTrainer(QuickHooks, Trainer):
             quantize: Stores weights as int8; with "int8_dynamic" linear layers also compute in int8.
 
         Raises:
-            UserError: Nothing is asked for, or the network cannot be compressed so.
+            UserError: Nothing is requested, or the network cannot be compressed this way.
         """
         module = _ours(model).eval()
         load_state_into(module, load_checkpoint(str(ckpt_path)))
@@ -247,29 +248,28 @@ class TransferTrainer(QuickHooks, Trainer):
     ) -> None:
         """Raises the learning rate from step to step until the loss diverges, and suggests one (Smith, WACV 2017).
 
-        The rates of head and stages keep their ratios, all that the run will train is open, and methods have the
-        weights that they end with. It runs on one device, on a copy: model, random numbers, cache and runs stay as they
-        are.
+        The rates of head and stages keep their ratios, all stages that the run will train are unfrozen, and methods
+        have their final weights. It runs on one device, on a copy: model, random states, cache and runs do not change.
 
         Args:
-            model: As the run begins with it.
-            datamodule: Its training batches.
+            model: The model at the start of the run.
+            datamodule: The data with the training batches.
             min_lr: The first learning rate, that of the head.
-            max_lr: The last one.
-            steps: How many learning rates are tried.
-            rule: Which suggestion is taken: half way down the longest fall of the loss (valley), a tenth of the rate
-                with the lowest loss (minimum), or the rate at its steepest fall. All three are printed.
-            out: The folder of lr_find.png and, where the loss falls, lr_find.yaml, a config with the rate; None is
+            max_lr: The last learning rate.
+            steps: Number of learning rates to try.
+            rule: Which suggestion is used: half way down the longest fall of the loss (valley), a tenth of the rate
+                with the lowest loss (minimum), or the rate at its steepest fall (steepest). All three are printed.
+            out: The folder of lr_find.png and, if the loss falls, lr_find.yaml, a config with the rate; None is
                 runs/NAME.
 
         Raises:
-            UserError: There is no range, or the folder cannot be written.
+            UserError: The range is empty, or the folder cannot be written.
         """
         module, sweep = _ours(model), LearningRateSweep(min_lr, max_lr, steps)
         if not module.automatic_optimization:
             raise UserError(
-                f"lr-find: {type(module).__name__} trains two networks against each other, and neither loss says which "
-                "rate is good; keep the one that you have"
+                f"lr-find: {type(module).__name__} trains two networks against each other: neither loss shows which "
+                "rate is good; keep your current rate"
             )
         folder = _writable(Path(out or self.default_root_dir))
         solved = sweep_rates(module, datamodule, self, sweep)
@@ -278,16 +278,17 @@ class TransferTrainer(QuickHooks, Trainer):
     def show_batch(
         self, model: LightningModule, datamodule: LightningDataModule, count: int = 16, out: str | None = None
     ) -> None:
-        """Draws the first training batch of each domain as the network will get it: augmented, not yet normalised.
+        """Draws the first training batch of each domain as the network gets it: augmented, but not yet normalised.
 
         Args:
-            model: Its task draws the samples; it need not be trained.
-            datamodule: Whose samples.
-            count: The largest number of samples of each domain.
+            model: Its task draws the samples; it may be untrained.
+            datamodule: The data.
+            count: Maximum number of samples of each domain.
             out: The PNG; None is runs/NAME/batch.png.
 
         Raises:
-            UserError: `count` is below 1 or too large for a picture, the data are not ours, the file cannot be written.
+            UserError: `count` is below 1 or too large for a figure, the data is not ours, or the file cannot be
+                written.
         """
         if count < 1:
             raise UserError(f"count: {count} must be at least 1")
@@ -300,20 +301,20 @@ class TransferTrainer(QuickHooks, Trainer):
             raise UserError(f"data: {type(datamodule).__name__} is not a TransferDataModule, as show-batch needs")
         if count * len(loaders) > DRAWN:
             raise UserError(
-                f"count: {count} of each of {len(loaders)} domains are more than a picture's {DRAWN} samples"
+                f"count: {count} of each of {len(loaders)} domains are more than a figure's {DRAWN} samples"
             )
         shown = {name: loader.first(count) for name, loader in loaders.items()}
         save_figure(batch_figure(module, shown), file)
         print(f"first training batch of {' and '.join(shown)}: {file}")
 
 
-# the names of commands have hyphens
+# commands have hyphens, methods underscores
 for _name in ("lr_find", "show_batch"):
     setattr(TransferTrainer, _name.replace("_", "-"), getattr(TransferTrainer, _name))
 
 
 def _test_inputs(module: TransferModule, data: LightningDataModule) -> Any:
-    """The prepared inputs of the first test batch."""
+    """Returns the prepared inputs of the first test batch."""
     data.setup("test")
     cast(Any, data).collate = module.collate
     (batch,) = next(iter(data.test_dataloader())).values()
@@ -321,7 +322,7 @@ def _test_inputs(module: TransferModule, data: LightningDataModule) -> Any:
 
 
 class _Features(LightningModule):
-    """Gives the backbone's features and the row numbers."""
+    """Returns the backbone's features and the row numbers."""
 
     def __init__(self, module: TransferModule) -> None:
         super().__init__()
@@ -334,7 +335,7 @@ class _Features(LightningModule):
 
 
 class _Collect(Callback):
-    """Keeps features by loader."""
+    """Collects features by loader."""
 
     def __init__(self) -> None:
         self.found: dict[int, Gathering] = {}
@@ -347,7 +348,7 @@ class _Collect(Callback):
 
 
 def compile_backbone(module: LightningModule) -> None:
-    """Lets torch.compile run the backbone; its weights keep their names.
+    """Runs the backbone through torch.compile; its weights keep their names.
 
     Raises:
         UserError: There is no C++ compiler for a CPU.
@@ -375,7 +376,7 @@ def _report(found: dict[str, Any]) -> str:
     file = f", file {found['file'] / 1e6:.1f} MB, weights {found['weights'] / 1e6:.1f} MB" if found["file"] else ""
     lines = [
         f"{found['machine']}, {found['precision']}: {found['parameters']:,} parameters, "
-        f"{found['macs'] / 1e6:,.1f} million MACs a sample{file}",
+        f"{found['macs'] / 1e6:,.1f} million MACs per sample{file}",
         f"{'batch':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'samples/s':>12}{'peak MB':>10}",
     ]
     for way in ("eager", "compiled"):

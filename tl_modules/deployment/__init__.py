@@ -1,1 +1,1 @@
-"""What makes a trained network smaller and faster before it is used."""
+"""Makes a trained network smaller and faster for deployment."""

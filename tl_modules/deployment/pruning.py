@@ -1,8 +1,9 @@
-"""Structural pruning by torch-pruning: whole channels go, with all that depends on them, so that less is computed.
+"""Structural pruning by torch-pruning: removes whole channels with everything that depends on them, to save compute.
 
-    importance of each group of channels -> the least ones go, a few at a time -> until the MACs are what is asked for
+    importance of each group of channels -> remove the least important ones, a few at a time -> until the MACs are
+    reached
 
-The head and the width of the features that it takes are kept, and so is what attention computes with.
+The head and the width of its input features are kept, and so are the widths of attention.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ __all__ = ["prune"]
 
 Importance = Literal["magnitude", "taylor", "lamp"]
 STEPS = 50  # from all channels to a twentieth of them
-MOST = 0.95  # share of its channels that a layer loses at most
-BLOCK = 8  # a CPU computes so many channels at once; layers of less than four blocks lose single channels
+MOST = 0.95  # largest share of its channels that a layer can lose
+BLOCK = 8  # channels that a CPU computes at once; layers of fewer than four blocks lose single channels
 
 
 def prune(
@@ -35,34 +36,35 @@ def prune(
 ) -> None:
     """Removes channels, in place, until a share of the multiply-accumulates (MACs) is gone.
 
-    Wide layers keep a multiple of 8 channels, of which a CPU computes so many at once: SqueezeNet with half its MACs is
-    1.5 to 1.8 times as fast so, and 1.35 to 1.5 times without (128 and 160 px).
+    Wide layers keep a multiple of 8 channels, which a CPU computes at once: SqueezeNet with half its MACs is then 1.5
+    to 1.8 times as fast, and 1.35 to 1.5 times otherwise (128 and 160 px).
 
-    "magnitude": the L2 norm of a group's weights (Li et al., ICLR 2017; groups as in Fang et al., CVPR 2023), each
+    "magnitude": the L2 norm of a group's weights (Li et al., ICLR 2017; groups as in Fang et al., CVPR 2023); each
     layer loses the same share of its channels. "taylor": |weight * gradient| (Molchanov et al., CVPR 2019), likewise.
-    "lamp": magnitudes that are scaled so that layers compare (Lee et al., ICLR 2021), the least ones of all layers go.
+    "lamp": magnitudes scaled to be comparable between layers (Lee et al., ICLR 2021); the least important channels of
+    all layers are removed.
 
     Args:
-        module: A trained one, on the CPU, in eval mode; its backbone is then `pruned`.
-        x: Prepared inputs, the first two samples of which the network is followed with.
-        share: Of the MACs of a sample that is to go, in (0, 1).
-        importance: What keeps a channel.
-        batches: Labelled samples of the target, which "taylor" takes gradients of.
+        module: A trained module, on the CPU, in eval mode; its backbone is then `pruned`.
+        x: Prepared inputs; the first two samples trace the network.
+        share: Share of the MACs per sample to remove, in (0, 1).
+        importance: How channels are ranked.
+        batches: Labelled samples of the target, for the gradients of "taylor".
 
     Raises:
-        UserError: torch-pruning is missing, the share is none, the network cannot be followed, or it has too few
-            channels that may go.
+        UserError: torch-pruning is missing, the share is out of range, the network cannot be traced, or it has too few
+            channels that can be removed.
     """
     try:
         import torch_pruning as tp
     except ImportError as error:
-        raise UserError("prune: it needs torch-pruning: pip install 'lightning-transfer[compress]'") from error
+        raise UserError("prune: needs torch-pruning: pip install 'lightning-transfer[compress]'") from error
     if not 0 < share < 1:
-        raise UserError(f"prune: {share:g} must be above 0 and below 1, the share of the MACs that goes")
+        raise UserError(f"prune: {share:g} must be above 0 and below 1, the share of the MACs to remove")
     scores = {"magnitude": tp.importance.MagnitudeImportance, "taylor": tp.importance.TaylorImportance,
               "lamp": tp.importance.LAMPImportance}  # fmt: skip
     fresh, x = copy.deepcopy(module), samples.take(x, slice(0, 2))
-    module.requires_grad_(True)  # it is followed along its gradients
+    module.requires_grad_(True)  # it is traced along its gradients
     kept = _kept(module)
     try:
         pruner = tp.pruner.BasePruner(
@@ -76,7 +78,7 @@ def prune(
             ignored_layers=kept,
             round_to=1,  # the least important channels come first
         )
-    except Exception as error:  # whatever it meets in a network that it cannot follow
+    except Exception as error:  # it may raise anything on a network that it cannot trace
         raise _cannot(module, error) from error
     for batch in batches if importance == "taylor" else ():
         module.forward_domains({"target": batch})["target"].mean_loss.backward()  # type: ignore[no-untyped-call]
@@ -94,8 +96,8 @@ def prune(
             raise _cannot(module, error) from error
     if now > (1 - share) * before:
         raise UserError(
-            f"prune: of its MACs {type(module.backbone).__name__} can lose {1 - now / before:.2f}, with the head, the "
-            f"width of the features and attention kept, and {share:g} was asked for; ask for less"
+            f"prune: {type(module.backbone).__name__} can lose {1 - now / before:.2f} of its MACs, since the head, the "
+            f"width of the features and attention are kept; pass less than {share:g}"
         )
     for parameter in module.parameters():
         parameter.grad = None
@@ -103,14 +105,14 @@ def prune(
     fresh.load_state_dict(module.state_dict())
     if not _same_outputs(fresh, module, x):
         raise UserError(
-            f"prune: the pruned {type(module.backbone).__name__} cannot be built again from the shapes of its tensors; "
+            f"prune: the pruned {type(module.backbone).__name__} cannot be rebuilt from the shapes of its tensors; "
             "quantize it instead"
         )
     module.backbone.pruned = True
 
 
 def _in_blocks(graph: Any, group: Any, widths: Mapping[Any, int]) -> Any:
-    """So many of a group's channels that whole blocks are left of a wide layer; all, where a layer has groups."""
+    """Selects the channels of a group to remove so that a wide layer keeps whole blocks; all if a layer has groups."""
     layer, function, channels = group[0].dep.target.module, group[0].dep.handler, group[0].idxs
     if widths.get(layer, 0) < 4 * BLOCK or any(_has_groups(dependency.target.module) for dependency, _ in group):
         return group
@@ -123,7 +125,7 @@ def _has_groups(part: nn.Module) -> bool:
 
 
 def _kept(module: TransferModule) -> list[nn.Module]:
-    """Head, bottleneck and embeddings; and attention, whose shapes are also numbers in its code."""
+    """Returns the layers to keep: head, bottleneck, embeddings, and attention, whose code contains its shapes."""
     attention = [part for part in module.backbone.modules() if hasattr(part, "num_heads")]
     embeddings = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     return [part for top in (module.head, module.bottleneck, *attention, *embeddings) for part in top.modules()]
@@ -131,13 +133,11 @@ def _kept(module: TransferModule) -> list[nn.Module]:
 
 def _cannot(module: TransferModule, error: Exception) -> UserError:
     why = " ".join((str(error) or type(error).__name__).split())[:120]
-    return UserError(
-        f"prune: torch-pruning cannot follow {type(module.backbone).__name__} ({why}); quantize it instead"
-    )
+    return UserError(f"prune: torch-pruning cannot trace {type(module.backbone).__name__} ({why}); quantize it instead")
 
 
 def _same_outputs(one: TransferModule, other: TransferModule, x: Any) -> bool:
-    """Whether two networks give the same, up to rounding; code that has sizes of its own fails or differs."""
+    """Returns whether two networks agree up to rounding; code with fixed sizes fails or differs."""
     try:
         with torch.inference_mode():
             pairs = list(zip(tree_leaves(one(x)), tree_leaves(other(x)), strict=True))

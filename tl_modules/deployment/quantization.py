@@ -1,4 +1,4 @@
-"""Post-training quantisation to int8: weights as int8 and a scale for each output channel, by torchao."""
+"""Post-training quantisation to int8: int8 weights with a scale for each output channel, by torchao."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _WEIGHTED = (nn.Linear, Convolution)
 
 
 def quantize(network: nn.Module, checkpoint: dict[str, Any], kind: Kind) -> None:
-    """Writes a checkpoint's weights of convolutions and linear layers as int8, in place.
+    """Stores a checkpoint's weights of convolutions and linear layers as int8, in place.
 
     A weight w of output channel c becomes round(w / s_c), s_c = max |w_c| / 127.5, a quarter of the bytes; biases,
-    norms and statistics stay floats. "int8": what is read are floats again, so that the network computes as before.
-    "int8_dynamic": the linear layers also compute in int8, their inputs quantised as they come (in `tl test`,
+    norms and statistics stay floats. "int8": weights become floats again when read, so that the network computes as
+    before. "int8_dynamic": the linear layers also compute in int8, with inputs quantised on the fly (in `tl test`,
     `predict`, `benchmark` and `load_run`); a run that starts from it trains floats.
 
     Args:
-        network: The state dict's.
-        checkpoint: With a `state_dict` of floats.
+        network: The network of the state dict.
+        checkpoint: A checkpoint whose `state_dict` has floats.
         kind: "int8" or "int8_dynamic".
 
     Raises:
@@ -35,10 +35,10 @@ def quantize(network: nn.Module, checkpoint: dict[str, Any], kind: Kind) -> None
     try:
         from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
     except ImportError as error:
-        raise UserError("quantize: it needs torchao: pip install 'lightning-transfer[compress]'") from error
+        raise UserError("quantize: needs torchao: pip install 'lightning-transfer[compress]'") from error
     modules = {name: part for name, part in network.named_modules() if isinstance(part, _WEIGHTED)}
     if kind == "int8_dynamic" and not any(isinstance(part, nn.Linear) for part in modules.values()):
-        raise UserError("quantize: int8_dynamic runs linear layers in int8, and this network has none; take int8")
+        raise UserError("quantize: int8_dynamic runs linear layers in int8, but this network has none; use int8")
     state = dict(checkpoint["state_dict"])
     scales: dict[str, Tensor] = {}
     for key in (f"{name}.weight" for name in modules):

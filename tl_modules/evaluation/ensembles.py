@@ -149,9 +149,7 @@ class DeepEnsemble(Ensemble):
         super().check(module)
         for other in self.others:
             if not isinstance(other, TransferModule) or other.task_description() != module.task_description():
-                raise UserError(
-                    "run: the runs of an ensemble have different classes or values; use runs of one task"
-                )
+                raise UserError("run: the runs of an ensemble have different classes or values; use runs of one task")
             if not module.backbone.prepares_like(other.backbone):
                 ours, theirs = (type(each.backbone).__name__ for each in (module, other))
                 raise UserError(f"run: {ours} and {theirs} take different inputs, so they cannot form an ensemble")

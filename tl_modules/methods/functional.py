@@ -331,9 +331,7 @@ def strong_augment(x: Any, strength: float = 1.0) -> Tensor:
     """
     if not isinstance(x, Tensor) or not (x.ndim == 4 or (x.ndim == 2 and x.is_floating_point())):
         what = f"tensors {tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise UserError(
-            f"methods: strong augmentation (FixMatch, MeanTeacher) takes images or vectors, not {what}"
-        )
+        raise UserError(f"methods: strong augmentation (FixMatch, MeanTeacher) takes images or vectors, not {what}")
     if x.ndim == 2:
         noisy = x + 0.2 * strength * x.std(0, unbiased=False) * torch.randn_like(x)
         return torch.where(torch.rand_like(x) < 0.1 * strength, x.mean(0), noisy)

@@ -58,9 +58,7 @@ class BatchNormPatch(Method):
         layers = [layer for layer in module.backbone.modules() if hasattr(layer, "changed_by")]
         check_trains(self, module, layers, "BatchNorm layers")
         if module.finetuning.batch_norm == "eval":
-            raise UserError(
-                f"batch_norm: eval disables the layers that {type(self).__name__} changes; leave it out"
-            )
+            raise UserError(f"batch_norm: eval disables the layers that {type(self).__name__} changes; leave it out")
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> None:
         """Returns no term."""

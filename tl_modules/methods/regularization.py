@@ -199,9 +199,7 @@ class WithPretrainedHead(WithPretrainedCopy):
         """
         super().check(module, domains)
         if not self.found and module.trainer.ckpt_path is None:
-            have = (
-                f"have one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "have none"
-            )
+            have = f"have one of {', '.join(f'{k} {v}' for k, v in self.given.items())}" if self.given else "have none"
             raise UserError(
                 f"methods: {type(self).__name__} needs the pretrained linear head of {self.source_classes} classes "
                 f"(source_classes), but the weights {have}; pass a run, or a classifier with a linear last layer, "

@@ -122,9 +122,7 @@ class Distillation(Method):
         super().check(module, domains)
         name = type(self).__name__
         if self.domain == "source" and "source" not in _owners(domains):
-            raise UserError(
-                f"domain: {name} needs the source's samples, but there is no source; pass --data.source"
-            )
+            raise UserError(f"domain: {name} needs the source's samples, but there is no source; pass --data.source")
         known, total = self.get_buffer("teacher_sum"), _checksum(self.teachers(module))
         if int(known) not in (-1, total):
             raise UserError(

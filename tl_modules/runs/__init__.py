@@ -1,4 +1,4 @@
-"""A run: its directory and what that may name; what writes, resumes, interrupts and shows it."""
+"""Runs: the directory and what its config may name; writing, resuming, interrupting and displaying a run."""
 
 from tl_modules.runs.directory import *
 from tl_modules.runs.interruptions import *

@@ -1,6 +1,6 @@
-"""A run's directory: what `tl fit` leaves there, and how it is read again.
+"""A run's directory: what `tl fit` writes there, and how it is read again.
 
-runs/<name>/version_0/   config.yaml               everything resolved, so that later defaults change nothing
+runs/<name>/version_0/   config.yaml               complete, so that later changes of defaults have no effect
                          checkpoints/best.ckpt     and last.ckpt
                          metrics.csv               a row per epoch
                          metrics.json              the best epoch's validation metrics; `tl test` adds its own
@@ -29,7 +29,7 @@ __all__ = ["load_run"]
 
 MAPPINGS = ("trainer", "model", "data", "cache", "select")
 SECTIONS = ("seed_everything", "name", *MAPPINGS)
-# what arguments were before they existed, or before their defaults changed
+# values of arguments before they existed, or before their defaults changed
 EARLIER_CRITIC = {"layers": 1, "hidden": 256, "batch_norm": False}
 EARLIER_ROWS = {"scale": "each", "clip": None, "widths": [64, 64]}
 LEFT_UNSAID: dict[str, dict[str, Any]] = {
@@ -41,14 +41,14 @@ LEFT_UNSAID: dict[str, dict[str, Any]] = {
     "PADA": EARLIER_CRITIC,
     "MDD": {"dropout": 0.0},
 }
-TAKEN = {"GroupDRO": "weight", "Mixup": "weight", "SHOT": "momentum"}  # by methods of version 0.1, and no more
+TAKEN = {"GroupDRO": "weight", "Mixup": "weight", "SHOT": "momentum"}  # arguments that methods of version 0.1 had
 
 
 def new_run(root: str | os.PathLike[str], name: str) -> Path:
     """Creates the next free `root/runs/name/version_N`.
 
     Raises:
-        UserError: It cannot be written there.
+        UserError: The directory cannot be written.
     """
     parent = Path(root) / "runs" / name
     try:
@@ -58,7 +58,7 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
             try:
                 (parent / f"version_{version}" / "checkpoints").mkdir(parents=True)
                 return parent / f"version_{version}"
-            except FileExistsError:  # another process took it
+            except FileExistsError:  # another process created it
                 version += 1
     except OSError as error:
         raise UserError(
@@ -68,7 +68,7 @@ def new_run(root: str | os.PathLike[str], name: str) -> Path:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes also texts that YAML 1.1 does not take for numbers, and the parser does, e.g. 1e3."""
+    """Also quotes texts that the parser, unlike YAML 1.1, reads as numbers, e.g. 1e3."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -83,7 +83,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(config: Any) -> str:
-    """A config as YAML, in which a text stays a text whoever reads it."""
+    """Formats a config as YAML in which texts are read back as texts by any reader."""
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False)
 
 
@@ -93,10 +93,10 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
-    """The sections of a run's config.yaml that every command shares.
+    """Reads the sections of a run's config.yaml that all commands share.
 
     Raises:
-        UserError: It is not a mapping of sections, or names what a config of someone else's must not.
+        UserError: It is not a mapping of sections, or names something that is not allowed.
     """
     file = run / "config.yaml"
     try:
@@ -109,7 +109,7 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     for key in MAPPINGS:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"run: {file}: {key} is not a mapping")
-    for key in ("folder", "disk_gb"):  # the cache is the machine's; somebody else must not say what to empty
+    for key in ("folder", "disk_gb"):  # the cache belongs to the machine; a sender must not decide what is deleted
         (config.get("cache") or {}).pop(key, None)
     check_config(config, trusted, f"run: {file}")
     _keep_earlier_defaults(config)
@@ -117,7 +117,7 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _keep_earlier_defaults(config: dict[str, Any]) -> None:
-    """Writes out what a run of version 0.1 left unsaid, and what would mean something else now."""
+    """Adds arguments that version 0.1 left open, and whose defaults have since changed."""
     arguments = (config.get("model") or {}).get("init_args") or {}
     methods = arguments.get("methods") or []
     for part in (arguments.get("head"), arguments.get("backbone"), *methods):
@@ -127,20 +127,20 @@ def _keep_earlier_defaults(config: dict[str, Any]) -> None:
         if (name := _our_class(method)) in TAKEN:
             given = (method.get("init_args") or {}).pop(TAKEN[name], None)
             if name == "Mixup" and given is not None and arguments.get("source_weight") == 0:
-                arguments["source_weight"] = given  # what it mixes takes the place of the source's samples
+                arguments["source_weight"] = given  # its mixed samples replace the source's
     if "num_outputs" in arguments and "schema" not in arguments:
         count, names = arguments.pop("num_outputs"), arguments.pop("class_names", None)
         arguments["schema"] = count if names is None else {"x": {}, "y": {"classes": names}}
 
 
 def _our_class(part: Any) -> str:
-    """The name of a class of ours that a config's part names, or nothing."""
+    """Returns the name of our class in a part of a config, or an empty string."""
     module, _, name = str(part.get("class_path") if isinstance(part, dict) else "").rpartition(".")
     return name if module.partition(".")[0] in ("", "tl_modules") else ""
 
 
 def without_weights(model: Any) -> Any:
-    """A model's config (mapping or Namespace) that leaves its backbone random, where a checkpoint fills it anyway."""
+    """Returns a model's config (mapping or Namespace) without its backbone's weights, which a checkpoint will set."""
     arguments = model.get("init_args") or {}
     if arguments.get("save") != "trainable":
         _leave_random(arguments.get("backbone"))
@@ -148,7 +148,7 @@ def without_weights(model: Any) -> Any:
 
 
 def _leave_random(part: Any) -> None:
-    """Takes the weights out of a backbone's config, and of those within it."""
+    """Removes the weights from a backbone's config, and from backbones inside it."""
     values = vars(part) if isinstance(part, Namespace) else part
     if isinstance(values, dict):
         arguments = values.get("init_args")
@@ -159,31 +159,31 @@ def _leave_random(part: Any) -> None:
 
 
 def decided(config: Any, backbone: Any) -> None:
-    """Writes into a backbone's config, in place, what `decided_by_schema` names; also of the backbones within it."""
+    """Writes the values of `decided_by_schema` into a backbone's config, in place; also for backbones inside it."""
     if not isinstance(config, dict) or backbone is None:
         return
-    if "class_path" not in config:  # several by name
+    if "class_path" not in config:  # several backbones by name
         for name, inner in config.items():
             decided(inner, backbone[name] if isinstance(backbone, nn.ModuleDict) else None)
         return
     arguments = config.setdefault("init_args", {})
     for name, inner in arguments.items():
         decided(inner, getattr(backbone, name, None))
-    taken = inspect.signature(type(backbone)).parameters  # a subclass may decide on some itself
+    taken = inspect.signature(type(backbone)).parameters  # a subclass may set some itself
     decided_on = [name for name in getattr(backbone, "decided_by_schema", ()) if name in taken]
     arguments |= {name: getattr(backbone, name) for name in decided_on}
 
 
 def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequence[str] = ()) -> LightningModule:
-    """The trained module of a run, in eval mode.
+    """Loads the trained module of a run, in eval mode.
 
     Args:
         path: The run's directory.
         checkpoint: "best" or "last".
-        trust: Modules of your own that its config may name; importing them runs their code.
+        trust: Your own modules that its config may name; importing them runs their code.
 
     Raises:
-        UserError: It is not a run directory, the checkpoint is not there or damaged, or the config names what it must not.
+        UserError: It is not a run directory, the checkpoint is missing or damaged, or the config names something else.
     """
     run = find_run(path)
     config = read_config(run, trust)
@@ -201,10 +201,10 @@ def load_run(path: str | os.PathLike[str], checkpoint: str = "best", trust: Sequ
 
 
 def load_state_into(module: LightningModule, content: dict[str, Any]) -> LightningModule:
-    """Gives a module the weights of a checkpoint's content."""
+    """Loads a checkpoint's weights into a module."""
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     return module
 
 
-Distillation.read_run = staticmethod(load_run)  # of teachers, whose room is below this one
+Distillation.read_run = staticmethod(load_run)  # for teachers, since `methods/` cannot import `runs/`

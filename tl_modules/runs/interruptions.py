@@ -1,11 +1,11 @@
-"""Endings that lose nothing: signals, exceptions, losses that are not finite; and saves within an epoch.
+"""Saves a resumable checkpoint on signals, exceptions and non-finite losses, and within an epoch.
 
-    SIGTERM, SIGINT    finish the step, save last.ckpt, exit with 143 / 130      a second one stops at once
+    SIGTERM, SIGINT    finish the step, save last.ckpt, exit with 143 / 130      a second one stops immediately
     SIGUSR1 on SLURM   the same, after `scontrol requeue`
-    exception          save last.ckpt if it came between two steps; the error is shown as it is
-    loss not finite    stop; the last good checkpoint stays
+    exception          save last.ckpt if it occurred between two steps; the error is shown unchanged
+    loss not finite    stop; the last good checkpoint is kept
 
-A step is finished where the optimizer has stepped and neither validation nor the epoch's end is due; those come first.
+A step is finished if the optimizer has stepped and neither validation nor the epoch's end is due; these come first.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["GracefulShutdown"]
 
 log = logging.getLogger(__name__)
 ELSEWHERE = "the loss is not finite in another process"
-LOOK_EVERY = 10  # steps between two looks at the loss, each of which waits for the device
+LOOK_EVERY = 10  # steps between two checks of the loss, each of which synchronises with the device
 
 
 class GracefulShutdown(Callback):
-    """Saves last.ckpt where it can be resumed exactly, whatever ends the run.
+    """Saves last.ckpt when it can be resumed exactly, whatever ends the run.
 
     Args:
-        last: The file.
-        every: Also save after so many optimizer steps; None saves at the epochs' ends only.
+        last: The checkpoint file.
+        every: Also save after this many optimizer steps; None saves only at the end of epochs.
         go_on: The command that resumes the run, for messages.
     """
 
@@ -53,9 +53,9 @@ class GracefulShutdown(Callback):
         self.group: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over from Lightning, which ends a SIGTERM with exit code 0."""
+        """Takes over the signals from Lightning, which ends a SIGTERM with exit code 0."""
         self.saved_at = trainer.global_step
-        if trainer.world_size > 1:  # flags travel on the CPU, whatever the gradients use
+        if trainer.world_size > 1:  # flags are exchanged on the CPU, independent of the gradients
             self.group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             wanted = [signal.SIGTERM, signal.SIGINT] + [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ)
@@ -66,16 +66,16 @@ class GracefulShutdown(Callback):
             raise SystemExit(128 + number)
         self.signal = number
         # not by logging, which this signal may have interrupted
-        os.write(2, f"{signal.Signals(number).name}: saving after this step; once more stops at once\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: saving after this step; signal again to stop at once\n".encode())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here on the state is between two exact ones."""
+        """Marks the state as inexact: until the batch ends, a checkpoint would not be exactly resumable."""
         self.in_step = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops at a loss that is not finite; where the step is finished, saves if a signal or `every` asks for it.
+        """Stops at a loss that is not finite; if the step is finished, saves if a signal or `every` requires it.
 
         Raises:
             UserError: The loss is not finite.
@@ -94,7 +94,7 @@ class GracefulShutdown(Callback):
             self._exit(trainer, number)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps a good file from being replaced by one that is not.
+        """Prevents a bad checkpoint from replacing a good file.
 
         Raises:
             UserError: A loss or weight is not finite.
@@ -108,23 +108,23 @@ class GracefulShutdown(Callback):
             raise UserError(f"{bad or ELSEWHERE}{self._advice()}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A signal that came while an epoch ended stops before the next one; its end has been saved."""
+        """Stops on a signal that came while the last epoch ended; that end has been saved."""
         number, _ = self._agreed(self.signal, False)
         if number:
             self._exit(trainer, number)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A signal in the last epoch's end has nothing left to stop."""
+        """Ignores a signal at the end of the last epoch: nothing is left to stop."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if the exception came between two steps, e.g. from an image that cannot be read."""
+        """Saves if the exception occurred between two steps, e.g. at an image that cannot be read."""
         self._restore()
         if isinstance(exception, SystemExit | UserError):
             return
         done = trainer.fit_loop.epoch_loop.batch_idx
         between = trainer.training and not self.in_step and done >= 0 and _step_is_finished(trainer, done)
-        if between and trainer.world_size == 1:  # with several, the others can't be waited for
+        if between and trainer.world_size == 1:  # with several processes, waiting for the others could block
             try:
                 trainer.save_checkpoint(self.last)
             except UserError as error:
@@ -133,7 +133,7 @@ class GracefulShutdown(Callback):
             log.warning("to go on: %s", self.go_on)
 
     def _agreed(self, number: int, bad: bool) -> tuple[int, bool]:
-        """A signal that any process has received, and whether any found a bad loss: all stop after the same step."""
+        """Returns a signal that any process received, and whether any found a bad loss: all stop at the same step."""
         if self.group is None:
             return number, bad
         flags = torch.tensor([number, int(bad)])
@@ -158,7 +158,7 @@ class GracefulShutdown(Callback):
 
 
 def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer has stepped, and neither a validation nor the epoch's end comes now."""
+    """Returns whether the optimizer has stepped, and neither a validation nor the epoch's end follows."""
     done = batch_idx + 1
     check = trainer.val_check_batch
     counted = done if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1
@@ -167,7 +167,7 @@ def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def not_finite(module: LightningModule) -> str | None:
-    """Waits for the device and looks at the epoch's loss terms: which one is not finite, since which step."""
+    """Checks the epoch's loss terms, which waits for the device: returns which one is not finite, since which step."""
     found = module.terms.first_nonfinite() if isinstance(module, TransferModule) else None
     if found is None:
         return None
@@ -177,7 +177,7 @@ def not_finite(module: LightningModule) -> str | None:
 
 
 def requeue() -> None:
-    """Asks SLURM to run this job again."""
+    """Asks SLURM to requeue this job."""
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     done = subprocess.run(["scontrol", "requeue", name], check=False)

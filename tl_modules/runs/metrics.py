@@ -19,14 +19,14 @@ __all__ = ["RunFiles"]
 
 
 class RunFiles(Callback):
-    """Keeps the files of a run's directory up to date.
+    """Keeps the files in a run's directory up to date.
 
     Args:
-        path: The directory; only the first process writes there.
-        config: What config.yaml says; empty leaves the file alone.
+        path: The directory; only the first process writes to it.
+        config: The content of config.yaml; if empty, the file is not written.
 
     Attributes:
-        trained: Whether any training was left to do.
+        trained: Whether there was anything left to train.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -57,19 +57,19 @@ class RunFiles(Callback):
 
     @property
     def state_key(self) -> str:
-        """The earlier name of this class, under which checkpoints keep its state."""
+        """The earlier name of this class, under which checkpoints store its state."""
         return "RunDirectory"
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows and the best epoch so far, so that a resumed run has those of the undisturbed one."""
+        """Returns the rows and the best epoch so far, so that a resumed run has those of an uninterrupted one."""
         return {"rows": self.rows, "best": self.best.metrics}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restores the rows and the best epoch."""
         self.rows, self.best.metrics = list(state["rows"]), dict(state["best"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the metrics of `tl validate`; in `fit`, remembers those of the epoch that best.ckpt holds."""
+        """Writes the metrics of `tl validate`; in `fit`, stores those of the epoch in best.ckpt."""
         self.validated = True
         if trainer.state.fn == "validate":
             self._write(trainer, floats(trainer, "val/"))
@@ -77,13 +77,13 @@ class RunFiles(Callback):
             self.best.update(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the epoch's row of metrics.csv, with metrics of a validation if there was one.
+        """Writes the epoch's row of metrics.csv, with validation metrics if there was a validation.
 
-        The row of an epoch that `max_steps` has cut short gives way to that of the whole epoch, if the run goes on.
+        The row of an epoch that `max_steps` has cut short is replaced by that of the whole epoch if the run is resumed.
         """
         rates = {f"lr/{g.get('name', i)}": g["lr"] for i, g in enumerate(trainer.optimizers[0].param_groups)}
-        rates = {name: rate for name, rate in rates.items() if not name.endswith(NO_DECAY)}  # that of its group
-        others = ("lr-", *(() if self.validated else ("val/",)))  # TensorBoard's, and those of an earlier epoch
+        rates = {name: rate for name, rate in rates.items() if not name.endswith(NO_DECAY)}  # same as its group's
+        others = ("lr-", *(() if self.validated else ("val/",)))  # for TensorBoard; from an earlier epoch
         self.validated = False
         metrics = {name: value for name, value in floats(trainer).items() if not name.startswith(others)}
         self.rows = [row for row in self.rows if row["epoch"] != trainer.current_epoch]
@@ -102,7 +102,7 @@ class RunFiles(Callback):
         self._write(trainer, self.best.metrics)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the test metrics; those of a model that adapts to the test data by a name of their own."""
+        """Adds the test metrics; those of a model that adapts to the test data have their own prefix."""
         names = [c.name for c in cast(Any, trainer).callbacks if isinstance(c, TestTimeAdaptation)]
         prefix = "/".join(["test", *names, ""])
         metrics = floats(trainer, "test/")

@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, elsewhere one line an epoch."""
+"""Progress: a bar in a terminal, otherwise one line per epoch."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["EpochProgressBar", "LineProgress"]
 
 
 def _shown(trainer: Trainer, module: LightningModule) -> dict[str, float]:
-    """The few metrics worth a place on the screen."""
+    """Returns the few metrics worth showing."""
     metrics = floats(trainer)
     return {key: metrics[key] for key in ("train/loss", "val/loss", monitor_of(module)[0]) if key in metrics}
 
 
 class EpochProgressBar(RichProgressBar):
-    """Lightning's rich bar, which stays for every epoch and shows the metrics of the last one."""
+    """Lightning's rich bar, which remains for every epoch and shows the metrics of the last one."""
 
     def __init__(self) -> None:
         super().__init__(leave=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The few metrics worth a place, instead of a truncated version number."""
+        """Returns the few metrics worth showing, instead of a truncated version number."""
         return {key: f"{value:.3f}" for key, value in _shown(trainer, pl_module).items()}
 
 
 class LineProgress(ProgressBar):
-    """Prints `epoch 3/9  train/loss 0.512  val/accuracy 0.873  4.1 s` after every epoch, counted from 0 as ever."""
+    """Prints `epoch 3/9  train/loss 0.512  val/accuracy 0.873  4.1 s` after every epoch, counted from 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,15 +39,15 @@ class LineProgress(ProgressBar):
         self.started = 0.0
 
     def disable(self) -> None:
-        """Lightning calls this on all but the first process."""
+        """Disables printing; Lightning calls this on all processes except the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Prints again."""
+        """Enables printing."""
         self._enabled = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the timer."""
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
-"""What a checkpoint needs beside weights and optimizer so that a resumed run is the undisturbed one.
+"""The state that a checkpoint needs beside weights and optimizer, so that a resumed run equals an uninterrupted one.
 
-The place within an epoch is kept by `Loader.state_dict` (datamodules/loaders.py); what trains follows from the epoch or
-step (finetuning/base.py); here are the random generators and the running means of each process.
+The position within an epoch is saved by `Loader.state_dict` (datamodules/loaders.py); what trains follows from the
+epoch or step (finetuning/base.py); here are the random generators and the running means of each process.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class ExactResume(Callback):
-    """Saves every process's random numbers and running means, and restores them at the first step.
+    """Saves every process's random states and running means, and restores them at the first step.
 
-    Not earlier: the loaders and the loops draw random numbers of their own until then.
+    Not earlier, because building loaders and loops also consumes random numbers.
     """
 
     def __init__(self) -> None:
@@ -40,41 +40,41 @@ class ExactResume(Callback):
         checkpoint["ranks"] = every_rank(trainer, mine)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""
+        """Stores this process's state until the first step; an epoch cut short by `max_steps` continues there."""
         progress = checkpoint.get("loops", {}).get("fit_loop", {})
         _reopen_epoch(progress)
         if trainer.max_steps != -1 and _epoch_is_over(progress):
-            # where there is a `max_steps`, Lightning (2.6) goes on within the epoch that is over, and leaves one out
+            # with `max_steps`, Lightning (2.6) continues within the epoch that has ended, and skips one
             self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         ranks = checkpoint.get("ranks", [])
         self.loaded = ranks[trainer.global_rank] if len(ranks) == trainer.world_size else None
         if self.loaded is None and trainer.is_global_zero and trainer.training:
             log.warning(
-                "the checkpoint has the random numbers of %d processes, this run %d: it goes on, but not to the bit",
+                "random states were saved by %d processes, but this run has %d: it resumes, but not bit-exactly",
                 len(ranks),
                 trainer.world_size,
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets `max_steps` hold again."""
+        """Restores `max_steps`."""
         if self.max_steps is not None:
             trainer.fit_loop.epoch_loop.max_steps, self.max_steps = self.max_steps, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restores it."""
+        """Restores the random states and running means."""
         if self.loaded is None:
             return
         restore_random_state(self.loaded["random"])
-        # at an epoch's end the means are those of the epoch before
+        # at an epoch's end the means are those of the previous epoch
         if isinstance(pl_module, TransferModule) and self.loaded["epoch"] == trainer.current_epoch:
             pl_module.terms.load_state_dict(self.loaded["terms"], pl_module.device)
         self.loaded = None
 
 
 def _reopen_epoch(progress: dict[str, Any]) -> None:
-    """Lets Lightning (2.6) go on within an epoch that was not over, with the order of that epoch.
+    """Makes Lightning (2.6) continue within an unfinished epoch, with the order of that epoch.
 
-    Its checkpoint of such an epoch counts it as processed, by which the loaders' order would be that of the next one.
+    In its checkpoint such an epoch counts as processed, so the loaders would use the order of the next one.
     """
     batches, epochs = progress.get("epoch_loop.batch_progress", {}), progress.get("epoch_progress", {})
     if batches and not batches["is_last_batch"] and batches["current"]["ready"]:
@@ -88,7 +88,7 @@ def _epoch_is_over(progress: dict[str, Any]) -> bool:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's global generators, as plain data."""
+    """Returns the states of torch's, numpy's and Python's global generators, as plain data."""
     name, keys, *rest = cast(Any, np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
@@ -99,7 +99,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Sets the generators to what `random_state` gave."""
+    """Restores the generators from `random_state`."""
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

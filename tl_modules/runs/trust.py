@@ -1,13 +1,12 @@
-"""What a run's config may name: a copied run directory must not run code of its sender's, nor write outside itself.
+"""What a run's config may name: opening a run directory from somebody else must not execute their code.
 
-    class_path: torch.optim.AdamW                    fine: a class of a kind that a run is made of
+    class_path: torch.optim.AdamW                    allowed: a class of a kind that a run is made of
     class_path: mine.MeanMatch                       only with --trust mine
     class_path: lightning.pytorch.loggers.CSVLogger  only with --trust: it writes where its arguments say
     methods: '[{class_path: ...}]'                   never: the parser would take the text apart once more
 
-`check_config` looks at a config before it is parsed, for the sake of its sentences, and again at what the parser made
-of it, which texts and files within texts can't hide from. While the parser works, `imports_only` lets it import nothing
-but what is allowed.
+`check_config` checks a config before it is parsed, for clear messages, and again after parsing, where nothing can hide
+in texts or in files inside texts. During parsing, `imports_only` restricts imports to what is allowed.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.methods.schedules import WeightSchedule
 
-# what a run may import from: packages whose classes neither write files nor run what their arguments name
+# modules that a run may import from: their classes neither write files nor run what their arguments name
 ALLOWED = (
     "tl_modules", "datamodules", "torch.nn", "torch.optim", "torchvision.transforms", "torchvision.ops", "timm.layers",
     "timm.optim", "lightning.pytorch.callbacks", "lightning.pytorch.strategies", "lightning.pytorch.plugins",
     "lightning.pytorch.cli.ReduceLROnPlateau",
 )  # fmt: skip
 KINDS = (nn.Module, FineTuning, WeightSchedule, Optimizer, LRScheduler, LightningDataModule, Precision)
-# of these kinds, only some are harmless
+# of these packages, only some modules are harmless
 HARMLESS = {
     "AdaBN", "DDPStrategy", "DeviceStatsMonitor", "EMAWeightAveraging", "EarlyStopping",
     "GradientAccumulationScheduler", "LearningRateMonitor", "MCDropout", "ModelCheckpoint", "ModelSummary",
     "RichModelSummary", "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT",
     "TQDMProgressBar", "Timer", "WeightAveraging",
 }  # fmt: skip
-RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of a repository that its arguments name; the same class twice
-FILES = ("dirpath", "filename")  # arguments by which a ModelCheckpoint leaves the run's directory
+RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of the repository in their arguments; two names of one class
+FILES = ("dirpath", "filename")  # arguments that let a ModelCheckpoint write outside the run's directory
 TEXTS = (
     "name",
     "class_names",
@@ -60,19 +59,19 @@ TEXTS = (
     "categories",
     "columns",
     "schema",
-)  # arguments whose texts are names of the user's
-SCHEMAS = ("columns", "schema")  # all that they hold is named so, but no class in it
-DEEPEST, MOST = 50, 200_000  # levels and values of a config
+)  # arguments whose texts are names chosen by the user
+SCHEMAS = ("columns", "schema")  # everything in them is such a name, except classes
+DEEPEST, MOST = 50, 200_000  # limits on levels and values of a config
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def check_config(config: Any, trusted: Sequence[str], where: str) -> None:
-    """Refuses a config that names anything but classes that a run is made of, before any of it is imported.
+    """Rejects a config that names anything except classes that a run is made of, before any of it is imported.
 
     Args:
         config: Plain data.
-        trusted: Modules and classes, and all below them, that the user vouches for.
-        where: What messages call the config.
+        trusted: Modules and classes, with everything below them, that the user trusts.
+        where: The config's name for messages.
 
     Raises:
         UserError: It names something else.
@@ -84,16 +83,16 @@ def check_config(config: Any, trusted: Sequence[str], where: str) -> None:
 
 
 def to_trust(config: Any) -> list[str]:
-    """The modules and classes that a config of one's own names and `check_config` would ask to trust."""
+    """Returns the modules and classes in your own config that `check_config` would require to be trusted."""
     return sorted({_vouched(name) for name, _ in _refused(config) if name})
 
 
 @contextmanager
 def imports_only(trusted: Sequence[str]) -> Iterator[None]:
-    """Inside, the parser imports nothing but what a run may name and what is trusted.
+    """Restricts the parser's imports to what a run may name and what is trusted.
 
     Raises:
-        UserError: What is trusted is not a name of a module or class.
+        UserError: A trusted name is not that of a module or class.
     """
     with import_policy_kept():
         try:
@@ -104,23 +103,23 @@ def imports_only(trusted: Sequence[str]) -> Iterator[None]:
 
 
 def check_links(run: Path) -> None:
-    """Refuses a run directory with a link that leads out of it, through which a command would write elsewhere.
+    """Rejects a run directory with a link that leads out of it, through which a command would write elsewhere.
 
     Raises:
-        UserError: There is one.
+        UserError: There is such a link.
     """
     home = run.resolve()
     for folder, folders, files in os.walk(run):
         for path in (Path(folder, name) for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(home):
                 raise UserError(
-                    f"run: {path} is a link to {path.resolve()}, outside of the run, where commands would write; "
-                    "put the file itself in its place (cp -RL copies a run so)"
+                    f"run: {path} is a link to {path.resolve()}, outside the run, where commands would write; "
+                    "replace it by the file itself (cp -RL copies a run that way)"
                 )
 
 
 def _refused(config: Any) -> Iterator[tuple[str, str]]:
-    """What a config must not say: the name to vouch for, or "" where that does not help; and why, for a sentence."""
+    """Yields what a config must not contain: the name to trust, or "" if that does not help; and why, as a clause."""
     for key, value, owner in leaves(config):
         if key in FILES and value is not None and owner.endswith("ModelCheckpoint"):
             yield owner, f"lets {owner} write to {value}"
@@ -136,10 +135,10 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
-    """Every value that is not a mapping or list: its key, the value, and the class whose argument it is.
+    """Yields every value that is not a mapping or list: its key, the value, and the class whose argument it is.
 
     Raises:
-        UserError: The config contains itself, or grows beyond all bounds by its aliases.
+        UserError: The config contains itself, or its aliases expand without limit.
     """
     stack: list[tuple[str, Any, str, int]] = [("", config, "", 0)]
     for _ in range(MOST):
@@ -156,12 +155,12 @@ def leaves(config: Any) -> Iterator[tuple[str, Any, str]]:
             stack += [(key, v, owner, depth + 1) for v in value]
         else:
             yield key, value, owner
-    raise UserError("run: its config is nested without end; it is not that of a run")
+    raise UserError("run: its config is nested too deeply for that of a run")
 
 
-@functools.lru_cache(MOST)  # a config repeats itself
+@functools.lru_cache(MOST)  # values of a config repeat
 def _holds_structure(text: str) -> bool:
-    """Whether a text is YAML of a mapping or list with something in it, or of such a text."""
+    """Returns whether a text is YAML of a mapping or list with content, or of such a text."""
     for _ in range(DEEPEST):
         try:
             parsed = yaml.safe_load(text)
@@ -174,7 +173,7 @@ def _holds_structure(text: str) -> bool:
 
 
 def _reason(name: str, is_class: bool) -> str | None:
-    """Why a config must not name this, or None."""
+    """Returns why a config must not name this, or None."""
     top, bare = name.partition(".")[0], name.rpartition(".")[2]
     if bare in RUN_CODE:
         return f"names {bare}, which runs code of a repository"
@@ -182,12 +181,12 @@ def _reason(name: str, is_class: bool) -> str | None:
         return None
     if not any(name.startswith(f"{prefix}.") or name == prefix for prefix in ALLOWED):
         ours = any(prefix.startswith(f"{top}.") for prefix in ALLOWED)
-        return f"names {name}, which " + ("can write files or run code" if ours else "is none of ours")
+        return f"names {name}, which " + ("can write files or run code" if ours else "is not one of ours")
     return None if _is_of_a_kind(name) else f"names {name}, which is not a class that a run is made of"
 
 
 def _is_module(top: str) -> bool:
-    """Whether a package or module of this name is installed, or lies in the working directory."""
+    """Returns whether a package or module of this name is installed, or is in the working directory."""
     return bool(importlib.util.find_spec(top) or PathFinder.find_spec(top, [os.getcwd()]))
 
 
@@ -203,6 +202,6 @@ def _is_of_a_kind(name: str) -> bool:
 
 
 def _vouched(name: str) -> str:
-    """What to pass to --trust for a name: the package, unless it is one that a run may name in part."""
+    """Returns what to pass to --trust for a name: the package, unless a run may name parts of it."""
     top = name.partition(".")[0]
     return name if any(prefix.partition(".")[0] == top for prefix in ALLOWED) else top

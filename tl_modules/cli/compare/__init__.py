@@ -1,4 +1,4 @@
-"""`tl compare FILE.yaml`: ways x tasks x seeds, each trial a run of its own, and what the numbers say together.
+"""`tl compare FILE.yaml`: ways x tasks x seeds, each trial a separate run, and statistics of the results.
 
 FILE.yaml -> plan.py: trials -> runner.py: fit, test, result.json -> report.py: results.csv, tables, plot
 """
@@ -23,7 +23,7 @@ from tl_modules.errors import UserError, closest
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message}; `tl compare --help` says more")
+        raise UserError(f"compare: {message}; see `tl compare --help`")
 
 
 def compare(args: Sequence[str], main: Main) -> None:
@@ -31,10 +31,10 @@ def compare(args: Sequence[str], main: Main) -> None:
 
     Args:
         args: The arguments after it.
-        main: The `tl` command, which runs a trial's arguments.
+        main: The `tl` command, which runs a trial's commands.
 
     Raises:
-        UserError: A mistake in them or in the file.
+        UserError: The arguments or the file have a mistake.
         SystemExit: With 1 if a trial has failed, with 130 or 143 after a signal.
     """
     parser = _Parser(
@@ -43,10 +43,10 @@ def compare(args: Sequence[str], main: Main) -> None:
         description="Runs the ways of FILE.yaml on its tasks and seeds, continues where it stopped, and reports.",
     )
     parser.add_argument("file", type=Path, metavar="FILE.yaml", help="name, config, options, seeds, tasks, ways, ...")
-    parser.add_argument("--folder", type=Path, help="where to; runs/NAME by default")
-    parser.add_argument("--processes", type=int, help="runs at a time; by default one per core, or one on a GPU")
+    parser.add_argument("--folder", type=Path, help="output folder; runs/NAME by default")
+    parser.add_argument("--processes", type=int, help="concurrent runs; by default one per core, or one on a GPU")
     parser.add_argument("--seeds", help="instead of the file's, e.g. 0,1,2")
-    parser.add_argument("--only", help="run these ways and those they need: WAY,WAY")
+    parser.add_argument("--only", help="run only these ways and those they depend on: WAY,WAY")
     given = parser.parse_args(args)
     plan = read_plan(given.file)
     seeds = read_seeds(yaml.safe_load(f"[{given.seeds}]"), "--seeds") if given.seeds else plan.seeds
@@ -66,7 +66,7 @@ def compare(args: Sequence[str], main: Main) -> None:
     metric = plan.metric or default_metric(key for metrics in found for key in metrics)
     if found and metric is None:
         keys = dict.fromkeys(key for metrics in found for key in metrics if key.startswith("test/"))
-        raise UserError(f"{given.file}: metric: name what to compare by; the runs have {', '.join(keys)}")
+        raise UserError(f"{given.file}: metric: name a metric to compare by; the runs have {', '.join(keys)}")
     metric = metric or METRICS[0]
     lower = metric.endswith(LOWER_IS_BETTER) if plan.lower_is_better is None else plan.lower_is_better
     there = {row["way"] for row in rows if row["status"] != "not run"} | {plan.baseline}
@@ -76,12 +76,12 @@ def compare(args: Sequence[str], main: Main) -> None:
         print(f"table: {folder / 'table.md'}\nplot: {folder / 'plot.png'}\ntensorboard --logdir {folder / 'runs'}")
     failed = sum(trials[key].current().get("status") != "done" for key in runner.graph)
     if failed:
-        print(f"{failed} of {len(runner.graph)} cells failed; the same command tries them again")
+        print(f"{failed} of {len(runner.graph)} trials failed; run the same command again to retry them")
         raise SystemExit(1)
 
 
 def _chosen(words: str, ways: list[str]) -> list[str]:
-    """The ways of WAY,WAY; a name may have a comma itself, and the longest name that fits is meant."""
+    """Splits WAY,WAY; a name may contain a comma, and the longest matching name is taken."""
     found, parts = [], words.split(",")
     while parts:
         fitting = (count for count in range(len(parts), 0, -1) if ",".join(parts[:count]).strip() in ways)

@@ -1,6 +1,6 @@
-"""FILE.yaml of `tl compare`, and the trials of its grid.
+"""Reads FILE.yaml of `tl compare`, and makes the trials of its grid.
 
-ways x tasks x seeds -> trials, each with its words, its folder and the trials whose runs its words name
+ways x tasks x seeds -> trials, each with its arguments, its folder and the trials that its arguments refer to
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.errors import UserError, closest
 
 KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better", "benchmark")
-MAKERS = ("compress", "soup")  # commands that make a run of others
+MAKERS = ("compress", "soup")  # commands that make a run from other runs
 WAY_KEYS = ("config", "options", *MAKERS, "test", "of", "report", "metric")
 TASK_KEYS = ("config", "options", "test")
-METRICS = ("test/accuracy", "test/rmse")  # what runs are compared by, the first that they have
-# ${HOME} is the shell's, {lr: 1} a mapping
+METRICS = ("test/accuracy", "test/rmse")  # default metrics of the comparison: the first that the runs have
+# does not match ${HOME}, which is for the shell, or {lr: 1}, which is a mapping
 REFERENCE = re.compile(r"(?<!\$)\{([^{}]+)\}")
 
 Key = tuple[str, str, int]  # task, way, seed
@@ -31,15 +31,15 @@ Key = tuple[str, str, int]  # task, way, seed
 
 @dataclass
 class Variant:
-    """One of the things that are compared.
+    """A way or task of a comparison.
 
     Attributes:
-        fit: Its words for `tl fit`; references to other ways are written {slug}.
-        test: Its words for `tl test`.
-        of: The way whose runs it tests; it then trains none.
-        report: Whether it is tested and stands in the tables.
+        fit: Arguments for `tl fit`; references to other ways are written {slug}.
+        test: Arguments for `tl test`.
+        of: The way whose runs it tests; it then trains no runs itself.
+        report: Whether it is tested and appears in the tables.
         metric: Its own key in metrics.json.
-        make: The command that makes its run in place of `tl fit`, one of `MAKERS`, and its words.
+        make: The command that makes its run instead of `tl fit`, one of `MAKERS`, and its arguments.
     """
 
     fit: list[str]
@@ -52,7 +52,7 @@ class Variant:
 
 @dataclass
 class Plan:
-    """What FILE.yaml says."""
+    """The contents of FILE.yaml."""
 
     name: str
     options: list[str]
@@ -69,12 +69,12 @@ def read_plan(file: Path) -> Plan:
     """Reads FILE.yaml.
 
     Raises:
-        UserError: Something in it is missing, unknown or of the wrong kind.
+        UserError: A part is missing, unknown or of the wrong type.
     """
     content = _mapping(read_yaml(file, "compare"), KEYS, str(file))
     names = [str(name) for name in _mapping(content.get("ways"), None, f"{file}: ways")]
     if not names:
-        raise UserError(f"{file}: ways: name at least one way and its words")
+        raise UserError(f"{file}: ways: name at least one way and its options")
     _slugs(names, f"{file}: ways")
 
     def entries(section: str, keys: Sequence[str]) -> dict[str, Variant]:
@@ -100,12 +100,12 @@ def read_plan(file: Path) -> Plan:
     _slugs([task for task in plan.tasks if task], f"{file}: tasks")
     reported = [name for name, way in plan.ways.items() if way.report]
     if plan.baseline is not None and plan.baseline not in reported:
-        raise UserError(f"{file}: baseline: {plan.baseline} is not a way that is reported{closest(plan.baseline, names)}")
+        raise UserError(f"{file}: baseline: {plan.baseline} is not a reported way{closest(plan.baseline, names)}")
     return plan
 
 
 def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Variant:
-    """A way or task: its words, or a mapping of `keys`."""
+    """Reads a way or task: its arguments, or a mapping of `keys`."""
     where = f"{file}: {place}"
     if not isinstance(entry, dict):
         return Variant(_words(entry, names, where), [])
@@ -114,13 +114,11 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
     if of is not None and of not in names:
         raise UserError(f"{where}: of: there is no way {of}{closest(of, names)}")
     if of is not None and (entry.get("options") or entry.get("config")):
-        raise UserError(
-            f"{where}: it tests the runs of {of} and trains none; put its words into test instead of options"
-        )
+        raise UserError(f"{where}: it only tests the runs of {of}; put its options under test instead of options")
     makers = [command for command in MAKERS if entry.get(command)]
     if makers and (makers[1:] or of or entry.get("options") or entry.get("config")):
         others = ", ".join(key for key in ("of", "options", "config", *makers[1:]) if entry.get(key))
-        raise UserError(f"{where}: {makers[0]} makes its run of others; leave {others} out")
+        raise UserError(f"{where}: {makers[0]} makes its run from others; leave {others} out")
     return Variant(
         _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
@@ -132,7 +130,7 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
 
 
 def _words(text: Any, names: list[str], where: str) -> list[str]:
-    """The words of a text or list, with {way} as {slug}, which has no spaces."""
+    """Splits a text or list into arguments, with {way} as {slug}, which has no spaces."""
 
     def short(found: re.Match[str]) -> str:
         name = found[1].strip()
@@ -140,21 +138,21 @@ def _words(text: Any, names: list[str], where: str) -> list[str]:
             return f"{{{slug(name)}}}"
         if ":" in name:
             return found[0]
-        raise UserError(f"{where}: {{{name}}} names no way{closest(name, names)}; there are {', '.join(names)}")
+        raise UserError(f"{where}: {{{name}}} is not a way{closest(name, names)}; there are {', '.join(names)}")
 
     if text is not None and not isinstance(text, str | list):
-        raise UserError(f"{where}: {text} is neither a text nor a list of words")
+        raise UserError(f"{where}: {text} must be a text or a list of options")
     try:
         if isinstance(text, list):
             return [REFERENCE.sub(short, str(word)) for word in text]
         return shlex.split(REFERENCE.sub(short, text or ""))
     except ValueError as error:
-        raise UserError(f"{where}: {text!r} cannot be split into words ({error})") from error
+        raise UserError(f"{where}: {text!r} cannot be split into options ({error})") from error
 
 
 def _mapping(content: Any, keys: Sequence[str] | None, where: str) -> dict[Any, Any]:
     if not isinstance(content, dict):
-        raise UserError(f"{where} is not a mapping" + (f" of {', '.join(keys)}" if keys else " of names to words"))
+        raise UserError(f"{where} is not a mapping" + (f" of {', '.join(keys)}" if keys else " of names to options"))
     for key in content:
         if keys and key not in keys:
             raise UserError(f"{where}: there is no key {key}{closest(str(key), keys)}; there are {', '.join(keys)}")
@@ -168,14 +166,14 @@ def _of_type(value: Any, kind: Any, where: str, wanted: str) -> Any:
 
 
 def read_seeds(seeds: Any, where: str) -> list[int]:
-    """A list of seeds, each once."""
+    """Reads a list of seeds, without duplicates."""
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise UserError(f"{where}: {seeds} is not a list of whole numbers, e.g. [0, 1, 2]")
     return list(dict.fromkeys(seeds))
 
 
 def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]:
-    """The words for an entry's `config`, one or several paths, relative to the file or to the working directory."""
+    """Returns the arguments for an entry's `config`: paths relative to the file or to the working directory."""
     configs = entry.get("config") or []
     words = []
     for config in [configs] if isinstance(configs, str) else configs:
@@ -189,12 +187,12 @@ def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]
 
 
 def slug(name: str) -> str:
-    """A name as a folder's."""
+    """Turns a name into a folder name."""
     return re.sub(r"[^\w.+]+", "-", name.lower()).strip("-")
 
 
 def _slugs(names: Iterable[str], where: str) -> None:
-    """Refuses names whose runs would share a folder."""
+    """Rejects names whose runs would share a folder."""
     seen: dict[str, str] = {}
     for name in names:
         if not slug(name).strip("."):
@@ -210,12 +208,12 @@ class Trial:
 
     Attributes:
         root: The comparison's folder.
-        folder: The trial's own: its run's versions, log.txt and result.json.
-        make: The command that makes its run, and its words; None if it only tests.
-        test: The words of `tl test`, None if it is not tested.
-        benchmark: The words of `tl benchmark`, None if it is not measured.
-        needs: Other trials by the slug of their way.
-        metric: The key that its metrics must have.
+        folder: Its own folder: its run's versions, log.txt and result.json.
+        make: The command that makes its run, and its arguments; None if it only tests.
+        test: The arguments of `tl test`, None if it is not tested.
+        benchmark: The arguments of `tl benchmark`, None if it is not measured.
+        needs: The trials it depends on, by the slug of their way.
+        metric: The metric that its results must contain.
     """
 
     key: Key
@@ -231,12 +229,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         task, way, seed = self.key
         return ", ".join([task] * bool(task) + [way, f"seed {seed}"])
 
     def result(self) -> dict[str, Any]:
-        """What is known of it: words, status, seconds, cpu_seconds, error, metrics; empty before its first start."""
+        """Its saved result: words, status, seconds, cpu_seconds, error, metrics; empty before its first start."""
         try:
             found = json.loads((self.folder / "result.json").read_text())
         except (OSError, ValueError):
@@ -244,16 +242,16 @@ class Trial:
         return found if isinstance(found, dict) else {}
 
     def current(self) -> dict[str, Any]:
-        """Its result, unless that is of other words."""
+        """Its saved result, unless that came from other arguments."""
         found = self.result()
         return found if found.get("words") == self.words else {}
 
 
 def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Trial]:
-    """The trials of a plan, all ways with the first seed first.
+    """Makes the trials of a plan, those with the first seed first.
 
     Raises:
-        UserError: Ways need each other in a circle.
+        UserError: Ways depend on each other in a circle.
     """
     by_slug = {slug(name): name for name in plan.ways}
     trials: dict[Key, Trial] = {}
@@ -277,14 +275,14 @@ def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Tri
         order = list(TopologicalSorter({key: trial.needs.values() for key, trial in trials.items()}).static_order())
     except CycleError as error:
         circle = " needs ".join(way for _, way, _ in reversed(error.args[1]))
-        raise UserError(f"ways: {circle}; a way cannot wait for itself") from error
+        raise UserError(f"ways: {circle}; a way cannot depend on itself") from error
     for key in order:
         trials[key].words = _identity(trials[key], trials)
     return trials
 
 
 def _identity(trial: Trial, trials: Mapping[Key, Trial]) -> dict[str, Any]:
-    """All that a trial's result hangs on: its words, what their configs say, and the same of the trials it needs."""
+    """Returns everything a trial's result depends on: its arguments, their configs, and the same of trials it needs."""
     words = [*(trial.make or []), *(trial.test or [])]
     configs = [Path(config) for config in values(words, "-c", "--config")]
     command, *made = trial.make or ["fit"]
@@ -301,5 +299,5 @@ def _digest(content: bytes) -> str:
 
 
 def default_metric(metrics: Iterable[str]) -> str | None:
-    """What runs are compared by, unless the file says."""
+    """Returns the default metric of the comparison."""
     return next((key for key in METRICS if key in metrics), None)

@@ -1,4 +1,4 @@
-"""Writes and prints what the trials' numbers say: results.csv, table.csv, table.md, choice.csv and the plots."""
+"""Writes and prints the results of a comparison: results.csv, table.csv, table.md, choice.csv and the plots."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tl_modules.cli.compare.scores import Scores, count, interval
 from tl_modules.evaluation.drawing import save_figure
 
 WORDS = ("way", "negative transfer", "criterion", "chosen")  # columns of text
-PANELS = 6  # of the plot; with more tasks it shows their mean
-PIXELS = 12_000  # of a plot's longer side
+PANELS = 6  # of the plot; with more tasks the mean is shown
+PIXELS = 12_000  # on a plot's longer side
 
 
 def table_rows(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """A row per trial, of results.csv."""
+    """Returns the rows of results.csv, one per trial."""
     missing: dict[str, Any] = {"status": "not run", "metrics": {}, "seconds": None, "cpu_seconds": None, "error": None}
     return [
         dict(zip(("task", "way", "seed"), trial.key, strict=True))
@@ -55,14 +55,14 @@ def report(rows: list[dict[str, Any]], scores: Scores, folder: Path, title: str)
         plot_fronts(scores, folder / "pareto.png", title)
     _print(f"{title}, mean (std) of {count(scores.seeds, 'seed')}", texts, caption)
     _print(
-        f"{title}, chosen by what needs no label of the target",
+        f"{title}, chosen by criteria without target labels",
         scores.choice_texts(),
-        "regret: how far behind the best of the same ways on the target's test labels, mean over tasks and seeds",
+        "regret: gap to the best of the same ways by the target's test labels, mean over tasks and seeds",
     )
 
 
 def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes a row per line; without rows there is no file, not even an earlier one."""
+    """Writes rows as CSV; without rows it removes an earlier file."""
     if not rows:
         return file.unlink(missing_ok=True)
     text = io.StringIO(newline="")
@@ -85,7 +85,7 @@ def _print(title: str, rows: list[dict[str, str]], caption: str) -> None:
 
 
 def plot(scores: Scores, file: Path, title: str) -> None:
-    """A panel per task: each way's mean with its interval, a dot per seed, the baseline in grey."""
+    """Draws a panel per task: each way's mean with its interval, a dot per seed, the baseline in grey."""
     from matplotlib.figure import Figure
 
     ways = list(scores.metrics)
@@ -113,7 +113,7 @@ def plot(scores: Scores, file: Path, title: str) -> None:
 
 
 def plot_fronts(scores: Scores, file: Path, title: str) -> None:
-    """A panel per cost: each way's mean metric over its cost, and a line through those that no other way beats."""
+    """Draws a panel per cost: each way's mean metric over its cost, and a line through the Pareto front."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")

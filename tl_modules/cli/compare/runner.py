@@ -1,9 +1,9 @@
 """Runs trials: a process for each command, several at a time, and a result.json for each trial.
 
-    ready trial -> fit --resume, compress or soup -> test -> benchmark, if asked -> result.json -> those that waited
+    ready trial -> fit --resume, compress or soup -> test -> benchmark, if asked -> result.json -> trials that waited
 
-The processes are forked from a server that has imported everything once, which is most of the time of a small run;
-one that crashes takes nothing along.
+The processes are forked from a server that has already imported everything, which takes most of the time of a small
+run; a crash of one process does not affect the others.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ Main = Callable[[list[str]], Any]
 
 
 def _work(main: Main, words: list[str], log_file: Path, folder: str, threads: int, usage: Connection) -> None:
-    """Runs `tl WORDS` in this process, with all that it says in a file."""
-    os.setsid()  # a Ctrl-C reaches the parent, which tells its children once
-    signal.signal(signal.SIGTERM, _leave)  # outside of training, which saves first
+    """Runs `tl WORDS` in this process, with its output in a file."""
+    os.setsid()  # a Ctrl-C reaches only the parent, which signals its children once
+    signal.signal(signal.SIGTERM, _leave)  # except in training, which saves first
     os.chdir(folder)
     file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
-    sys.argv = [str(Path(sys.executable).with_name("tl")), *words]  # what Lightning starts further ranks with
+    sys.argv = [str(Path(sys.executable).with_name("tl")), *words]  # Lightning starts further ranks with it
     print("$", shlex.join(["tl", *words]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
@@ -66,28 +66,28 @@ def _leave(number: int, frame: Any) -> None:
 
 @dataclass
 class Running:
-    """A trial whose commands are under way."""
+    """A trial whose commands are running."""
 
     trial: Trial
     commands: Generator[list[str], int, dict[str, float]]
     began: float
     cpu_seconds: float
-    process: Any = None  # of a context that is chosen at run time
+    process: Any = None  # its type depends on the multiprocessing context
     usage: Connection | None = None
 
     def spent(self) -> dict[str, float]:
-        """Seconds, those of an interrupted attempt included."""
+        """Returns the seconds spent, including interrupted attempts."""
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": self.cpu_seconds}
 
 
 class Runner:
-    """Runs trials, those that others need first, several at a time.
+    """Runs trials, several at a time, each after the trials it depends on.
 
     Args:
-        trials: All of them.
-        selected: Those that are wanted; what they need is run too.
-        processes: How many run at the same time.
-        main: The `tl` command, of command-line arguments.
+        trials: All trials.
+        selected: The trials to run; those they depend on run too.
+        processes: Number of concurrent commands.
+        main: The `tl` command.
     """
 
     def __init__(self, trials: Mapping[Key, Trial], selected: Iterable[Key], processes: int, main: Main) -> None:
@@ -97,7 +97,7 @@ class Runner:
             self._add(key)
         self.processes = processes
         self.threads = max(1, (os.cpu_count() or 1) // processes)
-        # macOS frameworks don't survive a fork
+        # macOS frameworks do not survive a fork
         self.context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         self.context.set_forkserver_preload(["tl_modules.cli.main"])
         self.running: list[Running] = []
@@ -111,10 +111,10 @@ class Runner:
             self._add(need)
 
     def run(self) -> None:
-        """Runs what is not done yet.
+        """Runs all trials that are not done yet.
 
         Raises:
-            SystemExit: A signal has stopped it, with 130 or 143.
+            SystemExit: Stopped by a signal, with 130 or 143.
         """
         self._announce()
         sorter = TopologicalSorter(self.graph)
@@ -131,7 +131,7 @@ class Runner:
                 sorter.done(*self.over[told:])
                 told = len(self.over)
         if self.signal:
-            self._say(f"stopped with {len(self.over)} of {len(self.graph)} cells ended; the same command goes on")
+            self._say(f"stopped with {len(self.over)} of {len(self.graph)} trials ended; rerun the command to continue")
             raise SystemExit(128 + self.signal)
 
     def _announce(self) -> None:
@@ -139,31 +139,31 @@ class Runner:
         done = sum(trial.current().get("status") == "done" for trial in trials)
         changed = dict.fromkeys(trial.key[1] for trial in trials if trial.result() and not trial.current())
         if done:
-            self._say(f"{done} of {len(trials)} cells are done already; remove a cell's folder to run it again")
+            self._say(f"{done} of {len(trials)} trials are already done; remove a trial's folder to run it again")
         if changed:
-            self._say(f"run anew, since their words or configs have changed: {', '.join(changed)}")
+            self._say(f"rerunning, because their options or configs have changed: {', '.join(changed)}")
 
     def _start(self, trial: Trial) -> None:
-        """Starts a trial, unless it is done or cannot be."""
+        """Starts a trial, unless it is done or cannot be run."""
         earlier = trial.current()
         if earlier.get("status") == "done":
             self.over.append(trial.key)
             return
-        if trial.folder.is_dir() and not earlier:  # of other words; it may have taken long, so it stays
+        if trial.folder.is_dir() and not earlier:  # from other arguments; kept, since it may have taken long
             olds = (trial.folder.with_name(f"{trial.folder.name}.old-{n}") for n in range(1, 10**6))
             trial.folder.rename(next(old for old in olds if not old.exists()))
         trial.folder.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter() - earlier.get("seconds", 0.0)
         one = Running(trial, self._commands(trial), began, earlier.get("cpu_seconds", 0.0))
-        self._write(one, "interrupted")  # until it says otherwise
+        self._write(one, "interrupted")  # until it ends
         self._go_on(one)
 
     def _go_on(self, one: Running) -> None:
-        """Starts a trial's next command after the one before, or writes how the trial has ended."""
+        """Starts a trial's next command, or records how the trial has ended."""
         code = None
         if one.usage is not None:
             code = one.process.exitcode
-            with contextlib.suppress(EOFError):  # a process that was killed has told nothing
+            with contextlib.suppress(EOFError):  # a killed process has sent nothing
                 one.cpu_seconds += one.usage.recv()
             self.running.remove(one)
         try:
@@ -182,17 +182,17 @@ class Runner:
         one.process.start()
         child.close()
         self.running.append(one)
-        if self.signal:  # it came in between
+        if self.signal:  # a signal came in between
             one.process.terminate()
 
     def _commands(self, trial: Trial) -> Generator[list[str], int, dict[str, float]]:
-        """The commands of a trial, each of which is answered with its exit code.
+        """Yields the commands of a trial; each gets its exit code in return.
 
         Returns:
             The run's metrics.
 
         Raises:
-            UserError: A command failed, or a run is not what it should be.
+            UserError: A command failed, or a run is incomplete.
         """
         for key in trial.needs.values():
             if self.trials[key].current().get("status") != "done":
@@ -205,11 +205,11 @@ class Runner:
         if trial.make is not None:
             place = ["--trainer.default_root_dir", str(trial.root)]
             name = trial.folder.relative_to(trial.root / "runs").as_posix()
-            # an interrupted fit with the same words goes on; without one, --resume begins
+            # an interrupted fit with the same arguments is resumed; without one, --resume starts it
             place += ["--name", name, "--resume"] if trial.make[0] == "fit" else ["--out", name]
             _check((yield [*filled(trial.make), *place]), trial)
             run = find_run(trial.folder)
-        else:  # a copy, because several tests of one run would write into one metrics.json
+        else:  # a copy, because several tests of one run would write to one metrics.json
             assert trial.of is not None
             run = trial.folder / "version_0"
             shutil.rmtree(run, ignore_errors=True)
@@ -232,8 +232,8 @@ class Runner:
         return metrics
 
     def _ended(self) -> list[Running]:
-        """Waits for commands to end."""
-        if not self.running:  # there is nothing to wait for, and `wait` would for ever
+        """Waits for commands to end, and returns them."""
+        if not self.running:  # `wait` would block for ever
             return []
         ended = wait([one.process.sentinel for one in self.running])
         found = [one for one in self.running if one.process.sentinel in ended]
@@ -246,7 +246,7 @@ class Runner:
         write_whole(one.trial.folder / "result.json", json.dumps(result, indent=2) + "\n")
 
     def _end(self, one: Running, status: str, **more: Any) -> None:
-        """Writes how a trial has ended, and says so in a line."""
+        """Records how a trial has ended, and prints a line."""
         trial = one.trial
         self._write(one, status, **more)
         self.over.append(trial.key)
@@ -264,11 +264,11 @@ class Runner:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Tells the children once for each signal, and leaves it to them to save."""
+        """Forwards each signal once to the children, which then save."""
 
         def received(number: int, frame: Any) -> None:
             if not self.signal:
-                os.write(2, b"stopping: what runs is saving; once more stops at once\n")
+                os.write(2, b"stopping: running trials are saving; signal again to stop at once\n")
             self.signal = number
             for one in self.running:
                 one.process.terminate()
@@ -285,7 +285,7 @@ class Runner:
 
 
 def costs(found: Mapping[str, Any]) -> dict[str, float]:
-    """What benchmark.json says, by the names of the table's columns; the latency is that of the smallest batch."""
+    """Returns the contents of benchmark.json by the table's columns; the latency is that of the smallest batch."""
     first = min(found["eager"], key=int)
     return {
         "cost/parameters": found["parameters"],
@@ -296,7 +296,7 @@ def costs(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _check(code: int, trial: Trial) -> None:
-    """Raises what a command ended with."""
+    """Raises the error that a command's exit code means."""
     if code < 0:
         raise UserError(f"killed by {signal.Signals(-code).name}")
     if code > 0:

@@ -1,4 +1,4 @@
-"""What the numbers of all trials say: means, intervals, ranks, tests against the baseline, choices without labels."""
+"""Statistics over all trials: means, intervals, ranks, tests against the baseline, choices without labels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tl_modules.evaluation.criteria import CRITERIA
 
 LOWER_IS_BETTER = ("rmse", "mae", "loss")
 CRITERION_METRICS = tuple(f"val/target_{name}" for name in CRITERIA)
-# what `benchmark` adds, and how the table writes it
+# columns of `benchmark`, and their format in the table
 COSTS = {"parameters": ",.0f", "macs": ",.0f", "p50_ms": ".2f", "megabytes": ".3f"}
-BY_LABELS = ("val/target_few", "val/target_oracle")  # they choose an epoch by labels of the target
+BY_LABELS = ("val/target_few", "val/target_oracle")  # criteria that use labels of the target
 
 
 def interval(numbers: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % confidence interval of the mean by Student's t; of fewer than two numbers there is none."""
+    """Computes the 95 % confidence interval of the mean by Student's t; (None, None) for fewer than two numbers."""
     from scipy.stats import t  # type: ignore[import-untyped]
 
     if len(numbers) < 2:
@@ -29,20 +29,20 @@ def interval(numbers: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def p_value(numbers: Sequence[float]) -> float:
-    """Two-sided p of the t test that the mean is 0; 1 where there is no spread to test it by.
+    """Computes the two-sided p of the t test that the mean is 0; 1 if there is no variance to test.
 
-    One and the same difference in every seed is no proof: it comes of a seed that changes nothing, and by chance of few
-    test samples, on which accuracies take few values.
+    The same difference in every seed is not evidence: it results from a way that ignores the seed, or by chance from
+    few test samples, with few possible values of the accuracy.
     """
     from scipy.stats import t
 
-    if max(numbers) - min(numbers) <= 1e-3 * max(map(abs, numbers)):  # the rounding of float32 is not a spread either
+    if max(numbers) - min(numbers) <= 1e-3 * max(map(abs, numbers)):  # float32 rounding is not variance either
         return 1.0
     return 2 * float(t.sf(abs(statistics.fmean(numbers)) / _error(numbers), len(numbers) - 1))
 
 
 def _error(numbers: Sequence[float]) -> float:
-    """The standard error of the mean."""
+    """Computes the standard error of the mean."""
     return statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
@@ -53,11 +53,11 @@ def _mean(numbers: Iterable[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a criterion would choose on one task with one seed.
+    """A criterion's choice on one task with one seed.
 
     Attributes:
         seed: The seed.
-        values: The metric that counts, by candidate.
+        values: The task's metric, by candidate.
         way: The candidate with the criterion's best score.
         oracle: The best of the values.
     """
@@ -69,21 +69,21 @@ class Choice:
 
     @property
     def value(self) -> float:
-        """The metric of what is chosen."""
+        """The metric of the chosen candidate."""
         return self.values[self.way]
 
 
 class Scores:
-    """What the trials' numbers say together.
+    """Statistics over all trials.
 
     Args:
         rows: One per trial: task, way, seed, status, metrics, cpu_seconds.
-        metrics: The key in `metrics` that counts, by way.
+        metrics: The metric to compare, by way.
         baseline: The way that negative transfer is measured against.
         lower: Whether lower is better.
 
     Attributes:
-        values: Way -> (task, seed) -> the metric, where there is one.
+        values: Way -> (task, seed) -> the metric, if there is one.
     """
 
     def __init__(
@@ -106,15 +106,16 @@ class Scores:
                 self.values[row["way"]][row["task"], row["seed"]] = value
 
     def by_seed(self, way: str, task: str | None = None) -> dict[int, float]:
-        """A way's value on a task, by seed; without a task its mean over all tasks, of each seed that has them all."""
+        """Returns a way's values on a task by seed; without a task its mean over tasks, for seeds that have them all."""
         mine, tasks = self.values[way], self.tasks if task is None else [task]
         whole = [seed for seed in self.seeds if all((task, seed) in mine for task in tasks)]
         return {seed: statistics.fmean(mine[task, seed] for task in tasks) for seed in whole}
 
     def ranks(self) -> dict[str, float]:
-        """Each way's mean rank, 1 is best, over the (task, seed) where it and another have a value; ties share theirs.
+        """Returns each way's mean rank, 1 is best, over the (task, seed) where it and another have a value; ties share.
 
-        A way with missing trials is ranked over fewer of them, and where it is missing the others are among fewer.
+        A way with missing trials is ranked over fewer of them, and the others are ranked among fewer where it is
+        missing.
         """
         from scipy.stats import rankdata
 
@@ -128,10 +129,10 @@ class Scores:
         return {way: statistics.fmean(mine) for way, mine in ranks.items()}
 
     def differences(self, way: str, task: str | None = None) -> list[float]:
-        """A way's value minus the baseline's, of each seed that both have: on a task, or of the means over all tasks.
+        """Returns a way's values minus the baseline's, by seed: on a task, or of the means over all tasks.
 
-        The seeds are the sample, so tasks are averaged within each. A seed in which either lacks a task is left out of
-        the means, which would be of other tasks than the rest.
+        The seeds are the sample, so tasks are averaged within each seed. A seed in which either way lacks a task is
+        left out of the means, which would otherwise be over different tasks.
         """
         if self.baseline is None or way == self.baseline:
             return []
@@ -139,11 +140,11 @@ class Scores:
         return [mine[seed] - base[seed] for seed in mine if seed in base]
 
     def transfer(self) -> dict[str, str]:
-        """Says of each way whether it is worse than the baseline, in the mean of the tasks or else on which of them.
+        """Describes for each way whether it is worse than the baseline, on average or else on which tasks.
 
-        A paired two-sided t test over seeds decides, of each way in the mean and, if there are several, on each task;
-        Holm's correction over all of them keeps the chance of any false alarm in the table below 5 %. One seed is no
-        test.
+        A paired two-sided t test over seeds decides, for each way on average and, if there are several tasks, on each;
+        Holm's correction over all of them keeps the chance of any false alarm in the table below 5 %. A single seed
+        cannot be tested.
         """
         tasks = [None, *self.tasks] if len(self.tasks) > 1 else [None]
         numbers = {(way, task): self.differences(way, task) for way in self.values for task in tasks}
@@ -164,12 +165,12 @@ class Scores:
         return {way: text(way) for way in self.values}
 
     def choices(self) -> dict[str, list[Choice]]:
-        """What each criterion that needs no label of the target would choose, wherever it has two candidates or more.
+        """Returns what each criterion without target labels would choose, if it has several candidates.
 
         A candidate is a way whose training hid the target's labels and left the criterion's score in metrics.json.
-        Tests of another way's run and ways trained on the target's labels have none, and ways whose epoch `few` or
-        `oracle` has chosen are left out. A score that is not finite never wins; of equal ones the first way does. A
-        criterion favours a way that trains on it, as `infomax` does SHOT.
+        Tests of another way's run and ways trained on the target's labels have no score, and ways whose epoch was
+        chosen by `few` or `oracle` are left out. A score that is not finite never wins; among equal scores the first
+        way does. A criterion favours a way that trains on it, as `infomax` favours SHOT.
         """
         scores: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
         for row in self.rows:
@@ -193,15 +194,15 @@ class Scores:
         return choices
 
     def _is_loss(self, key: str) -> bool:
-        """Whether lower is better for a criterion."""
+        """Returns whether lower is better for a criterion."""
         metric = key.removeprefix("val/source_")
         return self.lower if f"test/{metric}" in self.metrics.values() else metric.endswith(LOWER_IS_BETTER)
 
     def choice_table(self) -> list[dict[str, Any]]:
-        """A row of numbers per criterion, of all (task, seed) in which it has a choice.
+        """Returns a row of numbers per criterion, over all (task, seed) in which it has a choice.
 
-        "mean" and "std" (over seeds) are of the metric of what it would choose, "oracle" of the best of the same
-        candidates, "regret" the mean distance between the two, and "WAY chosen" is how often it would be that way.
+        "mean" and "std" (over seeds) are of the metric of its choice, "oracle" of the best candidate, "regret" the mean
+        difference between the two, and "WAY chosen" counts how often it would choose that way.
         """
         choices = self.choices()
         ways = [way for way in self.metrics if any(way in one.values for found in choices.values() for one in found)]
@@ -219,7 +220,7 @@ class Scores:
         return table
 
     def table(self) -> list[dict[str, Any]]:
-        """A row of numbers per way; None where there is none."""
+        """Returns a row of numbers per way; None where there is none."""
         ranks, transfer, infomax = self.ranks(), self.transfer(), self.choices().get("infomax", [])
         table = []
         for way, metric in self.metrics.items():
@@ -256,7 +257,7 @@ class Scores:
         return table
 
     def front(self, cost: str) -> list[str]:
-        """The ways that no other one beats in the metric at the same cost or less, the cheapest first (Pareto)."""
+        """Returns the Pareto front: ways that no other way beats at the same cost or less, the cheapest first."""
         known = [row for row in self.table() if row["mean"] is not None and row.get(cost) is not None]
         sign = 1 if self.lower else -1
         front: list[str] = []
@@ -268,7 +269,7 @@ class Scores:
         return front
 
     def texts(self) -> list[dict[str, str]]:
-        """The same for reading."""
+        """Returns the table as texts."""
         return [self._texts(row) for row in self.table()]
 
     def _texts(self, row: dict[str, Any]) -> dict[str, str]:
@@ -295,7 +296,7 @@ class Scores:
         return texts
 
     def choice_texts(self) -> list[dict[str, str]]:
-        """The choices for reading."""
+        """Returns the choices as texts."""
         return [self._choice_texts(row) for row in self.choice_table()]
 
     def _choice_texts(self, row: dict[str, Any]) -> dict[str, str]:
@@ -311,7 +312,7 @@ class Scores:
         return any(len(few) < len(self.tasks) * len(self.seeds) for few in self.values.values())
 
     def caption(self) -> str:
-        """What the columns about the baseline say; empty without one."""
+        """Explains the columns about the baseline; empty without one."""
         if self.baseline is None:
             return ""
         unit = "at most " * self._incomplete() + count(self.seeds, "seed")
@@ -323,7 +324,7 @@ class Scores:
 
 
 def _times(way: str, choices: Sequence[Choice]) -> int | None:
-    """How often a way is chosen, None where it is not a candidate."""
+    """Returns how often a way is chosen, None if it is never a candidate."""
     return sum(one.way == way for one in choices) if any(way in one.values for one in choices) else None
 
 
@@ -340,5 +341,5 @@ def _range(low: float | None, high: float | None, form: str = ".3f") -> str:
 
 
 def count(things: Sequence[Any], name: str) -> str:
-    """How many there are, in words: `3 seeds`."""
+    """Counts things in words: `3 seeds`."""
     return f"{len(things)} {name}{'s' * (len(things) > 1)}"

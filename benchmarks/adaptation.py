@@ -1,8 +1,8 @@
-"""Our adaptation methods, by their defaults, beside the figures of another library on the same frozen features.
+"""Compares our adaptation methods, by their defaults, with another library on the same frozen features.
 
 FEATURES/PAIR/{source_train,target_train,target_test}.npz hold `features` (N, D) and `labels` (N,). A run is 1,000
-iterations of 32 + 32 rows, nothing is set but the method, and the last iteration counts; the target's labels are used
-for the accuracy on target_test alone. Every run has one thread; runs that are in the file are not run again.
+iterations of 32 + 32 samples with only the method set, and the last iteration counts; the target's labels are used
+only for the accuracy on target_test. Every run has one thread; runs already in the file are not repeated.
 
 python benchmarks/adaptation.py FEATURES --reference results.jsonl --out adaptation.jsonl --jobs 4
 
@@ -57,7 +57,7 @@ STEPS, BATCH = 1000, 32
 
 
 def write(features, folder):
-    """Lays the pairs out as `tl embed` does; nothing is validated, so validation rows are those of other splits."""
+    """Writes the pairs as `tl embed` does; nothing is validated, so validation rows are copies of other splits."""
     for pair in (path for path in sorted(features.iterdir()) if path.is_dir()):
         for domain, splits in (("source", ("train",)), ("target", ("train", "test"))):
             out = folder / pair.name / domain
@@ -87,7 +87,7 @@ def fit(pair, name, seed, steps, weights=None):
         classes.append("unknown")
     data = TabularData(pair / "target", **source, **hidden, classes=classes, batch_size=BATCH, seed=seed)
     methods = [] if alone else [getattr(tl_modules, name)()]
-    # what `tl fit` takes for rows
+    # the defaults of `tl fit` for rows
     options = {"head": torch.nn.Linear, "optimizer": partial(torch.optim.SGD, **ROWS)}
     module = Classification(TabularMLP(weights=weights), data.schema, methods=methods, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -97,14 +97,14 @@ def fit(pair, name, seed, steps, weights=None):
 
 
 def run(job):
-    """One run in a process of its own; returns its line."""
+    """Runs one job in its own process; returns its line."""
     folder, name, pair, seed, steps = job
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "tl_modules", "datamodules"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     weights = None
-    if name in ("SHOT", "ADDA"):  # which go on from a run of the source
+    if name in ("SHOT", "ADDA"):  # these start from a run on the source
         trainer, *_ = fit(folder / pair, "source only", seed, steps)
         weights = Path(tempfile.mkdtemp(dir=folder)) / "source.ckpt"
         trainer.save_checkpoint(weights)
@@ -116,7 +116,7 @@ def run(job):
 
 
 def means(rows, setting, name, pairs):
-    """The mean over the pairs in %, a value a seed, of the seeds that have all pairs; and each pair's mean."""
+    """Returns the mean over the pairs in %, one value per seed that has all pairs; and each pair's mean."""
     found = {}
     for row in rows:
         if row["key"][:2] == [setting, name]:
@@ -127,7 +127,7 @@ def means(rows, setting, name, pairs):
 
 
 def table(rows, reference, pairs):
-    """Mean over the pairs (standard deviation over the seeds), in Markdown."""
+    """Prints the mean over the pairs (standard deviation over the seeds), in Markdown."""
 
     def cell(whole):
         if not whole:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, timed commands and steps, a table of ratios."""
+"""Shared parts of the benchmarks: the machine's name, timed commands and steps, a table of ratios."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ TL = [sys.executable, "-m", "tl_modules"]
 
 
 def timed(command, folder, environment=None):
-    """Seconds of a command, and what it printed."""
+    """Returns the seconds that a command takes, and its output."""
     start = time.perf_counter()
     done = subprocess.run(
         [str(word) for word in command],
@@ -35,15 +35,15 @@ def timed(command, folder, environment=None):
 
 
 def machine():
-    """This machine's processor; the benchmarks run on it."""
+    """Returns the name of this machine's processor."""
     return machine_of(torch.device("cpu"))
 
 
 def report(rows, out=None):
-    """Prints the median of each case's sides and of its ratio over the pairs, and writes all as JSON.
+    """Prints the median of each side of a case and of their ratio over the pairs, and writes all as JSON.
 
     Args:
-        rows: Of `case`, `ours`, `theirs` (in one unit), `wanted` (a text).
+        rows: Dicts with `case`, `ours`, `theirs` (in one unit) and `wanted` (a text).
         out: A file, or None.
     """
     print(f"\n{machine()}\n\n| case | ours | theirs | theirs / ours, median | wanted |\n|---|---|---|---|---|")
@@ -57,7 +57,7 @@ def report(rows, out=None):
 
 
 def training_options(description, out, seeds, size):
-    """The options of a benchmark that trains on real data: a parser, to which others can be added."""
+    """Returns a parser with the options of a benchmark that trains on real data."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("TL_DATA_DIR"))
     parser.add_argument("--seeds", type=int, default=seeds)
@@ -68,19 +68,19 @@ def training_options(description, out, seeds, size):
 
 
 def rows_of(file):
-    """The lines of JSON that are there already, whose runs need not be run again."""
+    """Returns the JSON lines already in a file, whose runs need not be repeated."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class Leave(Callback):
-    """Ends the process where the first step begins."""
+    """Ends the process when the first step begins."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         os._exit(0)
 
 
 class Clock(Callback):
-    """The time between the beginnings of two steps of an epoch."""
+    """Measures the time between the beginnings of two steps of an epoch."""
 
     def __init__(self):
         self.last = None

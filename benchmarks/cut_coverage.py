@@ -1,9 +1,9 @@
-"""Which classifiers of torchvision and timm can be cut after which stages, and how exact the replay is.
+"""Measures which classifiers of torchvision and timm can be cut after which stages, and how exact the replay is.
 
     python benchmarks/cut_coverage.py [--seconds 30] [--parameters 1e8] [--only resnet]
 
 Random weights, four small images. For each number k of frozen stages, 0 < k < all, in an order that spreads them, until
-the network's seconds are spent: the largest difference between replayed and ordinary features, relative to the largest
+the time per network is used up: the largest difference between replayed and ordinary features, relative to the largest
 feature.
 """
 
@@ -23,7 +23,7 @@ SMALL = ("test_", "atto", "femto", "pico", "nano", "xxs", "tiny", "_xs", "_s0", 
 
 
 def networks(only):
-    """Library, name and builder of each network, and a side of its images to try first."""
+    """Yields library, name and builder of each network, and the image size to try first."""
     for name in models.list_models(module=models):
         if only in name:
             yield "torchvision", name, lambda name=name: TorchvisionBackbone(name), 64
@@ -36,7 +36,7 @@ def networks(only):
 
 
 def images(backbone, side):
-    """Four images of a size that the network takes."""
+    """Returns four images of a size that the network accepts."""
     config = getattr(backbone.model, "pretrained_cfg", {}) or {}
     sides = [config["input_size"][-1]] if config.get("fixed_input_size") else [side, 128, 224, 299]
     for each in sides:
@@ -52,7 +52,7 @@ def images(backbone, side):
 
 
 def spread(count):
-    """1 to count, the last first and then halving the gaps."""
+    """Returns 1 to count, the last first and then halving the gaps."""
     order, gaps = [count, 1], [(1, count)]
     while gaps:
         low, high = gaps.pop(0)
@@ -65,7 +65,7 @@ def spread(count):
 
 @torch.no_grad()
 def cover(backbone, x, seconds):
-    """The errors by k, and why others are not cut."""
+    """Returns the errors by k, and the reasons why other k are not cut."""
     stages, start = backbone.stages(), time.perf_counter()
     whole, errors, reasons = backbone(x), {}, {}
     for k in spread(len(stages) - 1):

@@ -1,4 +1,4 @@
-"""Images a second: ours beside torchvision's ImageFolder and a DataLoader, one epoch each in turns.
+"""Measures images per second: our loader beside torchvision's ImageFolder and a DataLoader, alternating epochs.
 
 python benchmarks/data.py --data $TL_DATA_DIR --out data.json
 """
@@ -16,7 +16,7 @@ from datamodules import ImageFolders
 
 
 def rate(loader):
-    """Images a second over an epoch, the workers' start included."""
+    """Returns images per second over an epoch, including the workers' start."""
     start, count = time.perf_counter(), 0
     for x, *_ in loader:
         count += len(x)
@@ -39,7 +39,7 @@ def main():
             data = ImageFolders(root, image_size=size, augment="none")
             mine = rate(batch["target"] for batch, _, _ in iter(data.train_dataloader()))
             data.teardown("fit")
-            # seconds an image, so that a ratio above 1 is faster, as everywhere
+            # seconds per image, so that a ratio above 1 is faster, as everywhere
             rows.append({"case": f"{size} px, s an image", "ours": 1 / mine, "theirs": 1 / theirs, "wanted": "1"})
             print(f"{size} px: ours {mine:.0f}, theirs {theirs:.0f} images/s", flush=True)
     report(rows, args.out)

@@ -1,11 +1,11 @@
-"""Whether the defaults hold: every strategy that opens the backbone beside `FeatureExtraction`, and that beside LDA.
+"""Checks the defaults: every strategy that trains the backbone beside `FeatureExtraction`, and this beside LDA.
 
-Clothing with 10, 30 and 100 images a class, emoji with 30, magnetic tiles; SqueezeNet, MobileNetV1 and NanoDet's
-backbone; nothing is set but the strategy. The epoch is chosen on the validation split, accuracy is the test split's.
+Clothing with 10, 30 and 100 images per class, emoji with 30, magnetic tiles; SqueezeNet, MobileNetV1 and NanoDet's
+backbone; only the strategy is set. The epoch is chosen on the validation split, accuracy is on the test split.
 
 python benchmarks/defaults.py --data $TL_DATA_DIR --out defaults.jsonl
 
-Runs that are in the file are not run again; the table at the end is of all that are.
+Runs already in the file are not repeated; the table at the end covers all of them.
 """
 
 import csv
@@ -83,7 +83,7 @@ BACKBONES = {"SqueezeNet": squeezenet, "MobileNetV1": MobileNet, "NanoDet": Nano
 
 
 def square(image, size):
-    """The middle of an image, (size, size, 3)."""
+    """Crops the middle of an image, (size, size, 3)."""
     image = image.convert("RGB")
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
@@ -92,7 +92,7 @@ def square(image, size):
 
 
 def arrays(root, size):
-    """Name -> split -> images and labels."""
+    """Returns name -> split -> images and labels."""
     found = {"clothing": {}, "emoji": {}, "tiles": {}}
     for split, folder in (("train", "train"), ("val", "validation"), ("test", "test")):
         files = sorted((root / "clothing" / folder).glob("*/*.jpg"))
@@ -140,7 +140,7 @@ def accuracy(predict, loader):
 
 
 def lda(backbone, data):
-    """scikit-learn's, shrunk, on the frozen backbone's features of the same training images."""
+    """Fits scikit-learn's shrinkage LDA on the frozen backbone's features of the same training images."""
     backbone.eval()
     features = lambda x: backbone(x).numpy()  # noqa: E731
     (loader,) = data.train_dataloader().flattened
@@ -167,7 +167,7 @@ def fit(backbone, data, strategy, seed, epochs):
 
 
 def table(rows):
-    """Means over seeds, in Markdown; the difference of each strategy to `FeatureExtraction`, and its standard error."""
+    """Prints means over seeds in Markdown, and each strategy's difference to `FeatureExtraction` with its standard error."""
     ways = ("LDA", *STRATEGIES)
     print("| data, a class | backbone | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 2))
     low, over_all = [], {way: [] for way in ways}

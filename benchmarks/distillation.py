@@ -1,11 +1,11 @@
-"""A teacher that is asked once beside one that is asked in every epoch: seconds of an epoch, and equal students.
+"""Measures a teacher that runs once beside one that runs in every epoch: seconds per epoch, and equal students.
 
     python benchmarks/distillation.py                           embedded digits, a ResNet-18 teaches a ConvNet
     python benchmarks/distillation.py --data $TL_DATA_DIR       clothes at 64 px too, a SqueezeNet teaches it
 
 Both sides of a pair train the same student from the same seed. The first epoch of the cached side, in which the teacher
-is asked, is counted apart, as is the feature cache's search for what pays. The teachers' weights are random: what they
-say costs the same.
+runs, is counted separately, like the feature cache's measurement of what pays. The teachers' weights are random: their
+outputs cost the same.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tl_modules.cache import FeatureCache
 
 
 class Epochs(Callback):
-    """Seconds of each training epoch; of the first one, from where the cache asks the teacher."""
+    """Measures the seconds of each training epoch; of the first one, from when the cache runs the teacher."""
 
     def on_train_start(self, trainer, module):
         self.seconds, self.start = [], time.perf_counter()
@@ -36,7 +36,7 @@ class Epochs(Callback):
 
 
 def train(data, teacher, cached, epochs, folder):
-    """The student's tensors, and the seconds of its epochs."""
+    """Returns the student's tensors, and the seconds of its epochs."""
     seed_everything(0, verbose=False)
     module = Classification(ConvNet(8), data.schema, methods=[Distill(teacher)])
     clock = Epochs()
@@ -79,7 +79,7 @@ def main():
                 other, live = train(data(), run, False, options.epochs, str(Path(folder) / "none"))
                 equal = all(torch.equal(one[key], other[key]) for key in one)
                 ours, theirs = statistics.median(cached[1:]), statistics.median(live[1:])
-                print(f"{case}: an epoch {ours:.2f} s cached (the first {cached[0]:.2f} s), {theirs:.2f} s asked anew; "
+                print(f"{case}: an epoch {ours:.2f} s cached (the first {cached[0]:.2f} s), {theirs:.2f} s without; "
                       f"students {'equal to the bit' if equal else 'DIFFER'}", flush=True)  # fmt: skip
                 rows.append({"case": case, "ours": ours, "theirs": theirs, "wanted": "at least 3, equal students"})
     report(rows, options.out)

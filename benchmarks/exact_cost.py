@@ -1,10 +1,10 @@
-"""What exactness costs: epochs with the audit, checksummed atomic files and exact sampling, and without.
+"""Measures the cost of exactness: epochs with the audit, checksummed atomic files and exact sampling, and without.
 
     python benchmarks/exact_cost.py [--data DIR_WITH_clothing_AND_weights] [--pairs 30] [--only clothing] [--json FILE]
 
-An epoch is its training, its validation and its checkpoint. "Without" is Lightning's own: DataLoader(shuffle=True), its
-checkpoint files, no audit, no interruption handling. One run of one process takes turns epoch by epoch, since two
-processes differ by more than what is measured, from the luck of their memory and the mood of the machine.
+An epoch consists of training, validation and checkpoint. "Without" is plain Lightning: DataLoader(shuffle=True), its
+checkpoint files, no audit, no interruption handling. A single process alternates epoch by epoch, since two processes
+differ by more than the measured effect.
 """
 
 import argparse
@@ -40,7 +40,7 @@ HOOKS = ("on_train_epoch_start", "on_train_batch_start", "on_before_backward", "
 
 
 class Turns(Callback):
-    """Runs the exact callbacks in every other epoch, and times all."""
+    """Runs the exact callbacks in every other epoch, and times all epochs."""
 
     def __init__(self, exact):
         self.exact, self.on, self.starts = exact, False, []
@@ -72,7 +72,7 @@ for hook in HOOKS:
 
 
 class Files(AtomicCheckpointIO):
-    """Our checkpoint files in one epoch, Lightning's in the next."""
+    """Writes our checkpoint files in one epoch, Lightning's in the next."""
 
     def __init__(self, turns):
         self.turns = turns
@@ -83,7 +83,7 @@ class Files(AtomicCheckpointIO):
 
 
 class Batches:
-    """Our loader in one epoch, an ordinary one in the next."""
+    """Uses our loader in one epoch, an ordinary one in the next."""
 
     def __init__(self, turns, exact):
         self.turns, self.exact, self.sampler, self.batch_size = turns, exact, exact.sampler, exact.batch_size
@@ -99,7 +99,7 @@ class Batches:
 
 
 def pairs(model, data, count, batches):
-    """(with, without) seconds of epochs side by side; the first four warm up."""
+    """Returns (with, without) seconds of adjacent epochs; the first four are a warm-up."""
     with tempfile.TemporaryDirectory(dir=".") as folder, contextlib.redirect_stdout(io.StringIO()):
         turns = Turns([FreezeAudit(), ExactResume(), GracefulShutdown(Path(folder) / "last.ckpt")])
         exact = data.train_dataloader
@@ -118,7 +118,7 @@ def pairs(model, data, count, batches):
 
 
 def cases(folder):
-    """Model, data and batches an epoch, by name."""
+    """Returns model, data and batches per epoch, by name."""
     for strategy in (FeatureExtraction, Full):
         yield f"{strategy.__name__}, Digits", Classification(ConvNet(), 10, finetuning=strategy()), Digits(), None
         if folder:

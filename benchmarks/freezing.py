@@ -1,8 +1,8 @@
-"""Lightning's BackboneFinetuning and ours, side by side: what is silently lost, measured.
+"""Compares Lightning's BackboneFinetuning with ours: measures what is silently lost.
 
     python benchmarks/freezing.py          prints a Markdown table with the versions it was made with
 
-Each row is a run of both on the embedded digits, with BatchNorm, from the same seed. Two processes use gloo.
+Each row runs both on the embedded digits, with BatchNorm, from the same seed. Two processes use gloo.
 """
 
 import logging
@@ -29,7 +29,7 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 
 
 class Plain(Classification):
-    """A module as in Lightning's tutorial: all that trains at the start is in the optimizer, nothing else is done."""
+    """A module as in Lightning's tutorial: the optimizer gets what is trainable at the start, nothing else is done."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, finetuning=Full(), **kwargs)
@@ -48,7 +48,7 @@ class Plain(Classification):
 
 
 class Later(Callback):
-    """Notes what is open and in train mode at each step, and the backbone's state after each epoch."""
+    """Records what is trainable and in train mode at each step, and the backbone's state after each epoch."""
 
     def __init__(self):
         self.open, self.norms, self.states = [], [], []
@@ -66,7 +66,7 @@ class Later(Callback):
 
 
 def build(ours):
-    """The module and its callbacks: closed for two epochs, then open."""
+    """Builds the module and its callbacks: frozen for two epochs, then trainable."""
     seed_everything(0, verbose=False)
     if ours:
         return Classification(ConvNet(8), 10, finetuning=FreezeThenUnfreeze(2), lr_scheduler=None), [ExactResume()]
@@ -93,7 +93,7 @@ def fit(ours, epochs, ckpt=None, folder=None, strategy="auto", devices=1):
 
 
 def resume(ours):
-    """What a resume at the end of epoch 3 gives in epoch 4, against the undisturbed run."""
+    """Compares epoch 4 after a resume at the end of epoch 3 with an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         _, whole, _ = fit(ours, 5)
         fit(ours, 4, folder=folder)
@@ -106,7 +106,7 @@ def resume(ours):
 
 
 def batchnorm(ours):
-    """What of a closed backbone moves in the first epoch, and whose statistics normalise it."""
+    """Counts which tensors of a frozen backbone change in the first epoch, and which statistics normalise."""
     _, _, later = fit(ours, 1)
     before, after = later.states
     moved = sum(not torch.equal(before[name], after[name]) for name in before)
@@ -115,7 +115,7 @@ def batchnorm(ours):
 
 
 def dropped(ours):
-    """Which of a second block's fresh tensors do not get into an optimizer that holds those of the first."""
+    """Counts which new tensors of a second block are missing in an optimizer that holds those of the first."""
     module = Classification(ConvNet(8), 10, finetuning=FreezeThenUnfreeze(2))
     first, second = (
         list(module.backbone.model[0][at : at + 2].parameters()) for at in (0, 3)
@@ -129,7 +129,7 @@ def dropped(ours):
 
 
 def ranks(ours):
-    """How far the weights of two processes drift apart."""
+    """Measures how far the weights of two processes drift apart."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671"]
         done = subprocess.run([*command, __file__, str(int(ours)), folder], capture_output=True, text=True, check=False)

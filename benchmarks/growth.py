@@ -1,8 +1,8 @@
-"""What grows with rows, files and classes: seconds and memory of each part, beside the usual way of doing it.
+"""Measures growth with rows, files and classes: seconds and memory of each part, beside the usual implementation.
 
     python benchmarks/growth.py [--largest 10000000]
 
-Each case runs in a process of its own, so that its peak memory is its own. An exponent of 1 is linear growth.
+Each case runs in its own process, to measure its own peak memory. An exponent of 1 is linear growth.
 """
 
 import argparse
@@ -26,35 +26,35 @@ from tl_modules.tasks.auroc import MacroAUROC
 
 
 def epoch_start(rows):
-    """The first 4,096 places of an epoch."""
+    """Computes the first 4,096 indices of an epoch."""
     Order(rows, 0, "target", 0)[:4096]
 
 
 def epoch_start_usual(rows):
-    """As torch's DistributedSampler: all places as a list."""
+    """Does the same as torch's DistributedSampler: all indices as a list."""
     iter(torch.randperm(rows).tolist())
 
 
 def whole_epoch(rows):
-    """All places of an epoch, a block after the other."""
+    """Computes all indices of an epoch, block by block."""
     order = Order(rows, 0, "target", 0)
     for first in range(0, rows, 4096):
         order[first : first + 4096].tolist()
 
 
 def whole_epoch_usual(rows):
-    """As torch's DistributedSampler."""
+    """Does the same as torch's DistributedSampler."""
     for _ in torch.randperm(rows).tolist():
         pass
 
 
 def splits(rows):
-    """Train, validation and test of 1,000 classes."""
+    """Splits 1,000 classes into train, validation and test."""
     split_rows(np.arange(rows) % 1000, (0.1, 0.2), 0)
 
 
 def splits_usual(rows):
-    """As scikit-learn, twice."""
+    """Does the same with scikit-learn, twice."""
     from sklearn.model_selection import train_test_split
 
     labels = np.arange(rows) % 1000
@@ -63,7 +63,7 @@ def splits_usual(rows):
 
 
 class Labels:
-    """A data set of labels alone."""
+    """A data set that consists only of labels."""
 
     def __init__(self, targets):
         self.targets = targets
@@ -73,29 +73,29 @@ class Labels:
 
 
 def shots(classes):
-    """Five of each class of a million rows."""
+    """Draws five samples of each class from a million rows."""
     few_shots(Labels(np.arange(1_000_000) % classes), 5, list(map(str, range(classes))), 0)
 
 
 def shots_usual(classes):
-    """A search for each class."""
+    """Does the same with a search for each class."""
     labels = np.arange(1_000_000) % classes
     for number in range(classes):
         np.random.default_rng(0).choice(np.flatnonzero(labels == number), 5, replace=False)
 
 
 def listing(files):
-    """The files of a tree of folders of 1,000."""
+    """Lists the files of a tree of folders with 1,000 files each."""
     sum(1 for _ in files_below(tree(files)))
 
 
 def listing_usual(files):
-    """Path.rglob."""
+    """Does the same with Path.rglob."""
     sum(path.is_file() for path in tree(files).rglob("*"))
 
 
 def tree(files):
-    """A folder of empty files, made once for each count in the temporary folder of this benchmark."""
+    """Makes a folder of empty files, once for each count, in this benchmark's temporary folder."""
     root = Path(tempfile.gettempdir()) / f"growth-{files}"
     for number in range(0 if root.exists() else files):
         folder = root / f"{number // 1000:05}"
@@ -105,20 +105,20 @@ def tree(files):
 
 
 def scores(classes):
-    """Probabilities and labels of 2,048 samples."""
+    """Makes probabilities and labels of 2,048 samples."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(2048, classes, generator=generator), torch.randint(classes, (2048,), generator=generator)
 
 
 def auroc(classes):
-    """AUROC of 2,048 samples, exact."""
+    """Computes the exact AUROC of 2,048 samples."""
     metric = MacroAUROC(classes)
     metric.update(*scores(classes))
     metric.compute()
 
 
 def auroc_usual(classes):
-    """As torchmetrics with 200 thresholds."""
+    """Computes it as torchmetrics with 200 thresholds."""
     from torchmetrics.classification import MulticlassAUROC
 
     metric = MulticlassAUROC(classes, thresholds=200)
@@ -127,7 +127,7 @@ def auroc_usual(classes):
 
 
 def figure(classes):
-    """The confusion of 20,000 samples as a PNG."""
+    """Draws the confusion matrix of 20,000 samples as a PNG."""
     generator = np.random.default_rng(0)
     pairs = {}
     for pair in generator.integers(0, classes, (20_000, 2)).tolist():
@@ -148,7 +148,7 @@ CASES = {
 
 
 def measure(function, size, pipe):
-    """Sends the seconds of a call and the MiB that it takes above those of a small one before it."""
+    """Sends the seconds of a call, and the MiB that it needs above those of a small call before it."""
     function(min(size, 10_000))  # imports
     if function in (listing, listing_usual):
         tree(size)
@@ -160,7 +160,7 @@ def measure(function, size, pipe):
 
 
 def apart(function, size):
-    """Measures in a process of its own."""
+    """Measures in a separate process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=measure, args=(function, size, there))

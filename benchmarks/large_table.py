@@ -2,8 +2,8 @@
 
     python benchmarks/large_table.py [ROWS] [csv|parquet] [COLUMNS]
 
-Writes the table in chunks, trains one epoch on it in a process of its own, and prints its seconds, its peak RSS, and
-how much of that is memory of its own, which the system cannot take back as it can pages of files.
+Writes the table in chunks, trains one epoch on it in a separate process, and prints its seconds, its peak RSS, and how
+much of that is private memory, which, unlike file pages, the system cannot reclaim.
 """
 
 import resource
@@ -33,7 +33,7 @@ def write(path, rows, columns):
 
 
 def own_memory(process):
-    """The most that the process had at once in MiB, beside pages of files."""
+    """Returns the process's peak private memory in MiB, without file pages."""
     peak = 0
     while process.poll() is None:
         words = Path(f"/proc/{process.pid}/status").read_text().split()
@@ -65,7 +65,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         size = table.stat().st_size / 2**20
         print(f"{rows:,} rows of {columns} numbers, {size:,.0f} MiB of {kind}: {time.monotonic() - start:,.0f} s")
-        print(f"peak {peak:,.0f} MiB, of its own {own:,.0f} MiB")
+        print(f"peak {peak:,.0f} MiB, private {own:,.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What `tl fit` adds to a hand-written loop with the same tricks: time of a step, memory of a step, start-up.
+"""Measures what `tl fit` adds to an equally optimised hand-written loop: time and memory of a step, start-up.
 
     python benchmarks/overhead.py --out overhead.json
 
-The hand-written loops have channels_last, bfloat16 where `tl` takes it, a fused AdamW, data in memory and no `.item()`.
+The hand-written loops use channels_last, bfloat16 if `tl` does, a fused AdamW, data in memory and no `.item()`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tl_modules.evaluation import peak_memory
 
 
 def ours(line):
-    """Median seconds of a step of `tl fit`; the first epoch, which builds caches and draws pictures, is left out."""
+    """Returns the median seconds of a step of `tl fit`, without the first epoch (caches, figures)."""
     STEPS.clear()
     with contextlib.redirect_stdout(io.StringIO()):
         tl(f"{line} --trainer.callbacks+=common.Clock".split())
@@ -36,7 +36,7 @@ def ours(line):
 
 
 def network_step(images, labels, batch, steps):
-    """Median seconds of a step of a hand-written loop on resnet18."""
+    """Returns the median seconds of a step of a hand-written loop on resnet18."""
     model = models.resnet18()
     model.fc = nn.Linear(512, 10)
     model = model.to(memory_format=torch.channels_last).train()
@@ -58,7 +58,7 @@ def network_step(images, labels, batch, steps):
 
 
 def head_step(features, labels, batch, steps):
-    """Median seconds of a step of a hand-written loop on features."""
+    """Returns the median seconds of a step of a hand-written loop on features."""
     head = nn.Linear(features.shape[1], 10)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, fused=True)
     total, times = torch.zeros(()), []
@@ -77,7 +77,7 @@ def head_step(features, labels, batch, steps):
 
 
 def memory():
-    """Bytes at the peak of a partly frozen step, and what the two halves need: no-grad forward plus the open part's."""
+    """Returns the peak bytes of a partly frozen step, and of its halves: no-grad forward plus the trainable part."""
     torch.manual_seed(0)
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=LastStages(1)).train()
     x, y = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 10

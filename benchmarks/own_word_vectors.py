@@ -1,10 +1,10 @@
-"""Word vectors trained on texts of one's own by gensim, in English and in Chinese, and what they are worth.
+"""Trains word vectors on your own texts with gensim, in English and in Chinese, and tests them.
 
     pip install gensim jieba
     python benchmarks/own_word_vectors.py english --data $TL_DATA_DIR   # own/english.txt
     python benchmarks/own_word_vectors.py chinese --data $TL_DATA_DIR   # own/chinese.txt and own/questions.csv
 
-English: films' reviews and plots without their labels, for the sentences of `sentence_polarity`. Chinese: sentences and
+English: film reviews and plots without their labels, for the sentences of `sentence_polarity`. Chinese: sentences and
 paragraphs for the questions of XQuAD; the kind of a question (who, when, where, how many, what) is the question word of
 its English translation. Each prints the `tl fit` command.
 """
@@ -25,7 +25,7 @@ FIT = "tl fit --model Classification --model.backbone WordVectors --model.backbo
 
 
 def train(texts: Iterable[str], cut: Callable[[str], Sequence[str]], file: Path, width: int = 100) -> None:
-    """Skip-gram vectors of words that occur twice at least, the most frequent ones first."""
+    """Trains skip-gram vectors of words that occur at least twice, the most frequent ones first."""
     from gensim.models import Word2Vec
 
     sentences = [[word.lower() for word in cut(text)] for text in texts]

@@ -1,9 +1,9 @@
-"""What batches of texts of like length save beside batches as they are drawn: padding and time.
+"""Measures what batches of texts of similar length save beside random batches: padding and time.
 
     python benchmarks/padding.py --encoder FOLDER_OR_NAME ZIP ZIP ...
 
-A case is an epoch of the training texts in batches of 32; the time is the processor's, of `--steps` of these batches
-forwards and backwards through the whole encoder. Neither side trains.
+A case is an epoch of the training texts in batches of 32; the time is processor time, for `--steps` of these batches
+forwards and backwards through the whole encoder. No weights are updated.
 """
 
 import argparse
@@ -27,7 +27,7 @@ parser.add_argument("--out", type=Path)
 
 
 def main():
-    """Measures each file of texts with and without."""
+    """Measures each file of texts with and without length batching."""
     options = parser.parse_args()
     encoder, rows = TransformerBackbone(options.encoder, windows=options.windows), []
     for path in options.texts:
@@ -47,7 +47,7 @@ def main():
 
 
 def step(encoder, batch):
-    """Seconds of the processor for a forward and a backward pass."""
+    """Returns the processor seconds of a forward and a backward pass."""
     start = time.process_time()
     encoder.pooled_features(encoder(batch)).sum().backward()
     return time.process_time() - start

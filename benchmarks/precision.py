@@ -1,8 +1,8 @@
-"""Which backbones gain by bfloat16 on this CPU: training and evaluation steps in both precisions, in turns.
+"""Measures which backbones benefit from bfloat16 on this CPU: training and evaluation steps, alternating precisions.
 
     python benchmarks/precision.py
 
-It is why `ImageBackbone.bf16_devices` leaves out grouped convolutions on CPUs.
+The reason why `ImageBackbone.bf16_devices` excludes grouped convolutions on CPUs.
 """
 
 import statistics

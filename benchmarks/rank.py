@@ -1,12 +1,12 @@
-"""Whether `tl rank` orders backbones as fine-tuning does: weighted Kendall tau of each score and the test accuracy.
+"""Compares the order of `tl rank` with that of fine-tuning: weighted Kendall tau of each score and the test accuracy.
 
-Ten backbones, four of them random, on clothing, emoji, magnetic tiles and white blood cells, 30 images a class.
+Ten backbones, four of them random, on clothing, emoji, magnetic tiles and white blood cells, 30 images per class.
 Accuracies are those of the defaults of `Full` and `FeatureExtraction`, with the epoch chosen on the validation split;
-scores see the training images alone.
+scores use only the training images.
 
 python benchmarks/rank.py --data $TL_DATA_DIR --out rank.jsonl
 
-Runs that are in the file are not run again; the table at the end is of all that are.
+Runs already in the file are not repeated; the table at the end covers all of them.
 """
 
 import csv
@@ -32,11 +32,11 @@ from tl_modules.cli.rank import SCORES, measured
 
 SETS = ("clothing", "emoji", "tiles", "cells")
 STRATEGIES = ("FeatureExtraction", "Full")
-SHOTS = 30  # images of a class, or all where a class has fewer
+SHOTS = 30  # images per class, or all if a class has fewer
 
 
 def untrained(backbone):
-    """The same network with new weights."""
+    """Returns the same network with new weights."""
     for module in backbone.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -45,7 +45,7 @@ def untrained(backbone):
 
 
 def beginning(backbone, layers):
-    """A pretrained network without its last stages."""
+    """Returns a pretrained network without its last stages."""
     mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
     with torch.no_grad():
         width = layers.eval()(torch.zeros(1, 3, 64, 64)).shape[1]
@@ -53,7 +53,7 @@ def beginning(backbone, layers):
 
 
 def digits():
-    """A small network that knows scanned digits."""
+    """Returns a small network trained on scanned digits."""
     backbone = ConvNet()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     data = Digits()
@@ -63,7 +63,7 @@ def digits():
 
 
 def backbones(root):
-    """Name -> what builds it."""
+    """Returns name -> builder."""
     squeeze, nano = squeezenet(root), NanoDet(root)
     return {
         "SqueezeNet": lambda: squeezenet(root),
@@ -80,7 +80,7 @@ def backbones(root):
 
 
 def write_cells(root, folder, size):
-    """White blood cells of five kinds, split at random."""
+    """Writes white blood cells of five kinds, split at random."""
     with (root / "wbc_seg/labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     images = [square(Image.open(root / f"wbc_seg/domain{row['domain']}/{row['id']}.jpg"), size) for row in rows]
@@ -98,7 +98,7 @@ def write_cells(root, folder, size):
 
 
 def shots(folder, name):
-    """At most `SHOTS` training images of each class."""
+    """Takes at most `SHOTS` training images of each class."""
     labels = np.load(folder / name / "train_labels.npy")
     random = np.random.default_rng(0)
     kept = np.concatenate([random.permutation(np.flatnonzero(labels == c))[:SHOTS] for c in np.unique(labels)])
@@ -108,7 +108,7 @@ def shots(folder, name):
 
 
 def table(rows):
-    """The tau of each score on each set, in Markdown."""
+    """Prints the tau of each score on each data set, in Markdown."""
     for strategy in STRATEGIES:
         print(f"\nweighted Kendall tau with the test accuracy of `{strategy}`\n")
         print("| score | " + " | ".join([*SETS, "mean"]) + " |\n|" + " --- |" * (len(SETS) + 2))

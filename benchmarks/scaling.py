@@ -1,9 +1,9 @@
-"""How the cost of a frozen SqueezeNet grows with images, epochs, classes, image size and processes.
+"""Measures how the cost of a frozen SqueezeNet grows with images, epochs, classes, image size and processes.
 
     python benchmarks/scaling.py --out scaling.json
 
-Seconds of `tl fit` on made-up JPEG files, beside those of the base case: whole, and less the start-up (a run of
-one epoch on few images).
+Seconds of `tl fit` on synthetic JPEG files, relative to the base case: in total, and without the start-up (a run of one
+epoch on few images).
 """
 
 import argparse
@@ -29,7 +29,7 @@ WANTED = {"images x 2": 2.1, "epochs x 2, on the cache": 1.1}
 
 
 def tree(root, images, classes):
-    """A folder of noisy JPEG files, 256 px."""
+    """Makes a folder of noisy JPEG files, 256 px."""
     generator = np.random.default_rng(0)
     for number in range(images + 2 * classes):
         label, split = number % classes, "val" if number < 2 * classes else "train"

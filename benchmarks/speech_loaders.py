@@ -1,7 +1,7 @@
 """Two pretrained networks for speech as plain torch, for `TorchBackbone(loader=speech_loaders.speech_embedding)`.
 
-Each forward takes waveforms (B, T) at 16 kHz, filled up with zeros, and their lengths (B,), and gives frames (B, L, D)
-and their lengths. `PYTHONPATH=benchmarks` makes the file known; a run that names it takes `--trust speech_loaders`.
+Each forward maps waveforms (B, T) at 16 kHz, zero-padded, and their lengths (B,), to frames (B, L, D) and their
+lengths. `PYTHONPATH=benchmarks` makes the file importable; a run that names it needs `--trust speech_loaders`.
 """
 
 import os
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from tl_modules import LogMel
 
-SILENCE = 9600  # samples before and after a word, so that it is seen at each place of the 0.78 s of a frame
+SILENCE = 9600  # samples before and after a word, so that it occurs at each position in the 0.78 s of a frame
 WIDTHS = (24,) * 3 + (48,) * 4 + (72,) * 4 + (96,) * 8
-POOLS = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}  # behind which convolution: time, frequency
+POOLS = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2), 18: (2, 2)}  # pooling after these convolutions: time, frequency
 
 
 class SpeechEmbedding(nn.Module):
@@ -65,10 +65,10 @@ def filled(module: nn.Module, weights: str | None) -> nn.Module:
 
 
 def speech_embedding(weights: str) -> nn.Module:
-    """Weights: a .safetensors file, which has the front end too."""
+    """Loads the network; `weights` is a .safetensors file, which also contains the front end."""
     return filled(SpeechEmbedding(), weights)
 
 
 def speaker_states(weights: str | None = None) -> nn.Module:
-    """Weights: a .safetensors file; None leaves them random."""
+    """Loads the network; `weights` is a .safetensors file, None for random weights."""
     return filled(SpeakerStates(), weights)

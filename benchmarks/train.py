@@ -1,10 +1,10 @@
-"""`tl fit` beside the tutorial's loop: wall time from the command to its end, start-up included, pairs in one run.
+"""Compares `tl fit` with the tutorial's loop: wall time from the command to its end, with start-up, in pairs.
 
     python benchmarks/train.py --data $TL_DATA_DIR --cases features last --pairs 3 --out train.json
 
 Both sides have the same images, weights, batch size, epochs and optimizer. The first `tl fit` of a pair finds an empty
-cache, the second what the first has left. `--tutorial_epochs 2` runs so many of the tutorial's epochs, which are all
-alike, and adds the others at their mean (not for `gradual`, whose epochs differ).
+cache, the second one the cache of the first. `--tutorial_epochs 2` runs this many of the tutorial's epochs, which are
+all alike, and adds the others at their mean (not for `gradual`, whose epochs differ).
 """
 
 import argparse
@@ -25,7 +25,7 @@ FINETUNING = {
     "gradual": ["GradualUnfreezing", "--model.finetuning.every", "2"],
     "full": ["Full"],
 }
-# what the issue of speed asks for
+# the required speed-up
 WANTED = {
     "features": "12",
     "features again": "35",
@@ -36,7 +36,7 @@ WANTED = {
 
 
 def subset(source, images, folder):
-    """A tree of links to the first `images` training images, class by class in turn, and all validation images."""
+    """Makes links to the first `images` training images, alternating between classes, and all validation images."""
     if not images:
         return source
     classes = [sorted(d.iterdir()) for d in sorted((source / "train").iterdir())]
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--tutorial_epochs", type=int)
-    parser.add_argument("--images", type=int, default=0, help="so many training images; 0 takes all")
+    parser.add_argument("--images", type=int, default=0, help="number of training images; 0 takes all")
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

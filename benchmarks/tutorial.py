@@ -1,7 +1,7 @@
 """The loop that tutorials teach, as a yardstick: a torchvision model, ImageFolder, two workers, fp32.
 
-The frozen part stands in `no gradient` parameters and runs in every epoch, as in PyTorch's transfer-learning tutorials;
-images are resized and cropped as ours are, without augmentation.
+The frozen part has parameters without gradients and runs in every epoch, as in PyTorch's transfer-learning tutorials;
+images are resized and cropped as ours, without augmentation.
 """
 
 import argparse

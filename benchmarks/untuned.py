@@ -1,13 +1,13 @@
-"""Whether the defaults are good: `FeatureExtraction` and `Full` with nothing else set, beside fastai.
+"""Checks the defaults against fastai: `FeatureExtraction` and `Full` with nothing else set.
 
-Folders of images made of real data: photos of clothes (all, 30 of each of ten kinds, 120 of each of two), emoji (all
+Folders of images made from real data: photos of clothes (all, 30 of each of ten kinds, 120 of each of two), emoji (all
 nine categories; 25 subcategories with 10 each), magnetic tiles, white blood cells, digits on photos (15 of each) and
 playing cards (cut out of photos). SqueezeNet, MobileNetV1 and NanoDet's backbone. Same images, weights, size and
-epochs; accuracy of the last epoch on the test split, so no label chooses anything.
+epochs; accuracy of the last epoch on the test split, so labels choose nothing.
 
 python benchmarks/untuned.py --data $TL_DATA_DIR --out untuned.jsonl     # pip install fastai for its rows
 
-Runs that are in the file are not run again; the table at the end is of all that are.
+Runs already in the file are not repeated; the table at the end covers all of them.
 """
 
 import csv
@@ -62,7 +62,7 @@ def emoji(root, column="category"):
 
 
 def subcategories(root):
-    """The 25 largest."""
+    """Returns the 25 largest subcategories."""
     everything = [pair for part in emoji(root, "subcategory").values() for pair in part]
     names = [label for _, label in everything]
     largest = sorted(set(names), key=lambda name: (-names.count(name), name))[:25]
@@ -87,7 +87,7 @@ def digits(root):
 
 
 def cards(root):
-    """Each box, with a tenth of its size around it; the sets' own split, since photos of a session are alike."""
+    """Crops each box with a margin of a tenth; keeps the data's own split, since photos of a session are similar."""
     found = {}
     lists = root / "cards/ImageSets/Main"
     for split in ("train", "val", "test"):
@@ -118,7 +118,7 @@ SETS = {
 
 
 def split(pairs, random):
-    """Three tenths of each class for the test and one for validation; one white blood cell is alone in its class."""
+    """Splits each class: three tenths for testing and one for validation; one white blood cell has its own class."""
     found = {"train": [], "val": [], "test": []}
     for label in sorted({label for _, label in pairs}):
         own = [pair for pair in pairs if pair[1] == label]
@@ -133,7 +133,7 @@ def split(pairs, random):
 
 
 def save(image, path):
-    """Shrunk to SIDE; small pictures as they are."""
+    """Resizes images to SIDE; small images are kept."""
     opened = (Image.open(image) if isinstance(image, Path) else Image.fromarray(image)).convert("RGB")
     scale = SIDE / min(opened.size)
     if scale < 1:
@@ -186,7 +186,7 @@ def ours(tree, backbone, strategy, seed, size, epochs, **given):
 
 
 class Spatial(nn.Module):
-    """What gives a backbone's last feature maps."""
+    """A backbone's last feature maps."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -202,7 +202,7 @@ class Spatial(nn.Module):
 
 
 def fastai(tree, backbone, way, seed, size, epochs):
-    """As its tutorials: `vision_learner` with `aug_transforms`, then `fine_tune`, or one cycle with a frozen body."""
+    """Trains as in fastai's tutorials: `vision_learner`, `aug_transforms`, then `fine_tune`, or one cycle if frozen."""
     from fastai.vision.all import (
         ImageDataLoaders,
         Learner,
@@ -245,7 +245,7 @@ def fastai(tree, backbone, way, seed, size, epochs):
 
 
 def run(job):
-    """One row of the file."""
+    """Computes one row of the file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "tl_modules"):
@@ -259,7 +259,7 @@ def run(job):
 
 
 def table(rows):
-    """Means over seeds in Markdown, and the differences to fastai's better way over the sets with their errors."""
+    """Prints means over seeds in Markdown, and the differences to fastai's better variant with their errors."""
     ways = dict.fromkeys(row["way"] for row in rows)
     print("| data, backbone | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 1))
     means = {}

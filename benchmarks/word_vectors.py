@@ -1,8 +1,8 @@
-"""How much memory a large file of word vectors takes: a made-up one in GloVe's format, read in a process of its own.
+"""Measures the memory that a large file of word vectors takes: a synthetic one in GloVe's format, in its own process.
 
     python benchmarks/word_vectors.py --gigabytes 2 [--keep 200000]
 
-prints the words kept, what their vectors and texts take by themselves, and the peak of the process beyond what it had
+prints the words kept, the size of their vectors and texts, and the peak of the process above its memory
 before the file was opened.
 """
 
@@ -20,7 +20,7 @@ WIDTH = 300
 
 
 def write(path: Path, size: float) -> int:
-    """Writes so many bytes of lines; the numbers of one block are in every block, their words in no other."""
+    """Writes `size` bytes of lines; all blocks have the same numbers, but different words."""
     numbers = np.random.default_rng(0).normal(size=(1000, WIDTH)).round(5)
     lines = [" ".join(f"{value:.5f}" for value in row) for row in numbers]
     count = written = 0

@@ -243,7 +243,9 @@ def test_a_backbone_that_cannot_be_cut_trains_all_the_same(tree, tmp_path, said)
         return said()
 
     for strategy in (LastStages(1), tl_modules.FeatureExtraction()):
-        assert any("run in every epoch: differ alone and in a batch" in text for text in run(strategy))
+        assert any(
+            "run in every epoch: a sample's features differ alone and in a batch" in text for text in run(strategy)
+        )
 
 
 def test_test_data_are_cached_for_the_next_head(ok, said):

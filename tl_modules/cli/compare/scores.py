@@ -106,7 +106,7 @@ class Scores:
                 self.values[row["way"]][row["task"], row["seed"]] = value
 
     def by_seed(self, way: str, task: str | None = None) -> dict[int, float]:
-        """Returns a way's values on a task by seed; without a task its mean over tasks, for seeds that have them all."""
+        """Returns a way's values on a task by seed; without a task its mean over tasks, for seeds that have all."""
         mine, tasks = self.values[way], self.tasks if task is None else [task]
         whole = [seed for seed in self.seeds if all((task, seed) in mine for task in tasks)]
         return {seed: statistics.fmean(mine[task, seed] for task in tasks) for seed in whole}

@@ -167,7 +167,7 @@ def fit(backbone, data, strategy, seed, epochs):
 
 
 def table(rows):
-    """Prints means over seeds in Markdown, and each strategy's difference to `FeatureExtraction` with its standard error."""
+    """Prints means over seeds in Markdown, and the difference to `FeatureExtraction` with its standard error."""
     ways = ("LDA", *STRATEGIES)
     print("| data, a class | backbone | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 2))
     low, over_all = [], {way: [] for way in ways}

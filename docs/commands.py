@@ -50,7 +50,7 @@ def options_of(command):
         choices = [value for part in (kind, *typing.get_args(kind)) for value in literals(part)]
         default = "" if action.default in (None, argparse.SUPPRESS) else f"`{str(action.default).lower()}`"
         text = " ".join((action.help or "").replace("``", "`").replace("|", "\\|").split())
-        if names[0] == "--ckpt_path":  # Lightning's goes on about its registry
+        if names[0] == "--ckpt_path":  # Lightning's help text is long
             text = text.partition(". ")[0].rstrip(".") + "."
         text += f" One of {', '.join(f'`{value}`' for value in choices)}." if choices else ""
         found[", ".join(f"`{name}`" for name in names)] = (default, text)

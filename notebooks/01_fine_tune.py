@@ -130,7 +130,7 @@ assert all(torch.equal(before[name], tensor) for name, tensor in frozen.backbone
 
 # %% [markdown]
 # ## ... so it runs only once
-# While stages stay closed, `tl fit` goes on from their cached output. From Python, the callback that does so is named.
+# While stages stay frozen, `tl fit` continues from their cached output. From Python, pass the callback that does so.
 
 
 # %%

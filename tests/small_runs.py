@@ -1,4 +1,4 @@
-"""Small runs with what `tl` adds to a Trainer, and what they are compared by."""
+"""Small runs with what `tl` adds to a Trainer, and their comparison."""
 
 import torch
 from lightning.pytorch import Trainer

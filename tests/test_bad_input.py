@@ -48,7 +48,7 @@ CASES = {
     "Lightning's finder of rates": (FIT + "--trainer.callbacks LearningRateFinder", "callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`"),
     "a logger that is not installed": (FIT + "--trainer.logger CometLogger", "pip install -U 'comet-ml"),
     "an argument that its class refuses": (FIT + "--model.optimizer.lr -1", "Invalid learning rate: -1.0"),
-    "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, and the data's inputs are text"),
+    "texts for images": (TEXTS + "ConvNet", "ConvNet takes images, but the data's inputs are text"),
     "texts in another column": (TEXTS + "ConvNet --data.text txt", "text: there is no column txt (did you mean text?)"),
     "a malformed line of word vectors": (TEXTS + "WordVectors --model.backbone.name v.txt", "v.txt is not a file of word vectors (line 2 has 1 numbers, not 2)"),
     "no file of word vectors": (TEXTS + "WordVectors --model.backbone.name nowhere.txt", "name: there is no file nowhere.txt of word vectors"),

@@ -32,7 +32,7 @@ from tl_modules.batch.cached import CachedActivations, align_cached, pass_togeth
 from tl_modules.batch.compat import QuickNames, attached
 from tl_modules.batch.current_domain import passing
 from tl_modules.batch.full_pass import full_pass, whole_domains
-from tl_modules.batch.output import DomainOutput, by_domain, check_sources, full_precision, joined, statistics_kept
+from tl_modules.batch.output import DomainOutput, by_domain, check_sources, full_precision, joined, no_stats_update
 from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints import contents
 from tl_modules.errors import UserError
@@ -169,7 +169,7 @@ class TransferModule(QuickNames, StagedModule):
         In training it does not update running statistics: BatchNorm's should come from the unmodified data.
         """
         precision = self.trainer.precision_plugin.forward_context() if attached(self) else nullcontext()
-        with precision, statistics_kept(self) if self.training else nullcontext():
+        with precision, no_stats_update(self) if self.training else nullcontext():
             return self.forward_domains({domain: Batch(x)})[domain]
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

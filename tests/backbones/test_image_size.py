@@ -1,4 +1,4 @@
-"""Networks that are built for one size of images: built for another, and what does not fit is said."""
+"""Networks that are built for one size of images: built for another size, and messages for what does not fit."""
 
 import pytest
 import torch

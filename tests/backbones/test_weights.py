@@ -1,4 +1,4 @@
-"""Weights by name: what matched is said, and what does not fit is refused."""
+"""Weights by name: matches are logged, and what does not fit is rejected."""
 
 import argparse
 import pickle

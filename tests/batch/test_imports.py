@@ -1,4 +1,4 @@
-"""What importing the package loads, each in a process of its own."""
+"""Modules that importing the package loads, each in its own process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What passes as one batch, and whose it is: our domains, and whatever somebody's own loaders give."""
+"""Which inputs pass as one batch, and their domains: from our loaders and from foreign ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A backbone cut after any stage gives what the whole gives, and the same gradients."""
+"""A backbone cut after any stage gives the same outputs and gradients as the whole."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whether caching pays is estimated from a few batches and said."""
+"""Whether caching pays is estimated from a few batches and logged."""
 
 import pytest
 import torch

@@ -102,7 +102,7 @@ def test_newest_falls_back_and_says_so(file, caplog):
     flip(file, file.stat().st_size // 2)
     assert latest_checkpoint(file.parent).name == "best.ckpt"
     assert "last.ckpt is damaged" in caplog.text
-    assert "going on from" in caplog.text
+    assert "continuing from" in caplog.text
     for path in file.parent.iterdir():
         path.write_bytes(b"x")
     with pytest.raises(UserError, match="there is no other"):
@@ -122,7 +122,7 @@ def test_a_damaged_last_is_resumed_from_the_best(ok, tmp_path, caplog):
     (folder / ".best.ckpt.part").write_bytes(b"x")
     flip(folder / "last.ckpt", 5000)
     ok("fit --run runs/a --resume --trainer.max_epochs 3")
-    assert "going on from" in caplog.text
+    assert "continuing from" in caplog.text
     assert load_checkpoint(folder / "last.ckpt")["epoch"] == 2
     assert sorted(p.name for p in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
 

@@ -1,4 +1,4 @@
-"""`tl calibrate`: the run says how sure it is, and decides as before."""
+"""`tl calibrate`: calibrated probabilities, and unchanged predictions."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Grids of runs: what the file may say, and which cells run when."""
+"""Grids of runs: the contents of the file, and which trials run when."""
 
 import csv
 import json
@@ -67,7 +67,7 @@ BAD = {
     "ways: {}": "name at least one way",
     "ways: [a, b]": "ways is not a mapping",
     "ways: {a: 3}": "ways: a: 3 must be a text or a list of options",
-    "ways: {a: '--x \"'}": "cannot be split into words (No closing quotation)",
+    "ways: {a: '--x \"'}": "cannot be split into options (No closing quotation)",
     "ways: {a: '--x {bb}', b: }": "ways: a: {bb} is not a way (did you mean b?)",
     "ways: {a: {option: x}}": "ways: a: there is no key option (did you mean options?)",
     "ways: {a: {of: c}}": "ways: a: of: there is no way c",
@@ -103,7 +103,7 @@ def test_a_bad_file_gives_one_sentence(text, tl, tmp_path):
     ("line", "sentence"),
     [
         ("compare nowhere.yaml", "nowhere.yaml cannot be read (No such file or directory)"),
-        ("compare", "FILE.yaml; `tl compare --help`"),
+        ("compare", "FILE.yaml; see `tl compare --help`"),
         ("compare f.yaml --processes 0", "--processes: 0 must be at least 1"),
         ("compare f.yaml --seeds x", "is not a list of whole numbers"),
         ("compare f.yaml --only aa", "--only: there is no way aa (did you mean a?)"),
@@ -276,7 +276,7 @@ def test_a_signal_stops_the_children_and_leaves_the_rest(tmp_path, monkeypatch):
     assert stopped.value.code == 143
     assert state(tmp_path / "runs/a/seed-0")["status"] == "interrupted"
     assert state(tmp_path / "runs/a/seed-0")["cpu_seconds"] > 0
-    assert "stopped; to go on" in (tmp_path / "runs/a/seed-0/log.txt").read_text()
+    assert "stopped; to resume" in (tmp_path / "runs/a/seed-0/log.txt").read_text()
     assert not (tmp_path / "runs/b").exists()
 
 

@@ -1,4 +1,4 @@
-"""`tl compress`: what it makes is a run like any other."""
+"""`tl compress`: its result is a run like any other."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A config may hold an earlier name of a class; what is written then has the present one."""
+"""A config may contain an earlier name of a class; a new config gets the current one."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""`tl rank`: its order, its cache, what it reads, and what becomes of a candidate that fails."""
+"""`tl rank`: its order, its cache, its inputs, and candidates that fail."""
 
 import csv
 import math

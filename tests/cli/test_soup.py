@@ -1,4 +1,4 @@
-"""`tl soup`: what is averaged, what chooses, and that the result is a run like others."""
+"""`tl soup`: what is averaged, what chooses, and that the result is a run like any other."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A table of images, texts and numbers: what a row becomes, splits, missing cells, and the sentences."""
+"""A table of images, texts and numbers: what a row becomes, splits, missing cells, and error messages."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Weights of samples: read from a column, no input, and what the loss of training, validation and test counts by."""
+"""Weights of samples: read from a column, not an input, and applied to the loss of training, validation and test."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A temperature and what it is measured by."""
+"""A temperature and its measures."""
 
 import pytest
 import torch

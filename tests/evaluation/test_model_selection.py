@@ -1,4 +1,4 @@
-"""Which epoch is kept where labels are hidden: nothing of them reaches training, and the report is by hand."""
+"""Which epoch is kept where labels are hidden: they never reach training, and the report is checked by hand."""
 
 import csv
 import json

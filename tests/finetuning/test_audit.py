@@ -1,4 +1,4 @@
-"""Each fault is planted and stops the run; what is right does not."""
+"""Each planted fault stops the run; correct runs continue."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Averages of the weights leave what is frozen as it is, to the bit."""
+"""Averages of the weights leave frozen weights unchanged, to the bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Learning rates: the defaults, their schedule, and what a resumed run takes over."""
+"""Learning rates: the defaults, their schedule, and resumed runs."""
 
 import csv
 import math

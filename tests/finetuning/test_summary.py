@@ -1,4 +1,4 @@
-"""What `tl fit` says at its start."""
+"""The summary that `tl fit` prints at its start."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A teacher is not part of the student, teaches none that it does not suit, and is asked once where it says the same."""
+"""A teacher is not part of the student, rejects students that it does not suit, and runs only once if its outputs stay the same."""
 
 import json
 import shutil

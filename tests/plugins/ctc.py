@@ -1,4 +1,4 @@
-"""Frames in, characters out, of which nobody says where they are (Graves et al., ICML 2006)."""
+"""Frames in, characters out, with unknown alignment (Graves et al., ICML 2006)."""
 
 import torch
 from letters import Texts, words

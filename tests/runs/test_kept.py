@@ -1,4 +1,4 @@
-"""Runs that version 0.1 left behind give the same numbers, go on, and serve as pretrained weights.
+"""Runs of version 0.1 give the same numbers, can be resumed, and serve as pretrained weights.
 
 `kept/` is a folder `runs/` of that version, from these commands (`--trainer.logger false --trainer.accelerator cpu`),
 with what its `tl test` and `tl predict` said; predictions.csv is cut to 20 rows, paths are relative.

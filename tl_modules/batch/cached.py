@@ -9,7 +9,7 @@ from tl_modules.batch import samples
 from tl_modules.errors import UserError
 
 
-class Replays(Protocol):
+class Replayer(Protocol):
     """The object that recorded the activations: `cache.cut.Cut`."""
 
     backbone: Any
@@ -32,7 +32,7 @@ class CachedActivations(samples.Node):
         again: Function of n that reads the first n raw inputs of the batch again.
     """
 
-    def __init__(self, tree: Any, cut: Replays, again: Callable[[int], Any] | None = None) -> None:
+    def __init__(self, tree: Any, cut: Replayer, again: Callable[[int], Any] | None = None) -> None:
         self.tree, self.cut, self.again = tree, cut, again
         self.kind = (id(cut.backbone), cut.plan)
 

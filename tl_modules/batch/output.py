@@ -214,7 +214,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
+def no_stats_update(module: nn.Module) -> Iterator[None]:
     """Keeps the running statistics of `module`'s BatchNorms; in training they still normalise by batch statistics."""
     layers = [m for m in module.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     for layer in layers:

@@ -35,7 +35,7 @@ from tl_modules.cache.frozen import (
     forward,
     generator_kept,
     in_eval_mode,
-    listen,
+    record_calls,
     run,
 )
 from tl_modules.cache.leaves import CannotCut, Leaf, device_of, difference, filled, tolerance
@@ -93,7 +93,7 @@ class Cut(Recorder):
     # Planning
 
     def _find_plan(self, x: Any, features: Any) -> None:
-        calls, count = listen(self.backbone, self.division, x), samples.count(x)
+        calls, count = record_calls(self.backbone, self.division, x), samples.count(x)
         live = depends_on_trainable(self.backbone, self.division, x, calls)
         self.order = [call.module for call in calls]
         lengths = {id(leaf.shapes) for leaf in samples.leaves(x) if isinstance(leaf, Padded)}

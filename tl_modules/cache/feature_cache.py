@@ -33,7 +33,7 @@ from tl_modules.cache.entry import Builder, batch_size, evaluating
 from tl_modules.cache.fingerprints import Unnamed, named
 from tl_modules.cache.frozen import divide
 from tl_modules.cache.recorder import Answers, Recorder
-from tl_modules.cache.rows import Beside, Memory, view_seeds
+from tl_modules.cache.rows import CachedBatches, TeacherOutputs, view_seeds
 from tl_modules.cache.schedule import MANY, epochs_ahead, epochs_left, frozen_stages, share
 from tl_modules.cache.store import Store, default_folder
 from tl_modules.cache.together import all_agree, together
@@ -149,7 +149,9 @@ class FeatureCache(Callback):
             fixed = tables[domain] and loader.dataset.transform is not None
             loader.sampler.views = self._view_seeds(loader) if fixed else None
             loader.beside = (
-                Beside(loader, tables[domain], self._views(loader), cast(Any, module.dtype)) if tables[domain] else None
+                TeacherOutputs(loader, tables[domain], self._views(loader), cast(Any, module.dtype))
+                if tables[domain]
+                else None
             )
 
     def _taught(self, trainer: Trainer, module: TransferModule, loader: Any, domain: str, name: str) -> Table | None:
@@ -215,7 +217,9 @@ class FeatureCache(Callback):
             return "the loaders do not come from a TransferDataModule"
         return None
 
-    def _source(self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float) -> Memory | None:
+    def _source(
+        self, trainer: Trainer, module: TransferModule, loader: Any, name: str, passes: float
+    ) -> CachedBatches | None:
         frozen = frozen_stages(trainer, module)
         if frozen == 0:
             return None
@@ -247,7 +251,7 @@ class FeatureCache(Callback):
                 self._say(trainer, f"{name}: {who} in every epoch: {reason}")
         entry = self.entries[loader, frozen]
         dtype = cast(Any, module.dtype) if self.dtype else None
-        return None if entry is None else Memory(loader, *entry, views, dtype)
+        return None if entry is None else CachedBatches(loader, *entry, views, dtype)
 
     def _views(self, loader: Any) -> int:
         """Returns how many views of each sample are cached."""

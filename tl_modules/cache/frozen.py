@@ -17,7 +17,7 @@ from tl_modules.cache.leaves import CannotCut, equal, filled
 Call = Callable[[], Any]
 
 
-class Heard(NamedTuple):
+class FrozenCall(NamedTuple):
     """A call of a frozen module: its output, and the structure of that tree."""
 
     module: nn.Module
@@ -111,21 +111,21 @@ def run(backbone: nn.Module, division: Division, x: Any, on_call: Callable[[nn.M
         return forward(backbone, x)
 
 
-def listen(backbone: nn.Module, division: Division, x: Any) -> list[Heard]:
+def record_calls(backbone: nn.Module, division: Division, x: Any) -> list[FrozenCall]:
     """Lists the calls of the frozen modules and their outputs."""
-    calls: list[Heard] = []
+    calls: list[FrozenCall] = []
 
     def on_call(module: nn.Module, call: Call) -> Any:
         output = call()
         leaves, spec = pytree.tree_flatten(output)
-        calls.append(Heard(module, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
+        calls.append(FrozenCall(module, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))
         return output
 
     run(backbone, division, x, on_call)
     return calls
 
 
-def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls: list[Heard]) -> list[bool]:
+def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls: list[FrozenCall]) -> list[bool]:
     """Returns which calls depend on trainable modules, by replacing all outputs of these with NaN.
 
     Raises:
@@ -144,7 +144,7 @@ def depends_on_trainable(backbone: nn.Module, division: Division, x: Any, calls:
         for module, name in division.loose:
             setattr(module, name, nn.Parameter(ruin(module.get_parameter(name)), requires_grad=False))
         with patched({module: ruined(module) for module in division.trainable}):
-            again = listen(backbone, division, x)
+            again = record_calls(backbone, division, x)
     except Exception as error:  # a foreign forward may raise anything on NaN
         raise CannotCut(f"its forward does not run on placeholders ({str(error).splitlines()[0][:80]})") from error
     finally:

@@ -17,7 +17,7 @@ from tl_modules.cache.cut import Cut
 from tl_modules.cache.entry import converted
 
 
-class Rows:
+class EntryRows:
     """Takes the rows of an entry by sample number, or by sample number with the seed that chooses a view.
 
     Args:
@@ -36,7 +36,7 @@ class Rows:
         return samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree), y
 
 
-class Memory(Rows):
+class CachedBatches(EntryRows):
     """Returns batches of an entry in place of batches that are read.
 
     Args:
@@ -63,7 +63,7 @@ class Memory(Rows):
         return next(iter(self.loader.read(pairs, len(pairs))))[0]
 
 
-class Beside(Rows):
+class TeacherOutputs(EntryRows):
     """Adds the teachers' outputs to a batch.
 
     Args:

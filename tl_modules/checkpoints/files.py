@@ -121,7 +121,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         fault = find_corruption(path)
         if fault is None:
             if faults:
-                log.warning("%s; going on from %s", "; ".join(faults), path)
+                log.warning("%s; continuing from %s", "; ".join(faults), path)
             return path
         if path.exists():
             faults.append(f"{path} {fault}")

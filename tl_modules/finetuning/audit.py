@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -142,8 +143,9 @@ def checksums(module: BaseTransferModule) -> dict[str, list[int]]:
 def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
     """Returns a checksum of each tensor, by group."""
     every = [_bits(t) for named in tensors.values() for t in named.values()]
-    values = iter(torch.stack(every).tolist() if every else [])  # a single device synchronisation
-    return {name: [next(values) for _ in named] for name, named in tensors.items()}
+    values = torch.stack(every).tolist() if every else []  # a single device synchronisation
+    ends = [0, *itertools.accumulate(map(len, tensors.values()))]
+    return {name: values[first:last] for name, (first, last) in zip(tensors, itertools.pairwise(ends), strict=True)}
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class StagedModule(BaseTransferModule):
         """The optimizer steps of the whole run; infinite without an end, or outside a run."""
         return float(self.trainer.estimated_stepping_batches) if attached(self) else math.inf
 
-    def now(self) -> float:
+    def position(self) -> float:
         """Returns the current position in training, in the strategy's unit."""
         if self.at_end:
             return float(self.finetuning.end)
@@ -79,8 +79,8 @@ class StagedModule(BaseTransferModule):
 
     def open_stages(self) -> None:
         """Freezes and unfreezes stages according to the position in training."""
-        self.trainable = self.trainable_stages(self.now())
-        self.finetuning.apply(self, self.now())
+        self.trainable = self.trainable_stages(self.position())
+        self.finetuning.apply(self, self.position())
 
     def on_train_epoch_start(self) -> None:
         """Unfreezes the stages of this epoch."""
@@ -88,7 +88,7 @@ class StagedModule(BaseTransferModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Unfreezes the stages of this step."""
-        if self.finetuning.unit != "epochs" and self.trainable_stages(self.now()) != self.trainable:
+        if self.finetuning.unit != "epochs" and self.trainable_stages(self.position()) != self.trainable:
             self.open_stages()
 
     def train(self, mode: bool = True) -> Any:

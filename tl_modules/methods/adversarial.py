@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.batch import samples
-from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
+from tl_modules.batch.output import DomainOutput, no_stats_update, weighted_mean
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import Batch
 from tl_modules.errors import UserError
@@ -232,7 +232,7 @@ class OSBP(Method):
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
         """Computes the term on the target."""
         assert target is not None
-        with statistics_kept(module.head):
+        with no_stats_update(module.head):
             logs: Tensor = module.head(reverse_gradient(target.pooled)).log_softmax(1)
         known = logs[:, :-1].logsumexp(1)
         return -(self.threshold * logs[:, -1] + (1 - self.threshold) * known).mean()
@@ -313,7 +313,7 @@ class MCD(Method):
         assert source is not None
         assert target is not None
         features = reverse_gradient(target.pooled, self.reversal)
-        with statistics_kept(module.head):
+        with no_stats_update(module.head):
             discrepancy = (module.head(features).softmax(1) - self.second(features).softmax(1)).abs().mean()
         assert source.y is not None
         loss = replace(source, output=self.second(source.pooled)).loss

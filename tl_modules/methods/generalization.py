@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tl_modules.batch import samples
 from tl_modules.batch.compat import attached
 from tl_modules.batch.current_domain import passing
-from tl_modules.batch.output import DomainOutput, statistics_kept, weighted_mean
+from tl_modules.batch.output import DomainOutput, no_stats_update, weighted_mean
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.batch.samples import AnnotatedBatch, Batch
 from tl_modules.errors import UserError
@@ -304,5 +304,5 @@ class MLDG(Method):
         )
         moved = {name: p - self.lr * g for (name, p), g in zip(named.items(), grads, strict=True)}
         view = views[held_out]
-        with passing([("source", len(view))]), statistics_kept(module):
+        with passing([("source", len(view))]), no_stats_update(module):
             return risk(view, torch.func.functional_call(module, moved, (view.x,)))

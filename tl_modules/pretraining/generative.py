@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tl_modules.backbones.base import Backbone
 from tl_modules.batch import samples
 from tl_modules.batch.compat import finds_unused_parameters
-from tl_modules.batch.output import full_precision, statistics_kept
+from tl_modules.batch.output import full_precision, no_stats_update
 from tl_modules.batch.samples import as_batch
 from tl_modules.errors import UserError
 from tl_modules.finetuning.optimizer import fused
@@ -102,7 +102,7 @@ class GAN(Pretraining):
             real = real.float() / 255 if real.dtype == torch.uint8 else real
             real = F.interpolate(real, size, mode="bilinear", antialias=True)
         logits = self.judge(real)
-        with statistics_kept(self.backbone):
+        with no_stats_update(self.backbone):
             others = self.judge(fake)
         true = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, 1 - self.smoothing))
         return true + F.binary_cross_entropy_with_logits(others, torch.zeros_like(others))
@@ -119,7 +119,7 @@ class GAN(Pretraining):
         its = its.optimizer  # unwrapped: steps of Lightning's wrapper count as the run's
         with full_precision(self.device):
             fake = self.generate(count)
-        with statistics_kept(self.backbone):
+        with no_stats_update(self.backbone):
             judged = self.judge(fake)
         deceived = F.binary_cross_entropy_with_logits(judged, torch.ones_like(judged))
         its.zero_grad()

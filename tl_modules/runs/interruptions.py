@@ -37,15 +37,17 @@ class GracefulShutdown(Callback):
     Args:
         last: The checkpoint file.
         every: Also save after this many optimizer steps; None saves only at the end of epochs.
-        go_on: The command that resumes the run, for messages.
+        resume_command: The command that resumes the run, for messages.
     """
 
-    def __init__(self, last: Path, every: int | None = None, go_on: str = "fit again with this checkpoint") -> None:
+    def __init__(
+        self, last: Path, every: int | None = None, resume_command: str = "fit again with this checkpoint"
+    ) -> None:
         if every is not None and every < 1:
             raise UserError(f"save_every: {every} must be at least 1 step")
         self.last = last
         self.every = every
-        self.go_on = go_on
+        self.resume_command = resume_command
         self.signal = 0
         self.in_step = False
         self.saved_at = 0
@@ -58,7 +60,9 @@ class GracefulShutdown(Callback):
         if trainer.world_size > 1:  # flags are exchanged on the CPU, independent of the gradients
             self.group = torch.distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
-            wanted = [signal.SIGTERM, signal.SIGINT] + [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ)
+            wanted = [signal.SIGTERM, signal.SIGINT]
+            if "SLURM_JOB_ID" in os.environ:
+                wanted.append(signal.SIGUSR1)
             self.before = {number: signal.signal(number, self._received) for number in wanted}
 
     def _received(self, number: int, frame: Any) -> None:
@@ -130,7 +134,7 @@ class GracefulShutdown(Callback):
             except UserError as error:
                 log.warning("%s", error)
         if self.last.is_file():
-            log.warning("to go on: %s", self.go_on)
+            log.warning("to resume: %s", self.resume_command)
 
     def _agreed(self, number: int, bad: bool) -> tuple[int, bool]:
         """Returns a signal that any process received, and whether any found a bad loss: all stop at the same step."""
@@ -142,7 +146,7 @@ class GracefulShutdown(Callback):
 
     def _exit(self, trainer: Trainer, number: int) -> None:
         if trainer.is_global_zero:
-            log.warning("stopped; to go on: %s", self.go_on)
+            log.warning("stopped; to resume: %s", self.resume_command)
             if number == getattr(signal, "SIGUSR1", None):
                 requeue()
         raise SystemExit(128 + number)

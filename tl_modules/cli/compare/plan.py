@@ -231,7 +231,7 @@ class Trial:
     def name(self) -> str:
         """Its name in messages."""
         task, way, seed = self.key
-        return ", ".join([task] * bool(task) + [way, f"seed {seed}"])
+        return ", ".join(filter(None, (task, way, f"seed {seed}")))
 
     def result(self) -> dict[str, Any]:
         """Its saved result: words, status, seconds, cpu_seconds, error, metrics; empty before its first start."""

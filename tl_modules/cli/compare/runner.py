@@ -127,7 +127,7 @@ class Runner:
                 while ready and len(self.running) < self.processes and not self.signal:
                     self._start(self.trials[ready.pop(0)])
                 for one in self._ended():
-                    self._go_on(one)
+                    self._continue(one)
                 sorter.done(*self.over[told:])
                 told = len(self.over)
         if self.signal:
@@ -156,9 +156,9 @@ class Runner:
         began = time.perf_counter() - earlier.get("seconds", 0.0)
         one = Running(trial, self._commands(trial), began, earlier.get("cpu_seconds", 0.0))
         self._write(one, "interrupted")  # until it ends
-        self._go_on(one)
+        self._continue(one)
 
-    def _go_on(self, one: Running) -> None:
+    def _continue(self, one: Running) -> None:
         """Starts a trial's next command, or records how the trial has ended."""
         code = None
         if one.usage is not None:

@@ -124,7 +124,9 @@ class TransferDataModule(LightningDataModule):
         if isinstance(selection_labels, int) and selection_labels < 1:
             raise DataError(f"selection_labels: {selection_labels} must be at least 1, or all")
         if target_labels and target_unseen:
-            raise DataError("target_labels, target_unseen: a target that training does not see has no labels for it")
+            raise DataError(
+                "target_labels, target_unseen: an unseen target is not used in training, so leave one of them out"
+            )
         self.target_labels, self.target_unseen = target_labels, target_unseen
         self.selection_labels = selection_labels
         self.augment, self.augmentation = augment, augment

@@ -145,7 +145,7 @@ def learn(
         there = np.concatenate([part[~np.isnan(part)] for part in parts])
         mean = float(there.mean(dtype=np.float64)) if len(there) else 0.0
         columns["numeric"].append({"name": name, "mean": mean} | date)
-        gaps = np.mean([np.isnan(part).mean() for place, part in enumerate(parts) if place in labelled] or [0])
+        gaps = np.mean([np.isnan(part).mean() for position, part in enumerate(parts) if position in labelled] or [0])
         if FEW_GAPS <= gaps < 1:
             columns["numeric"][-1]["gaps"] = True
     for name in tables[0].texts:
@@ -179,15 +179,15 @@ def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
             unseen[name] = new
     for start in range(0, cells.count, BLOCK):
         rows = slice(start, start + BLOCK)
-        for place, known in enumerate(columns["numeric"]):
+        for position, known in enumerate(columns["numeric"]):
             name, mean = known["name"], np.float32(known["mean"])
             column = cells.numbers[name][rows] if name in cells.numbers else np.float32(np.nan)
             missing = np.isnan(column)
-            numeric[rows, place] = np.where(missing, mean, column)
+            numeric[rows, position] = np.where(missing, mean, column)
             if known.get("gaps"):
                 numeric[rows, len(columns["numeric"]) + gaps.index(name)] = missing
-        for place, (name, _) in enumerate(categories):
-            categorical[rows, place] = numbers[name][cells.texts[name][0][rows] if name in cells.texts else -1]
+        for position, (name, _) in enumerate(categories):
+            categorical[rows, position] = numbers[name][cells.texts[name][0][rows] if name in cells.texts else -1]
     for name, new in unseen.items():
         log.warning("%s: column %s has values not seen in training (%s): they count as unknown", where, name, some(new))
     return numeric, categorical

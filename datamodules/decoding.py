@@ -208,7 +208,7 @@ class _Kept:
 
     def __init__(self, count: int, reader: ImageReader) -> None:
         self.reader, self.longest = reader, 2 * reader.resize
-        self.places = _in_file(count * 3 * reader.resize * self.longest, torch.uint8).view(count, -1)
+        self.slots = _in_file(count * 3 * reader.resize * self.longest, torch.uint8).view(count, -1)
         self.shapes = _in_file(count, torch.int64)  # height and width in one number, so that a write is atomic
 
     def whole(self, index: int, path: Path) -> Tensor:
@@ -218,9 +218,9 @@ class _Kept:
             scaled = self.reader.scaled(self.reader.decode(path))
             image = pixels(middle(scaled, min(scaled.width, self.longest), min(scaled.height, self.longest)))
             height, width = image.shape[1:]
-            self.places[index, : image.numel()] = image.permute(1, 2, 0).flatten()
+            self.slots[index, : image.numel()] = image.permute(1, 2, 0).flatten()
             self.shapes[index] = height * 2**16 + width
-        return self.places[index, : 3 * height * width].view(height, width, 3).permute(2, 0, 1)
+        return self.slots[index, : 3 * height * width].view(height, width, 3).permute(2, 0, 1)
 
     def middle(self, index: int, path: Path) -> Tensor:
         """Returns evaluation's centre crop, (3, size, size)."""

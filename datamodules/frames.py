@@ -86,7 +86,9 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         raise DataError(f"{where} has no rows")
     header = _is_header(rows[0], rows[1:])
     names = (
-        [cell or str(place) for place, cell in enumerate(rows[0])] if header else list(map(str, range(len(rows[0]))))
+        [cell or str(position) for position, cell in enumerate(rows[0])]
+        if header
+        else list(map(str, range(len(rows[0]))))
     )
     for name, count in Counter(names).items():
         if count > 1:
@@ -124,7 +126,7 @@ def _delimiter(head: str) -> str:
 
 def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Returns whether a first line names the columns of the rows below it."""
-    columns = [[row[place] for row in rows if place < len(row)] for place in range(len(first))]
+    columns = [[row[position] for row in rows if position < len(row)] for position in range(len(first))]
     for name, column in zip(first, columns, strict=True):
         values = [cell for cell in column if cell not in MISSING]
         if values and all(map(_is_number, values)) and name not in MISSING and not _is_number(name):
@@ -190,7 +192,7 @@ def _typed(frame: LazyFrame, decimal_comma: bool) -> LazyFrame:
 
 
 def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
-    """Returns the types that a text column may have, judged by its first cell."""
+    """Returns the conversions to try on a text column, judged by its first cell."""
     import polars
 
     if first is None:

@@ -76,19 +76,19 @@ def encode_labels(labels: Cells, class_names: Sequence[str] | None, at: At) -> A
     if class_names is None:
         return read_numbers(labels, at, "label").astype(np.float32)
     check_present(labels, at, "label")
-    number = {class_name(name): place for place, name in enumerate(class_names)}
-    distinct, places = _distinct(labels)
+    number = {class_name(name): position for position, name in enumerate(class_names)}
+    distinct, inverse = _distinct(labels)
     for name in map(class_name, distinct):
         check_known("classes", name, number, "class")
-    return np.array([number[class_name(cell)] for cell in distinct], np.int64)[places]
+    return np.array([number[class_name(cell)] for cell in distinct], np.int64)[inverse]
 
 
 def _distinct(cells: Cells) -> tuple[list[Any], Array]:
     """Returns the distinct values of N cells, and each cell's index among them, (N,)."""
     if isinstance(cells, np.ndarray):
-        values, places = np.unique(cells, return_inverse=True)
-        return values.tolist(), places
-    number = {value: place for place, value in enumerate(dict.fromkeys(cells))}
+        values, inverse = np.unique(cells, return_inverse=True)
+        return values.tolist(), inverse
+    number = {value: position for position, value in enumerate(dict.fromkeys(cells))}
     return list(number), np.array([number[cell] for cell in cells], np.int64)
 
 

@@ -79,8 +79,8 @@ class Listing:
         """Returns the rows of each split, as defined by conditions or a field `split`; otherwise all as "unsplit"."""
         chosen = {split: self.matches(f"where.{split}", text) for split, text in conditions.items()}
         if not chosen and "split" in self.fields:
-            known, places = np.unique(self.field("split", "split"), return_inverse=True)
-            ours = np.array([read_split("split", str(text)) for text in known])[places]
+            known, inverse = np.unique(self.field("split", "split"), return_inverse=True)
+            ours = np.array([read_split("split", str(text)) for text in known])[inverse]
             chosen = {split: ours == split for split in SPLITS if (ours == split).any()}
         if not chosen:
             return {"unsplit": np.arange(len(self.paths))}

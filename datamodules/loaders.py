@@ -52,8 +52,8 @@ class IndexedSubset(Dataset[Any]):
         row = self.rows[index]
         return (row,) if self.weights is None else (row, self.weights[row])
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
-        index, seed = place if isinstance(place, tuple) else (place, None)
+    def __getitem__(self, item: SampleIndex) -> tuple[Any, ...]:
+        index, seed = item if isinstance(item, tuple) else (item, None)
         row = self.rows[index]
         if self.transform is None or seed is None:
             x, y = self.dataset[row]
@@ -83,8 +83,8 @@ class Views(IndexedSubset):
         super().__init__(dataset, rows, transform, label)
         self.count = count
 
-    def __getitem__(self, place: SampleIndex) -> tuple[Any, ...]:
-        index, seed = place if isinstance(place, tuple) else (place, None)
+    def __getitem__(self, item: SampleIndex) -> tuple[Any, ...]:
+        index, seed = item if isinstance(item, tuple) else (item, None)
         seeds = generator_of("views", index if seed is None else seed).integers(2**62, size=self.count).tolist()
         plain: list[SampleIndex] = [index] if seed is None else []
         found = [super(Views, self).__getitem__(each) for each in [*plain, *((index, each) for each in seeds)]]
@@ -170,17 +170,17 @@ class Loader(DataLoader[Any]):
 
     def _from_source(self, source: Callable[[Sequence[SampleIndex]], Any]) -> Iterator[Any]:
         domain = cast(Named, self.collate_fn).domain
-        for places in cast(Any, self.batch_sampler):
-            yield source(places) if domain is None else {domain: source(places)}
+        for indices in cast(Any, self.batch_sampler):
+            yield source(indices) if domain is None else {domain: source(indices)}
 
-    def read(self, places: Sequence[SampleIndex], batch_size: int = 1) -> DataLoader[Any]:
+    def read(self, indices: Sequence[SampleIndex], batch_size: int = 1) -> DataLoader[Any]:
         """Reads these samples once, in order, with as many workers; batches do not name the domain."""
         return DataLoader(
             self.dataset,
             batch_size,
-            sampler=cast(Any, places),
+            sampler=cast(Any, indices),
             collate_fn=cast(Named, self.collate_fn).collate,
-            num_workers=self.num_workers if len(places) > batch_size else 0,
+            num_workers=self.num_workers if len(indices) > batch_size else 0,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),
         )
@@ -194,8 +194,8 @@ class Loader(DataLoader[Any]):
 
     def first(self, count: int) -> list[Any]:
         """Reads raw (x, y) of the next epoch's first batch, augmented as they will be; at most `count`."""
-        places = list(self.sampler)[: min(count, self.batch_size or 1)]
-        found = [self.dataset[place][:2] for place in places]
+        indices = list(self.sampler)[: min(count, self.batch_size or 1)]
+        found = [self.dataset[index][:2] for index in indices]
         if isinstance(self.dataset, Views):  # side by side
             found = [(view, y) for views, y in found for view in views][:count]
         return found
@@ -306,15 +306,15 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         world, whole = self.num_replicas, None
         if (lengths := self.dataset.lengths()) is not None:  # type: ignore[attr-defined]
-            whole = self._drawn_places(0, self.num_samples * world)
+            whole = self._drawn(0, self.num_samples * world)
             self._bucket(whole, lengths)
         for start in range(self.start, self.num_samples, 4096):
             first, last = start * world, min(start + 4096, self.num_samples) * world
-            drawn = self._drawn_places(first, last) if whole is None else whole[first:last]
-            for place, seed in drawn[self.rank :: world].tolist():
-                yield self._view(place, seed)
+            drawn = self._drawn(first, last) if whole is None else whole[first:last]
+            for index, seed in drawn[self.rank :: world].tolist():
+                yield self._view(index, seed)
 
-    def _drawn_places(self, first: int, last: int) -> np.ndarray[Any, Any]:
+    def _drawn(self, first: int, last: int) -> np.ndarray[Any, Any]:
         """Returns indices and seeds of the samples from `first` to `last` of all processes, over successive passes."""
         size, parts = len(self.dataset), []  # type: ignore[arg-type]
         for number in range(first // size, math.ceil(last / size)):
@@ -331,8 +331,8 @@ class EpochSampler(DistributedSampler[Any]):
         generator = generator_of(self.seed, self.domain, self.epoch, "batches")
         for start in range(0, len(order), size):
             first, end = math.ceil(start / batch), min(start + size, len(order)) // batch
-            for place in range(first, end, self.chunk):
-                part = order[place * batch : min(place + self.chunk, end) * batch]
+            for position in range(first, end, self.chunk):
+                part = order[position * batch : min(position + self.chunk, end) * batch]
                 batches = np.argsort(lengths[part[:, 0]], kind="stable").reshape(-1, batch)
                 part[:] = part[generator.permutation(np.sort(batches, 1)).ravel()]  # within a batch in the order drawn
         whole = order[: min(size, len(order)) // batch * batch].reshape(-1, batch, 2)
@@ -340,11 +340,11 @@ class EpochSampler(DistributedSampler[Any]):
             worst = lengths[whole[:, :, 0]].max(1).argmax()
             whole[[0, worst]] = whole[[worst, 0]]
 
-    def _view(self, place: int, seed: int) -> SampleIndex:
+    def _view(self, index: int, seed: int) -> SampleIndex:
         if self.views is None:
-            return place, seed
+            return index, seed
         view = seed % (len(self.views) + 1)
-        return (place, self.views[view - 1][place]) if view else place
+        return (index, self.views[view - 1][index]) if view else index
 
 
 class EvalSampler(DistributedSampler[Any]):

@@ -39,11 +39,11 @@ class Order:
         self.keys = generator.integers(2**64, size=ROUNDS + 1, dtype=np.uint64)
         self.half = np.uint64(-(-(size - 1).bit_length() // 2))  # bits of each half of a number
 
-    def __getitem__(self, places: slice) -> Array:
+    def __getitem__(self, positions: slice) -> Array:
         """Returns the numbers at these positions and their seeds, int64 (n, 2)."""
         if self.stored is not None:
-            return self.stored[places]
-        numbers = self._permuted(np.arange(*places.indices(self.size), dtype=np.uint64))
+            return self.stored[positions]
+        numbers = self._permuted(np.arange(*positions.indices(self.size), dtype=np.uint64))
         while (out := numbers >= self.size).any():
             numbers[out] = self._permuted(numbers[out])
         return np.stack([numbers, _mixed(numbers ^ self.keys[-1]) >> np.uint64(2)], 1).astype(np.int64)

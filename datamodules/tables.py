@@ -129,8 +129,8 @@ def _read_frame(
         else:
             texts = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name]
             distinct = texts.unique(maintain_order=True)
-            places = texts.cast(polars.Enum(distinct)).to_physical().to_numpy()
-            table.labels = np.array(["" if text in MISSING else text for text in distinct])[places]
+            codes = texts.cast(polars.Enum(distinct)).to_physical().to_numpy()
+            table.labels = np.array(["" if text in MISSING else text for text in distinct])[codes]
     if group is not None:
         name = _column("group", group, names, where)
         apart.append(name)

@@ -169,7 +169,7 @@ class TabularData(FileDomains):
             rows = {name: split["train"] for name, split in splits.items() if "train" in split}
             shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
             hidden = self.would_hide_labels(self.wheres)
-            labelled = [place for place, name in enumerate(shown) if name != "target" or not hidden]
+            labelled = [position for position, name in enumerate(shown) if name != "target" or not hidden]
             parts = [cast(Subset, part).rows for part in shown.values()]
             cells = [self._whole[name].cells for name in shown]
             self._columns = learn(cells, parts, labelled, ", ".join(self.wheres[name] for name in shown))

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def tl(tmp_path, monkeypatch, capsys, request):
-    """Runs a command line in an empty folder, in this process; gives its exit code and what it printed.
+    """Runs a command line in an empty folder, in this process; returns its exit code and output.
 
     TensorBoard's pictures take most of the time of a small run, so that only tests marked `tensorboard` draw them.
     """
@@ -149,7 +149,7 @@ def _cache_folder(tmp_path_factory):
 
 @pytest.fixture
 def said(caplog):
-    """What the cache has said since it was last asked."""
+    """Returns what the cache has logged since the last call."""
     caplog.set_level(logging.INFO, "tl_modules")
 
     def call():

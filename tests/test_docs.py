@@ -33,7 +33,7 @@ def commands(page, runnable=False):
 
 
 def without_runs(args):
-    """Arguments without the configs that an earlier run would leave; those of the repository are found."""
+    """Removes configs that an earlier run would have written; those of the repository are kept."""
     kept = []
     for word in args:
         if kept[-1:] == ["-c"] and word.startswith("runs/"):

@@ -155,12 +155,12 @@ class TransferModule(QuickNames, StagedModule):
                 with passing([row]):
                     features.append(self.encode(x))
         of = {owner: [i for i, name in enumerate(owners) if name == owner] for owner in owners}
-        own = [samples.concat([features[i] for i in places]) for places in of.values()]
+        own = [samples.concat([features[i] for i in indices]) for indices in of.values()]
         with full_precision(self.device):
             outputs = samples.split(self.decode(samples.concat(own)), list(map(samples.count, own)))
         return {
-            owner: joined(self, owner, [parts[i] for i in places], of_owner, output)
-            for (owner, places), of_owner, output in zip(of.items(), own, outputs, strict=True)
+            owner: joined(self, owner, [parts[i] for i in indices], of_owner, output)
+            for (owner, indices), of_owner, output in zip(of.items(), own, outputs, strict=True)
         }
 
     def forward_extra(self, x: Any, domain: str = "target") -> DomainOutput:

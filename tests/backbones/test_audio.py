@@ -60,7 +60,7 @@ def pooled(backbone, rows):
 
 
 def check(backbone, rate=8000, cut_within=True):
-    """Neither batch nor padding is seen; every cut gives what the whole gives; the stages hold each parameter once."""
+    """Outputs depend neither on batch nor on padding; every cut reproduces them; the stages hold each parameter once."""
     backbone.bind_schema({"audio": {"rate": rate}})
     backbone.eval()
     together = pooled(backbone, waves())

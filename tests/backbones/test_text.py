@@ -43,7 +43,7 @@ def pooled(backbone, texts):
 
 
 def check(backbone, texts=TEXTS, stages=None):
-    """Each text alone gives what it gives in a batch; the stages hold each parameter once."""
+    """Each text gives the same alone and in a batch; the stages hold each parameter once."""
     together = pooled(backbone, texts)
     assert together.shape == (len(texts), backbone.width)
     torch.testing.assert_close(together, torch.cat([pooled(backbone, [text]) for text in texts]))

@@ -121,7 +121,7 @@ def prefixed(prefix, state):
 
 
 def foreign(net, other):
-    """Files as others write them: what is in them, and the prefix that is said."""
+    """Files written by other tools: their contents, and the prefix that is logged."""
     yield (
         "moco",
         {"epoch": 1, "state_dict": prefixed("module.encoder_q.", net) | prefixed("module.encoder_k.", other)},

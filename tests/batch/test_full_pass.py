@@ -52,7 +52,7 @@ def numbers():
 
 
 class Looks(Method):
-    """Puts down what each pass gives, and what it leaves behind."""
+    """Records the outputs of each pass, and its side effects."""
 
     def __init__(self, *domains, early=False):
         super().__init__()

@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class Box(Node):
-    """A node with a meaning of its own."""
+    """A node with its own meaning."""
 
     def __init__(self, tree, kind=None):
         self.tree, self.kind = tree, kind
@@ -77,7 +77,7 @@ SEEDS = range(8)
 
 
 def drawn(make, seed, least=1):
-    """A tree of some samples, and where the numbers go on."""
+    """A tree of some samples, and the next number."""
     random = torch.Generator().manual_seed(seed)
     b = int(torch.randint(least, 9, (), generator=random))
     return make(random, b), b, random

@@ -89,7 +89,7 @@ def test_both_parts_are_the_whole(name):
 
 
 class Net(Backbone):
-    """A stage, a second one, and what a test makes of them in `forward`."""
+    """A stage, a second one, combined by a test in `forward`."""
 
     out_features = 4
 
@@ -102,7 +102,7 @@ class Net(Backbone):
 
 
 def exact(net, x, other=None, closed=1):
-    """What is kept of a sample, if replay gives what the whole gives."""
+    """Returns what is kept of a sample, after checking that replay gives the same as the whole."""
     freeze(net, closed)
     cut = Cut(net, closed, x)
     net.eval()

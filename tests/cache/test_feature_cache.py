@@ -47,7 +47,7 @@ def test_a_signal_does_not_wait_for_an_entry(tl, said, tmp_path, monkeypatch):
 
 
 def test_a_killed_build_blocks_nobody(tree, tmp_path, said, monkeypatch):
-    """Process ids repeat in containers; what a killed run has left there belongs to nobody."""
+    """Process ids repeat in containers; files left by a killed run belong to nobody."""
     there = tmp_path / "cache"
     monkeypatch.setattr(os, "getpid", lambda: 7)
 

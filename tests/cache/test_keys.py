@@ -69,7 +69,7 @@ def test_what_no_state_dict_holds_misses(tree, tmp_path, said):
 
 
 class Brighter(torch.nn.Module):
-    """A transform of one's own; its repr says nothing of `by`."""
+    """A user's transform, whose repr does not contain `by`."""
 
     def __init__(self, by):
         super().__init__()

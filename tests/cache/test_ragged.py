@@ -20,7 +20,7 @@ KEY = "0123456789abcdef" * 2
 
 
 class Layer(nn.Module):
-    """Attention over what is there, which NaN in what fills up would spoil."""
+    """Attention over the samples without padding, which NaN in the padding would spoil."""
 
     def __init__(self):
         super().__init__()

@@ -40,7 +40,7 @@ def same(one, other):
 
 
 class Witness(LearningRateSweep):
-    """Keeps the rates of the groups, what is open and the weights that the first step begins with."""
+    """Records the rates of the groups, the trainable stages and the weights before the first step."""
 
     def __init__(self, steps=12):
         super().__init__(steps=steps)

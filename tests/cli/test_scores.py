@@ -20,7 +20,7 @@ def results(folder, file="results.csv"):
 
 
 def rows_of(values, **more):
-    """Rows of made-up values: way -> task -> values by seed, None where it failed."""
+    """Rows of made-up values: way -> task -> values by seed, None if it failed."""
     return [
         {"task": task, "way": way, "seed": seed, "status": "failed" if value is None else "done", "error": None,
          "metrics": {} if value is None else {"test/accuracy": value, **more}, "seconds": 60.0, "cpu_seconds": 90.0}

@@ -64,7 +64,7 @@ def test_an_empty_cell_is_a_missing_input(plants):
 
 
 def test_named_augmentations_are_of_the_image(plants):
-    """Also where the first row has none."""
+    """Also if the first row has no image."""
     rows = [",plant,1.5,1,rose,train,a", "2.png,plant,2.5,2,tree,train,a", *("0.png,a,1.5,1,rose,val,a",) * 2]
     train = Paired(target=table(plants, rows), split="split", **ALL).domains("train")["target"]
     changed = transforms_of("light", train, "Paired")

@@ -132,7 +132,7 @@ def test_more_than_can_go():
 
 
 class Halves(ConvNet):
-    """Its code has a number of channels of its own."""
+    """Its code hard-codes a number of channels."""
 
     def forward(self, x):
         return super().forward(x)[:, :16] * self.model[0][0].weight.new_ones(16)

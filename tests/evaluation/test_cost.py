@@ -45,7 +45,7 @@ def test_speed_is_ordered_and_counts_samples():
 
 @pytest.mark.parametrize("strategy", [FeatureExtraction(), LastStages(1), LastStages(2)])
 def test_closed_stages_keep_nothing_for_a_backward_pass(strategy):
-    """At most 10 % more than the no-grad forward of the closed part and what the open part needs."""
+    """At most 10 % more than the no-grad forward of the frozen part and what the trainable part needs."""
     module = Classification(TorchvisionBackbone("resnet18"), 10, finetuning=strategy).train()
     x, y = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8), torch.arange(4)
     cut = Cut(module.backbone, strategy.trainable_stages(0, 5).start, x)

@@ -194,7 +194,7 @@ def test_nothing_to_do_without_a_hidden_target():
 
 
 def test_generalisation_never_sees_the_target(ok, tmp_path):
-    """Training has the sources alone; the target is only looked at, without labels, for the report."""
+    """Training uses only the sources; the target's inputs are used, without labels, only for the report."""
     module, selection = build([], "image"), ModelSelection()
     data = Several("image", target_unseen=True)
     assert set(data.train_dataloader().iterables) == {"source/a", "source/b"}

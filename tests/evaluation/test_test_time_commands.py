@@ -42,7 +42,7 @@ def test_commands(tl, ok, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_two_processes(ok, tmp_path):
-    """AdaBN of two processes is that of one, but for which samples share a batch."""
+    """AdaBN of two processes equals that of one, except for which samples share a batch."""
     ok("fit --trainer.max_epochs 2 --model.backbone.width 4 --name x")
     losses = []
     for devices in ("1", "2 --trainer.strategy ddp"):

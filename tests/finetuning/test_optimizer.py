@@ -283,7 +283,7 @@ def test_a_run_from_before_groups_without_decay_goes_on(monkeypatch, ok, tmp_pat
 
 
 def test_a_run_resumes_with_another_rate_but_not_another_optimizer(ok, tl, tmp_path):
-    """A rate of 0 has no share of the schedule to go on from."""
+    """A rate of 0 has no fraction of the schedule to resume from."""
     ok(SMALL.replace("max_epochs 2", "max_epochs 1") + "--name a --model.optimizer.lr 0")
     other = "--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1"
     refused = tl(f"fit --run runs/a/version_0 --resume --trainer.max_epochs 2 {other}")

@@ -87,7 +87,7 @@ FEATURES_ONLY = {
 @pytest.mark.parametrize("strategy", exported(FineTuning), ids=lambda c: c.__name__)
 @every_method
 def test_no_method_does_nothing_in_silence(method, strategy):
-    """Either it moves something that trains, or one sentence says that it cannot, and what to change."""
+    """Either it affects something that trains, or one sentence says that it cannot, and what to change."""
     kind = kind_of(method)
     module = build([method], kind, finetuning=strategy())
     before = {k: v.clone() for k, v in module.backbone.state_dict().items()}

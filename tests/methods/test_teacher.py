@@ -1,4 +1,4 @@
-"""A teacher is not part of the student, rejects students that it does not suit, and runs only once if its outputs stay the same."""
+"""A teacher is not part of the student, rejects unsuitable students, and runs once if its outputs stay the same."""
 
 import json
 import shutil

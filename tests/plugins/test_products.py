@@ -94,7 +94,7 @@ REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would have no
 @every_plugin
 @pytest.mark.parametrize("method", exported(Method), ids=lambda c: c.__name__)
 def test_every_method(name, method, monkeypatch):
-    """It trains, or one sentence says why it cannot; a teacher is another network of the plug-in's."""
+    """It trains, or one sentence says why it cannot; a teacher is another network of the plug-in."""
     options = {"source_classes": 3} if issubclass(method, tl_modules.LwF | tl_modules.CoTuning) else {}
     if issubclass(method, Distillation):
         options["teacher"] = "another"
@@ -171,7 +171,7 @@ def test_interrupted_runs_end_the_same(name, tmp_path):
 
 @every_plugin
 def test_predictions_are_those_of_raw_samples_alone(name):
-    """Neither the batch nor its padding decides what is said of a sample."""
+    """A sample's prediction depends neither on the batch nor on padding."""
     data = data_of(name)
     module = build(name, data)
     trainer = fit(module, data, epochs=1)

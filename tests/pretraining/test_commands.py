@@ -47,7 +47,7 @@ def test_a_run_and_what_comes_after_it(ok, tl, tmp_path):
 
 
 def test_images_and_texts(ok, tl, tmp_path):
-    """CLIP predicts among classes of one's own, of images without texts."""
+    """CLIP predicts among given classes, for images without texts."""
     pytest.importorskip("polars")
     names, shades = ["black", "grey", "white"], np.arange(24, dtype=np.uint8) % 3 * 100
     np.savez(tmp_path / "i.npz", images=np.broadcast_to(shades[:, None, None, None], (24, 8, 8, 3)))

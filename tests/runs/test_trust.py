@@ -28,7 +28,7 @@ AS_TEXT = f'{{"class_path": "{NAME}"}}'
 
 
 class Received:
-    """A copy of the run in `shared/version_0`, with the sender's code beside it, and what the world outside was like."""
+    """A copy of the run in `shared/version_0`, with the sender's code beside it, and the state of the world outside."""
 
     def __init__(self, trained, home):
         import shutil
@@ -61,7 +61,7 @@ def received(trained, tmp_path):
 
 @pytest.fixture
 def try_all(received, tl, monkeypatch):
-    """Runs every command on it, and `load_run`; gives the errors. `refused` says whether there must be one."""
+    """Runs every command on it, and `load_run`; returns the errors. `refused` says whether there must be one."""
 
     def call(refused=True, commands=COMMANDS, where="here"):
         monkeypatch.chdir(received.home / where)
@@ -128,7 +128,7 @@ def test_a_tokenizer_of_the_senders(name, received, try_all):
 
 
 def test_configs_beside_the_run(received, try_all):
-    """The parser takes the path of a file for what the file says."""
+    """The parser replaces the path of a file by its contents."""
     evil = {"methods": [{"class_path": NAME}], "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}}
     for key, section in (("methods", received.model["init_args"]), ("logger", received.trainer)):
         for where in (received.run, received.home / "here"):
@@ -209,7 +209,7 @@ def test_a_transform_that_calls(received, try_all):
 
 @pytest.mark.parametrize("where", ["here", "here/shared", "here/shared/version_0"])
 def test_files_named_as_packages_that_are_imported_late(where, received, try_all):
-    """`sys.path` begins with the working directory under `python -m`; what is imported late would come from there."""
+    """`sys.path` begins with the working directory under `python -m`; late imports would come from there."""
     for name in (
         "sitecustomize",
         "usercustomize",

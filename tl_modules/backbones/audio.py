@@ -214,10 +214,10 @@ class Spectrogram(FrameBackbone):
         """Maps waveforms, Padded (B, T), to the image backbone's features of (B, 1, mels, frames) in [0, 1]."""
         bands, frames = self.bands(x), self.log_mel.frames(round(self.seconds * cast(int, self.rate)))
         begin = (bands.lengths - frames).clamp(min=0) // 2
-        places = begin[:, None] + torch.arange(frames, device=begin.device)
-        there = (places < bands.lengths[:, None])[..., None]
-        places = places.clamp(max=bands.values.shape[1] - 1)
-        cut = bands.values.gather(1, places[..., None].expand(-1, -1, self.mels)) * there
+        positions = begin[:, None] + torch.arange(frames, device=begin.device)
+        there = (positions < bands.lengths[:, None])[..., None]
+        positions = positions.clamp(max=bands.values.shape[1] - 1)
+        cut = bands.values.gather(1, positions[..., None].expand(-1, -1, self.mels)) * there
         images = (cut / 8 + 0.5).clamp(0, 1).transpose(1, 2)[:, None]  # +-4 standard deviations
         if self.image_size is not None:
             images = F.interpolate(images, (self.image_size,) * 2, mode="bilinear", antialias=True)

@@ -182,5 +182,5 @@ class SpecAugment(nn.Module):
         draws = torch.rand(2, len(lengths), self.masks, 1, device=lengths.device)
         widths = draws[0] * share * lengths[:, None, None]
         starts = draws[1] * (lengths[:, None, None] - widths)
-        places = torch.arange(size, device=lengths.device)
-        return ((places >= starts.floor()) & (places < (starts + widths).floor())).any(1)
+        positions = torch.arange(size, device=lengths.device)
+        return ((positions >= starts.floor()) & (positions < (starts + widths).floor())).any(1)

@@ -66,7 +66,7 @@ class NumberedWords:
 
     def know(self, words: list[str]) -> None:
         """Replaces the known words."""
-        self.words, self.number = words, {word: place + 1 for place, word in enumerate(words)}
+        self.words, self.number = words, {word: position + 1 for position, word in enumerate(words)}
 
     def __call__(self, texts: Sequence[str]) -> Padded:
         """Maps texts to Padded (B, L) of integers."""

@@ -81,8 +81,8 @@ def _of_npz(path: Path) -> Iterator[Row]:
         words, vectors = file["words"], file["vectors"]
     if vectors.ndim != 2 or words.shape != vectors.shape[:1]:
         raise Malformed(f"words and vectors have shapes {words.shape} and {vectors.shape}, not (V,) and (V, D)")
-    for place, word in enumerate(words.tolist()):
-        yield str(word), lambda place=place: _finite(vectors[place].astype(np.float32), f"row {place}")  # type: ignore[misc]
+    for row, word in enumerate(words.tolist()):
+        yield str(word), lambda row=row: _finite(vectors[row].astype(np.float32), f"row {row}")  # type: ignore[misc]
 
 
 def _of_stream(path: Path) -> Iterator[Row]:

@@ -58,8 +58,8 @@ class Ragged:
         if self.tail is not None and self.values.numel():
             steps = torch.arange(size[0])
             beyond = steps >= shapes[:, :1]
-            places = (self.starts[index, None] // self.step + steps).masked_fill_(beyond, 0)
-            values = self.values.view(-1, *self.tail).index_select(0, places.view(-1)).view(len(index), *size)
+            positions = (self.starts[index, None] // self.step + steps).masked_fill_(beyond, 0)
+            values = self.values.view(-1, *self.tail).index_select(0, positions.view(-1)).view(len(index), *size)
             return Padded(values.masked_fill_(beyond.view(*beyond.shape, *[1] * len(self.tail)), 0), given)
         values = self.values.new_zeros(len(index), *size)
         for row, start, shape in zip(values, self.starts[index].tolist(), shapes, strict=True):

@@ -35,7 +35,7 @@ class Builder:
         trainer: The run's trainer.
         module: The module; in eval mode while recording.
         loader: The loader of the samples.
-        places: The sample of each row of the entry, with the seeds of its views.
+        indices: The sample of each row of the entry, with the seeds of its views.
         store: The store that holds the entry.
         dtype: Storage type of floating-point activations; None keeps the computed type.
     """
@@ -45,18 +45,18 @@ class Builder:
         trainer: Trainer,
         module: TransferModule,
         loader: Any,
-        places: Sequence[Any],
+        indices: Sequence[Any],
         store: Store,
         dtype: torch.dtype | None,
     ) -> None:
-        self.trainer, self.module, self.loader, self.places = trainer, module, loader, places
+        self.trainer, self.module, self.loader, self.indices = trainer, module, loader, indices
         self.store, self.dtype = store, dtype
-        self.few = sorted({round(i * (len(places) - 1) / 3) for i in range(4)})
+        self.few = sorted({round(i * (len(indices) - 1) / 3) for i in range(4)})
         self.saved: float | None = None
 
     def example(self) -> tuple[Any, Any]:
         """Reads x and y of a few samples spread over the data."""
-        return next(self._read([self.places[i] for i in self.few], len(self.few)))
+        return next(self._read([self.indices[i] for i in self.few], len(self.few)))
 
     def earlier(self, cut: Recorder, key: str) -> Table | None:
         """Opens an earlier run's entry, if a few recomputed samples agree: the key does not cover every change."""
@@ -67,7 +67,7 @@ class Builder:
             x, y = self.example()
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 fresh = samples.move(self._stored(cut.record(x)), "cpu"), y
-        table = _table(fresh, tensors, len(self.places))
+        table = _table(fresh, tensors, len(self.indices))
         if table is None or not _same(table.take(torch.tensor(self.few)), fresh):
             self.store.remove(key)
             return None
@@ -94,9 +94,9 @@ class Builder:
         with evaluating(self.module):
             batches = self._batches(cut)
             first = together(trainer, lambda: self._first(batches, checked=key is not None))
-            specs = _specs(first[0][1], len(self.places))
+            specs = _specs(first[0][1], len(self.indices))
             ragged = sum(_bytes(leaf) for leaf in samples.leaves(first[0][1]) if isinstance(leaf, Padded))
-            size = size_of(specs) + ragged * len(self.places) // len(first[0][0])
+            size = size_of(specs) + ragged * len(self.indices) // len(first[0][0])
             on_disk, tensors = self._room(specs, name, token, size)
             try:
                 self._write_all(first, batches, tensors, passes, size)
@@ -106,25 +106,25 @@ class Builder:
             finally:
                 if on_disk and self.rank == 0:
                     self.store.drop(name, token)
-        table = _table(first[0][1], tensors, len(self.places))
+        table = _table(first[0][1], tensors, len(self.indices))
         assert table is not None
         return table
 
     def _first(self, batches: Iterator[Any], checked: bool) -> Any:
         if not checked:
-            _check_deterministic(self.loader, self.places)
+            _check_deterministic(self.loader, self.indices)
         return next(batches)
 
-    def _read(self, places: Sequence[Any], size: int) -> Iterator[tuple[Any, Any]]:
-        for batch in self.loader.read(places, size):
+    def _read(self, indices: Sequence[Any], size: int) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader.read(indices, size):
             x, y = batch[:2]
             x = samples.move(x, self.module.device, non_blocking=True)
             yield self.trainer.precision_plugin.convert_input(x), y
 
     def _batches(self, cut: Recorder) -> Iterator[list[tuple[list[int], Any]]]:
         """Yields rows of the entry and their contents, the samples of a batch in groups of one shape."""
-        mine, done = range(self.rank, len(self.places), self.world), 0
-        batches, size = self._read([self.places[row] for row in mine], self.size), self.size
+        mine, done = range(self.rank, len(self.indices), self.world), 0
+        batches, size = self._read([self.indices[row] for row in mine], self.size), self.size
         while True:
             with self.pace.measure("read", min(size, max(1, len(mine) - done))):
                 x, y = next(batches, (None, None))
@@ -169,9 +169,9 @@ class Builder:
                     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
                     with self.pace.measure("take", len(rows)):
                         samples.take(tree, order)
-            each = size / len(self.places)
+            each = size / len(self.indices)
             beyond = each / DISK if size > SHARE * free_memory() else 0.0
-            self.saved = self.pace.saved(len(self.places) // self.world, passes, beyond)
+            self.saved = self.pace.saved(len(self.indices) // self.world, passes, beyond)
             if self.rank == 0 and not pays(self.saved):
                 raise CannotCut(f"an entry would cost about {-(self.saved or 0):.0f} s more than it saves")
 
@@ -179,7 +179,7 @@ class Builder:
             for groups in batches:
                 write(groups)
 
-        if len(self.places) // self.world > (1 + MEASURED) * self.size:
+        if len(self.indices) // self.world > (1 + MEASURED) * self.size:
             together(self.trainer, start)
         else:
             together(self.trainer, lambda: write(first))
@@ -299,14 +299,14 @@ def _close(old: Tensor, new: Tensor) -> bool:
     return bool((new.float() - old.float()).abs().max() <= tolerance * (1 + old.float().abs().max()))
 
 
-def _check_deterministic(loader: Any, places: Sequence[Any]) -> None:
+def _check_deterministic(loader: Any, indices: Sequence[Any]) -> None:
     """Reads the first and last samples twice and compares.
 
     Raises:
         CannotCut: They differ.
     """
-    for place in [*places[:4], *places[-4:]]:  # the last ones are augmented, if any are
-        first, second = (loader.dataset[place][0] for _ in range(2))
+    for index in [*indices[:4], *indices[-4:]]:  # the last ones are augmented, if any are
+        first, second = (loader.dataset[index][0] for _ in range(2))
         same = torch.equal(first, second) if isinstance(first, Tensor) else pickle.dumps(first) == pickle.dumps(second)
         if not same:
             raise CannotCut("the data set draws unseeded random numbers")

@@ -301,12 +301,12 @@ class FeatureCache(Callback):
             CannotCut: An entry is not possible.
         """
         count = len(loader.dataset)
-        places = [*range(count), *((row, seed) for view in self._view_seeds(loader) for row, seed in enumerate(view))]
+        indices = [*range(count), *((row, seed) for view in self._view_seeds(loader) for row, seed in enumerate(view))]
         few = f"{who} in every epoch: fewer than two epochs would read an entry"
         if passes < 2 and not all_agree(trainer, key is not None and self.store.has(key)):
             self._say(trainer, few)
             return None
-        builder = Builder(trainer, module, loader, places, self.store, DTYPES.get(self.dtype or ""))
+        builder = Builder(trainer, module, loader, indices, self.store, DTYPES.get(self.dtype or ""))
         x, _ = together(trainer, builder.example)
         cut = recorder(x)
         if cut is None:

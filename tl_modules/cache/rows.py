@@ -51,9 +51,9 @@ class CachedBatches(EntryRows):
         super().__init__(loader, views, dtype)
         self.table, self.cut = table, cut
 
-    def __call__(self, places: Sequence[Any]) -> Any:
+    def __call__(self, indices: Sequence[Any]) -> Any:
         """Returns the batch of these samples."""
-        pairs = _pairs(places)
+        pairs = _pairs(indices)
         tree, y = self.take(self.table, pairs)
         known = zip(*(self.loader.dataset.known_of(row) for row, _ in pairs), strict=True)
         x = CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count]))
@@ -77,14 +77,14 @@ class TeacherOutputs(EntryRows):
         super().__init__(loader, views, dtype)
         self.tables = tables
 
-    def __call__(self, batch: Any, places: Sequence[Any]) -> AnnotatedBatch:
+    def __call__(self, batch: Any, indices: Sequence[Any]) -> AnnotatedBatch:
         """Returns the batch with the teachers' outputs."""
-        said = {name: self.take(table, _pairs(places))[0] for name, table in self.tables.items()}
+        said = {name: self.take(table, _pairs(indices))[0] for name, table in self.tables.items()}
         return AnnotatedBatch(*batch)._replace(taught=said)
 
 
-def _pairs(places: Sequence[Any]) -> list[tuple[int, int]]:
-    return [place if isinstance(place, tuple) else (place, 0) for place in places]
+def _pairs(indices: Sequence[Any]) -> list[tuple[int, int]]:
+    return [index if isinstance(index, tuple) else (index, 0) for index in indices]
 
 
 def view_seeds(view: int, views: int, domain: str, samples: int) -> list[int]:

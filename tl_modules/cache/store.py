@@ -49,11 +49,11 @@ class Store:
 
     def open(self, key: str) -> list[Tensor] | None:
         """Returns an entry's tensors, memory-mapped, with checksums verified; None if it is missing or damaged."""
-        place = self.folder / key
+        entry = self.folder / key
         try:
-            meta = json.loads((place / "meta.json").read_text())
+            meta = json.loads((entry / "meta.json").read_text())
             tensors = [
-                _map(place, number, tuple(part["shape"]), getattr(torch, part["dtype"]), create=False)
+                _map(entry, number, tuple(part["shape"]), getattr(torch, part["dtype"]), create=False)
                 for number, part in enumerate(meta["parts"])
             ]
         except (OSError, ValueError, KeyError, RuntimeError):
@@ -62,7 +62,7 @@ class Store:
             self.remove(key)
             return None
         with contextlib.suppress(OSError):
-            os.utime(place / "meta.json")
+            os.utime(entry / "meta.json")
         return tensors
 
     def has(self, key: str) -> bool:
@@ -217,8 +217,8 @@ def size_of(specs: Sequence[Spec]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs if shape is not None)
 
 
-def _map(place: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, create: bool) -> Tensor:
-    file, size = place / f"{number}.bin", math.prod(shape)
+def _map(entry: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, create: bool) -> Tensor:
+    file, size = entry / f"{number}.bin", math.prod(shape)
     if create:
         with file.open("wb") as whole:
             if size and hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk kills the process

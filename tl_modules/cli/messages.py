@@ -162,12 +162,12 @@ def cause(error: BaseException | None) -> BaseException | None:
     return found or no_room(error, "a file") or _refusal(error)
 
 
-def no_room(error: BaseException | None, place: object) -> UserError | None:
-    """Returns an error about a full disk that caused an exception, or None; `place` replaces a missing file name."""
+def no_room(error: BaseException | None, path: object) -> UserError | None:
+    """Returns an error about a full disk that caused an exception, or None; `path` replaces a missing file name."""
     full = next((each for each in chain(error) if isinstance(each, OSError) and disk_full(each)), None)
     if full is None:
         return None
-    return UserError(f"{full.filename or place} cannot be written ({full.strerror}); make room on the disk")
+    return UserError(f"{full.filename or path} cannot be written ({full.strerror}); make room on the disk")
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

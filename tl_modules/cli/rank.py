@@ -214,12 +214,12 @@ class _Collect(Callback):
 def ordered(rows: Sequence[dict[str, Any]], by: str) -> list[dict[str, Any]]:
     """Sorts the best first and numbers the rows that have the score; the others, too slow or failed, come last."""
 
-    def place(row: Mapping[str, Any]) -> float:
+    def score_of(row: Mapping[str, Any]) -> float:
         score = row.get(by, math.nan)
         return -math.inf if math.isnan(score) else score
 
-    best = sorted(rows, key=place, reverse=True)
-    return [({"rank": number} if place(row) > -math.inf else {}) | row for number, row in enumerate(best, 1)]
+    best = sorted(rows, key=score_of, reverse=True)
+    return [({"rank": number} if score_of(row) > -math.inf else {}) | row for number, row in enumerate(best, 1)]
 
 
 def _progress(row: Mapping[str, Any], by: str) -> str:

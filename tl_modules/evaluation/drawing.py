@@ -75,8 +75,8 @@ def grid(drawn: Sequence[Callable[[Any], str]]) -> Any:
 
 
 def _fill(figure: Any, drawn: Sequence[Callable[[Any], str]], columns: int, top: float) -> None:
-    for place, draw in enumerate(drawn):
-        axes = figure.add_subplot(-(-len(drawn) // columns), columns, place + 1)
+    for position, draw in enumerate(drawn):
+        axes = figure.add_subplot(-(-len(drawn) // columns), columns, position + 1)
         axes.set_title(short(draw(axes)), fontsize=9, parse_math=False)  # a name may have a $
         axes.axis("off")
     figure.subplots_adjust(0.02, 0.02, 0.98, top, 0.1, 0.2)

@@ -91,9 +91,9 @@ class TensorBoardFigures(Callback):
                 texts = [_text(loaders[domain].dataset.dataset[row][0]) for row in index[:SHOWN].tolist()]
                 writer.add_text(f"inputs/{domain}", _table(("label", "text"), zip(names, texts, strict=False)), 0)
             elif plays:
-                for place, (wave, name) in enumerate(zip(x.tensors()[:PLAYED], names, strict=False)):
+                for position, (wave, name) in enumerate(zip(x.tensors()[:PLAYED], names, strict=False)):
                     heard = wave[None, : SECONDS * rate].cpu()
-                    writer.add_audio(f"inputs/{domain}/{place}: {name}", heard, 0, rate)
+                    writer.add_audio(f"inputs/{domain}/{position}: {name}", heard, 0, rate)
             else:
                 drawn = [raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
                 writer.add_figure(f"inputs/{domain}", grid(drawn), 0)
@@ -192,13 +192,13 @@ class _Kept:
         writer.add_figure(f"{split}/worst: true, predicted, loss", grid([of_prediction(each) for each in worst]), step)
         rate = (module.schema.get("x") or {}).get("audio", {}).get("rate")
         lines, reads = [], _has_text(module)
-        for place, (loss, row, prediction) in enumerate(worst if reads else worst[: PLAYED if rate else 0]):
+        for position, (loss, row, prediction) in enumerate(worst if reads else worst[: PLAYED if rate else 0]):
             x, y = dataset[row][:2]
             true = module.name_of(samples.first(samples.collate([y])))
             guess = module.name_of(samples.first(module.to_labels(prediction)))
             lines.append((true, guess, f"{loss:.2f}", _text(x)))
             if rate:
-                title = f"{split}/worst/{place}: {true} \u2192 {guess}  {loss:.2f}"
+                title = f"{split}/worst/{position}: {true} \u2192 {guess}  {loss:.2f}"
                 writer.add_audio(title, x[None, : SECONDS * rate], step, rate)
         if reads:
             writer.add_text(f"{split}/worst", _table(("true", "predicted", "loss", "text"), lines), step)
@@ -314,11 +314,11 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
     from sklearn.manifold import TSNE
 
     figure = Figure(figsize=(5 * len(found), 5.2), dpi=80, layout="constrained")
-    for place, (title, each) in enumerate(found.items()):
+    for position, (title, each) in enumerate(found.items()):
         features = torch.cat([each.source_features, each.target_features]).flatten(1)
         perplexity = min(30.0, (len(features) - 1) / 3)
         points = TSNE(random_state=0, init="pca", perplexity=perplexity).fit_transform(rotated(features).numpy())
-        axes = figure.add_subplot(1, len(found), place + 1)
+        axes = figure.add_subplot(1, len(found), position + 1)
         count = len(each.source_features)
         guess = each.target_output.argmax(1)
         for rows, colours, marker, name in (
@@ -331,7 +331,7 @@ def draw_domains(trainer: Trainer, module: LightningModule, evidence: Mapping[st
         axes.set_title(title)
         axes.set_xticks([])
         axes.set_yticks([])
-        if place == 0:
+        if position == 0:
             figure.legend(loc="outside lower center", ncols=2)
     writer.add_figure("domains/features", figure, trainer.global_step)
     writer.flush()

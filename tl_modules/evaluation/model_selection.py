@@ -256,11 +256,11 @@ def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[s
     return [
         {
             "chosen by": name,
-            "epoch": rows[place]["epoch"],
-            **{split: values[place] for split, values in scored.items()},
-            "behind the oracle": scored[last][place] - oracle if lower else oracle - scored[last][place],
+            "epoch": rows[best]["epoch"],
+            **{split: values[best] for split, values in scored.items()},
+            "behind the oracle": scored[last][best] - oracle if lower else oracle - scored[last][best],
         }
-        for name, place in chosen.items()
+        for name, best in chosen.items()
     ]
 
 

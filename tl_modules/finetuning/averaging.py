@@ -59,7 +59,10 @@ class _Update:
     def __call__(self, module: BaseTransferModule) -> None:
         if self.trainable != module.trainable:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
-            self.trainable, self.pairs = module.trainable, [(mine[name], tensor) for name, tensor in _resting(module)]
+            self.trainable, self.pairs = (
+                module.trainable,
+                [(mine[name], tensor) for name, tensor in _frozen(module)],
+            )
         for average, current in self.pairs:
             if average.shape != current.shape:  # a buffer that was resized since
                 average.resize_(current.shape)
@@ -68,7 +71,7 @@ class _Update:
             average.copy_(current)
 
 
-def _resting(module: BaseTransferModule) -> list[tuple[str, Tensor]]:
+def _frozen(module: BaseTransferModule) -> list[tuple[str, Tensor]]:
     """Lists tensors that no optimizer updates now: frozen ones, the methods' buffers and their frozen parameters."""
     methods = [(n, p) for n, p in module.named_parameters() if n.startswith("methods.") and not p.requires_grad]
     buffers = [(n, b) for n, b in module.named_buffers() if n.startswith("methods.")]

@@ -52,10 +52,10 @@ def valley(means: Sequence[float]) -> int:
     tails: list[float] = []  # negated, the smallest end of a rising subsequence of each length
     end = 0
     for step, mean in enumerate(means):
-        place = bisect_left(tails, -mean)
-        if place == len(tails):
+        position = bisect_left(tails, -mean)
+        if position == len(tails):
             end = step
-        tails[place : place + 1] = [-mean]
+        tails[position : position + 1] = [-mean]
     third = len(tails) / 3
     return max(0, end - len(tails)) + int(third) + int(third / 2)
 

@@ -205,7 +205,7 @@ class PADA(DANN):
         source.weight = weight if source.weight is None else source.weight * weight
 
     def forward(self, module: BaseTransferModule, source: DomainOutput | None, target: DomainOutput | None) -> Tensor:
-        """Computes the critic's term, once the class weights are updated."""
+        """Computes the critic's term; labels of the target are not used."""
         assert target is not None
         return super().forward(module, source, replace(target, y=None))
 

@@ -17,8 +17,8 @@ def projector(widths: list[int], last_norm: bool = False, activation: type[nn.Mo
         activation: A class.
     """
     layers: list[nn.Module] = []
-    for place, (inputs, outputs) in enumerate(pairwise(widths), 2):
-        last = place == len(widths)
+    for position, (inputs, outputs) in enumerate(pairwise(widths), 2):
+        last = position == len(widths)
         norm = not last or last_norm
         layers += [nn.Linear(inputs, outputs, bias=not norm), *([nn.BatchNorm1d(outputs)] if norm else [])]
         layers += [] if last else [activation()]

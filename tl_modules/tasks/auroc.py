@@ -70,11 +70,11 @@ class MacroAUROC(Metric):
             self.binned = torch.zeros(2 * self.num_classes * BINS, dtype=torch.long, device=self.binned.device)
         if len(self.labels):
             preds, target = dim_zero_cat(self.probabilities), dim_zero_cat(self.labels)
-            place = ((torch.logit(preds.double()) / STEP).floor() + BINS // 2).clamp(0, BINS - 1).long()
+            bins = ((torch.logit(preds.double()) / STEP).floor() + BINS // 2).clamp(0, BINS - 1).long()
             classes = torch.arange(self.num_classes, device=preds.device)
             own = (target[:, None] == classes).long()
             self.binned += torch.bincount(
-                ((own * self.num_classes + classes) * BINS + place).flatten(), minlength=len(self.binned)
+                ((own * self.num_classes + classes) * BINS + bins).flatten(), minlength=len(self.binned)
             )
         self.probabilities, self.labels = [], []
 

@@ -104,9 +104,9 @@ def read_plan(file: Path) -> Plan:
     return plan
 
 
-def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: str) -> Variant:
+def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, section: str) -> Variant:
     """Reads a way or task: its arguments, or a mapping of `keys`."""
-    where = f"{file}: {place}"
+    where = f"{file}: {section}"
     if not isinstance(entry, dict):
         return Variant(_words(entry, names, where), [])
     _mapping(entry, keys, where)
@@ -120,7 +120,7 @@ def _way(entry: Any, keys: Sequence[str], names: list[str], file: Path, place: s
         others = ", ".join(key for key in ("of", "options", "config", *makers[1:]) if entry.get(key))
         raise UserError(f"{where}: {makers[0]} makes its run from others; leave {others} out")
     return Variant(
-        _configs(entry, file, f"{place}: ") + _words(entry.get("options"), names, f"{where}: options"),
+        _configs(entry, file, f"{section}: ") + _words(entry.get("options"), names, f"{where}: options"),
         _words(entry.get("test"), names, f"{where}: test"),
         of,
         _of_type(entry.get("report", True), bool, f"{where}: report", "true or false"),
@@ -172,7 +172,7 @@ def read_seeds(seeds: Any, where: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]:
+def _configs(entry: Mapping[str, Any], file: Path, section: str = "") -> list[str]:
     """Returns the arguments for an entry's `config`: paths relative to the file or to the working directory."""
     configs = entry.get("config") or []
     words = []
@@ -180,7 +180,7 @@ def _configs(entry: Mapping[str, Any], file: Path, place: str = "") -> list[str]
         found = [path for path in (file.parent / str(config), Path(str(config))) if path.is_file()]
         if not found:
             raise UserError(
-                f"{file}: {place}config: there is no file {config}, neither beside it nor in the working directory"
+                f"{file}: {section}config: there is no file {config}, neither beside it nor in the working directory"
             )
         words += ["--config", str(found[0])]
     return words
@@ -266,11 +266,13 @@ def make_trials(plan: Plan, folder: Path, seeds: Sequence[int]) -> dict[Key, Tri
                 words = [*(make or []), *(test or []), *(benchmark or [])]
                 used = {found for word in words for found in REFERENCE.findall(word)}
                 used = (used & set(by_slug)) | ({slug(way.of)} if way.of else set())
-                place = folder / "runs" / slug(task_name) / slug(name) / f"seed-{seed}"
+                own_folder = folder / "runs" / slug(task_name) / slug(name) / f"seed-{seed}"
                 needs = {short: (task_name, by_slug[short], seed) for short in sorted(used)}
                 key = (task_name, name, seed)
                 metric = (way.metric or plan.metric) if way.report else None
-                trials[key] = Trial(key, folder, place, make, test, benchmark, needs, way.of and slug(way.of), metric)
+                trials[key] = Trial(
+                    key, folder, own_folder, make, test, benchmark, needs, way.of and slug(way.of), metric
+                )
     try:
         order = list(TopologicalSorter({key: trial.needs.values() for key, trial in trials.items()}).static_order())
     except CycleError as error:

@@ -123,10 +123,10 @@ def plot_fronts(scores: Scores, file: Path, title: str) -> None:
         there = {way: row for way, row in rows.items() if row.get(cost) is not None}
         front = [there[way] for way in scores.front(cost)]
         axes.step([row[cost] for row in front], [row["mean"] for row in front], where="post", color="#3b7dd8")
-        for place, (way, row) in enumerate(there.items()):
+        for position, (way, row) in enumerate(there.items()):
             axes.plot(row[cost], row["mean"], "o", color="#3b7dd8" if row in front else "#999999")
-            axes.annotate(f"{place + 1}", (row[cost], row["mean"]), (4, 4), textcoords="offset points", fontsize=8)
-            axes.plot([], [], " ", label=f"{place + 1}  {way}")
+            axes.annotate(f"{position + 1}", (row[cost], row["mean"]), (4, 4), textcoords="offset points", fontsize=8)
+            axes.plot([], [], " ", label=f"{position + 1}  {way}")
         axes.set_xscale("log")
         axes.set_xlabel(name)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper", handlelength=0)

@@ -203,11 +203,11 @@ class Runner:
             return [REFERENCE.sub(lambda found: str(runs.get(found[1], found[0])), word) for word in words]
 
         if trial.make is not None:
-            place = ["--trainer.default_root_dir", str(trial.root)]
+            destination = ["--trainer.default_root_dir", str(trial.root)]
             name = trial.folder.relative_to(trial.root / "runs").as_posix()
             # an interrupted fit with the same arguments is resumed; without one, --resume starts it
-            place += ["--name", name, "--resume"] if trial.make[0] == "fit" else ["--out", name]
-            _check((yield [*filled(trial.make), *place]), trial)
+            destination += ["--name", name, "--resume"] if trial.make[0] == "fit" else ["--out", name]
+            _check((yield [*filled(trial.make), *destination]), trial)
             run = find_run(trial.folder)
         else:  # a copy, because several tests of one run would write to one metrics.json
             assert trial.of is not None

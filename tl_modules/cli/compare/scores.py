@@ -121,8 +121,8 @@ class Scores:
 
         sign = 1 if self.lower else -1
         ranks: dict[str, list[float]] = {}
-        for place in product(self.tasks, self.seeds):
-            there = {way: sign * few[place] for way, few in self.values.items() if place in few}
+        for task_seed in product(self.tasks, self.seeds):
+            there = {way: sign * few[task_seed] for way, few in self.values.items() if task_seed in few}
             if len(there) > 1:
                 for way, rank in zip(there, rankdata(list(there.values())), strict=True):
                     ranks.setdefault(way, []).append(float(rank))
@@ -174,23 +174,23 @@ class Scores:
         """
         scores: dict[str, dict[tuple[str, int], dict[str, float]]] = {}
         for row in self.rows:
-            way, place, metrics = row["way"], (row["task"], row["seed"]), row["metrics"]
-            if place not in self.values[way] or str(metrics.get("chosen_by")).startswith(BY_LABELS):
+            way, task_seed, metrics = row["way"], (row["task"], row["seed"]), row["metrics"]
+            if task_seed not in self.values[way] or str(metrics.get("chosen_by")).startswith(BY_LABELS):
                 continue
             for key, score in metrics.items():
                 if key in CRITERION_METRICS or key.startswith("val/source_"):
                     known = score is not None and math.isfinite(score)
                     higher = (-score if self._is_loss(key) else score) if known else -math.inf
-                    scores.setdefault(key, {}).setdefault(place, {})[way] = higher
+                    scores.setdefault(key, {}).setdefault(task_seed, {})[way] = higher
         choices: dict[str, list[Choice]] = {}
-        for key, places in scores.items():
-            for place, candidates in places.items():
+        for key, by_task_seed in scores.items():
+            for task_seed, candidates in by_task_seed.items():
                 best = max(candidates, key=candidates.__getitem__)
                 if len(candidates) > 1 and candidates[best] > -math.inf:
-                    values = {way: self.values[way][place] for way in candidates}
+                    values = {way: self.values[way][task_seed] for way in candidates}
                     oracle = (min if self.lower else max)(values.values())
                     name = key.removeprefix("val/").removeprefix("target_")
-                    choices.setdefault(name, []).append(Choice(place[1], values, best, oracle))
+                    choices.setdefault(name, []).append(Choice(task_seed[1], values, best, oracle))
         return choices
 
     def _is_loss(self, key: str) -> bool:

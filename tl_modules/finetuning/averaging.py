@@ -59,10 +59,8 @@ class _Update:
     def __call__(self, module: BaseTransferModule) -> None:
         if self.trainable != module.trainable:
             mine = dict(chain(self.average.module.named_parameters(), self.average.module.named_buffers()))
-            self.trainable, self.pairs = (
-                module.trainable,
-                [(mine[name], tensor) for name, tensor in _frozen(module)],
-            )
+            self.trainable = module.trainable
+            self.pairs = [(mine[name], tensor) for name, tensor in _frozen(module)]
         for average, current in self.pairs:
             if average.shape != current.shape:  # a buffer that was resized since
                 average.resize_(current.shape)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -52,3 +55,46 @@ class Gathering:
         rows = torch.tensor([row for part, _ in parts for row in part])
         order = rows.argsort()
         return rows[order].tolist(), samples.take(samples.concat([tree for _, tree in parts]), order)
+
+
+class Spool:
+    """Keeps what a pass finds of each sample, on disk once it takes more than 256 MiB, and returns it in order.
+
+    Attributes:
+        count: How many samples this process has added.
+    """
+
+    def __init__(self) -> None:
+        self.file = tempfile.SpooledTemporaryFile(256 << 20)  # noqa: SIM115 - open as long as the pass
+        self.batches: list[tuple[int, int, int]] = []  # the lowest and the highest number, and where it is in the file
+        self.count = 0
+
+    def add(self, tree: Any, rows: Tensor) -> None:
+        """Keeps a batch of samples with the numbers `rows` (B,)."""
+        self.batches.append((int(rows.min()), int(rows.max()), self.file.tell()))
+        self.count += len(rows)
+        pickle.dump((rows.cpu(), samples.copied(samples.move(tree, "cpu"))), self.file)  # a view would keep its whole
+
+    def blocks(self, trainer: Trainer, size: int = 1 << 14) -> Iterator[tuple[list[int], Any]]:
+        """Yields the samples of all processes in the order of their numbers; all processes must exhaust it.
+
+        Args:
+            trainer: Of the pass.
+            size: The largest number of samples in a block.
+        """
+        end = 1 + max(every_rank(trainer, max((last for _, last, _ in self.batches), default=-1)))
+        for start in range(0, end, size):
+            stop = start + size
+            read = [self._read(place, start, stop) for low, high, place in self.batches if low < stop and high >= start]
+            parts = [part for own in every_rank(trainer, read) for part in own if len(part[0])]
+            if parts:
+                rows = torch.cat([rows for rows, _ in parts])
+                order = rows.argsort()
+                yield rows[order].tolist(), samples.take(samples.concat([tree for _, tree in parts]), order)
+
+    def _read(self, place: int, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Reads what a batch has of a block."""
+        self.file.seek(place)
+        rows, tree = pickle.load(self.file)
+        inside = (start <= rows) & (rows < stop)
+        return rows[inside], samples.take(tree, inside)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from tl_modules.batch.compat import QuickHooks
@@ -286,6 +287,14 @@ def _test_inputs(module: TransferModule, data: LightningDataModule) -> Any:
     cast(Any, data).collate = module.collate
     (batch,) = next(iter(data.test_dataloader())).values()
     return batch.x
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's, without the hparams.yaml that would stand beside config.yaml and say less."""
+
+    def save(self) -> None:
+        """Flushes the events."""
+        Logger.save(self)
 
 
 def compile_backbone(module: LightningModule) -> None:

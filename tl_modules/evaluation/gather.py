@@ -58,14 +58,14 @@ class Gathering:
 
 
 class Spool:
-    """Keeps what a pass finds of each sample, on disk once it takes more than 256 MiB, and returns it in order.
+    """Keeps what a pass finds of each sample, on disk once it takes more than 64 MiB, and returns it in order.
 
     Attributes:
         count: How many samples this process has added.
     """
 
     def __init__(self) -> None:
-        self.file = tempfile.SpooledTemporaryFile(256 << 20)  # noqa: SIM115 - open as long as the pass
+        self.file = tempfile.SpooledTemporaryFile(64 << 20)  # noqa: SIM115 - open as long as the pass
         self.batches: list[tuple[int, int, int]] = []  # the lowest and the highest number, and where it is in the file
         self.count = 0
 

@@ -6,13 +6,16 @@ Each case runs in its own process, to measure its own peak memory. An exponent o
 """
 
 import argparse
+import csv
 import math
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,7 +25,10 @@ from datamodules.folders import files_below
 from datamodules.orders import Order
 from datamodules.splits import few_shots, split_rows
 from tl_modules.evaluation.drawing import confusion, save_figure
+from tl_modules.evaluation.gather import Spool
+from tl_modules.finetuning.audit import sums_of
 from tl_modules.tasks.auroc import MacroAUROC
+from tl_modules.tasks.classification import class_columns
 
 
 def epoch_start(rows):
@@ -136,6 +142,40 @@ def figure(classes):
         save_figure(confusion(pairs, list(map(str, range(classes)))), Path(folder) / "confusion.png")
 
 
+def batches(rows):
+    """Columns of `tl predict` for 100 classes, of 256 samples each."""
+    names = list(map(str, range(100)))
+    for numbers in torch.arange(rows).split(256):
+        yield class_columns(torch.rand(len(numbers), 100), names), numbers
+
+
+def predictions(rows):
+    """The CSV of `tl predict` for 100 classes."""
+    spool = Spool()
+    for columns, numbers in batches(rows):
+        spool.add(list(zip(*columns.values(), strict=True)), numbers)
+    with tempfile.TemporaryFile("w") as file:
+        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
+            csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
+
+
+def predictions_usual(rows):
+    """All rows in memory, then the file."""
+    found = [list(zip(numbers.tolist(), *columns.values(), strict=True)) for columns, numbers in batches(rows)]
+    with tempfile.TemporaryFile("w") as file:
+        csv.writer(file).writerows(chain.from_iterable(found))
+
+
+def frozen_sums(parameters):
+    """What the freeze audit reads of frozen parameters after each epoch."""
+    sums_of({"stage_0": {"weight": torch.ones(parameters)}})
+
+
+def frozen_sums_usual(parameters):
+    """A copy from before."""
+    torch.equal(torch.ones(parameters), torch.ones(parameters))
+
+
 CASES = {
     epoch_start: (epoch_start_usual, "rows"),
     whole_epoch: (whole_epoch_usual, "rows"),
@@ -143,6 +183,8 @@ CASES = {
     shots: (shots_usual, [100, 1000, 10_000]),
     listing: (listing_usual, [1000, 10_000, 100_000]),
     auroc: (auroc_usual, [100, 1000, 5000]),
+    predictions: (predictions_usual, [1000, 10_000, 100_000]),
+    frozen_sums: (frozen_sums_usual, [1_000_000, 10_000_000, 100_000_000]),
     figure: (None, [100, 1000, 5000]),
 }
 

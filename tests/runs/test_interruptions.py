@@ -3,10 +3,15 @@
 import os
 import shutil
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from tl_modules import Classification, ConvNet, UserError
 from tl_modules.checkpoints.files import load_checkpoint
+from tl_modules.runs import GracefulShutdown
 
 RUN = "fit --trainer.max_epochs 3 --model.backbone.width 4 --data.shots_per_class 6 --data.batch_size 16 --name x"
 PLUGINS = """
@@ -223,3 +228,22 @@ def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
             return
         time.sleep(0.1)
     raise AssertionError(left)
+
+
+def test_a_save_checks_what_was_written_since_the_last_one(monkeypatch):
+    module, seen = Classification(ConvNet(4), 3), []
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: seen.append(t.shape) or torch.isfinite(t))
+    shutdown, trainer = GracefulShutdown(Path("last.ckpt")), SimpleNamespace(global_step=1, world_size=1)
+    floats = [t for t in module.state_dict().values() if t.is_floating_point()]
+    shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+    assert len(seen) == len(floats)
+    with torch.no_grad():
+        module.head[-1].bias.add_(1)
+    seen.clear()
+    shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+    assert seen == [(3,)]
+    with torch.no_grad():
+        next(module.backbone.parameters()).mul_(torch.nan)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the weights of backbone\.\S+ are not finite"):
+            shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})

@@ -17,7 +17,6 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules import TransferDataModule
@@ -31,8 +30,8 @@ from tl_modules.cli.messages import no_room
 from tl_modules.cli.parser import BEFORE, COMMANDS, OWN, QUIET, Parser
 from tl_modules.cli.paths import absolute_paths
 from tl_modules.cli.precision import best_precision
-from tl_modules.cli.process import first_process, importable
-from tl_modules.cli.trainer import TransferTrainer, compile_backbone
+from tl_modules.cli.process import first_process, importable, warn_of_load
+from tl_modules.cli.trainer import TensorBoard, TransferTrainer, compile_backbone
 from tl_modules.errors import UserError
 from tl_modules.evaluation import DeepEnsemble, ModelSelection, PredictionWriter, TensorBoardFigures
 from tl_modules.evaluation.monitor import monitor_of
@@ -239,7 +238,7 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.command in QUIET:
             kwargs["logger"] = False
         elif trainer.logger in (None, True):
-            kwargs["logger"] = _TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
+            kwargs["logger"] = TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
         plugins = self.config_init[str(self.subcommand)].trainer.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs.setdefault("default_root_dir", str(path))
@@ -341,6 +340,7 @@ class TransferCLI(OneCommand, LightningCLI):
 
     def before_fit(self) -> None:
         """Finds the batch size, if requested, and writes it to the run's config; compiles the backbone."""
+        warn_of_load(self.trainer)
         config = self.config[str(self.subcommand)]
         if config.auto_batch:
             size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
@@ -388,11 +388,3 @@ class TransferCLI(OneCommand, LightningCLI):
     @rank_zero_only
     def _say(self, text: str) -> None:
         print(text)
-
-
-class _TensorBoard(TensorBoardLogger):
-    """Lightning's logger without hparams.yaml, which would repeat part of config.yaml."""
-
-    def save(self) -> None:
-        """Flushes the events."""
-        Logger.save(self)

@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.errors import printable
 from tl_modules.errors import UserError, disk_full
+
+log = logging.getLogger(__name__)
 
 
 def first_process() -> bool:
@@ -54,6 +58,21 @@ def importable(own: bool) -> None:
 def _without_full_disks(told: threading.ExceptHookArgs) -> None:
     if not disk_full(told.exc_value):  # TensorBoard raises it again in the main thread
         threading.__excepthook__(told)
+
+
+def warn_of_load(trainer: Trainer) -> None:
+    """Warns if other processes keep the cores busy, since threads that wait for each other are then slow."""
+    busy, cores, threads = _load(), os.cpu_count() or 1, torch.get_num_threads()
+    if first_process() and trainer.strategy.root_device.type == "cpu" and threads > 1 and busy > 0.75 * cores:
+        log.warning(
+            "load: other processes keep about %.1f of this machine's %d cores busy; OMP_NUM_THREADS=1 tl fit is likely "
+            "to be faster than %d threads that wait for each other", busy, cores, threads,
+        )  # fmt: skip
+
+
+def _load() -> float:
+    """Returns the number of other processes that were running or waiting in the last minute."""
+    return os.getloadavg()[0] - 1 if hasattr(os, "getloadavg") else 0.0
 
 
 def quiet() -> None:

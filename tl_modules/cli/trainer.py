@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from tl_modules.batch.compat import QuickHooks
 from tl_modules.batch.output import by_domain
 from tl_modules.checkpoints.compressed import Kind
-from tl_modules.checkpoints.files import AS_NAMED, load_checkpoint, replacing, weight_bytes, write_whole
+from tl_modules.checkpoints.files import load_checkpoint, weight_bytes, write_whole
 from tl_modules.cli.calibrate import calibrate
 from tl_modules.cli.compress import compress_run
+from tl_modules.cli.embed import Format, embed
 from tl_modules.cli.lr_find import report, sweep_rates
 from tl_modules.cli.soup import How, soup
 from tl_modules.deployment.pruning import Importance
 from tl_modules.errors import UserError
 from tl_modules.evaluation.cost import machine, macs, peak_memory, repeated, speed
 from tl_modules.evaluation.drawing import DRAWN, batch_figure, save_figure
-from tl_modules.evaluation.gather import Gathering
 from tl_modules.finetuning.lr_finder import LearningRateSweep
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import load_state_into
@@ -52,7 +50,7 @@ class TransferTrainer(QuickHooks, Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         out: str | None = None,
-        format: Literal["safetensors", "npy"] = "safetensors",
+        format: Format = "safetensors",
     ) -> None:
         """Writes the backbone's features of all splits and domains for use elsewhere.
 
@@ -68,40 +66,11 @@ class TransferTrainer(QuickHooks, Trainer):
         Raises:
             UserError: The folder cannot be written.
         """
-        module, data = _ours(model), datamodule
+        module = _ours(model)
         if ckpt_path is not None:
             load_state_into(module, load_checkpoint(ckpt_path))
         folder = _writable(Path(out) if out else Path(self.default_root_dir) / "embeddings")
-        cast(Any, data).collate = module.collate
-        loaders: dict[tuple[str, str], Any] = data.all_dataloaders()  # type: ignore[attr-defined]
-        collected = _Collect()
-        self.callbacks.append(collected)
-        try:
-            self.predict(_Features(module), dataloaders=list(loaders.values()), return_predictions=False)
-        finally:
-            self.callbacks.remove(collected)
-        parts = [collected.found.get(number, Gathering()).gathered(self) for number in range(len(loaders))]
-        if not self.is_global_zero:
-            return
-        features = torch.cat([part for _, part in parts if part is not None]).float()
-        with replacing(folder / f"features.{format}") as part:
-            if format == "npy":
-                with part.open("wb") as stream:
-                    np.save(stream, features.numpy())
-            else:
-                from safetensors.torch import save_file
-
-                save_file({"features": features}, part)
-        with replacing(folder / "index.csv") as part, part.open("w", newline="", **AS_NAMED) as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "domain", "split", "id", "label"])
-            number = 0
-            for (domain, split), (rows, _) in zip(loaders, parts, strict=True):
-                ids, labels = data.ids_and_labels(domain, split)  # type: ignore[attr-defined]
-                for row in rows:
-                    writer.writerow([number, domain, split, ids[row], labels[row]])
-                    number += 1
-        print(f"{len(features):,} samples, {features.shape[1]} features each, in {folder}")
+        embed(self, module, datamodule, folder, format)
 
     def soup(
         self,
@@ -321,30 +290,12 @@ def _test_inputs(module: TransferModule, data: LightningDataModule) -> Any:
     return batch.x
 
 
-class _Features(LightningModule):
-    """Returns the backbone's features and the row numbers."""
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger without hparams.yaml, which would repeat part of config.yaml."""
 
-    def __init__(self, module: TransferModule) -> None:
-        super().__init__()
-        self.module, self.collate = module, module.collate
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
-        ((_, part),) = batch.items()
-        features = self.module.backbone.pooled_features(self.module.backbone(part.x))
-        return self.module.bottleneck(features), part.index
-
-
-class _Collect(Callback):
-    """Collects features by loader."""
-
-    def __init__(self) -> None:
-        self.found: dict[int, Gathering] = {}
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, number: int = 0
-    ) -> None:
-        features, rows = outputs
-        self.found.setdefault(number, Gathering()).add(features.cpu(), rows)
+    def save(self) -> None:
+        """Flushes the events."""
+        Logger.save(self)
 
 
 def compile_backbone(module: LightningModule) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -52,3 +55,48 @@ class Gathering:
         rows = torch.tensor([row for part, _ in parts for row in part])
         order = rows.argsort()
         return rows[order].tolist(), samples.take(samples.concat([tree for _, tree in parts]), order)
+
+
+class Spool:
+    """Collects values for each sample of a pass, on disk above 64 MiB, and returns them in order.
+
+    Attributes:
+        count: Number of samples that this process has added.
+    """
+
+    def __init__(self) -> None:
+        self.file = tempfile.SpooledTemporaryFile(64 << 20)  # noqa: SIM115 - open as long as the pass
+        self.batches: list[tuple[int, int, int]] = []  # lowest and highest number, position in the file
+        self.count = 0
+
+    def add(self, tree: Any, rows: Tensor) -> None:
+        """Adds the values of a batch of samples with the numbers `rows` (B,)."""
+        self.batches.append((int(rows.min()), int(rows.max()), self.file.tell()))
+        self.count += len(rows)
+        pickle.dump(
+            (rows.cpu(), samples.copied(samples.move(tree, "cpu"))), self.file
+        )  # not a view of its base
+
+    def blocks(self, trainer: Trainer, size: int = 1 << 14) -> Iterator[tuple[list[int], Any]]:
+        """Yields the samples of all processes, sorted by number; a collective call, and all must exhaust it.
+
+        Args:
+            trainer: The trainer of the pass.
+            size: Maximum number of samples in a block.
+        """
+        end = 1 + max(every_rank(trainer, max((last for _, last, _ in self.batches), default=-1)))
+        for start in range(0, end, size):
+            stop = start + size
+            read = [self._read(place, start, stop) for low, high, place in self.batches if low < stop and high >= start]
+            parts = [part for own in every_rank(trainer, read) for part in own if len(part[0])]
+            if parts:
+                rows = torch.cat([rows for rows, _ in parts])
+                order = rows.argsort()
+                yield rows[order].tolist(), samples.take(samples.concat([tree for _, tree in parts]), order)
+
+    def _read(self, place: int, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Reads the part of a batch that belongs to a block."""
+        self.file.seek(place)
+        rows, tree = pickle.load(self.file)
+        inside = (start <= rows) & (rows < stop)
+        return rows[inside], samples.take(tree, inside)

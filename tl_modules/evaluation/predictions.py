@@ -12,7 +12,7 @@ from tl_modules.batch import samples
 from tl_modules.checkpoints.files import AS_NAMED, replacing
 from tl_modules.errors import UserError
 from tl_modules.evaluation.ensembles import Ensemble
-from tl_modules.evaluation.gather import Gathering
+from tl_modules.evaluation.gather import Spool
 from tl_modules.module import TransferModule
 
 __all__ = ["PredictionWriter"]
@@ -27,7 +27,8 @@ class PredictionWriter(Callback):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found = Gathering()
+        self.found = Spool()
+        self.columns: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks before the work that the file can be written.
@@ -54,17 +55,20 @@ class PredictionWriter(Callback):
         columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             columns |= callback.columns(pl_module) if isinstance(callback, Ensemble) else {}
-        self.found.add(columns, rows)
+        self.columns = list(columns)
+        self.found.add(list(zip(*columns.values(), strict=True)), rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gathers the rows of all processes and writes them in the data's order."""
-        rows, columns = self.found.gathered(trainer)
+        """Writes the rows of all processes in the data's order."""
+        blocks = self.found.blocks(trainer)
         if not trainer.is_global_zero:
+            list(blocks)
             return
-        ids = trainer.datamodule.ids()  # type: ignore[attr-defined]
+        ids, count = trainer.datamodule.ids(), 0  # type: ignore[attr-defined]
         with replacing(self.file) as part, part.open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
-            if rows:
-                writer.writerow(["id", *columns])
-                writer.writerows(zip([ids[row] for row in rows], *columns.values(), strict=True))
-        print(f"{len(rows)} predictions in {self.file}")
+            writer.writerow(["id", *self.columns])
+            for rows, values in blocks:
+                writer.writerows([ids[row], *each] for row, each in zip(rows, values, strict=True))
+                count += len(rows)
+        print(f"{count} predictions in {self.file}")

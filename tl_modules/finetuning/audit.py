@@ -149,9 +149,11 @@ def sums_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    flat: Any = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return flat.view(kind).sum(dtype=torch.int64)
+    parts = flat.view(kind).reshape(-1).split(1 << 22)  # in parts, since a sum first casts its input to 8 bytes each
+    total: Tensor = torch.stack([part.sum(dtype=torch.int64) for part in parts]).sum()
+    return total
 
 
 def _opened(module: BaseTransferModule, trainer: Trainer, before: range) -> str:

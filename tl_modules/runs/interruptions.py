@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tl_modules.batch.compat import times_written
 from tl_modules.errors import UserError
 from tl_modules.module import TransferModule
 
@@ -52,6 +53,7 @@ class GracefulShutdown(Callback):
         self.in_step = False
         self.saved_at = 0
         self.before: dict[int, Any] = {}
+        self.finite: dict[str, tuple[int, int]] = {}  # storage and write count of tensors at the last save
         self.group: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,11 +107,15 @@ class GracefulShutdown(Callback):
         """
         bad = not_finite(pl_module)
         floats = {name: t for name, t in checkpoint["state_dict"].items() if t.is_floating_point()}
-        if bad is None and not torch.stack([t.isfinite().all() for t in floats.values()]).all():
-            name = next(name for name, t in floats.items() if not t.isfinite().all())
+        state = {name: (t.data_ptr(), times_written(t)) for name, t in floats.items()}
+        written = [name for name in floats if self.finite.get(name) != state[name]]
+        checks = [floats[name].isfinite().all() for name in written]
+        if bad is None and checks and not torch.stack(checks).all():
+            name = next(name for name, fine in zip(written, checks, strict=True) if not fine)
             bad = f"step {trainer.global_step}: the weights of {name} are not finite"
         if self._agreed(0, bad is not None)[1]:
             raise UserError(f"{bad or ELSEWHERE}{self._advice()}")
+        self.finite = state
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops on a signal that came while the last epoch ended; that end has been saved."""

@@ -82,7 +82,7 @@ def test_the_run_shows_domains_before_and_after(ok, tmp_path):
     ("--select.by snd --data.target_labels true", "select: snd has no effect"),
     ("--select.by best", "select.by"),
     ("--data.selection_labels 99 --select.by few", "selection_labels: class 0 has"),
-    ("--data.target_labels true --data.target_unseen true", "a target that training does not see"),
+    ("--data.target_labels true --data.target_unseen true", "an unseen target is not used in training"),
 ])  # fmt: skip
 def test_mistakes(words, sentence, tl):
     result = tl(f"{RUN} {words}")

@@ -87,7 +87,7 @@ def test_other_inputs_are_refused():
     module.schema = {**CLASSES, "x": {"numeric": ["a", "b", "c", "d", "e"]}}
     network = load_run(teacher("vector"))
     network.schema = {**CLASSES, "x": {"image": {}}}
-    with pytest.raises(UserError, match="reads image, and the data are 5 numeric columns"):
+    with pytest.raises(UserError, match="reads image, but the data is 5 numeric columns"):
         method.check_teacher(module, network, "x")
     network.schema = CLASSES
     network.backbone.prepare = lambda xs: xs

@@ -73,9 +73,7 @@ class Spool:
         """Adds the values of a batch of samples with the numbers `rows` (B,)."""
         self.batches.append((int(rows.min()), int(rows.max()), self.file.tell()))
         self.count += len(rows)
-        pickle.dump(
-            (rows.cpu(), samples.copied(samples.move(tree, "cpu"))), self.file
-        )  # not a view of its base
+        pickle.dump((rows.cpu(), samples.copied(samples.move(tree, "cpu"))), self.file)  # not a view of its base
 
     def blocks(self, trainer: Trainer, size: int = 1 << 14) -> Iterator[tuple[list[int], Any]]:
         """Yields the samples of all processes, sorted by number; a collective call, and all must exhaust it.

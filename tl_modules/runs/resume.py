@@ -43,7 +43,7 @@ class ExactResume(Callback):
         """Keeps this process's state until the first step; an epoch that `max_steps` cut short goes on where it was."""
         progress = checkpoint.get("loops", {}).get("fit_loop", {})
         _reopen_epoch(progress)
-        if trainer.max_steps != -1 and _epoch_is_over(progress):
+        if checkpoint["global_step"] < trainer.max_steps and _epoch_is_over(progress):
             # where there is a `max_steps`, Lightning (2.6) goes on within the epoch that is over, and leaves one out
             self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         ranks = checkpoint.get("ranks", [])

@@ -318,6 +318,13 @@ def test_a_gap_that_is_named_leaves_numbers(write, caplog):
     assert set(TabularData(write(table), categorical=["a"]).columns["categorical"]) == {"a", "zip"}
 
 
+def test_a_run_keeps_what_a_gap_is_called(ok, write):
+    write("a,b,y\n" + "".join(f"{i % 9},{'-' if i % 10 == 3 else i % 7},{'xy'[i % 2]}\n" for i in range(60)))
+    model = "--trainer.max_epochs 1 --model Classification --model.backbone TabularMLP"
+    ok(f"fit {model} --data TabularData --data.target a.csv --data.missing.b -")
+    ok("predict --run runs/tabulardata --out p.csv")
+
+
 def test_classes_of_one_row_each_cannot_be_split(write):
     data = TabularData(write("a,y\n" + "".join(f"{i},name {i}\n" for i in range(9))))
     with pytest.raises(DataError, match=r"no class has samples enough for a val split; .* whether the label is right"):

@@ -24,8 +24,8 @@ DELIMITERS = "\t;|,"  # the first that cuts all lines alike; a decimal comma doe
 UNCUT = "\x1f"  # in a file of one column nothing is cut
 EXAMINED = 100  # rows by which a text file's form is decided
 GROUPED = r"^[+-]?(\d+|[1-9]\d{0,2}(%s\d{3})+)?(%s\d*)?([eE][+-]?\d+)?$"
+CODE = r"^0\d+$"  # 02116 is no quantity
 THOUSANDS, DECIMAL_COMMA = GROUPED % (",", r"\."), GROUPED % (r"\.", ",")  # 1,234.5 and 1.234,5
-CODE = r"^[+-]?0\d+$"  # 02116 is no quantity
 
 
 def read_frame(path: Path, where: str, texts: Collection[str] = ()) -> DataFrame:
@@ -193,19 +193,24 @@ def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False)
 
     kinds = frame.collect_schema()
     texts = [name for name in names if kinds.get(name) == polars.String]
-    plain = {name: _plain(name) for name in texts}
-    there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in plain.items()}
+    stripped = {name: polars.col(name).str.strip_chars() for name in texts}
+    there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in stripped.items()}
     first = frame.select(text.drop_nulls().first().alias(n) for n, text in there.items()).collect(engine="streaming")
     tries = {name: _tries(there[name], first[name].item(), decimal_comma) for name in texts}
-    lost = frame.select(
-        (there[name].is_not_null() & value.is_null()).any().alias(f"{name}/{number}")
-        for name in texts
-        for number, value in enumerate(tries[name])
-    ).collect(engine="streaming")
-    return frame.with_columns(
-        next((v for n, v in enumerate(tries[name]) if not lost[f"{name}/{n}"].item()), plain[name]).alias(name)
-        for name in texts
-    )
+    found: dict[str, Any] = {}
+    for some in (slice(0, 2), slice(2, None)):  # the rare forms only of what is none of the usual ones
+        left = {name: tries[name][some] for name in texts if name not in found and tries[name][some]}
+        lost = frame.select(
+            ((there[name].is_not_null() & value.is_null()).any() | there[name].str.contains(CODE).any()).alias(
+                f"{name}/{number}"
+            )
+            for name, values in left.items()
+            for number, value in enumerate(values)
+        ).collect(engine="streaming")
+        for name, values in left.items():
+            fits = [value for number, value in enumerate(values) if not lost[f"{name}/{number}"].item()]
+            found.update({name: fits[0]} if fits else {})
+    return frame.with_columns(found.get(name, _plain(name)).alias(name) for name in texts)
 
 
 def _plain(name: str) -> Any:
@@ -233,7 +238,6 @@ def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
         local = [time.str.to_datetime(f"%Y-%m-%d {clock}", strict=False) for clock in ("%H:%M:%S%.f", "%H:%M")]
         zoned = time.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
         return [polars.coalesce(local), zoned.dt.convert_time_zone("UTC").dt.replace_time_zone(None)]
-    text = polars.when(~text.str.contains(CODE)).then(text)
     point = text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
     comma = polars.when(text.str.contains(DECIMAL_COMMA)).then(point)
     thousands = polars.when(text.str.contains(THOUSANDS)).then(text.str.replace_all(",", "", literal=True))

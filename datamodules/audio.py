@@ -70,7 +70,8 @@ class AudioReader:
                 wanted = min(most, file.frames)
                 if file.frames > most:
                     file.seek((file.frames - most) // 2)
-                wave = file.read(wanted, dtype="float32", always_2d=True).mean(1)
+                channels = file.read(wanted, dtype="float32", always_2d=True)
+                wave = channels.mean(1)
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # libsndfile's are RuntimeErrors
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: it cannot be decoded as audio ({reason})") from error
@@ -81,7 +82,8 @@ class AudioReader:
         if not np.isfinite(wave).all():
             raise DataError(f"{path}: it holds values that are not finite")
         if not self.keep_silent and not wave.any():
-            raise DataError(f"{path}: it is silent (if that is meant, pass --data.keep_silent true)")
+            silent = "its channels cancel each other out" if channels.any() else "it is silent"
+            raise DataError(f"{path}: {silent} (if that is meant, pass --data.keep_silent true)")
         return torch.from_numpy(resampled(wave, rate, self.rate))
 
 

@@ -108,9 +108,11 @@ class TransferDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "shots_per_class": shots_per_class, "labelled": labelled}
-        for name, count in (counts | {"unlabelled_ratio": unlabelled_ratio}).items():
-            if count is not None and count < 1:
-                raise DataError(f"{name}: {count} must be at least 1")
+        counts |= {"unlabelled_ratio": unlabelled_ratio, "num_workers": num_workers, "seed": seed}
+        for name, count in counts.items():
+            least = 0 if name in ("num_workers", "seed") else 1
+            if count is not None and count < least:
+                raise DataError(f"{name}: {count} must be at least {least}")
         self.batch_size, self.shots_per_class = batch_size, shots_per_class
         self.num_workers = min(8, cores()) if num_workers is None else num_workers
         if labelled is not None and (shots_per_class is not None or target_labels is not None or target_unseen):

@@ -222,6 +222,17 @@ def numeric_names(columns: Columns) -> list[str]:
     return [each["name"] for each in known] + [f"{each['name']} is missing" for each in known if each.get("gaps")]
 
 
+def kinds_of(columns: Columns) -> str:
+    """What the columns were read as, in a clause: `numbers a, b; dates day; categories job (3)`."""
+    kinds = {
+        "numbers": [each["name"] for each in columns["numeric"] if "of" not in each],
+        "dates": list(dict.fromkeys(each["of"] for each in columns["numeric"] if "of" in each)),
+        "categories": [f"{name} ({len(known)})" for name, known in columns["categorical"].items()],
+    }
+    kinds["numbers"] = [name for name in kinds["numbers"] if name not in kinds["dates"]]
+    return "; ".join(f"{kind} {some(names)}" for kind, names in kinds.items() if names)
+
+
 def some(names: Collection[str]) -> str:
     """Lists names for a message, the first five of many."""
     return ", ".join(list(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -111,6 +111,9 @@ def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]
     """Groups identical files, as (split, path), that are in several splits.
 
     A file is opened only if one of another split has its size, and read whole only if a part of both is the same.
+
+    Raises:
+        DataError: A file does not exist or cannot be read.
     """
     groups = [[(split, path) for split, paths in files.items() for path in paths]]
     with ThreadPoolExecutor() as pool:
@@ -118,7 +121,11 @@ def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]
             finer: list[list[tuple[str, str]]] = []
             for group in groups:
                 alike: dict[Any, list[tuple[str, str]]] = {}
-                for member, value in zip(group, pool.map(key, [path for _, path in group]), strict=True):
+                try:
+                    values = list(pool.map(key, [path for _, path in group]))
+                except OSError as error:  # one that a table names
+                    raise DataError(f"{error.filename}: it cannot be read ({error.strerror})") from error
+                for member, value in zip(group, values, strict=True):
                     alike.setdefault(value, []).append(member)
                 finer += [each for each in alike.values() if len({split for split, _ in each}) > 1]
             groups = finer

@@ -6,8 +6,9 @@ file -> delimiter and header (of text) -> typed columns; an empty cell is null
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -22,36 +23,43 @@ MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # text t
 DELIMITERS = "\t;|,"  # in order of preference; the comma is last, since it may be decimal
 UNCUT = "\x1f"  # the delimiter of a file with one column
 EXAMINED = 100  # rows from which the format of a text file is inferred
+GROUPED = r"^[+-]?(\d+|[1-9]\d{0,2}(%s\d{3})+)?(%s\d*)?([eE][+-]?\d+)?$"
+CODE = r"^0\d+$"  # 02116 is not a quantity
+THOUSANDS, DECIMAL_COMMA = GROUPED % (",", r"\."), GROUPED % (r"\.", ",")  # 1,234.5 and 1.234,5
 
 
-def read_frame(path: Path, where: str) -> DataFrame:
-    """Reads CSV, TSV and other delimited text, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
+def read_frame(path: Path, where: str, texts: Collection[str] = ()) -> DataFrame:
+    """Reads CSV, TSV and other delimited text, JSON, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
 
     The suffix decides; any other file is text. Delimiter (tab, semicolon, bar, comma) and header of text are found from
     its first lines: a header is text above numbers or dates, or, if everything is text, a first line without a number
     whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
     cell is null; in a column whose other cells are numbers, ISO dates, or true and false, NA, ? and the like
-    (`MISSING`) are null too.
+    (`MISSING`) are null too. Numbers may have thousands separators and a decimal comma; numbers with a leading zero,
+    e.g. 02116, are text. Times in several zones are converted to UTC.
 
     Args:
         path: The file.
         where: What messages call it, e.g. "target: wine.csv".
+        texts: Columns of a text file that are left as they are, whatever they look like.
 
     Raises:
         DataError: polars is not installed, or the file cannot be read, is empty, has two columns of one name or a line
             with a different number of cells.
     """
-    frame: DataFrame = scan_frame(path, where).collect()
+    frame: DataFrame = scan_frame(path, where, texts).collect()
     return frame
 
 
-def scan_frame(path: Path, where: str) -> LazyFrame:
+def scan_frame(path: Path, where: str, texts: Collection[str] = ()) -> LazyFrame:
     """Returns the table as a lazy polars query, which can run in batches."""
     kind = path.suffix.lower()
     try:
         import polars
 
-        if kind in (".jsonl", ".ndjson"):
+        if kind == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+            frame = polars.read_json(path, infer_schema_length=None).lazy()
+        elif kind in (".json", ".jsonl", ".ndjson"):
             frame = polars.scan_ndjson(path, infer_schema_length=None)
         elif kind == ".parquet":
             frame = polars.scan_parquet(path)
@@ -60,7 +68,7 @@ def scan_frame(path: Path, where: str) -> LazyFrame:
         elif kind in (".xlsx", ".xls", ".xlsb", ".ods"):
             frame = polars.read_excel(path, infer_schema_length=None).lazy()
         else:
-            frame = _scan_text(path, where)
+            frame = _scan_text(path, where, texts)
         columns = frame.collect_schema()
         if not columns or frame.limit(1).collect(engine="streaming").is_empty():
             raise DataError(f"{where} has no rows")
@@ -75,11 +83,13 @@ def scan_frame(path: Path, where: str) -> LazyFrame:
     return frame
 
 
-def _scan_text(path: Path, where: str) -> LazyFrame:
+def _scan_text(path: Path, where: str, texts: Collection[str]) -> LazyFrame:
     import polars
 
     with path.open(newline="", encoding="utf-8-sig") as file:
         head = file.read(1 << 20)
+    if "\r" in head and "\n" not in head:
+        raise DataError(f"{where} ends its lines by \\r alone; save it with \\n")
     separator = _delimiter(head)
     rows = list(islice(_cut(head.splitlines(keepends=True), separator), EXAMINED))
     if not rows:
@@ -94,7 +104,6 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         if count > 1:
             raise DataError(f"{where} has {count} columns named {name}; rename or remove all but one")
     blank = _check_lines(path, separator, len(names), where)
-    decimal_comma = separator == ";" and any(_is_number(c.replace(",", ".")) for row in rows for c in row if "," in c)
     frame = polars.scan_csv(
         path,
         separator=separator,
@@ -103,7 +112,18 @@ def _scan_text(path: Path, where: str) -> LazyFrame:
         infer_schema=False,  # polars would read all lines at every query
     )
     frame = frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame
-    return _typed(frame, decimal_comma)
+    frame = frame.with_columns(_plain(name) for name in names if name in texts)
+    return typed(frame, [name for name in names if name not in texts], _decimal_comma(rows, separator))
+
+
+def _decimal_comma(rows: Sequence[Sequence[str]], separator: str) -> bool:
+    """Whether a file's commas are decimal: one cell shows it, or none shows the opposite beside a semicolon."""
+    forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)) for row in rows for cell in row if "," in cell}
+    return (False, True) in forms or (separator == ";" and (True, True) in forms and (True, False) not in forms)
+
+
+def _fits(form: str, cell: str) -> bool:
+    return re.match(form, cell) is not None and any(map(str.isdigit, cell))
 
 
 def _cut(lines: Any, separator: str) -> Any:
@@ -141,9 +161,9 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         try:
-            datetime.fromisoformat(cell)
+            datetime.fromisoformat(cell.removesuffix("Z"))
         except ValueError:
-            return False
+            return _fits(THOUSANDS, cell) or _fits(DECIMAL_COMMA, cell)
     return True
 
 
@@ -169,26 +189,38 @@ def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
     return blank
 
 
-def _typed(frame: LazyFrame, decimal_comma: bool) -> LazyFrame:
+def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False) -> LazyFrame:
     """Strips text columns, and converts them to numbers, dates or booleans if all cells that are not missing are."""
     import polars
-    from polars import col
 
-    texts = frame.collect_schema().names()
-    stripped = {name: col(name).str.strip_chars() for name in texts}  # no `replace`: it would read the file at once
-    plain = {name: polars.when(text != "").then(text) for name, text in stripped.items()}
+    kinds = frame.collect_schema()
+    texts = [name for name in names if kinds.get(name) == polars.String]
+    stripped = {name: polars.col(name).str.strip_chars() for name in texts}
     there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in stripped.items()}
     first = frame.select(text.drop_nulls().first().alias(n) for n, text in there.items()).collect(engine="streaming")
     tries = {name: _tries(there[name], first[name].item(), decimal_comma) for name in texts}
-    lost = frame.select(
-        (there[name].is_not_null() & value.is_null()).any().alias(f"{name}/{number}")
-        for name in texts
-        for number, value in enumerate(tries[name])
-    ).collect(engine="streaming")
-    return frame.with_columns(
-        next((v for n, v in enumerate(tries[name]) if not lost[f"{name}/{n}"].item()), plain[name]).alias(name)
-        for name in texts
-    )
+    found: dict[str, Any] = {}
+    for some in (slice(0, 2), slice(2, None)):  # the rare forms only of what is none of the usual ones
+        left = {name: tries[name][some] for name in texts if name not in found and tries[name][some]}
+        lost = frame.select(
+            ((there[name].is_not_null() & value.is_null()).any() | there[name].str.contains(CODE).any()).alias(
+                f"{name}/{number}"
+            )
+            for name, values in left.items()
+            for number, value in enumerate(values)
+        ).collect(engine="streaming")
+        for name, values in left.items():
+            fits = [value for number, value in enumerate(values) if not lost[f"{name}/{number}"].item()]
+            found.update({name: fits[0]} if fits else {})
+    return frame.with_columns(found.get(name, _plain(name)).alias(name) for name in texts)
+
+
+def _plain(name: str) -> Any:
+    """A column of text without spaces at the ends; an empty cell is null."""
+    import polars
+
+    text = polars.col(name).str.strip_chars()  # no `replace`: it would read the file at once
+    return polars.when(text != "").then(text).alias(name)
 
 
 def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
@@ -197,8 +229,6 @@ def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
 
     if first is None:
         return [text]
-    if decimal_comma and _is_number(first.replace(",", ".")):
-        first, text = first.replace(",", "."), text.str.replace(",", ".", literal=True)
     if not _is_number(first):
         truth = text.str.to_lowercase()
         known = first.lower() in ("true", "false")
@@ -206,5 +236,12 @@ def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
     if "-" in first[1:] and ":" not in first and "e" not in first.lower():
         return [text.str.to_date("%Y-%m-%d", strict=False)]
     if ":" in first:
-        return [text.str.replace("T", " ", literal=True).str.to_datetime("%Y-%m-%d %H:%M:%S", strict=False)]
-    return [text.cast(polars.Int64, strict=False), text.cast(polars.Float64, strict=False)]
+        time = text.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
+        local = [time.str.to_datetime(f"%Y-%m-%d {clock}", strict=False) for clock in ("%H:%M:%S%.f", "%H:%M")]
+        zoned = time.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
+        return [polars.coalesce(local), zoned.dt.convert_time_zone("UTC").dt.replace_time_zone(None)]
+    point = text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+    comma = polars.when(text.str.contains(DECIMAL_COMMA)).then(point)
+    thousands = polars.when(text.str.contains(THOUSANDS)).then(text.str.replace_all(",", "", literal=True))
+    floats = [comma, text, thousands] if decimal_comma else [text, thousands, comma]
+    return [text.cast(polars.Int64, strict=False), *(form.cast(polars.Float64, strict=False) for form in floats)]

@@ -125,7 +125,12 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
     split_folders = all(len(each) > 1 and split_of(each[0]) for each in parts) and any(len(each) > 2 for each in parts)
     fields: dict[str, Array] = {}
     if split_folders or all(len(each) > 1 for each in parts):  # "" if a split has no class folders
-        fields["label"] = np.array(["/".join(each[split_folders:-1]).partition("/")[0] for each in parts])
+        labels = [_class_of(each, split_folders) for each in parts]
+        known = {"", *labels}
+        for other in others:
+            if (name := _class_of(other.split("/"), split_folders)) not in known:
+                raise DataError(f"{where}: class {name} is empty: none of its files is a recording, e.g. {other}")
+        fields["label"] = np.array(labels)
     lists = {split: root / name for split, name in LISTS.items() if (root / name).is_file()}
     if split_folders:
         fields["split"] = np.array([each[0] for each in parts])
@@ -134,6 +139,11 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
         fields["split"] = np.array([listed.get(name, "train") for name in names])
     unknown = f"{where} has no class folders; it needs {where}/<class>/*{extensions[0]}, or --data.pattern"
     return Listing(where, paths, fields, unknown)
+
+
+def _class_of(parts: Sequence[str], split_folders: bool) -> str:
+    """The class folder of a path; "" where there is none."""
+    return "/".join(parts[split_folders:-1]).partition("/")[0]
 
 
 def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern: str) -> Listing:
@@ -161,7 +171,7 @@ def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern
 def _from_table(table: Path, column: str) -> Listing:
     from datamodules.frames import read_frame
 
-    frame = read_frame(table, str(table))
+    frame = read_frame(table, str(table), [column])
     check_known("file", column, frame.columns, "column")
     fields = {
         name: np.array(["" if cell is None else str(cell) for cell in frame[name].to_list()], dtype=str)

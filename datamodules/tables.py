@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
 from datamodules.errors import DataError, check_known
-from datamodules.frames import MISSING, scan_frame
+from datamodules.frames import MISSING, scan_frame, typed
 from datamodules.labels import read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, log
@@ -139,6 +139,10 @@ def _read_frame(
         name = _column("weight", weight, names, where)
         apart.append(name)
         table.weights = read_weights(frame.select(name).collect()[name].to_list(), table.at)
+    if not set(names) - set(apart):
+        raise DataError(
+            f"{where} has no column beside {' and '.join(apart)}; cells are delimited by tab, semicolon, bar or comma"
+        )
     table.frame = frame.drop(apart, strict=False)
     return table
 
@@ -186,12 +190,16 @@ def read_columns(
         for column in missing:
             if column in frame.collect_schema():
                 frame = frame.with_columns(_without(column, frame.collect_schema()[column], missing[column]))
+        frame = typed(frame, missing)  # a column of text may be numbers without its gaps
         frames[name] = frame.drop(unwanted, strict=False)
     kinds = {name: frame.collect_schema() for name, frame in frames.items()}
     if columns is None:
         shared = _shared(kinds)
         text = (column for column in shared if any(is_text(kind[column]) for kind in kinds.values()))
         texts: Collection[str] = {*wanted, *text} if categories is None else categories
+        for name, frame in frames.items() if categories is None else ():
+            own = [column for column in texts if column not in wanted and is_text(kinds[name][column])]
+            _check_numbers(frame, own, tables[name].where)
         known = shared
     else:
         texts = columns["categorical"]
@@ -207,6 +215,23 @@ def read_columns(
         tables[name].cells = read_cells(
             frames[name], tables[name].cells.count, [c for c in own if c in texts], numbers, where
         )
+
+
+def _check_numbers(frame: LazyFrame, names: Sequence[str], where: str) -> None:
+    """Refuses columns of text of which more than half are numbers: what they mean cannot be seen."""
+    import polars
+
+    text = {name: polars.col(name).cast(polars.String) for name in names}
+    there = {name: cell.filter(cell.is_in(MISSING).not_()) for name, cell in text.items()}
+    odd = {name: cell.cast(polars.Float64, strict=False).is_null() for name, cell in there.items()}
+    shares = frame.select(cell.mean().alias(name) for name, cell in odd.items()).collect(engine="streaming")
+    for name in names:
+        if 0 < (shares[name].item() or 0) < 0.5:
+            cell = frame.select(there[name].filter(odd[name]).first()).collect().item()
+            raise DataError(
+                f"{where}: column {name} has '{cell}' among numbers; pass --data.missing.{name} '{cell}' if that is a "
+                f"gap, --data.categorical+={name} if all are names, or mend it"
+            )
 
 
 def _without(column: str, kind: DataType, value: float | str) -> Expr:

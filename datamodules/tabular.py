@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.columns import Cells, Columns, encode, learn, numeric_names, one_hot
+from datamodules.columns import Cells, Columns, encode, kinds_of, learn, numeric_names, one_hot
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
 from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
-from datamodules.splits import Subset, content_hash, no_labels
+from datamodules.splits import Subset, content_hash, log, no_labels
 from datamodules.tables import Table, read_columns, read_table
 
 Array = np.ndarray[Any, Any]
@@ -172,7 +172,10 @@ class TabularData(FileDomains):
             labelled = [position for position, name in enumerate(shown) if name != "target" or not hidden]
             parts = [cast(Subset, part).rows for part in shown.values()]
             cells = [self._whole[name].cells for name in shown]
-            self._columns = learn(cells, parts, labelled, ", ".join(self.wheres[name] for name in shown))
+            where = ", ".join(self.wheres[name] for name in shown)
+            self._columns = learn(cells, parts, labelled, where)
+            if not self._one_unit:
+                log.info("%s: read as %s", where, kinds_of(self._columns))
         for name, whole in self._whole.items():
             if self.categories is not None:
                 numeric = one_hot(whole.cells, self.categories, self.wheres[name])

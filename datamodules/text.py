@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,8 @@ from datamodules.labels import are_values, check_present, encode_labels, gather_
 from datamodules.paths import expand_path
 from datamodules.splits import SPLITS, content_hash, no_labels, split_of
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx")
+BYTE_ORDER = "\ufeff"  # some editors write it first
 NO_TEXTS = ("README", "LICENSE", "LICENCE")  # beginnings of file names that are not texts
 
 
@@ -215,11 +217,16 @@ class Reader:
             return self._of_tree(path, where)
         if path.suffix.lower() == ".txt":
             return {"unsplit": self._of_files({"": [path]}, where, lines=True)}
-        return {"unsplit": self._of_frame(read_frame(path, where), where)}
+        return {"unsplit": self._of_frame(read_frame(path, where, [self.text]), where)}
 
     def _of_frame(self, frame: Any, where: str) -> Part:
         columns: list[str] = list(frame.columns)
         check_known("text", self.text, columns, "column")
+        for field, name in (("text", self.text), ("label", self.label)):
+            if name in columns and frame.get_column(name).dtype.is_nested():
+                raise DataError(
+                    f"{field}: {where}: column {name} holds lists or objects; make one text or number of each"
+                )
         texts = frame.get_column(self.text).to_list()
         part = Part(where, list(map(str, texts)), None, list(map(str, range(len(texts)))), row="row ")
         if None in texts:
@@ -259,11 +266,11 @@ class Reader:
     def _of_table(self, entry: Any, where: str) -> Part:
         inside = f"{where}/{entry.name}"
         if isinstance(entry, Path):
-            return self._of_frame(read_frame(entry, inside), inside)
+            return self._of_frame(read_frame(entry, inside, [self.text]), inside)
         with TemporaryDirectory() as folder:  # for a zip file
             path = Path(folder, entry.name)
             path.write_bytes(entry.read_bytes())
-            return self._of_frame(read_frame(path, inside), inside)
+            return self._of_frame(read_frame(path, inside, [self.text]), inside)
 
     def _of_classes(self, folder: Any, where: str) -> Part:
         entries = _visible(folder)
@@ -290,7 +297,7 @@ class Reader:
         for label, files in classes.items():
             for file in files:
                 texts = self._decode(file, where)
-                found = {f"{file.name}:{n}": line for n, line in enumerate(texts.splitlines(), 1)} if lines else {}
+                found = {f"{file.name}:{n}": line for n, line in enumerate(StringIO(texts), 1)} if lines else {}
                 if not lines:
                     found[f"{label}/{file.name}"] = texts
                 kept = {name: text.strip() for name, text in found.items() if text.strip() or not lines}
@@ -305,7 +312,8 @@ class Reader:
     def _decode(self, file: Any, where: str) -> str:
         raw: bytes = file.read_bytes()
         try:
-            return raw.decode(self.encoding)
+            decoded = StringIO(raw.decode(self.encoding), newline=None)  # \r and \r\n end a line too, nothing else does
+            return decoded.read().removeprefix(BYTE_ORDER)
         except LookupError as error:
             raise DataError(f"encoding: unknown encoding {self.encoding}") from error
         except UnicodeDecodeError as error:

@@ -43,6 +43,16 @@ def truncate(path):
 
 
 CASES = {
+    "no accumulation at all": (FIT + "--data Digits --trainer.accumulate_grad_batches 0", "accumulate_grad_batches: 0 must be above 0"),
+    "no training batch": (FIT + "--data Digits --trainer.limit_train_batches 0", "limit_train_batches: 0 must be above 0, or nothing is trained"),
+    "validation after more batches than there are": (FIT + "--data Digits --data.shots_per_class 2 --trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number of the training batches (1)"),
+    "early stopping by an unknown metric": (FIT + "--data Digits --data.shots_per_class 2 --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val_loss", "Early stopping conditioned on metric `val_loss` which is not available"),
+    "a scheduler of two packages": (FIT + "--model.lr_scheduler ReduceLROnPlateau", "more than one class is named ReduceLROnPlateau; name one of torch.optim.lr_scheduler.ReduceLROnPlateau, lightning.pytorch.cli."),
+    "a scheduler without its argument": (FIT + "--model.lr_scheduler StepLR", "model.lr_scheduler: StepLR needs step_size"),
+    "a negative seed": (FIT + "--data Digits --data.seed -1", "seed: -1 must be at least 0"),
+    "a negative number of workers": (FIT + "--data Digits --data.num_workers -1", "num_workers: -1 must be at least 0"),
+    "weights as a checkpoint": (FIT + "--data Digits --ckpt_path w.pth", "checkpoint: w.pth is no checkpoint of a run; weights alone go to --model.backbone.weights"),
+    "a list as a checkpoint": ("test --run trained --ckpt_path w.pth", "checkpoint: w.pth is no checkpoint of a run"),
     "an optimizer without groups": (FIT + "--model.optimizer torch.optim.LBFGS", "LBFGS doesn't support per-parameter options"),
     "barebones": (FIT + "--trainer.barebones true", "Logging can impact raw speed so it is disabled in barebones mode"),
     "Lightning's finder of rates": (FIT + "--trainer.callbacks LearningRateFinder", "callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`"),
@@ -215,6 +225,10 @@ def prepare(case, root, trained):
             (root / "bad.yaml").write_text("a: 3")
         case "unknown key in YAML":
             (root / "bad.yaml").write_text("modl: 3\n")
+        case "a list as a checkpoint":
+            torch.save([1, 2], root / "w.pth")
+        case "weights as a checkpoint":
+            torch.save(ConvNet(4).model.state_dict(), root / "w.pth")
         case "wrong-shaped weights":
             torch.save(ConvNet(8).model.state_dict(), root / "w.pth")
         case "another architecture's weights":

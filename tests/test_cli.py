@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -343,3 +345,21 @@ def test_a_trial_of_all_steps_names_no_run_to_test(ok):
     said = ok("fit --name a --trainer.fast_dev_run true --model.backbone.width 4")
     assert "fast_dev_run: all steps ran; runs/a/version_0 has no checkpoint to test" in said
     assert "tl test" not in said
+
+
+def test_what_a_run_ends_with_is_what_it_has(ok, tl):
+    said = ok(f"fit {SMALL} --name never --trainer.check_val_every_n_epoch 5")
+    assert "runs/never/version_0 has no best.ckpt to test: no epoch was validated" in said
+    assert "tl test" not in said
+    said = ok("fit --run runs/never --resume --trainer.max_steps 1")  # the limit that is reached is named
+    assert "has reached its end; pass --trainer.max_steps N for more" in said
+
+
+@pytest.mark.slow
+def test_processes_that_are_spawned_have_trained(tmp_path):
+    options = "--trainer.devices 2 --trainer.strategy ddp_spawn --trainer.accelerator cpu --trainer.logger false"
+    line = [sys.executable, "-m", "tl_modules", "fit", *SMALL.split(), *options.split()]
+    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "nothing left to train" not in ended.stdout
+    assert "tl test --run runs/digits/version_0" in ended.stdout

@@ -114,6 +114,41 @@ def test_encoder_mistakes(folder, tmp_path, monkeypatch):
         TransformerBackbone(folder)
 
 
+def test_folders_in_which_something_is_missing(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    folder = encoder_folder(tmp_path / "m")
+    with pytest.raises(UserError, match=r"max_length: .*m takes 16 tokens, fewer than 99; windows read more"):
+        TransformerBackbone(folder, max_length=99)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"m is no encoder of Hugging Face that can be loaded \(.*header"):
+        TransformerBackbone(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=5, **sizes)).save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=r"the tokens of .*m have numbers up to 10, and its encoder embeds 5; save it"):
+        TransformerBackbone(folder)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"m has no tokenizer; tokenizer\.save_pretrained"):
+        TransformerBackbone(folder)
+
+
+def test_positions_that_begin_behind_the_padding(tmp_path):
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    bert = TransformerBackbone(encoder_folder(tmp_path / "m"))
+    bert.prepare.tokenizer.no_truncation()  # a tokenizer that says no length
+    PreTrainedTokenizerFast(tokenizer_object=bert.prepare.tokenizer, pad_token="[PAD]").save_pretrained(tmp_path / "r")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=11, max_position_embeddings=14, pad_token_id=1, type_vocab_size=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "r")
+    roberta = TransformerBackbone(tmp_path / "r")
+    assert roberta.window == 12
+    assert roberta(roberta.prepare(["good " * 40])).values.shape == (1, 12, 8)
+
+
 def test_through_the_front_door(folder, ok, tmp_path):
     """A run predicts once the encoder's folder is gone, and another one starts from it."""
     shutil.copytree(folder, tmp_path / "encoder")

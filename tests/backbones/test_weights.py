@@ -202,3 +202,25 @@ def test_a_namespace_hides_no_code(tmp_path):
     torch.save({"state_dict": {}, "args": argparse.Namespace(x=Evil())}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="could run code"):
         read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only points to a file that Git LFS keeps"),
+        (b"<!DOCTYPE html><html>404</html>", "cannot be read as tensors"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_downloads_leave_in_place_of_weights(content, reason, suffix, tmp_path):
+    (tmp_path / f"w.{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=f"w.{suffix} {reason}"):
+        read_weights(tmp_path / f"w.{suffix}")
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    state = ConvNet(4).model.state_dict()
+    state["0.0.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth holds numbers that are not finite, in 0.0.weight"):
+        ConvNet(4, weights=tmp_path / "w.pth")

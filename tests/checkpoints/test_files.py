@@ -23,7 +23,7 @@ from tl_modules.checkpoints.files import (
 from tl_modules.runs.trust import check_config
 
 SMALL = "--trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4"
-CONTENT = {"state_dict": {"w": torch.arange(50_000.0)}, "epoch": 3}
+CONTENT = {"state_dict": {"w": torch.arange(50_000.0)}, "epoch": 3, "pytorch-lightning_version": "2.6"}
 
 
 @pytest.fixture

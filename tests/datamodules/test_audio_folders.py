@@ -153,6 +153,34 @@ def test_bad_files_are_named_or_left_out(tmp_path, caplog):
     assert "skipped 4 of 28 recordings" in caplog.text
 
 
+def test_what_a_table_names_is_named_where_it_is_missing(tmp_path):
+    names = sorted(path.name for path in digits(tmp_path).iterdir())
+    for number, name in enumerate(names):
+        (tmp_path / name).rename(tmp_path / f"{number:03}")  # a name that looks like a number
+    table = tmp_path / "t.csv"
+    table.write_text("file,label\n" + "".join(f"{i:03},{name[0]}\n" for i, name in enumerate(names)))
+    data(table).warn_of_copies()
+    (tmp_path / "001").unlink()
+    with pytest.raises(DataError, match=r"001: it cannot be read \(No such file or directory\)"):
+        data(table).warn_of_copies()
+
+
+def test_channels_that_cancel_are_not_called_silent(tmp_path):
+    wave = np.random.default_rng(0).normal(0, 0.1, 80)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, -wave], 1), 800, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"a.wav: its channels cancel each other out \(if that is meant"):
+        AudioReader(800, 30.0, False).read(tmp_path / "a.wav")
+
+
+def test_a_class_without_recordings_is_refused(tmp_path):
+    for label in ("no", "yes"):
+        write(tmp_path / label / "0.wav")
+    (tmp_path / "maybe").mkdir()
+    (tmp_path / "maybe" / "0.m4a").touch()
+    with pytest.raises(DataError, match=r"class maybe is empty: none of its files is a recording, e.g. maybe/0.m4a"):
+        data(tmp_path)
+
+
 def test_a_run_predicts_recordings_without_labels(tmp_path):
     root = digits(tmp_path / "a")
     for i in range(3):

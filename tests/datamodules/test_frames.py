@@ -33,6 +33,13 @@ def read(tmp_path):
         ('a,b\n1, x\n?,"y, z"\n', {"a": [1, None], "b": ["x", "y, z"]}),
         ("a,b\nNaN,NA\nnull,x\n", {"a": [None, None], "b": ["NA", "x"]}),
         ("a,b\nTrue,1e3\nfalse,\n", {"a": [True, False], "b": [1000.0, None]}),
+        ('a,b\n1,"1,234.50"\n2,"12,000"\n3,900\n', {"a": [1, 2, 3], "b": [1234.5, 12000, 900]}),  # thousands
+        ("a;b;c\n1.234,50;1.250;0,5\n900;12.000;,25\n", {"a": [1234.5, 900], "b": [1250, 12000], "c": [0.5, 0.25]}),
+        ("a;b\n7.412;0.125\n3.150;0.250\n", {"a": [7.412, 3.15], "b": [0.125, 0.25]}),  # no comma, no thousands
+        ("a;b\n1,234;2,500.5\n2,500;1\n", {"a": [1234, 2500], "b": [2500.5, 1]}),
+        ('a,b\n"1,5",x\n"2,25",-\n', {"a": [1.5, 2.25], "b": ["x", "-"]}),  # decimal commas beside others
+        ("a\tb\n1,5\t3\n2,25\t4\n", {"a": [1.5, 2.25], "b": [3, 4]}),
+        ("zip,b\n02116,0\n21345,0.5\n", {"zip": ["02116", "21345"], "b": [0.0, 0.5]}),  # a code
     ],
 )
 def test_the_form_of_text(read, text, columns):
@@ -45,13 +52,37 @@ def test_dates(read):
     assert frame["a"].null_count() == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("2024-01-31 10:00", "2024-01-31T10:00:30"),
+        ("2024-01-31T10:00:00.250", "2024-01-31 10:00:30.25"),
+        ("2024-01-31T10:00:00Z", "2024-01-31T12:00:30+02:00"),
+    ],
+)
+def test_times_however_iso_writes_them(read, first, second):
+    frame = read(f"a,b\n{first},1\n{second},2\n,3\n")
+    assert frame.dtypes[0] == polars.Datetime
+    assert str(frame["a"][0]).startswith("2024-01-31 10:00:00")
+    assert (frame["a"][1] - frame["a"][0]).total_seconds() == 30
+    assert frame["a"].null_count() == 1
+
+
+def test_columns_that_are_text_whatever_they_look_like(tmp_path):
+    (tmp_path / "a.csv").write_text("text,n\n 007,1\nTRUE,2\n2024-01-01,3\n,4\n")
+    frame = read_frame(tmp_path / "a.csv", "w", ["text"])
+    assert frame.to_dict(as_series=False) == {"text": ["007", "TRUE", "2024-01-01", None], "n": [1, 2, 3, 4]}
+
+
 def test_other_formats(read, tmp_path):
     frame = polars.DataFrame({"a": [1, None], "b": ["x", "y"]})
     frame.write_parquet(tmp_path / "a.parquet")
     frame.write_ipc(tmp_path / "a.feather")
     for name in ("a.parquet", "a.feather"):
         assert read_frame(tmp_path / name, "w").equals(frame)
-    assert read('{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n', "a.jsonl").equals(frame)
+    lines = '{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n'
+    for text, name in ((lines, "a.jsonl"), (lines, "a.json"), (f"[{lines.strip().replace(chr(10), ',')}]", "b.json")):
+        assert read(text, name).equals(frame)
 
 
 def test_excel(tmp_path):
@@ -72,6 +103,7 @@ def test_excel(tmp_path):
         ("1,2\n3,4,5\n", "a.csv", "line 2 has 3 cells, not 2"),
         ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns named a"),
+        ("a,b\r1,2\r3,4\r", "a.csv", r"a.csv ends its lines by \\r alone; save it with \\n"),
         ("nothing", "a.parquet", "a.parquet cannot be read as a table"),
         ("nothing", "a.arrow", "a.arrow cannot be read as a table"),
         ("nothing", "a.xlsx", "a.xlsx cannot be read as a table"),

@@ -152,6 +152,24 @@ def test_mistakes_in_a_table(content, options, message, tmp_path):
         TextFiles(tmp_path / "t.csv", **options)
 
 
+def test_texts_are_what_their_file_says(tmp_path):
+    (tmp_path / "new.txt").write_bytes("\ufeffone\u2028line\x85\x0c still\r\ntwo\rthree\n".encode())
+    texts = TextFiles(tmp_path / "new.txt", label=None).whole()
+    assert texts.texts == ["one\u2028line\x85\x0c still", "two", "three"]
+    assert texts.ids == ["new.txt:1", "new.txt:2", "new.txt:3"]
+    (tmp_path / "t.csv").write_text("text,label\n" + "007,x\nTRUE,y\n" * 5)
+    texts = TextFiles(tmp_path / "t.csv").domains("train")["target"]
+    assert {texts[i][0] for i in range(len(texts))} == {"007", "TRUE"}
+
+
+@pytest.mark.parametrize("field", ["text", "label"])
+def test_lists_are_neither_texts_nor_labels(field, tmp_path):
+    rows = [{"text": "a", "label": "x"} | {field: ["b", "c"]}] * 4
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=f"{field}: .*t.jsonl: column {field} holds lists or objects"):
+        TextFiles(tmp_path / "t.jsonl")
+
+
 def test_other_mistakes(tmp_path):
     with pytest.raises(DataError, match="give a file or folder of texts"):
         TextFiles()

@@ -57,6 +57,14 @@ def encoder_of(model: Any) -> nn.Module:
     return cast(nn.Module, found)
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many tokens an encoder's table of positions is for, which may begin behind its padding; None without one."""
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
 def fetched(load: Callable[..., Any], where: str, network: bool = True, **options: Any) -> Any:
     """Calls `from_pretrained` on a folder or the hub's local cache, otherwise on the hub.
 
@@ -67,7 +75,7 @@ def fetched(load: Callable[..., Any], where: str, network: bool = True, **option
         try:
             if local or (network and not Path(where).is_dir() and _hub_answers()):
                 return load(where, local_files_only=local, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each kind of file has exceptions of its own; the cause is the same
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if Path(where).is_dir():
         raise UserError(f"name: {where} is not an encoder of Hugging Face that can be loaded ({reason[:200]})")

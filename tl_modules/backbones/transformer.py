@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tl_modules.backbones.base import PretrainedWeights
-from tl_modules.backbones.hugging_face import architecture_of, default_weights, encoder_of, fetched, folder_or_name
+from tl_modules.backbones.hugging_face import (
+    architecture_of,
+    default_weights,
+    encoder_of,
+    fetched,
+    folder_or_name,
+    positions,
+)
 from tl_modules.backbones.pooling import SequencePooling
 from tl_modules.backbones.stages import layer_stages
 from tl_modules.backbones.text import TextBackbone
@@ -115,11 +122,14 @@ class TransformerBackbone(TextBackbone):
             architecture = architecture_of(where)
         self.architecture = architecture
         config = AutoConfig.for_model(**architecture)
-        longest = max_length or min(getattr(config, "max_position_embeddings", None) or LONGEST, LONGEST)
+        self.model = encoder_of(AutoModel.from_config(config, dtype=torch.float32))
+        most = positions(self.model) or getattr(config, "max_position_embeddings", None) or LONGEST
+        if max_length is not None and max_length > most and not rebuilt:
+            raise UserError(f"max_length: {name} takes {most} tokens, fewer than {max_length}; windows read more")
+        longest = max_length or min(most, LONGEST)
         # a run's checkpoint contains its own, and must not depend on this one
         with suppress(UserError) if rebuilt else nullcontext():
             self._take_tokenizer(fetched(AutoTokenizer.from_pretrained, where, not rebuilt), longest)
-        self.model = encoder_of(AutoModel.from_config(config, dtype=torch.float32))
         self.out_features = int(config.hidden_size)
         self.padding = int(getattr(config, "pad_token_id", None) or 0)
         self.first_only = pooling == "cls"
@@ -135,7 +145,15 @@ class TransformerBackbone(TextBackbone):
         """Takes the fast tokenizer inside, and sets its truncation."""
         fast = getattr(tokenizer, "backend_tokenizer", None)
         if fast is None:
-            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is required")
+            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is needed here")
+        numbers, known = fast.get_vocab(), self.model.get_input_embeddings().num_embeddings
+        if numbers.keys() <= set(tokenizer.all_special_tokens):  # transformers makes an empty one if its files are missing
+            raise UserError(f"name: {self.name} has no tokenizer; tokenizer.save_pretrained(FOLDER) puts it there")
+        if (last := max(numbers.values())) >= known:
+            raise UserError(
+                f"name: the tokens of {self.name} have numbers up to {last}, and its encoder embeds {known}; save it "
+                "again after model.resize_token_embeddings(len(tokenizer))"
+            )
         fast.no_padding()
         fast.enable_truncation(min(longest, tokenizer.model_max_length))
         self.prepare.tokenizer = fast

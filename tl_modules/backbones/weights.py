@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
 _TRAINED = {"encoder_q", "teacher"}  # preferred prefixes if a copy fits equally well: MoCo's, DINO's
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+LFS_POINTER = b"version https://git-lfs"
 StateDict = Mapping[str, Tensor]
 
 
@@ -99,6 +100,9 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
             raise UserError(f"weights: there is no {path}")
     if zipfile.is_zipfile(path) and (fault := find_corruption(path)):
         raise UserError(f"weights: {path} {fault}")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"weights: {path} only points to a file that Git LFS keeps; fetch it by git lfs pull")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -107,15 +111,15 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
         else:
             with torch.serialization.safe_globals([Namespace]):  # timm stores its script's arguments
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"weights: {path} holds Python objects besides tensors, which could run code, so it is not loaded;"
-            " save only its state_dict()"
-        ) from error
     except Exception as error:  # each format has its own exceptions for the same cause
-        raise UserError(
-            f"weights: {path} cannot be read as tensors ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
-        ) from error
+        if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|class", str(error)):
+            raise UserError(
+                f"weights: {path} holds Python objects besides tensors, which could run code, so it is not loaded;"
+                " save its state_dict() alone"
+            ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = "it was not written by torch.save" if isinstance(error, pickle.UnpicklingError) else reason
+        raise UserError(f"weights: {path} cannot be read as tensors ({reason})") from error
     if isinstance(content, Mapping) and "left_out" in content:
         raise UserError(
             f"weights: {path} was saved with save: trainable, so it lacks the frozen part of its backbone; train "
@@ -215,7 +219,8 @@ def load_weights(
         Which keys were matched, missing, unexpected and misshaped (also logged).
 
     Raises:
-        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing or misshaped.
+        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing or misshaped; or a
+            number is not finite.
     """
     state = model.state_dict()
     own = dict(zip(_unwrapped(state), state, strict=True))
@@ -272,6 +277,8 @@ def load_weights(
             + (f"; it has {_some(match.unexpected)}" if match.unexpected else "")
             + "); name the matching architecture, or pass strict: false to start them at random"
         )
+    if broken := [k for k in matched if not given[k].isfinite().all()]:
+        raise UserError(f"weights: {pretrained.origin} holds numbers that are not finite, in {_some(broken)}")
     model.load_state_dict({own[k]: given[k] for k in matched}, strict=False)
     log.info("weights from %s: %s", pretrained.origin, match)
     return match

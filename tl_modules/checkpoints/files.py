@@ -26,6 +26,7 @@ from tl_modules.checkpoints.compressed import dequantized
 from tl_modules.errors import UserError, chain
 
 log = logging.getLogger(__name__)
+SPAWNED = ".temp.ckpt"  # the weights that a spawned process hands over (lightning/.../launchers/multiprocessing.py)
 AS_NAMED: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names need not be UTF-8
 
 
@@ -69,18 +70,23 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             UserError: It is missing, damaged, or holds more than tensors and plain data.
         """
-        return load_checkpoint(path, map_location)
+        return load_checkpoint(path, map_location, alone=Path(path).name == SPAWNED)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Removes a file, if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", alone: bool = False) -> dict[str, Any]:
     """Reads a checkpoint after verifying its checksums; int8 tensors become floats.
 
+    Args:
+        path: The file.
+        map_location: Where its tensors go.
+        alone: Whether the file may hold weights alone.
+
     Raises:
-        UserError: It is missing, damaged, or holds more than tensors and plain data.
+        UserError: It is missing, damaged, weights alone, or holds more than tensors and plain data.
     """
     if fault := find_corruption(path):
         raise UserError(f"checkpoint: {path} {fault}")
@@ -91,6 +97,10 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
             f"checkpoint: {path} holds Python objects besides tensors and plain data, which could run code; "
             "it is not loaded"
         ) from error
+    if not isinstance(content, dict) or not (alone or {"state_dict", "pytorch-lightning_version"} <= content.keys()):
+        raise UserError(
+            f"checkpoint: {path} is no checkpoint of a run; weights alone go to --model.backbone.weights of a new run"
+        )
     return dequantized(content)
 
 

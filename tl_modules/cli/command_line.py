@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -243,8 +243,6 @@ class TransferCLI(OneCommand, LightningCLI):
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         kwargs.setdefault("default_root_dir", str(path))
         built = cast(TransferTrainer, super().instantiate_trainer(**kwargs))
-        if any(isinstance(each, LearningRateFinder) for each in built.callbacks):
-            raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
         built.root = Path(self.root)  # for new runs; set by the user, not by a run's config
         return built
 
@@ -358,13 +356,15 @@ class TransferCLI(OneCommand, LightningCLI):
         """Prints where everything is."""
         if getattr(self.trainer, "fast_dev_run", False):
             return self._say(f"fast_dev_run: all steps ran; {self.directory} has no checkpoint to test")
-        if not self.files.trained:
-            self._say(
-                f"nothing left to train: {self.directory} has reached its end; pass --trainer.max_epochs N for more"
-            )
+        if not self.files.trained and self.trainer.fit_loop.done:  # spawned processes have trained elsewhere
+            ended = "max_steps" if 0 <= self.trainer.max_steps <= self.trainer.global_step else "max_epochs"
+            self._say(f"nothing left to train: {self.directory} has reached its end; pass --trainer.{ended} N for more")
         if best := str(self.files.best):
             self._say(f"kept {best}")
-        self._say(f"tl test --run {self.directory}{self.trust}\ntensorboard --logdir {self.directory.parent}")
+        then = f"tl test --run {self.directory}{self.trust}"
+        if not (self.directory / "checkpoints" / "best.ckpt").is_file():
+            then = f"{self.directory} has no best.ckpt to test: no epoch was validated, or checkpoints are off"
+        self._say(f"{then}\ntensorboard --logdir {self.directory.parent}")
 
     def after_test(self) -> None:
         """Prints where the metrics are."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -30,6 +31,7 @@ BASES = {
     "model": "tl_modules.TransferModule",
     "optimizer": "torch.optim.Optimizer",
 }
+LIGHTNING = Path(str(lightning.__file__)).parent
 
 
 def explain(message: str, options: Sequence[str], commands: Sequence[str], classes: Sequence[str]) -> str:
@@ -63,6 +65,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     if found := re.search(r"invalid choice: '([^']+)'", message):
         return f"there is no command {found[1]}{closest(found[1], commands)}; there are {', '.join(commands)}"
     if found := re.search(r"the following arguments are required: (.*)", message):
+        made = re.search(r"callable class: .*?Given value: Namespace\(class_path='([^']+)'", message, re.DOTALL)
+        owners += [made[1]] if made else []  # what is made later, e.g. a scheduler, is no given class_path
         owner = f"{owners[-1].rpartition('.')[2]} needs " if owners else "missing: "
         return f"{key}: {owner}{found[1]}".removeprefix(": ")
     if found := re.search(r"File does not exist: '?([^']+)'?", message):
@@ -70,6 +74,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
     if found := re.search(r"Importing '([^']+)' is not allowed", message):
         refused = f"{key}: {found[1]} is not imported for a config from somebody else"
         return f"{refused}; if you trust it, pass --trust {found[1]}"
+    if found := re.search(r"Multiple subclasses with name (\w+)\. Give the full class path[^:]*: (.*)\.", message):
+        return f"{key}: more than one class is named {found[1]}; name one of {found[2]}"
     names = re.findall(r"Expected a dot import path string: (.+)|Expected a path but (\S+) either", message)
     if names:
         name = next(filter(None, names[0]))
@@ -80,8 +86,6 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
         return f"{key}: there is no class {name}{_closest_class(name, classes)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
-    if found := re.search(r"Multiple subclasses with name (.*)", message):
-        return f"{key}: more than one class is named {found[1]}"
     expected = [
         re.sub(r"<class '(?:builtins\.)?([^']+)'>", r"\1", line) for line in lines if line.startswith("Expected a")
     ]
@@ -173,16 +177,22 @@ def no_room(error: BaseException | None, path: object) -> UserError | None:
 def _refusal(error: BaseException | None) -> BaseException | None:
     """Returns the exception by which a class of another package has rejected its arguments, or None.
 
-    The innermost frame of our code is then one that instantiates classes: the command line, or an optimizer's rules.
+    The innermost frame of our code is then one that instantiates classes, the command line or an optimizer's rules; or
+    one that only runs the Trainer, and Lightning itself has raised the exception.
     """
-    frames: list[Path] = []
+    frames: list[traceback.FrameSummary] = []
     first = error
     for first in chain(error):
-        frames += [Path(frame.filename) for frame in traceback.extract_tb(first.__traceback__)]
+        frames += traceback.extract_tb(first.__traceback__)
+    paths = [Path(frame.filename) for frame in frames]
     homes = [Path(str(package.__file__)).parent for package in (tl_modules, datamodules)]
-    ours = [path for path in frames if any(path.is_relative_to(home) for home in homes)]
-    makes = bool(ours) and ours[-1] != frames[-1] and ours[-1].name in ("command_line.py", "optimizer.py")
-    return first if makes and isinstance(first, ValueError | TypeError | ImportError) else None
+    ours = [path for path in paths if any(path.is_relative_to(home) for home in homes)]
+    if not ours or ours[-1] == paths[-1]:
+        return None
+    if ours[-1].name in ("command_line.py", "optimizer.py") and isinstance(first, ValueError | TypeError | ImportError):
+        return first
+    refused = paths[-1].is_relative_to(LIGHTNING) and (frames[-1].line or "").startswith("raise ")
+    return first if refused and ours[-1].name == "compat.py" and isinstance(first, ValueError | RuntimeError) else None
 
 
 def one_line(error: BaseException) -> str:

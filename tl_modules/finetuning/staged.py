@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -129,11 +130,16 @@ class StagedModule(BaseTransferModule):
                 config.scheduler.bind(self.total_steps)
 
     def setup(self, stage: str) -> None:
-        """Rejects data with other class names, and distributed strategies that freezing does not support.
+        """Rejects data with other class names, and options of the Trainer that this module does not support.
 
         Raises:
-            UserError: The class names differ; parameters would be sharded; BatchNorm would be synchronised on CPUs.
+            UserError: The class names differ, or an option cannot work.
         """
+        for option in ("accumulate_grad_batches", "limit_train_batches") if stage == "fit" else ():
+            if (value := getattr(self.trainer, option)) <= 0:
+                raise UserError(f"{option}: {value} must be above 0, or nothing is trained")
+        if any(isinstance(each, LearningRateFinder) for each in cast(Any, self.trainer).callbacks):
+            raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise UserError(
                 "strategy: FSDP, ModelParallel and DeepSpeed shard the parameters over the processes, which freezing "

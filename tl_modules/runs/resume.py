@@ -43,7 +43,7 @@ class ExactResume(Callback):
         """Stores this process's state until the first step; an epoch cut short by `max_steps` continues there."""
         progress = checkpoint.get("loops", {}).get("fit_loop", {})
         _reopen_epoch(progress)
-        if trainer.max_steps != -1 and _epoch_is_over(progress):
+        if checkpoint["global_step"] < trainer.max_steps and _epoch_is_over(progress):
             # with `max_steps`, Lightning (2.6) continues within the epoch that has ended, and skips one
             self.max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         ranks = checkpoint.get("ranks", [])

@@ -167,7 +167,7 @@ def _holds_structure(text: str) -> bool:
         except yaml.YAMLError:
             return False
         if not isinstance(parsed, str) or parsed == text:
-            return isinstance(parsed, dict | list) and bool(parsed)
+            return isinstance(parsed, dict | list) and parsed not in ([], {}, [None])  # a gap may be written "-"
         text = parsed
     return True
 

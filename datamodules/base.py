@@ -110,8 +110,7 @@ class TransferDataModule(LightningDataModule):
         counts = {"batch_size": batch_size, "shots_per_class": shots_per_class, "labelled": labelled}
         counts |= {"unlabelled_ratio": unlabelled_ratio, "num_workers": num_workers, "seed": seed}
         for name, count in counts.items():
-            least = 0 if name in ("num_workers", "seed") else 1
-            if count is not None and count < least:
+            if count is not None and count < (least := 0 if name in ("num_workers", "seed") else 1):
                 raise DataError(f"{name}: {count} must be at least {least}")
         self.batch_size, self.shots_per_class = batch_size, shots_per_class
         self.num_workers = min(8, cores()) if num_workers is None else num_workers

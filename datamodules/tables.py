@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polars import DataType, Expr, LazyFrame
 
 Array = np.ndarray[Any, Any]
+FEW = 2  # different texts among numbers, up to which these may be gaps
 
 
 @dataclass
@@ -218,19 +219,20 @@ def read_columns(
 
 
 def _check_numbers(frame: LazyFrame, names: Sequence[str], where: str) -> None:
-    """Refuses columns of text of which more than half are numbers: what they mean cannot be seen."""
+    """Rejects text columns that are mostly numbers, if their other cells repeat one or two texts: gaps, or names?"""
     import polars
 
     text = {name: polars.col(name).cast(polars.String) for name in names}
     there = {name: cell.filter(cell.is_in(MISSING).not_()) for name, cell in text.items()}
-    odd = {name: cell.cast(polars.Float64, strict=False).is_null() for name, cell in there.items()}
-    shares = frame.select(cell.mean().alias(name) for name, cell in odd.items()).collect(engine="streaming")
+    is_odd = {name: cell.cast(polars.Float64, strict=False).is_null() for name, cell in there.items()}
+    odd = {name: there[name].filter(is_odd[name]) for name in names}
+    shares = frame.select(cell.mean().alias(name) for name, cell in is_odd.items()).collect(engine="streaming")
     for name in names:
-        if 0 < (shares[name].item() or 0) < 0.5:
-            cell = frame.select(there[name].filter(odd[name]).first()).collect().item()
+        if 0 < (shares[name].item() or 0) < 0.5 and frame.select(odd[name].n_unique()).collect().item() <= FEW:
+            cell = frame.select(odd[name].first()).collect().item()
             raise DataError(
-                f"{where}: column {name} has '{cell}' among numbers; pass --data.missing.{name} '{cell}' if that is a "
-                f"gap, --data.categorical+={name} if all are names, or mend it"
+                f"{where}: column {name} has '{cell}' among numbers; pass --data.missing.{name} '{cell}' if it means a "
+                f"gap, --data.categorical+={name} if all of them are names, or correct the column"
             )
 
 

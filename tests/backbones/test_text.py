@@ -122,7 +122,7 @@ def test_folders_in_which_something_is_missing(tmp_path):
         TransformerBackbone(folder, max_length=99)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"m is no encoder of Hugging Face that can be loaded \(.*header"):
+    with pytest.raises(UserError, match=r"m is not an encoder of Hugging Face that can be loaded \(.*header"):
         TransformerBackbone(folder)
     (folder / "model.safetensors").write_bytes(whole)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

@@ -308,7 +308,7 @@ def test_a_gap_that_is_named_leaves_numbers(write, caplog):
     table = "a,zip,day,y\n" + "".join(
         f"{'-' if i == 3 else i % 7},0211{i % 5},2024-01-0{1 + i % 9},{i % 2}.0\n" for i in range(60)
     )
-    with pytest.raises(DataError, match=r"column a has '-' among numbers; pass --data.missing.a '-' if that is a gap"):
+    with pytest.raises(DataError, match=r"column a has '-' among numbers; pass --data.missing.a '-' if it means a gap"):
         TabularData(write(table))
     caplog.set_level("INFO", "datamodules")
     columns = TabularData(write(table), missing={"a": "-"}).columns
@@ -316,6 +316,12 @@ def test_a_gap_that_is_named_leaves_numbers(write, caplog):
     assert columns["categorical"] == {"zip": ["02110", "02111", "02112", "02113", "02114"]}
     assert "read as numbers a; dates day; categories zip (5)" in caplog.text
     assert set(TabularData(write(table), categorical=["a"]).columns["categorical"]) == {"a", "zip"}
+
+
+def test_numbers_among_many_names_are_names(write):
+    tickets = [f"PC {i % 9}" if i % 3 == 0 else f"{1000 + i % 10}" for i in range(60)]
+    table = "ticket,x,y\n" + "".join(f"{ticket},{i}.5,{i % 2}.0\n" for i, ticket in enumerate(tickets))
+    assert set(TabularData(write(table)).columns["categorical"]) == {"ticket"}
 
 
 def test_a_run_keeps_what_a_gap_is_called(ok, write):

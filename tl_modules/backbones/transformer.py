@@ -145,9 +145,9 @@ class TransformerBackbone(TextBackbone):
         """Takes the fast tokenizer inside, and sets its truncation."""
         fast = getattr(tokenizer, "backend_tokenizer", None)
         if fast is None:
-            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is needed here")
+            raise UserError(f"name: {self.name} has no fast tokenizer (tokenizer.json), which is required")
         numbers, known = fast.get_vocab(), self.model.get_input_embeddings().num_embeddings
-        if numbers.keys() <= set(tokenizer.all_special_tokens):  # transformers makes an empty one if its files are missing
+        if numbers.keys() <= set(tokenizer.all_special_tokens):  # made up, without files
             raise UserError(f"name: {self.name} has no tokenizer; tokenizer.save_pretrained(FOLDER) puts it there")
         if (last := max(numbers.values())) >= known:
             raise UserError(

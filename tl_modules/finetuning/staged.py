@@ -135,11 +135,6 @@ class StagedModule(BaseTransferModule):
         Raises:
             UserError: The class names differ, or an option cannot work.
         """
-        for option in ("accumulate_grad_batches", "limit_train_batches") if stage == "fit" else ():
-            if (value := getattr(self.trainer, option)) <= 0:
-                raise UserError(f"{option}: {value} must be above 0, or nothing is trained")
-        if any(isinstance(each, LearningRateFinder) for each in cast(Any, self.trainer).callbacks):
-            raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise UserError(
                 "strategy: FSDP, ModelParallel and DeepSpeed shard the parameters over the processes, which freezing "
@@ -147,6 +142,11 @@ class StagedModule(BaseTransferModule):
             )
         if synchronizes_batchnorm(self.trainer.strategy) and self.trainer.strategy.root_device.type == "cpu":
             raise UserError("sync_batchnorm: it needs GPUs; leave --trainer.sync_batchnorm out")
+        for option in ("accumulate_grad_batches", "limit_train_batches") if stage == "fit" else ():
+            if (value := getattr(self.trainer, option)) <= 0:
+                raise UserError(f"{option}: {value} must be above 0, or nothing is trained")
+        if any(isinstance(each, LearningRateFinder) for each in cast(Any, self.trainer).callbacks):
+            raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if names is not None and self.class_names is not None and list(names) != self.class_names:
             raise UserError(f"class_names: the data's are {short(names)}, the model's are {short(self.class_names)}")

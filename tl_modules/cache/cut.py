@@ -2,7 +2,7 @@
 
     record   x -> [ frozen ] -> the activations that the trainable part reads -> stop
     replay   the ordinary forward, in which a frozen module returns its recorded output, or a placeholder if that is
-                      not read
+             not read
 
 No knowledge of layer arguments is needed. A call of a frozen module can be recorded if it does not depend on trainable
 modules: its output is the same when all of these return NaN. Which calls and parts of x must be kept is found by

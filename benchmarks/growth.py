@@ -172,7 +172,7 @@ def frozen_sums(parameters):
 
 
 def frozen_sums_usual(parameters):
-    """A copy from before."""
+    """Comparing with a copy from before."""
     torch.equal(torch.ones(parameters), torch.ones(parameters))
 
 

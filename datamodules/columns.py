@@ -223,7 +223,7 @@ def numeric_names(columns: Columns) -> list[str]:
 
 
 def kinds_of(columns: Columns) -> str:
-    """What the columns were read as, in a clause: `numbers a, b; dates day; categories job (3)`."""
+    """Describes the types of the columns for a message: `numbers a, b; dates day; categories job (3)`."""
     kinds = {
         "numbers": [each["name"] for each in columns["numeric"] if "of" not in each],
         "dates": list(dict.fromkeys(each["of"] for each in columns["numeric"] if "of" in each)),

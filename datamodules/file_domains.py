@@ -87,8 +87,8 @@ class FileDomains(TransferDataModule):
                 missing = self.split_is.format(split=split, names=" or ".join(SPLIT_NAMES[split]))
                 raise DataError(f"{where} has no {missing}")
             if not len(self.splits(name)[split]) and split not in self.parts(name):  # type: ignore[arg-type]
-                few = "no class has samples enough for" if self.class_names else "there are too few samples for"
-                raise DataError(f"{where}: {few} a {split} split; give more of them, or see whether the label is right")
+                few = "no class has enough samples for" if self.class_names else "there are too few samples for"
+                raise DataError(f"{where}: {few} a {split} split; add samples, or check whether the label is right")
             if not len(self.splits(name)[split]):  # type: ignore[arg-type]
                 raise DataError(f"{where}: its {split} split has no samples; fill it, or remove it")
         return {name: self.splits(name)[split] for name in self.wheres}

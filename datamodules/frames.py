@@ -57,7 +57,7 @@ def scan_frame(path: Path, where: str, texts: Collection[str] = ()) -> LazyFrame
     try:
         import polars
 
-        if kind == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+        if kind == ".json" and _is_array(path):
             frame = polars.read_json(path, infer_schema_length=None).lazy()
         elif kind in (".json", ".jsonl", ".ndjson"):
             frame = polars.scan_ndjson(path, infer_schema_length=None)
@@ -81,6 +81,12 @@ def scan_frame(path: Path, where: str, texts: Collection[str] = ()) -> LazyFrame
     except Exception as error:  # from polars, or its Excel reader
         raise DataError(f"{where} cannot be read as a table ({(str(error) or 'empty').splitlines()[0]})") from error
     return frame
+
+
+def _is_array(path: Path) -> bool:
+    """Returns whether a JSON file is one array, and not an object per line."""
+    with path.open("rb") as file:
+        return file.read(1024).lstrip()[:1] == b"["
 
 
 def _scan_text(path: Path, where: str, texts: Collection[str]) -> LazyFrame:
@@ -117,7 +123,7 @@ def _scan_text(path: Path, where: str, texts: Collection[str]) -> LazyFrame:
 
 
 def _decimal_comma(rows: Sequence[Sequence[str]], separator: str) -> bool:
-    """Whether a file's commas are decimal: one cell shows it, or none shows the opposite beside a semicolon."""
+    """Returns whether commas are decimal: a cell shows it, or the delimiter is ; and no cell shows the opposite."""
     forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)) for row in rows for cell in row if "," in cell}
     return (False, True) in forms or (separator == ";" and (True, True) in forms and (True, False) not in forms)
 
@@ -200,7 +206,7 @@ def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False)
     first = frame.select(text.drop_nulls().first().alias(n) for n, text in there.items()).collect(engine="streaming")
     tries = {name: _tries(there[name], first[name].item(), decimal_comma) for name in texts}
     found: dict[str, Any] = {}
-    for some in (slice(0, 2), slice(2, None)):  # the rare forms only of what is none of the usual ones
+    for some in (slice(0, 2), slice(2, None)):  # rare formats only for columns that no usual one fits
         left = {name: tries[name][some] for name in texts if name not in found and tries[name][some]}
         lost = frame.select(
             ((there[name].is_not_null() & value.is_null()).any() | there[name].str.contains(CODE).any()).alias(
@@ -211,12 +217,13 @@ def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False)
         ).collect(engine="streaming")
         for name, values in left.items():
             fits = [value for number, value in enumerate(values) if not lost[f"{name}/{number}"].item()]
-            found.update({name: fits[0]} if fits else {})
+            if fits:
+                found[name] = fits[0]
     return frame.with_columns(found.get(name, _plain(name)).alias(name) for name in texts)
 
 
 def _plain(name: str) -> Any:
-    """A column of text without spaces at the ends; an empty cell is null."""
+    """Strips a text column; an empty cell becomes null."""
     import polars
 
     text = polars.col(name).str.strip_chars()  # no `replace`: it would read the file at once

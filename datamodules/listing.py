@@ -142,7 +142,7 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
 
 
 def _class_of(parts: Sequence[str], split_folders: bool) -> str:
-    """The class folder of a path; "" where there is none."""
+    """Returns the class folder of a path, or ""."""
     return "/".join(parts[split_folders:-1]).partition("/")[0]
 
 

@@ -333,7 +333,7 @@ def test_a_run_keeps_what_a_gap_is_called(ok, write):
 
 def test_classes_of_one_row_each_cannot_be_split(write):
     data = TabularData(write("a,y\n" + "".join(f"{i},name {i}\n" for i in range(9))))
-    with pytest.raises(DataError, match=r"no class has samples enough for a val split; .* whether the label is right"):
+    with pytest.raises(DataError, match=r"no class has enough samples for a val split; .* whether the label is right"):
         data.val_dataloader()
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tl_modules import Classification, ConvNet, UserError
+from tl_modules import Classification, ConvNet, LastStages, UserError
 from tl_modules.checkpoints.files import load_checkpoint
 from tl_modules.runs import GracefulShutdown
 
@@ -230,20 +230,40 @@ def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
     raise AssertionError(left)
 
 
-def test_a_save_checks_what_was_written_since_the_last_one(monkeypatch):
-    module, seen = Classification(ConvNet(4), 3), []
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: seen.append(t.shape) or torch.isfinite(t))
+def test_a_save_checks_what_trains_and_frozen_weights_once(monkeypatch):
+    module, seen = Classification(ConvNet(4), 3, finetuning=LastStages(1)), []
+    module.trainable = range(2, 3)
     shutdown, trainer = GracefulShutdown(Path("last.ckpt")), SimpleNamespace(global_step=1, world_size=1)
-    floats = [t for t in module.state_dict().values() if t.is_floating_point()]
-    shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
-    assert len(seen) == len(floats)
+
+    def save():
+        seen.clear()
+        shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+        return len(seen)
+
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: seen.append(t.shape) or torch.isfinite(t))
+    floats = sum(t.is_floating_point() for t in module.state_dict().values())
+    frozen = sum(
+        t.is_floating_point() for named in module.finetuning.frozen_tensors(module).values() for t in named.values()
+    )
+    assert (save(), save()) == (floats, floats - frozen)
+    assert 0 < frozen < floats
     with torch.no_grad():
-        module.head[-1].bias.add_(1)
-    seen.clear()
-    shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
-    assert seen == [(3,)]
-    with torch.no_grad():
-        next(module.backbone.parameters()).mul_(torch.nan)
+        first = next(module.backbone.parameters())
+        first.add_(1)  # by a callback, with the audit off
+        assert save() == floats - frozen + 1
+        first.mul_(torch.nan)
     for _ in range(2):
         with pytest.raises(UserError, match=r"the weights of backbone\.\S+ are not finite"):
-            shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+            save()
+
+
+def test_a_save_sees_what_no_count_of_writes_does():
+    module = Classification(ConvNet(4), 3)
+    module.trainable = range(3)
+    shutdown, trainer = GracefulShutdown(Path("last.ckpt")), SimpleNamespace(global_step=1, world_size=1)
+    shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+    optimizer = torch.optim.AdamW(module.parameters(), lr=float("inf"), fused=True)  # it does not count its writes
+    module.train()(torch.rand(4, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    with pytest.raises(UserError, match="are not finite"):
+        shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})

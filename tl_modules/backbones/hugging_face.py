@@ -58,7 +58,7 @@ def encoder_of(model: Any) -> nn.Module:
 
 
 def positions(model: nn.Module) -> int | None:
-    """How many tokens an encoder's table of positions is for, which may begin behind its padding; None without one."""
+    """Returns how many tokens an encoder's position embeddings cover, or None if it has none."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

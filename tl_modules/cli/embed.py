@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ def embed(
         raise UserError("data: there are no samples to embed")
     if not trainer.is_global_zero:
         for spool in spools:
-            list(spool.blocks(trainer))
+            deque(spool.blocks(trainer), maxlen=0)  # this process only sends its part
         return
     with tempfile.TemporaryFile() as file:
         features = np.memmap(file, np.float32, "w+", shape=(count, collect.width))
@@ -65,7 +66,7 @@ def embed(
             for rows, block in spool.blocks(trainer):
                 features[number : number + len(rows)] = block.numpy()
                 writer.writerows(
-                    [place, domain, split, ids[row], labels[row]] for place, row in enumerate(rows, number)
+                    [position, domain, split, ids[row], labels[row]] for position, row in enumerate(rows, number)
                 )
                 number += len(rows)
         _save(features, folder / f"features.{format}")

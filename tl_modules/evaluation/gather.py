@@ -85,16 +85,16 @@ class Spool:
         end = 1 + max(every_rank(trainer, max((last for _, last, _ in self.batches), default=-1)))
         for start in range(0, end, size):
             stop = start + size
-            read = [self._read(place, start, stop) for low, high, place in self.batches if low < stop and high >= start]
+            read = [self._read(at, start, stop) for low, high, at in self.batches if low < stop and high >= start]
             parts = [part for own in every_rank(trainer, read) for part in own if len(part[0])]
             if parts:
                 rows = torch.cat([rows for rows, _ in parts])
                 order = rows.argsort()
                 yield rows[order].tolist(), samples.take(samples.concat([tree for _, tree in parts]), order)
 
-    def _read(self, place: int, start: int, stop: int) -> tuple[Tensor, Any]:
+    def _read(self, offset: int, start: int, stop: int) -> tuple[Tensor, Any]:
         """Reads the part of a batch that belongs to a block."""
-        self.file.seek(place)
+        self.file.seek(offset)
         rows, tree = pickle.load(self.file)
         inside = (start <= rows) & (rows < stop)
         return rows[inside], samples.take(tree, inside)

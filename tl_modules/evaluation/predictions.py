@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class PredictionWriter(Callback):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.found = Spool()
-        self.columns: list[str] = []
+        self.header: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks before the work that the file can be written.
@@ -55,19 +56,19 @@ class PredictionWriter(Callback):
         columns = pl_module.prediction_columns(samples.move(prediction, "cpu"))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             columns |= callback.columns(pl_module) if isinstance(callback, Ensemble) else {}
-        self.columns = list(columns)
+        self.header = list(columns)
         self.found.add(list(zip(*columns.values(), strict=True)), rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the rows of all processes in the data's order."""
         blocks = self.found.blocks(trainer)
         if not trainer.is_global_zero:
-            list(blocks)
+            deque(blocks, maxlen=0)  # this process only sends its part
             return
         ids, count = trainer.datamodule.ids(), 0  # type: ignore[attr-defined]
         with replacing(self.file) as part, part.open("w", newline="", **AS_NAMED) as file:
             writer = csv.writer(file)
-            writer.writerow(["id", *self.columns])
+            writer.writerow(["id", *self.header])
             for rows, values in blocks:
                 writer.writerows([ids[row], *each] for row, each in zip(rows, values, strict=True))
                 count += len(rows)

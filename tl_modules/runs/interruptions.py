@@ -107,11 +107,12 @@ class GracefulShutdown(Callback):
         """
         bad = not_finite(pl_module)
         floats = {name: t for name, t in checkpoint["state_dict"].items() if t.is_floating_point()}
-        state = {name: (t.data_ptr(), times_written(t)) for name, t in floats.items()}
-        written = [name for name in floats if self.finite.get(name) != state[name]]
-        checks = [floats[name].isfinite().all() for name in written]
+        frozen = _frozen(pl_module)
+        state = {name: (t.data_ptr(), times_written(t)) for name, t in floats.items() if name in frozen}
+        unknown = [name for name in floats if name not in state or self.finite.get(name) != state[name]]
+        checks = [floats[name].isfinite().all() for name in unknown]
         if bad is None and checks and not torch.stack(checks).all():
-            name = next(name for name, fine in zip(written, checks, strict=True) if not fine)
+            name = next(name for name, fine in zip(unknown, checks, strict=True) if not fine)
             bad = f"step {trainer.global_step}: the weights of {name} are not finite"
         if self._agreed(0, bad is not None)[1]:
             raise UserError(f"{bad or ELSEWHERE}{self._advice()}")
@@ -174,6 +175,13 @@ def _step_is_finished(trainer: Trainer, batch_idx: int) -> bool:
     counted = done if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1
     validates = isinstance(check, int) and trainer.limit_val_batches != 0 and counted % check == 0
     return done % trainer.accumulate_grad_batches == 0 and done < trainer.num_training_batches and not validates
+
+
+def _frozen(module: LightningModule) -> set[str]:
+    """Returns the names of what must not change now; a count of writes alone misses fused optimizers and BatchNorm."""
+    if not isinstance(module, TransferModule):
+        return set()
+    return {name for named in module.finetuning.frozen_tensors(module).values() for name in named}
 
 
 def not_finite(module: LightningModule) -> str | None:

@@ -124,7 +124,7 @@ def test_processes_put_their_parts_together(tmp_path):
     values = both[1][0].tensor()
     assert values.tolist() == [0, 0, 1, 1, 1]
     store.commit(KEY, "t", [values, both[0][1]])
-    assert store.open(KEY)[0].tolist() == [0, 0, 1, 1, 1]
+    assert store.open(KEY)[0].values.tolist() == [0, 0, 1, 1, 1]
     assert sorted(p.name for p in (tmp_path / KEY).iterdir()) == ["0.bin", "1.bin", "meta.json"]
 
 

@@ -7,7 +7,9 @@ import threading
 import pytest
 import torch
 
+from tl_modules.cache.columns import Ragged, Uniform
 from tl_modules.cache.store import Store
+from tl_modules.errors import UserError
 
 K, A, B, C, D = ("0123456789abcde" + c + 16 * "0" for c in "fabcd")
 
@@ -26,7 +28,7 @@ def test_a_finished_entry_is_found(tmp_path):
     assert store.open(K) is None
     assert store.room(100) is None
     fill(store, K, 3)
-    first, second = Store(tmp_path / "new", 10**6).open(K)
+    first, second = (each.values for each in Store(tmp_path / "new", 10**6).open(K))
     assert (first.shape, first.dtype) == ((4, 3), torch.bfloat16)
     assert (first == 3).all()
     assert second.tolist() == [3, 3, 3, 3]
@@ -67,6 +69,32 @@ def test_what_is_damaged_is_not_found(tmp_path, damage):
     else:
         file.unlink()
     assert store.open(K) is None
+    fill(store, K, 2)  # it does not stand in the way of a new entry
+    assert store.open(K)[1].values.tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_large_entry_is_verified_where_it_is_read(tmp_path, monkeypatch, ragged):
+    monkeypatch.setattr("tl_modules.cache.store.BLOCK", 32)
+    monkeypatch.setattr("tl_modules.cache.store.AT_ONCE", 64)
+    store = Store(tmp_path, 10**6)
+    values = torch.arange(64.0).view(-1) if ragged else torch.arange(64.0).view(16, 4)
+    (mapped,) = store.begin(K, "t", [(tuple(values.shape), values.dtype)])
+    mapped.copy_(values)
+    store.commit(K, "t", [mapped])
+    file = tmp_path / K / "0.bin"
+    content = bytearray(file.read_bytes())
+    content[10 * 16] ^= 1  # of row 10
+    file.write_bytes(content)
+    (found,) = store.open(K)
+    starts, shapes = torch.arange(0, 64, 4), torch.full((16, 1), 4)
+    column = Ragged(found.values, starts, shapes, found.checksums) if ragged else Uniform(*vars(found).values())
+    rows = column.take(torch.tensor([0, 15, 9]))
+    assert (rows.values if ragged else rows).tolist() == values.view(16, 4)[[0, 15, 9]].tolist()
+    assert found.checksums.pending.sum() == 64 * 4 // 32 - 2 - 1 - 1  # all but the first two, and those of rows 9 and 15
+    with pytest.raises(UserError, match="damaged on disk and has been removed; start again"):
+        column.take(torch.tensor([1, 10]))
+    assert not (tmp_path / K).exists()
 
 
 def test_the_least_recently_used_make_room(tmp_path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_modules.batch import samples
 from tl_modules.batch.samples import Padded
+from tl_modules.cache.store import Checksums
 
 
 class Uniform:
@@ -21,13 +22,17 @@ class Uniform:
 
     Args:
         values: (N, ...), e.g. memory-mapped.
+        checksums: Of the values, if they may still have to be verified.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, checksums: Checksums | None = None) -> None:
+        self.values, self.checksums = values, checksums
+        self.row = values[:1].nbytes
 
     def take(self, index: Tensor, axes: int = 0) -> Tensor:
         """Takes the samples with these numbers."""
+        if self.checksums:
+            self.checksums.require(index * self.row, (index + 1) * self.row)
         return self.values.index_select(0, index)
 
     @property
@@ -43,10 +48,11 @@ class Ragged:
         values: (total,), e.g. memory-mapped.
         starts: Where each sample starts in `values`, (N,).
         shapes: The shape of each sample, (N, k).
+        checksums: Of the values, if they may still have to be verified.
     """
 
-    def __init__(self, values: Tensor, starts: Tensor, shapes: Tensor) -> None:
-        self.values, self.starts, self.shapes = values, starts, shapes
+    def __init__(self, values: Tensor, starts: Tensor, shapes: Tensor, checksums: Checksums | None = None) -> None:
+        self.values, self.starts, self.shapes, self.checksums = values, starts, shapes, checksums
         # if only the first axis differs, as over time or tokens, an entry is one step along it
         self.tail = shapes[0, 1:].tolist() if len(shapes) and bool((shapes[:, 1:] == shapes[0, 1:]).all()) else None
         self.step = max(1, int(shapes[0, 1:].prod())) if self.tail is not None else 0
@@ -55,6 +61,9 @@ class Ragged:
         """Takes the samples with these numbers, and their shapes along the first `axes` axes; 0 means all axes."""
         shapes = self.shapes[index]
         size, given = shapes.amax(0).tolist(), shapes[:, :axes] if axes else shapes
+        if self.checksums:
+            starts, width = self.starts[index], self.values.itemsize
+            self.checksums.require(starts * width, (starts + shapes.prod(1)) * width)
         if self.tail is not None and self.values.numel():
             steps = torch.arange(size[0])
             beyond = steps >= shapes[:, :1]

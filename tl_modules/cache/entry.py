@@ -19,7 +19,7 @@ from tl_modules.cache.cut import CannotCut
 from tl_modules.cache.memory import free_memory
 from tl_modules.cache.recorder import Recorder
 from tl_modules.cache.schedule import DISK, Pace, pays
-from tl_modules.cache.store import Growing, Spec, Store, size_of
+from tl_modules.cache.store import Growing, Mapped, Spec, Store, size_of
 from tl_modules.cache.together import all_agree, together
 from tl_modules.module import TransferModule
 
@@ -106,7 +106,7 @@ class Builder:
             finally:
                 if on_disk and self.rank == 0:
                     self.store.drop(name, token)
-        table = _table(first[0][1], tensors, len(self.indices))
+        table = _table(first[0][1], [Mapped(tensor) for tensor in tensors], len(self.indices))
         assert table is not None
         return table
 
@@ -261,18 +261,24 @@ def _specs(tree: Any, rows: int) -> list[Spec]:
     return specs
 
 
-def _table(template: Any, tensors: Sequence[Tensor], rows: int) -> Table | None:
+def _table(template: Any, mapped: Sequence[Mapped], rows: int) -> Table | None:
     """Makes columns of an entry's tensors; None if they do not match the template."""
     specs = _specs(template, rows)
-    if len(specs) != len(tensors):
+    if len(specs) != len(mapped):
         return None
-    for (shape, dtype), tensor in zip(specs, tensors, strict=True):
+    for (shape, dtype), tensor in zip(specs, (each.values for each in mapped), strict=True):
         if tensor.dtype != dtype or (tensor.ndim != 1 if shape is None else tuple(tensor.shape) != shape):
             return None
-    given, columns = iter(tensors), list[Column]()
+    given, columns = iter(mapped), list[Column]()
     for leaf in samples.leaves(template):
-        ragged = isinstance(leaf, Padded)
-        columns.append(Ragged(next(given), next(given), next(given)) if ragged else Uniform(next(given)))
+        first = next(given)
+        if isinstance(leaf, Padded):
+            starts, shapes = next(given), next(given)
+            if not (starts.verify() and shapes.verify()):
+                return None
+            columns.append(Ragged(first.values, starts.values, shapes.values, first.checksums))
+        else:
+            columns.append(Uniform(first.values, first.checksums))
     return Table(columns, samples.take(template, slice(0, 1)))
 
 

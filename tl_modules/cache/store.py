@@ -1,7 +1,7 @@
 """Tensors on disk by key, memory-mapped: possibly larger than memory, shared by processes and by later runs.
 
     FOLDER/<key>/0.bin 1.bin ...   raw values
-                 meta.json         shapes, types and checksums; an entry without it is incomplete and ignored
+                 meta.json         shapes, types and a checksum of each MiB; an entry without it is incomplete and ignored
 
 If a tensor's size is known beforehand, all processes of a machine write their parts of one file. Otherwise each process
 appends to its own file, and these are concatenated at the end.
@@ -20,13 +20,19 @@ import shutil
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tl_modules.errors import UserError
+
 KEY = "[0-9a-f]" * 32
+BLOCK = 2**20  # bytes that share a checksum
+AT_ONCE = 2**30  # bytes of a tensor that are verified when an entry is opened, in about a second
 Spec = tuple[tuple[int, ...] | None, torch.dtype]  # a tensor without a shape grows
 
 
@@ -47,23 +53,28 @@ class Store:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
-    def open(self, key: str) -> list[Tensor] | None:
-        """Returns an entry's tensors, memory-mapped, with checksums verified; None if it is missing or damaged."""
+    def open(self, key: str) -> list[Mapped] | None:
+        """Returns an entry's tensors; None if it is missing or damaged, as far as this is verified here.
+
+        The first GiB of each tensor is verified, the rest when it is read.
+        """
         entry = self.folder / key
+        if not self.has(key):
+            return None
         try:
             meta = json.loads((entry / "meta.json").read_text())
-            tensors = [
-                _map(entry, number, tuple(part["shape"]), getattr(torch, part["dtype"]), create=False)
-                for number, part in enumerate(meta["parts"])
-            ]
+            found = []
+            for number, part in enumerate(meta["parts"]):
+                values = _map(entry, number, tuple(part["shape"]), getattr(torch, part["dtype"]), create=False)
+                found.append(Mapped(values, Checksums(values, part["checksums"], entry)))
         except (OSError, ValueError, KeyError, RuntimeError):
-            return None
-        if [_checksum(t) for t in tensors] != [p["checksum"] for p in meta["parts"]]:
+            found = []
+        if not found or not all(each.verify(AT_ONCE) for each in found):
             self.remove(key)
             return None
         with contextlib.suppress(OSError):
             os.utime(entry / "meta.json")
-        return tensors
+        return found
 
     def has(self, key: str) -> bool:
         """Returns whether there is a complete entry, damaged or not."""
@@ -122,7 +133,7 @@ class Store:
         """Renames a complete entry to its final name; drops it if another process has committed the key meanwhile."""
         part = self._part(key, token)
         meta = [
-            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "checksum": _checksum(t)}
+            {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "checksums": _checksums(t)}
             for t in tensors
         ]
         (part / "meta.json").write_text(json.dumps({"parts": meta}))
@@ -154,6 +165,61 @@ class Store:
         ):
             total -= _size(entries[0])
             shutil.rmtree(entries.pop(0), ignore_errors=True)
+
+
+class Checksums:
+    """Verifies the blocks of a mapped tensor, each when it is first read.
+
+    Args:
+        tensor: The tensor.
+        known: The checksum of each block.
+        entry: The entry's folder.
+
+    Raises:
+        ValueError: The number of checksums does not match the tensor.
+    """
+
+    def __init__(self, tensor: Tensor, known: Sequence[int], entry: Path) -> None:
+        self.bytes, self.known, self.entry = _bytes(tensor), known, entry
+        self.pending = np.ones(len(known), bool)
+        if len(known) != _blocks(tensor.nbytes):
+            raise ValueError(f"{entry} has {len(known)} checksums for {tensor.nbytes} bytes")
+
+    def verify(self, start: int, end: int) -> bool:
+        """Returns whether the blocks of the bytes `start` to `end` that are still unread are as they were written."""
+        for number in start // BLOCK + np.flatnonzero(self.pending[start // BLOCK : _blocks(end)]):
+            if zlib.crc32(self.bytes[number * BLOCK : (number + 1) * BLOCK]) != self.known[number]:
+                return False
+            self.pending[number] = False
+        return True
+
+    def require(self, starts: Tensor, ends: Tensor) -> None:
+        """Verifies the blocks of these ranges of bytes, (B,) each.
+
+        Raises:
+            UserError: One is damaged; the entry has been removed.
+        """
+        if not self.pending.any():
+            return
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            if end > start and not self.verify(start, end):
+                shutil.rmtree(self.entry, ignore_errors=True)
+                raise UserError(
+                    f"cache: {self.entry} was damaged on disk and has been removed; start again, or resume the run"
+                )
+
+
+@dataclass
+class Mapped:
+    """A tensor of an entry; its checksums, if parts of it may still have to be verified."""
+
+    values: Tensor
+    checksums: Checksums | None = None
+
+    def verify(self, size: int | None = None) -> bool:
+        """Returns whether the first `size` bytes, by default all, are as they were written."""
+        whole = self.values.nbytes
+        return self.checksums is None or self.checksums.verify(0, whole if size is None else min(size, whole))
 
 
 class Growing:
@@ -231,12 +297,18 @@ def _map(entry: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype, c
     return mapped
 
 
-def _checksum(tensor: Tensor) -> int:
-    total = 0
+def _bytes(tensor: Tensor) -> memoryview:
     flat: Any = tensor.reshape(-1).view(torch.uint8)
-    for chunk in flat.split(1 << 26):
-        total = zlib.crc32(memoryview(chunk.numpy()), total)
-    return total
+    return memoryview(flat.numpy())
+
+
+def _blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def _checksums(tensor: Tensor) -> list[int]:
+    whole = _bytes(tensor)
+    return [zlib.crc32(whole[start : start + BLOCK]) for start in range(0, len(whole), BLOCK)]
 
 
 def _used(entry: Path) -> float:

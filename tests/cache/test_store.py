@@ -91,7 +91,9 @@ def test_a_large_entry_is_verified_where_it_is_read(tmp_path, monkeypatch, ragge
     column = Ragged(found.values, starts, shapes, found.checksums) if ragged else Uniform(*vars(found).values())
     rows = column.take(torch.tensor([0, 15, 9]))
     assert (rows.values if ragged else rows).tolist() == values.view(16, 4)[[0, 15, 9]].tolist()
-    assert found.checksums.pending.sum() == 64 * 4 // 32 - 2 - 1 - 1  # all but the first two, and those of rows 9 and 15
+    assert (
+        found.checksums.pending.sum() == 64 * 4 // 32 - 2 - 1 - 1
+    )  # all but the first two, and those of rows 9 and 15
     with pytest.raises(UserError, match="damaged on disk and has been removed; start again"):
         column.take(torch.tensor([1, 10]))
     assert not (tmp_path / K).exists()

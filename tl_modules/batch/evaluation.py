@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torchmetrics import Metric, MetricCollection
 from tl_modules.batch.output import DomainOutput
 from tl_modules.batch.task import Task
 from tl_modules.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class EvaluatedTask(Task):
@@ -25,6 +28,20 @@ class EvaluatedTask(Task):
         self.val_metrics = self.metrics().clone(prefix="val/")
         self.test_metrics = self.metrics().clone(prefix="test/")
         self.val_loss, self.test_loss = LossMean(), LossMean()
+
+    def on_fit_start(self) -> None:
+        """Leaves costly metrics to `tl test`, except those that choose the epoch or end the run."""
+        monitored = {self.monitor[0], *(getattr(each, "monitor", None) for each in cast(Any, self.trainer).callbacks)}
+        metrics = dict(self.val_metrics.items(keep_base=True, copy_state=False))
+        left = [name for name, each in metrics.items() if getattr(each, "costly", False)]
+        if left := [name for name in left if f"val/{name}" not in monitored]:
+            self.val_metrics = MetricCollection({n: m for n, m in metrics.items() if n not in left}, prefix="val/")
+            log.info("%s: left to `tl test`, being costly with this number of classes", ", ".join(left))
+
+    def on_fit_end(self) -> None:
+        """Restores them."""
+        if len(self.val_metrics) < len(self.test_metrics):
+            self.val_metrics = self.metrics().clone(prefix="val/").to(self.device)
 
     @abstractmethod
     def forward_domains(self, batch: Any) -> dict[str, DomainOutput]:

@@ -30,6 +30,7 @@ class Task(LightningModule):
     Attributes:
         monitor: The metric that chooses the best epoch, and "min" or "max".
         is_classification: Whether there are class probabilities.
+        top_k: How many classes, the most probable ones, are columns of `tl predict`'s CSV; None: all of them.
         temperature: Divides a classification's logits, once `tl calibrate` has found it.
         uses_pooled_features: Whether the head takes one vector per sample; otherwise it takes the backbone's features,
             e.g. a pyramid of maps or the states of all tokens.
@@ -40,6 +41,7 @@ class Task(LightningModule):
     monitor: tuple[str, str] = ("val/loss", "min")
     is_classification: ClassVar[bool] = False
     uses_pooled_features: ClassVar[bool] = True
+    top_k: int | None = None
     temperature: float = 1.0
     needs_labels: ClassVar[bool] = True
     schema: Schema

@@ -1,7 +1,7 @@
 """Tensors on disk by key, memory-mapped: possibly larger than memory, shared by processes and by later runs.
 
     FOLDER/<key>/0.bin 1.bin ...   raw values
-                 meta.json         shapes, types and a checksum of each MiB; an entry without it is incomplete and ignored
+                 meta.json         shapes, types, a checksum of each MiB; without it an entry is incomplete and ignored
 
 If a tensor's size is known beforehand, all processes of a machine write their parts of one file. Otherwise each process
 appends to its own file, and these are concatenated at the end.
@@ -180,14 +180,15 @@ class Checksums:
     """
 
     def __init__(self, tensor: Tensor, known: Sequence[int], entry: Path) -> None:
-        self.bytes, self.known, self.entry = _bytes(tensor), known, entry
+        self.bytes, self.known, self.entry = _bytes(tensor), list(known), entry
         self.pending = np.ones(len(known), bool)
         if len(known) != _blocks(tensor.nbytes):
             raise ValueError(f"{entry} has {len(known)} checksums for {tensor.nbytes} bytes")
 
     def verify(self, start: int, end: int) -> bool:
         """Returns whether the blocks of the bytes `start` to `end` that are still unread are as they were written."""
-        for number in start // BLOCK + np.flatnonzero(self.pending[start // BLOCK : _blocks(end)]):
+        first = start // BLOCK
+        for number in (first + np.flatnonzero(self.pending[first : _blocks(end)])).tolist():
             if zlib.crc32(self.bytes[number * BLOCK : (number + 1) * BLOCK]) != self.known[number]:
                 return False
             self.pending[number] = False

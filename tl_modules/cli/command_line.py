@@ -132,6 +132,8 @@ class TransferCLI(OneCommand, LightningCLI):
             parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
+            top = "Write only the K most probable classes of each sample, instead of a column for each class."
+            parser.add_argument("--top_k", type=int | None, default=None, help=top)
         if not self.configured:  # a run's config already contains the linked values
             parser.link_arguments("data.schema", "model.init_args.schema", apply_on="instantiate")
 
@@ -267,7 +269,8 @@ class TransferCLI(OneCommand, LightningCLI):
         if self.others:
             callbacks.append(DeepEnsemble([load_run(other, trust=self.trusted) for other in self.others]))
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(Path(config.out) if config.out else path / "predictions.csv"))
+            file = Path(config.out) if config.out else path / "predictions.csv"
+            callbacks.append(PredictionWriter(file, config.top_k))
         if self.subcommand == "fit":
             callbacks += [FreezeAudit(config.audit), ExactResume()]
             if config.trainer.logger is not False:

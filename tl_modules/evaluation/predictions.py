@@ -24,19 +24,29 @@ class PredictionWriter(Callback):
 
     Args:
         file: The CSV.
+        top_k: How many classes are columns, the most probable ones of each sample; None: all of them.
+
+    Raises:
+        UserError: `top_k` is not positive, or nothing is classified.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, top_k: int | None = None) -> None:
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k: {top_k} must be at least 1")
+        self.file, self.top_k = file, top_k
         self.found = Spool()
         self.header: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks before the work that the file can be written.
+        """Checks before the work that the file can be written, and that there are classes if `top_k` asks for them.
 
         Raises:
-            UserError: The file cannot be written.
+            UserError: One of these is not so.
         """
+        assert isinstance(pl_module, TransferModule)
+        if self.top_k and not (pl_module.is_classification or getattr(pl_module, "named_classes", [])):
+            raise UserError(f"top_k: {type(pl_module).__name__} does not classify; leave it out")
+        pl_module.top_k = self.top_k
         try:
             if trainer.is_global_zero:
                 self.file.parent.mkdir(parents=True, exist_ok=True)

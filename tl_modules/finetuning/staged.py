@@ -120,7 +120,8 @@ class StagedModule(BaseTransferModule):
                 cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
 
     def on_fit_start(self) -> None:
-        """Keeps averages of frozen weights exact."""
+        """Also keeps averages of frozen weights exact."""
+        super().on_fit_start()
         keep_exact(self)
 
     def on_train_start(self) -> None:

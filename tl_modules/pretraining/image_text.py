@@ -160,8 +160,8 @@ class CLIP(Pretraining):
         return (self.projections.scale * self._pictured(out.output) @ self.embedded.T).softmax(1)
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
-        """Returns columns `label` and `p_<class>`."""
-        return class_columns(prediction, self.named_classes)
+        """Returns the columns of a classification."""
+        return class_columns(prediction, self.named_classes, self.top_k)
 
 
 class Projections(nn.Module):

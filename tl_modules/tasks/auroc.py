@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 EXACT = 2**26  # probabilities kept in memory, 256 MB
+CLASSES = 200  # with more, computing it after each epoch can take longer than a small head's training
 BINS, STEP = 2000, 0.02  # of the log-odds from -20 to 20
 AT_ONCE = 2**22
 
@@ -35,7 +36,7 @@ class MacroAUROC(Metric):
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_classes = num_classes
+        self.num_classes, self.costly = num_classes, num_classes > CLASSES
         self.add_state("probabilities", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
         self.add_state("binned", torch.zeros(0, dtype=torch.long), dist_reduce_fx="sum")

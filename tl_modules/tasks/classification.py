@@ -123,8 +123,9 @@ class Classification(TransferModule):
         return cast(Tensor, out.output).softmax(1)
 
     def prediction_columns(self, prediction: Tensor) -> dict[str, list[Any]]:
-        """Returns columns `label` and `p_<class>`."""
-        return class_columns(prediction, self.class_names or [str(number) for number in range(self.num_outputs)])
+        """Returns columns `label` and `p_<class>`, or `label`, `p`, `label_2`, `p_2`, ... with `top_k`."""
+        names = self.class_names or [str(number) for number in range(self.num_outputs)]
+        return class_columns(prediction, names, self.top_k)
 
 
 class MacroF1(MulticlassF1Score):
@@ -141,8 +142,18 @@ class MacroF1(MulticlassF1Score):
         return super().compute()[present].mean()
 
 
-def class_columns(probabilities: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-    """Turns probabilities (B, C) into columns `label` and `p_<class>`."""
+def class_columns(probabilities: Tensor, names: Sequence[str], top_k: int | None = None) -> dict[str, list[Any]]:
+    """Turns probabilities (B, C) into columns `label` and `p_<class>`; with `top_k` those of the most probable classes.
+
+    Those are `label` and `p`, `label_2` and `p_2`, and so on.
+    """
+    if top_k is not None:
+        values, numbers = probabilities.topk(min(top_k, len(names)))
+        found: dict[str, list[Any]] = {}
+        for place, suffix in enumerate(["", *(f"_{place}" for place in range(2, 1 + values.shape[1]))]):
+            found[f"label{suffix}"] = [names[i] for i in numbers[:, place].tolist()]
+            found[f"p{suffix}"] = _rounded(values[:, place])
+        return found
     columns: dict[str, list[Any]] = {"label": [names[i] for i in probabilities.argmax(1).tolist()]}
     return columns | {f"p_{name}": _rounded(probabilities[:, i]) for i, name in enumerate(names)}
 

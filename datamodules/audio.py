@@ -103,7 +103,7 @@ def resampled(wave: Array, rate: int, wanted: int) -> Array:
     return found if len(found) else np.zeros(1, np.float32)
 
 
-def first_rate(paths: Sequence[Path], field: str) -> int:
+def first_rate(paths: Sequence[str], field: str) -> int:
     """Returns the rate of the first recording whose header can be read.
 
     Raises:
@@ -145,7 +145,7 @@ class Recordings(FileSamples):
     def lengths(self) -> list[int] | None:
         """Returns the bytes of each file, a cheap measure of its length; None if some are compressed."""
         plain = all(path.lower().endswith(PLAIN) for path in self.ids)
-        return [stat.st_size for stat in self.stats()] if plain else None
+        return self.stats()[:, 0].tolist() if plain else None
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         with self.with_advice():

@@ -57,8 +57,8 @@ class DomainFolders(ImageFolders):
             **kwargs,
         )
 
-    def _folders(self, root: Path) -> dict[str, Path]:
-        return {"unsplit": root}  # VisDA has a class named train
+    def _folders(self, name: str) -> dict[str, Path]:
+        return {"unsplit": self.roots[name]}  # VisDA has a class named train
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """Returns the images of a domain by DomainNet's lists, if they exist."""

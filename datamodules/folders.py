@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from datamodules.errors import DataError
@@ -46,20 +46,65 @@ def files_below(root: Path | str) -> Iterator[str]:
     return enter(str(root), "", ())
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Returns the names of the subfolders of a folder, sorted, without litter; [] for a file."""
+def files_listed(listing: Path) -> list[str]:
+    """Reads the files that a text names, one per line, relative to its folder; as sorted as `files_below`.
+
+    `find -L . -type f > files.txt` writes such a list. Where a tree has millions of files, all processes of a run then
+    read one file instead of every folder.
+
+    Raises:
+        DataError: The list cannot be read, is empty, or names a file elsewhere.
+    """
+    try:
+        lines = listing.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{listing}: it cannot be read ({error.strerror})") from error
+    names = {os.fsdecode(line).removeprefix("./") for line in lines if line.strip()}
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(
+                f"{listing}: {name} is not below {listing.parent}; write paths relative to the list's folder"
+            )
+    found = [name for name in names if not any(map(is_litter, name.split("/"))) and name != listing.name]
+    if not found:
+        raise DataError(f"{listing}: it names no files; write one path per line, relative to the list's folder")
+    return sorted(found, key=lambda name: name.replace("/", "\0"))  # as if folder by folder
+
+
+def folders_listed(root: Path, names: Iterable[str]) -> dict[Path, list[str]]:
+    """Returns the class folders of the upper folders of a tree that has only the files of these names."""
+    below: dict[Path, set[str]] = {}
+    for folders in {tuple(name.split("/", 2)[:-1]) for name in names}:
+        for depth, folder in enumerate(folders):
+            below.setdefault(root.joinpath(*folders[:depth]), set()).add(folder)
+    return {folder: sorted(names) for folder, names in below.items()}
+
+
+def class_folders(folder: Path, known: Mapping[Path, list[str]] | None = None) -> list[str]:
+    """Returns the names of the subfolders of a folder, sorted, without litter; [] for a file.
+
+    Args:
+        folder: The folder.
+        known: The subfolders of each folder, if they have been listed.
+    """
+    if known is not None:
+        return known.get(folder, [])
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_litter(p.name)) if folder.is_dir() else []
 
 
-def split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path, known: Mapping[Path, list[str]] | None = None) -> dict[str, Path]:
     """Returns the split folders of a tree by split; {} if its folders are classes.
+
+    Args:
+        root: The tree.
+        known: The folders in each of its folders, if they have been listed.
 
     Raises:
         DataError: A split has two folders, or split folders without classes lie beside other folders.
     """
     found: dict[str, list[str]] = {}
     others = []
-    for name in class_folders(root):
+    for name in class_folders(root, known):
         if (split := split_of(name)) is not None:
             found.setdefault(split, []).append(name)
         else:
@@ -68,7 +113,7 @@ def split_folders(root: Path) -> dict[str, Path]:
         if len(names) > 1:
             raise DataError(f"{root}: {' and '.join(names)} are both folders of {split} images; keep one")
     folders = {split: root / found[split][0] for split in SPLITS if split in found}
-    if folders and others and not any(map(class_folders, folders.values())):
+    if folders and others and not any(class_folders(folder, known) for folder in folders.values()):
         if list(folders) == ["train"]:  # a class: car, plane, train
             return {}
         names = [folder.name for folder in folders.values()]

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from datamodules.decoding import FolderImages, ImageReader, image_extensions
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
-from datamodules.folders import class_folders, files_below, split_folders
+from datamodules.files import Paths
+from datamodules.folders import class_folders, files_below, files_listed, folders_listed, split_folders
 from datamodules.labels import check_same_classes
 from datamodules.paths import expand_path
 from datamodules.splits import content_hash, log, no_labels, split_of
@@ -37,8 +38,10 @@ class ImageFolders(FileDomains):
     training takes them as a target beside a source.
 
     Args:
-        target: The target's folder; ~ and $VARIABLES are expanded.
-        source: The source's folder, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the target's.
+        target: The target's folder, or a text file that lists its images (`files_listed`); ~ and $VARIABLES are
+            expanded.
+        source: The source's folder or list, or several by name, `{photo: DIR, sketch: DIR}`; its classes must be the
+            target's.
         image_size: Side in pixels of the network's input. null takes it, and the next two, from the pretrained weights'
             evaluation; 224 if these are not known.
         resize_size: Length in pixels to which evaluation resizes the short side before it crops the centre; null beside
@@ -83,8 +86,12 @@ class ImageFolders(FileDomains):
         one = len(sources) == 1
         roots = {"source" if one else f"source/{name}": expand_path(path, "source") for name, path in sources.items()}
         roots["target"] = expand_path(target, "target")
-        self.roots = {name: root for name, root in roots.items() if root is not None}
-        self.wheres = {name: f"{name}: {root}" for name, root in self.roots.items()}
+        given = {name: root for name, root in roots.items() if root is not None}
+        self.wheres = {name: f"{name}: {root}" for name, root in given.items()}
+        lists = {name: root for name, root in given.items() if root.suffix == ".txt" and root.is_file()}
+        self.listed = {name: files_listed(file) for name, file in lists.items()}
+        self.roots = {name: root.parent if name in self.listed else root for name, root in given.items()}
+        self.known = {name: folders_listed(self.roots[name], names) for name, names in self.listed.items()}
         self.given: dict[str, Any] = {
             "image_size": image_size,
             "resize_size": resize_size,
@@ -96,7 +103,7 @@ class ImageFolders(FileDomains):
         except ValueError as error:
             raise DataError(f"background: {background} is not a colour; give a name or #rrggbb") from error
         self.keep_decoded = keep_decoded
-        self._found: dict[str, dict[str, dict[str, list[str]]]] = {}
+        self._found: dict[str, dict[str, dict[str, Paths]]] = {}
         self.class_names = classes if classes is not None else self._read_classes()
         self.resolve({})
 
@@ -124,7 +131,8 @@ class ImageFolders(FileDomains):
         return super().resolve(defaults) | found
 
     def _read_classes(self) -> list[str]:
-        found = {name: class_folders(next(iter(self._folders(root).values()))) for name, root in self.roots.items()}
+        tops = {name: next(iter(self._folders(name).values())) for name in self.roots}
+        found = {name: class_folders(top, self.known.get(name)) for name, top in tops.items()}
         if len(found) > 1 and not found.get("target", ["?"]):  # an unlabelled target beside a source
             del found["target"]
         for name, classes in found.items():
@@ -136,19 +144,20 @@ class ImageFolders(FileDomains):
         check_same_classes(found)
         return next(iter(found.values()))
 
-    def _folders(self, root: Path) -> dict[str, Path]:
+    def _folders(self, name: str) -> dict[str, Path]:
         """Returns the folders of a tree that hold class folders, by split, or the tree itself as "unsplit"."""
-        return split_folders(root) or {"unsplit": root}
+        return split_folders(self.roots[name], self.known.get(name)) or {"unsplit": self.roots[name]}
 
-    def _paths(self, name: str) -> dict[str, dict[str, list[str]]]:
+    def _paths(self, name: str) -> dict[str, dict[str, Paths]]:
         """Returns image paths by split and class, "" if not in a class folder; logs what is left out."""
         if name not in self._found:
             root = self.roots[name]
-            folders = self._folders(root)
-            found: dict[str, dict[str, list[str]]] = {
-                split: {label: [] for label in class_folders(folder)} for split, folder in folders.items()
+            folders = self._folders(name)
+            found = {
+                split: {label: Paths() for label in class_folders(folder, self.known.get(name))}
+                for split, folder in folders.items()
             }
-            names = files_below(root) if root.is_dir() else [""]
+            names = self.listed.pop(name, None) or (files_below(root) if root.is_dir() else [""])
             split_by, extensions, others = {f.name: split for split, f in folders.items()}, image_extensions(), []
             for path in names:
                 top, _, rest = path.partition("/")
@@ -156,7 +165,7 @@ class ImageFolders(FileDomains):
                 if split is None or not (inside or root.name).lower().endswith(extensions):
                     others.append(path)
                 else:
-                    found[split].setdefault(inside.rpartition("/")[0].partition("/")[0], []).append(f"{root / path}")
+                    found[split].setdefault(inside.rpartition("/")[0].partition("/")[0], Paths()).append(root / path)
             if others:
                 what = "not images" + ("" if "unsplit" in folders else ", or not in a split folder")
                 told = "%s: left out %d files that are %s, e.g. %s"
@@ -166,7 +175,7 @@ class ImageFolders(FileDomains):
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """Returns the images of a tree by split, as far as its folders define splits."""
-        folders = self._folders(self.roots[name])
+        folders = self._folders(name)
         return {split: self._read(by_class, folders[split], name) for split, by_class in self._paths(name).items()}
 
     def whole(self) -> Dataset[Any] | None:
@@ -179,10 +188,10 @@ class ImageFolders(FileDomains):
             raise DataError(f"target: there are no images in {self.roots['target']}")
         return self._images(paths, [0] * len(paths), "target", no_labels(self.wheres["target"], "class folders"))
 
-    def _read(self, by_class: Mapping[str, list[str]], folder: Path, name: str) -> FolderImages:
+    def _read(self, by_class: Mapping[str, Paths], folder: Path, name: str) -> FolderImages:
         assert self.class_names is not None
         present = by_class.keys() - {""}
-        loose = by_class.get("", [])
+        loose = by_class.get("", Paths())
         if not present:
             return self._images(loose, [0] * len(loose), name, no_labels(f"{name}: {folder}", "class folders"))
         if loose:
@@ -190,13 +199,12 @@ class ImageFolders(FileDomains):
         unknown = sorted(present - set(self.class_names))
         if unknown:
             raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}")
-        paths: list[str] = []
-        targets: list[int] = []
+        paths, targets = Paths(), list[int]()
         for number, label in enumerate(self.class_names):
-            images = by_class.get(label, [])
+            images = by_class.get(label, Paths())
             if label in present and not images:
                 raise DataError(f"{name}: class {label} is empty: there are no images in {folder / label}")
-            paths += images
+            paths.extend(images)
             targets += [number] * len(images)
         return self._images(paths, targets, name)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.errors import DataError, check_known
+from datamodules.files import Paths
 from datamodules.folders import files_below
 from datamodules.splits import SPLITS, log, read_split, split_of
 
@@ -34,7 +35,7 @@ class Listing:
     """
 
     where: str
-    paths: list[Path]
+    paths: Paths
     fields: Mapping[str, Array]
     unknown: str = ""
 
@@ -54,7 +55,7 @@ class Listing:
     def taken(self, rows: Array) -> Listing:
         """Returns the files of these rows."""
         fields = {name: texts[rows] for name, texts in self.fields.items()}
-        return Listing(self.where, [self.paths[row] for row in rows], fields)
+        return Listing(self.where, Paths(self.paths[row] for row in rows), fields)
 
     def matches(self, argument: str, condition: str) -> Array:
         """Returns which files fulfil a condition, e.g. index<5, speaker=theo,lucas or speaker!=theo, (N,) bool.
@@ -118,7 +119,7 @@ def list_files(root: Path, extensions: Sequence[str], pattern: str | None, colum
     others = [name for name in below if not name.lower().endswith(tuple(extensions)) and name not in LISTS.values()]
     if others:
         log.warning("%s: left out %d files that are not recordings, e.g. %s", where, len(others), others[0])
-    paths = [root / name for name in names]
+    paths = Paths(root / name for name in names)
     if pattern is not None:
         return _by_pattern(names, paths, where, pattern)
     parts = [name.split("/") for name in names]
@@ -146,7 +147,7 @@ def _class_of(parts: Sequence[str], split_folders: bool) -> str:
     return "/".join(parts[split_folders:-1]).partition("/")[0]
 
 
-def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern: str) -> Listing:
+def _by_pattern(names: Sequence[str], paths: Paths, where: str, pattern: str) -> Listing:
     regex, fields = "", list[str]()
     try:
         for text, name, form, conversion in Formatter().parse(pattern):
@@ -160,12 +161,13 @@ def _by_pattern(names: Sequence[str], paths: Sequence[Path], where: str, pattern
     found = [compiled.fullmatch(name if "/" in pattern else name.rpartition("/")[2]) for name in names]
     rows = [row for row, match in enumerate(found) if match]
     if not rows:
-        return Listing(where, list(paths), {}, f"no file name matches {pattern}; the first is {names[0]}")
+        return Listing(where, paths, {}, f"no file name matches {pattern}; the first is {names[0]}")
     if len(rows) < len(names):
         other = names[next(row for row, match in enumerate(found) if not match)]
         log.warning("%s: left out %d files not matching %s, e.g. %s", where, len(names) - len(rows), pattern, other)
     texts = [match.groupdict() for match in found if match]
-    return Listing(where, [paths[row] for row in rows], {name: np.array([t[name] for t in texts]) for name in fields})
+    named = {name: np.array([text[name] for text in texts]) for name in fields}
+    return Listing(where, Paths(paths[row] for row in rows), named)
 
 
 def _from_table(table: Path, column: str) -> Listing:
@@ -177,5 +179,5 @@ def _from_table(table: Path, column: str) -> Listing:
         name: np.array(["" if cell is None else str(cell) for cell in frame[name].to_list()], dtype=str)
         for name in frame.columns
     }
-    paths = [table.parent / name for name in fields.pop(column)]
+    paths = Paths(table.parent / name for name in fields.pop(column))
     return Listing(str(table), paths, fields, f"{table} has no column beside {column}")

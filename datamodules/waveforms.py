@@ -91,7 +91,7 @@ class BackgroundNoise(nn.Module):
         """Adds noise to a waveform (T,)."""
         if float(torch.rand(())) >= self.probability:
             return wave
-        noise = self.reader.read(self.paths[int(torch.randint(len(self.paths), ()))])
+        noise = self.reader.read(Path(self.paths[int(torch.randint(len(self.paths), ()))]))
         noise = noise.repeat(-(-len(wave) // len(noise)))
         begin = int(torch.randint(len(noise) - len(wave) + 1, ()))
         noise = noise[begin : begin + len(wave)]

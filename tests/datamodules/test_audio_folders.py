@@ -1,5 +1,6 @@
 """Recordings: what is known of a file, splits, groups, domains, bad files, rates, augmentation."""
 
+import os
 import time
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_names_of_files_are_sorted_and_hidden_ones_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     listing = list_files(tmp_path, (".wav",), None, "file")
-    assert [str(path.relative_to(tmp_path)) for path in listing.paths] == ["a/1.WAV", "b/2.wav"]
+    assert [os.path.relpath(path, tmp_path) for path in listing.paths] == ["a/1.WAV", "b/2.wav"]
     assert listing.fields["label"].tolist() == ["a", "b"]
 
 

@@ -1,7 +1,10 @@
 """Folders as the world brings them: litter, links, names of splits, copies, images without labels."""
 
 import logging
+import os
+import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from datamodules import (
     Shifted,
     TextFiles,
 )
-from datamodules.files import find_copies
+from datamodules.files import Paths, find_copies
 from datamodules.folders import files_below, split_folders
 from datamodules.splits import split_of
 
@@ -272,3 +275,51 @@ def test_predict_and_test_through_the_command(ok, tl, tmp_path):
     ok("test --run runs/a --data.target t/train --data.test_fraction 1")
     Image.new("RGB", (9, 9)).save(tmp_path / "new.jfif")
     assert "1 predictions" in ok("predict --run runs/a --data.target new.jfif")
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_a_list_of_files_is_read_as_the_folder_that_it_lists(ok, tl, tmp_path, split):
+    for name in ("a-b", "a", "c/d", "c"):  # sorted folder by folder
+        for number in range(6):
+            image(tmp_path / "t" / split / name / f"{number}.png", (9, 99, 9), size=(8, 8), seed=number)
+    (tmp_path / "t" / "notes.md").touch()
+    image(tmp_path / "t" / split / "a" / ".hidden.png", (9, 9, 9))
+    subprocess.run("find -L . -type f > files.txt", shell=True, cwd=tmp_path / "t", check=True)
+    whole, listed = (ImageFolders(tmp_path / "t" / each, image_size=8) for each in ("", "files.txt"))
+    assert listed.class_names == ["a", "a-b", "c"] == whole.class_names
+    for part in ("train", "val"):
+        one, two = (data.domains(part)["target"] for data in (whole, listed))
+        assert list(one.ids) == list(two.ids)
+        assert one.fingerprint() == two.fingerprint()
+    lines = (tmp_path / "t" / "files.txt").read_text().splitlines()
+    (tmp_path / "t" / "some.txt").write_text("\n".join(line for line in lines if "/c/" not in line))
+    assert ImageFolders(tmp_path / "t" / "some.txt").class_names == ["a", "a-b"]
+    ok("fit --data ImageFolders --data.target t/some.txt --data.image_size 8 --data.num_workers 0 --model Classification "
+       "--model.backbone ConvNet --model.backbone.width 4 --trainer.max_epochs 1 --name a")  # fmt: skip
+    ok("predict --run runs/a")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "it names no files; write one path per line"),
+        ("../x/1.png", "../x/1.png is not below"),
+        ("/x/1.png", "/x/1.png is not below"),
+        ("a/1.png\nb/1.png", "a/1.png: it cannot be read any more"),
+    ],
+)
+def test_a_list_of_files_that_cannot_be_read(tmp_path, lines, message):
+    (tmp_path / "files.txt").write_text(lines)
+    with pytest.raises(DataError, match=re.escape(message)):
+        ImageFolders(tmp_path / "files.txt").domains("train")["target"].fingerprint()
+
+
+def test_paths_are_a_sequence_of_texts():
+    texts = ["a/1.png", "", "\u00e9/2.png", os.fsdecode(b"\xe9")]
+    paths = Paths(texts)
+    paths.extend(Paths(["x"]))
+    assert list(paths) == [*texts, "x"]
+    assert (paths[-1], paths[1:3], len(paths)) == ("x", texts[1:3], 5)
+    assert paths.index("x") == 4
+    with pytest.raises(IndexError):
+        paths[5]

@@ -2,17 +2,23 @@
 
     python benchmarks/growth.py [--largest 10000000]
 
-Each case runs in its own process, to measure its own peak memory. An exponent of 1 is linear growth.
+Each case runs in its own process, to measure its own peak memory. An exponent of 1 is linear growth. A case that
+prepares something returns its own seconds.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import math
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
+import zlib
+from collections import deque
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +26,23 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from common import machine
+from overhead import head_step, ours
+from PIL import Image
+from torch import nn
+from torchvision import datasets
+from torchvision.transforms import v2
 
-from datamodules.folders import files_below
+from datamodules import ImageFolders
+from datamodules.files import Paths
+from datamodules.folders import files_below, files_listed
 from datamodules.orders import Order
 from datamodules.splits import few_shots, split_rows
+from tl_modules import Classification, ConvNet, FeatureExtraction
+from tl_modules.cache.store import Store
 from tl_modules.evaluation.drawing import confusion, save_figure
 from tl_modules.evaluation.gather import Spool
 from tl_modules.finetuning.audit import sums_of
+from tl_modules.runs import GracefulShutdown
 from tl_modules.tasks.auroc import MacroAUROC
 from tl_modules.tasks.classification import class_columns
 
@@ -100,6 +116,27 @@ def listing_usual(files):
     sum(path.is_file() for path in tree(files).rglob("*"))
 
 
+def listing_kept(files):
+    """Reads the list of the same files, made by `find -L . -type f`."""
+    root = tree(files)
+    (root / "files.txt").write_text("\n".join(f"./{name}" for name in files_below(root)))
+    start = time.perf_counter()
+    files_listed(root / "files.txt")
+    return time.perf_counter() - start
+
+
+def paths(files):
+    """Keeps the paths of a data set."""
+    kept = Paths(f"/data/photos/train/class_{number % 1000}/{number}.jpg" for number in range(files))
+    assert len(kept) == files
+
+
+def paths_usual(files):
+    """Keeps them as a list of texts."""
+    kept = [f"/data/photos/train/class_{number % 1000}/{number}.jpg" for number in range(files)]
+    assert len(kept) == files
+
+
 def tree(files):
     """Makes a folder of empty files, once for each count, in this benchmark's temporary folder."""
     root = Path(tempfile.gettempdir()) / f"growth-{files}"
@@ -130,6 +167,75 @@ def auroc_usual(classes):
     metric = MulticlassAUROC(classes, thresholds=200)
     metric.update(*scores(classes))
     metric.compute()
+
+
+def photos(count):
+    """Makes two classes of photos of 500 x 375 pixels, once for each count."""
+    root = Path(tempfile.gettempdir()) / f"photos-{count}"
+    generator = np.random.default_rng(0)
+    for number in range(0 if root.exists() else count):
+        file = root / "train" / "ab"[number % 2] / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rough = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        rough.resize((500, 375), Image.Resampling.BICUBIC).save(file, quality=90)
+    return root
+
+
+CROP = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+AUGMENTATIONS = {"none": [], "crop_flip": CROP, "jitter": [*CROP, v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]}
+
+
+def augmented(count, augment):
+    """Reads photos with two workers, augmented at their own size; the seconds from the second batch on."""
+    data = ImageFolders(photos(count), num_workers=2, batch_size=32, augment=AUGMENTATIONS[augment])
+    batches = iter(data.train_dataloader())
+    next(batches)
+    start = time.perf_counter()
+    deque(batches, maxlen=0)
+    return time.perf_counter() - start
+
+
+def augmented_usual(count, augment):
+    """Does the same with torchvision's ImageFolder."""
+    steps = AUGMENTATIONS[augment] or [v2.Resize(224), v2.CenterCrop(224)]
+    transform = v2.Compose([v2.PILToTensor() if augment == "jitter" else nn.Identity(), *steps])
+    images = datasets.ImageFolder(photos(count) / "train", v2.Compose([transform, v2.ToImage()]))
+    images.samples = images.samples[: round(0.8 * count)]  # as many as our training split
+    batches = iter(torch.utils.data.DataLoader(images, 32, shuffle=True, num_workers=2))
+    next(batches)
+    start = time.perf_counter()
+    deque(batches, maxlen=0)
+    return time.perf_counter() - start
+
+
+def augmentation_none(count):
+    """Decoding, resizing and cropping photos."""
+    return augmented(count, "none")
+
+
+def augmentation_none_usual(count):
+    """Does the same with torchvision."""
+    return augmented_usual(count, "none")
+
+
+def augmentation_crop_flip(count):
+    """A random crop and a flip."""
+    return augmented(count, "crop_flip")
+
+
+def augmentation_crop_flip_usual(count):
+    """Does the same with torchvision."""
+    return augmented_usual(count, "crop_flip")
+
+
+def augmentation_jitter(count):
+    """A random crop, a flip and colour jitter."""
+    return augmented(count, "jitter")
+
+
+def augmentation_jitter_usual(count):
+    """Does the same with torchvision."""
+    return augmented_usual(count, "jitter")
 
 
 def figure(classes):
@@ -166,6 +272,115 @@ def predictions_usual(rows):
         csv.writer(file).writerows(chain.from_iterable(found))
 
 
+def top_5(rows):
+    """The CSV of `tl predict --top_k 5` for 1,000 classes."""
+    spool, names = Spool(), list(map(str, range(1000)))
+    for numbers in torch.arange(rows).split(256):
+        spool.add(list(zip(*class_columns(torch.rand(len(numbers), 1000), names, 5).values(), strict=True)), numbers)
+    with tempfile.TemporaryFile("w") as file:
+        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
+            csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
+
+
+def top_5_usual(rows):
+    """A column for each class."""
+    spool, names = Spool(), list(map(str, range(1000)))
+    for numbers in torch.arange(rows).split(256):
+        spool.add(list(zip(*class_columns(torch.rand(len(numbers), 1000), names).values(), strict=True)), numbers)
+    with tempfile.TemporaryFile("w") as file:
+        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
+            csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
+
+
+def embeddings(rows):
+    """What `tl embed` keeps of 512 features each, to the file."""
+    spool = Spool()
+    for numbers in torch.arange(rows).split(256):
+        spool.add(torch.rand(len(numbers), 512), numbers)
+    with tempfile.TemporaryFile() as file:
+        found = np.memmap(file, np.float32, "w+", shape=(rows, 512))
+        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
+            found[numbers[0] : numbers[-1] + 1] = values.numpy()
+
+
+def embeddings_usual(rows):
+    """All rows in memory, then the file."""
+    found = torch.cat([torch.rand(len(numbers), 512) for numbers in torch.arange(rows).split(256)])
+    with tempfile.TemporaryFile() as file:
+        np.save(file, found.numpy())
+
+
+def saves(parameters):
+    """What is checked before a checkpoint is saved, after the first one."""
+    module = Classification(ConvNet(), 2, finetuning=FeatureExtraction())
+    module.backbone.frozen = nn.Parameter(torch.ones(parameters), requires_grad=False)
+    shutdown, trainer = GracefulShutdown(Path("last.ckpt"), None, ""), SimpleNamespace(global_step=0)
+    for _ in range(2):
+        start = time.perf_counter()
+        shutdown.on_save_checkpoint(trainer, module, {"state_dict": module.state_dict()})
+    return time.perf_counter() - start
+
+
+def saves_usual(parameters):
+    """A search for nan in all weights."""
+    weights = torch.ones(parameters)
+    start = time.perf_counter()
+    assert weights.isfinite().all()
+    return time.perf_counter() - start
+
+
+def cache_open(rows):
+    """Opens a cache entry of 1,024 features each and reads a batch."""
+    store, batch = _entry(rows)
+    start = time.perf_counter()
+    ((mapped),) = store.open("0" * 32)
+    mapped.checksums.require(batch * 4096, (batch + 1) * 4096)
+    mapped.values[batch].sum()
+    return time.perf_counter() - start
+
+
+def cache_open_usual(rows):
+    """Reads the whole entry for one checksum."""
+    _entry(rows)
+    start = time.perf_counter()
+    with (Path(tempfile.gettempdir()) / f"cache-{rows}" / ("0" * 32) / "0.bin").open("rb") as file:
+        total = 0
+        while part := file.read(1 << 26):
+            total = zlib.crc32(part, total)
+    return time.perf_counter() - start
+
+
+def _entry(rows):
+    store = Store(Path(tempfile.gettempdir()) / f"cache-{rows}", 10**12)
+    if not store.has("0" * 32):
+        (values,) = store.begin("0" * 32, "new", [((rows, 1024), torch.float32)])
+        values.fill_(1)
+        store.commit("0" * 32, "new", [values])
+    return store, torch.randint(rows, (32,))
+
+
+def cached_step(batch):
+    """1,000 steps of `tl fit` on cached features, from their median."""
+    file = Path(tempfile.gettempdir()) / "small.npz"
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (3200, 32, 32, 3), dtype=np.uint8), np.arange(3200) % 10
+    np.savez(file, train_images=images, train_labels=labels, val_images=images[:32], val_labels=labels[:32])
+    os.chdir(tempfile.gettempdir())
+    sys.path.insert(0, str(Path(__file__).parent))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return 1000 * ours(
+            f"fit --data ImageArrays --data.target {file} --data.batch_size {batch} --model Classification "
+            "--model.backbone ConvNet --model.finetuning FeatureExtraction --model.head torch.nn.Linear "
+            "--model.lr_scheduler null --model.optimizer torch.optim.AdamW --model.optimizer.lr 1e-3 "
+            f"--trainer.max_epochs {6 if batch < 100 else 30}"
+        )
+
+
+def cached_step_usual(batch):
+    """A hand-written loop on features in memory."""
+    return 1000 * head_step(torch.randn(3200, 128), torch.randint(10, (3200,)), batch, 1000)
+
+
 def frozen_sums(parameters):
     """What the freeze audit reads of frozen parameters after each epoch."""
     sums_of({"stage_0": {"weight": torch.ones(parameters)}})
@@ -182,8 +397,18 @@ CASES = {
     splits: (splits_usual, "rows"),
     shots: (shots_usual, [100, 1000, 10_000]),
     listing: (listing_usual, [1000, 10_000, 100_000]),
+    listing_kept: (listing_usual, [1000, 10_000, 100_000]),
+    paths: (paths_usual, [10_000, 100_000, 1_000_000]),
+    augmentation_none: (augmentation_none_usual, [1000]),
+    augmentation_crop_flip: (augmentation_crop_flip_usual, [1000]),
+    augmentation_jitter: (augmentation_jitter_usual, [1000]),
     auroc: (auroc_usual, [100, 1000, 5000]),
     predictions: (predictions_usual, [1000, 10_000, 100_000]),
+    top_5: (top_5_usual, [1000, 10_000]),
+    embeddings: (embeddings_usual, [1000, 10_000, 100_000]),
+    cached_step: (cached_step_usual, [32, 512]),
+    cache_open: (cache_open_usual, [10_000, 100_000, 1_000_000]),
+    saves: (saves_usual, [1_000_000, 10_000_000, 100_000_000]),
     frozen_sums: (frozen_sums_usual, [1_000_000, 10_000_000, 100_000_000]),
     figure: (None, [100, 1000, 5000]),
 }
@@ -191,13 +416,13 @@ CASES = {
 
 def measure(function, size, pipe):
     """Sends the seconds of a call, and the MiB that it needs above those of a small call before it."""
-    function(min(size, 10_000))  # imports
+    if function not in (cached_step, cached_step_usual):
+        function(min(size, 10_000))  # imports
     if function in (listing, listing_usual):
         tree(size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    function(size)
-    seconds = time.perf_counter() - start
+    seconds = function(size) or time.perf_counter() - start
     pipe.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 

@@ -38,6 +38,7 @@ from datamodules.folders import files_below, files_listed
 from datamodules.orders import Order
 from datamodules.splits import few_shots, split_rows
 from tl_modules import Classification, ConvNet, FeatureExtraction
+from tl_modules.cache.columns import Uniform
 from tl_modules.cache.store import Store
 from tl_modules.evaluation.drawing import confusion, save_figure
 from tl_modules.evaluation.gather import Spool
@@ -198,8 +199,7 @@ def augmented(count, augment):
 def augmented_usual(count, augment):
     """Does the same with torchvision's ImageFolder."""
     steps = AUGMENTATIONS[augment] or [v2.Resize(224), v2.CenterCrop(224)]
-    transform = v2.Compose([v2.PILToTensor() if augment == "jitter" else nn.Identity(), *steps])
-    images = datasets.ImageFolder(photos(count) / "train", v2.Compose([transform, v2.ToImage()]))
+    images = datasets.ImageFolder(photos(count) / "train", v2.Compose([*steps, v2.PILToTensor()]))
     images.samples = images.samples[: round(0.8 * count)]  # as many as our training split
     batches = iter(torch.utils.data.DataLoader(images, 32, shuffle=True, num_workers=2))
     next(batches)
@@ -333,9 +333,8 @@ def cache_open(rows):
     """Opens a cache entry of 1,024 features each and reads a batch."""
     store, batch = _entry(rows)
     start = time.perf_counter()
-    ((mapped),) = store.open("0" * 32)
-    mapped.checksums.require(batch * 4096, (batch + 1) * 4096)
-    mapped.values[batch].sum()
+    (mapped,) = store.open("0" * 32)
+    Uniform(mapped.values, mapped.checksums).take(batch)
     return time.perf_counter() - start
 
 
@@ -416,6 +415,7 @@ CASES = {
 
 def measure(function, size, pipe):
     """Sends the seconds of a call, and the MiB that it needs above those of a small call before it."""
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process that was not spawned
     if function not in (cached_step, cached_step_usual):
         function(min(size, 10_000))  # imports
     if function in (listing, listing_usual):

@@ -22,7 +22,7 @@ class Uniform:
 
     Args:
         values: (N, ...), e.g. memory-mapped.
-        checksums: Of the values, if they may still have to be verified.
+        checksums: Of the values, if some still have to be verified.
     """
 
     def __init__(self, values: Tensor, checksums: Checksums | None = None) -> None:
@@ -48,7 +48,7 @@ class Ragged:
         values: (total,), e.g. memory-mapped.
         starts: Where each sample starts in `values`, (N,).
         shapes: The shape of each sample, (N, k).
-        checksums: Of the values, if they may still have to be verified.
+        checksums: Of the values, if some still have to be verified.
     """
 
     def __init__(self, values: Tensor, starts: Tensor, shapes: Tensor, checksums: Checksums | None = None) -> None:

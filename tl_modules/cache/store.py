@@ -200,8 +200,6 @@ class Checksums:
         Raises:
             UserError: One is damaged; the entry has been removed.
         """
-        if not self.pending.any():
-            return
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if end > start and not self.verify(start, end):
                 shutil.rmtree(self.entry, ignore_errors=True)
@@ -212,7 +210,7 @@ class Checksums:
 
 @dataclass
 class Mapped:
-    """A tensor of an entry; its checksums, if parts of it may still have to be verified."""
+    """A tensor of an entry; its checksums, if parts of it still have to be verified."""
 
     values: Tensor
     checksums: Checksums | None = None
@@ -220,7 +218,11 @@ class Mapped:
     def verify(self, size: int | None = None) -> bool:
         """Returns whether the first `size` bytes, by default all, are as they were written."""
         whole = self.values.nbytes
-        return self.checksums is None or self.checksums.verify(0, whole if size is None else min(size, whole))
+        if self.checksums and not self.checksums.verify(0, whole if size is None else min(size, whole)):
+            return False
+        if self.checksums and not self.checksums.pending.any():
+            self.checksums = None
+        return True
 
 
 class Growing:

@@ -27,9 +27,14 @@ class IndexedSubset(Dataset[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], rows: Sequence[int], transform: nn.Module | None = None, label: str = "y"
+        self,
+        dataset: Dataset[Any],
+        rows: Sequence[int] | np.ndarray[Any, Any],
+        transform: nn.Module | None = None,
+        label: str = "y",
     ) -> None:
-        self.dataset, self.rows, self.transform, self.label = dataset, rows, transform, label
+        self.dataset, self.transform, self.label = dataset, transform, label
+        self.rows = rows if isinstance(rows, range) and rows == range(len(rows)) else np.asarray(rows)
         self.weights = getattr(dataset, "weights", None) if label == "y" else None
         if label == "y":
             check_labelled(dataset)
@@ -49,12 +54,18 @@ class IndexedSubset(Dataset[Any]):
 
     def known_of(self, index: int) -> tuple[Any, ...]:
         """Returns what follows x and y of a sample, without reading it: its index, and its weight if it has one."""
-        row = self.rows[index]
+        row = int(self.rows[index])
         return (row,) if self.weights is None else (row, self.weights[row])
+
+    def known_of_all(self, indices: np.ndarray[Any, Any]) -> tuple[torch.Tensor, ...]:
+        """Returns the same for several samples, a tensor (B,) each."""
+        rows = indices.copy() if isinstance(self.rows, range) else self.rows[indices]
+        weights = () if self.weights is None else (torch.tensor([self.weights[row] for row in rows.tolist()]),)
+        return torch.from_numpy(rows), *weights
 
     def __getitem__(self, item: SampleIndex) -> tuple[Any, ...]:
         index, seed = item if isinstance(item, tuple) else (item, None)
-        row = self.rows[index]
+        row = int(self.rows[index])
         if self.transform is None or seed is None:
             x, y = self.dataset[row]
         else:

@@ -16,6 +16,8 @@ from tl_modules.cache.columns import Table
 from tl_modules.cache.cut import Cut
 from tl_modules.cache.entry import converted
 
+Array = np.ndarray[Any, Any]
+
 
 class EntryRows:
     """Takes the rows of an entry by sample number, or by sample number with the seed that chooses a view.
@@ -29,10 +31,10 @@ class EntryRows:
     def __init__(self, loader: Any, views: int, dtype: torch.dtype | None) -> None:
         self.loader, self.views, self.dtype = loader, views, dtype
 
-    def take(self, table: Table, pairs: Sequence[tuple[int, int]]) -> tuple[Any, Any]:
-        """Returns the recorded values and the labels."""
+    def take(self, table: Table, pairs: Array) -> tuple[Any, Any]:
+        """Returns the recorded values and the labels of samples and seeds, (B, 2)."""
         rows = len(self.loader.dataset)
-        tree, y = table.take(torch.tensor([row + rows * (seed % self.views) for row, seed in pairs]))
+        tree, y = table.take(torch.from_numpy(pairs[:, 0] + rows * (pairs[:, 1] % self.views)))
         return samples.map_leaves(lambda leaf: converted(leaf, self.dtype), tree), y
 
 
@@ -55,12 +57,11 @@ class CachedBatches(EntryRows):
         """Returns the batch of these samples."""
         pairs = _pairs(indices)
         tree, y = self.take(self.table, pairs)
-        known = zip(*(self.loader.dataset.known_of(row) for row, _ in pairs), strict=True)
         x = CachedActivations(tree, self.cut, lambda count: self._read(pairs[:count]))
-        return as_batch((x, y, *map(torch.tensor, known)))
+        return as_batch((x, y, *self.loader.dataset.known_of_all(pairs[:, 0])))
 
-    def _read(self, pairs: Sequence[tuple[int, int]]) -> Any:
-        return next(iter(self.loader.read(pairs, len(pairs))))[0]
+    def _read(self, pairs: Array) -> Any:
+        return next(iter(self.loader.read([(row, seed) for row, seed in pairs.tolist()], len(pairs))))[0]
 
 
 class TeacherOutputs(EntryRows):
@@ -83,8 +84,9 @@ class TeacherOutputs(EntryRows):
         return AnnotatedBatch(*batch)._replace(taught=said)
 
 
-def _pairs(indices: Sequence[Any]) -> list[tuple[int, int]]:
-    return [index if isinstance(index, tuple) else (index, 0) for index in indices]
+def _pairs(indices: Sequence[Any]) -> Array:
+    """Returns samples and seeds, (B, 2) int64; a sample without a seed has 0."""
+    return np.array([index if isinstance(index, tuple) else (index, 0) for index in indices], np.int64)
 
 
 def view_seeds(view: int, views: int, domain: str, samples: int) -> list[int]:

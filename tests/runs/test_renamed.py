@@ -163,6 +163,7 @@ def test_a_command_line_of_before(ok, tmp_path, caplog):
     assert given["checkpoint_weights"] == "trainable"
 
 
+@pytest.mark.slow  # it imports everything in a process of its own
 def test_a_comparison_of_before(ok, tmp_path):
     words = "--data.target_labels false --data.source true --select.by last --model.finetuning Full"
     grid = {"options": f"{SMALL} {words}".replace(" --name x", ""), "ways": {"a": ""}}

@@ -65,9 +65,10 @@ class BatchNormPatch(Method):
 
 
 class DSBN(BatchNormPatch):
-    """DSBN: separate statistics and affine parameters for source and target (Chang et al., CVPR 2019).
+    """Domain-specific batch normalization (Chang et al., CVPR 2019).
 
-    The source's are new; the layer's own become the target's, which are used for prediction.
+    Source and target have separate statistics and affine parameters. The source's are new; the layer's own become the
+    target's, which are used for prediction.
     """
 
     required_domains = ("source", "target")

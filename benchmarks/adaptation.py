@@ -51,7 +51,7 @@ METHODS = {
     "SWD": None,
     "DeepJDOT": None,
     "InfoMax": None,
-    "MinimumEntropy": None,
+    "EntropyMinimization": None,
 }
 STEPS, BATCH = 1000, 32
 

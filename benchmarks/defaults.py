@@ -35,7 +35,7 @@ from tl_modules.cache import FeatureCache
 
 # images of each class; None takes all
 SETS = (("clothing", 10), ("clothing", 30), ("emoji", 30), ("tiles", None), ("clothing", 100))
-STRATEGIES = ("FeatureExtraction", "LastStages", "GradualUnfreezing", "FreezeThenUnfreeze", "Full")
+STRATEGIES = ("FeatureExtraction", "LastStages", "GradualUnfreezing", "FreezeThenUnfreeze", "FullFineTuning")
 
 
 class NanoDet(ImageBackbone):

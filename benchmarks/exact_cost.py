@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import Digits, ImageFolders
 from datamodules.loaders import collate
-from tl_modules import Classification, ConvNet, FeatureExtraction, Full, TorchvisionBackbone
+from tl_modules import Classification, ConvNet, FeatureExtraction, FullFineTuning, TorchvisionBackbone
 from tl_modules.checkpoints.files import AtomicCheckpointIO
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.runs import ExactResume, GracefulShutdown
@@ -119,7 +119,7 @@ def pairs(model, data, count, batches):
 
 def cases(folder):
     """Returns model, data and batches per epoch, by name."""
-    for strategy in (FeatureExtraction, Full):
+    for strategy in (FeatureExtraction, FullFineTuning):
         yield f"{strategy.__name__}, Digits", Classification(ConvNet(), 10, finetuning=strategy()), Digits(), None
         if folder:
             squeezenet = TorchvisionBackbone(

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules import Digits
-from tl_modules import Classification, ConvNet, FreezeThenUnfreeze, Full
+from tl_modules import Classification, ConvNet, FreezeThenUnfreeze, FullFineTuning
 from tl_modules.runs import ExactResume
 
 warnings.filterwarnings("ignore")
@@ -32,7 +32,7 @@ class Plain(Classification):
     """A module as in Lightning's tutorial: the optimizer gets what is trainable at the start, nothing else is done."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, finetuning=Full(), **kwargs)
+        super().__init__(*args, finetuning=FullFineTuning(), **kwargs)
 
     def train(self, mode=True):
         return torch.nn.Module.train(self, mode)

@@ -139,7 +139,7 @@ def main():
             theirs = network_step(images, labels, 32, 12)
             mine = ours(
                 common + "--data.target large.npz --model.backbone TorchvisionBackbone --model.backbone.name resnet18 "
-                "--trainer.max_epochs 4 --model.finetuning Full"
+                "--trainer.max_epochs 4 --model.finetuning FullFineTuning"
             )
             add("step of resnet18, 224 px, batch 32, s", mine, theirs, "1 / 1.03")
         features, numbers = torch.randn(3200, 128), torch.randint(10, (3200,))

@@ -1,8 +1,8 @@
 """Compares the order of `tl rank` with that of fine-tuning: weighted Kendall tau of each score and the test accuracy.
 
 Ten backbones, four of them random, on clothing, emoji, magnetic tiles and white blood cells, 30 images per class.
-Accuracies are those of the defaults of `Full` and `FeatureExtraction`, with the epoch chosen on the validation split;
-scores use only the training images.
+Accuracies are those of the defaults of `FullFineTuning` and `FeatureExtraction`, with the epoch chosen on the
+validation split; scores use only the training images.
 
 python benchmarks/rank.py --data $TL_DATA_DIR --out rank.jsonl
 
@@ -31,7 +31,7 @@ from tl_modules import Classification, ConvNet, ImageBackbone
 from tl_modules.cli.rank import SCORES, measured
 
 SETS = ("clothing", "emoji", "tiles", "cells")
-STRATEGIES = ("FeatureExtraction", "Full")
+STRATEGIES = ("FeatureExtraction", "FullFineTuning")
 SHOTS = 30  # images per class, or all if a class has fewer
 
 

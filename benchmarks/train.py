@@ -23,7 +23,7 @@ FINETUNING = {
     "features": ["FeatureExtraction"],
     "last": ["LastStages", "--model.finetuning.k", "1"],
     "gradual": ["GradualUnfreezing", "--model.finetuning.every", "2"],
-    "full": ["Full"],
+    "full": ["FullFineTuning"],
 }
 # the required speed-up
 WANTED = {

@@ -1,4 +1,4 @@
-"""Checks the defaults against fastai: `FeatureExtraction` and `Full` with nothing else set.
+"""Checks the defaults against fastai: `FeatureExtraction` and `FullFineTuning` with nothing else set.
 
 Folders of images made from real data: photos of clothes (all, 30 of each of ten kinds, 120 of each of two), emoji (all
 nine categories; 25 subcategories with 10 each), magnetic tiles, white blood cells, digits on photos (15 of each) and
@@ -39,7 +39,7 @@ from tl_modules.finetuning.optimizer import default_epochs
 
 SIDE = 144  # of the files, in pixels; larger ones would only cost time
 TEST = 600  # images of a test split at most
-WAYS = ("FeatureExtraction", "Full", "fastai frozen", "fastai fine_tune")
+WAYS = ("FeatureExtraction", "FullFineTuning", "fastai frozen", "fastai fine_tune")
 
 
 # Data: name -> [(image, label)] to be split, or by split
@@ -271,7 +271,7 @@ def table(rows):
             texts.append("" if not found else f"{means[cell, way]:.3f}")
             texts[-1] += f" ({statistics.stdev(found):.3f})" if len(found) > 1 else ""
         print(f"| {', '.join(cell)} | " + " | ".join(texts) + " |")
-    for mine, theirs in (("FeatureExtraction", "fastai frozen"), ("Full", "fastai fine_tune")):
+    for mine, theirs in (("FeatureExtraction", "fastai frozen"), ("FullFineTuning", "fastai fine_tune")):
         differences = [
             means[cell, mine] - value
             for (cell, way), value in means.items()

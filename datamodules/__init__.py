@@ -8,25 +8,19 @@ from datamodules.domain_folders import DomainFolders
 from datamodules.errors import DataError
 from datamodules.image import ImageArrays, ImageFolders
 from datamodules.paired import Paired
-from datamodules.shifted import Corruption, NoShift, Rotation, Shift, Shifted, SpuriousColour
+from datamodules.synthetic_domains import Corruption, NoShift, Rotation, Shift, SpuriousColour, SyntheticDomains
 from datamodules.tabular import TabularData
 from datamodules.text import TextFiles
 from datamodules.waveforms import BackgroundNoise, RandomGain, RandomTimeShift
-
-# earlier names, which a saved config may contain
-Classes, Colour, Identity, Tables = ClassSubset, SpuriousColour, NoShift, TabularData
 
 __all__ = [
     "AudioFolders",
     "BackgroundNoise",
     "ClassSubset",
-    "Classes",
-    "Colour",
     "Corruption",
     "DataError",
     "Digits",
     "DomainFolders",
-    "Identity",
     "ImageArrays",
     "ImageFolders",
     "NoShift",
@@ -35,9 +29,8 @@ __all__ = [
     "RandomTimeShift",
     "Rotation",
     "Shift",
-    "Shifted",
     "SpuriousColour",
-    "Tables",
+    "SyntheticDomains",
     "TabularData",
     "TextFiles",
     "TransferDataModule",

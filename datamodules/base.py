@@ -66,7 +66,7 @@ class TransferDataModule(LightningDataModule):
             (source-free adaptation).
         target_unseen: Excludes the target from training altogether (domain generalisation).
         selection_labels: This many labels of each class of the target's validation split, or "all", are visible to
-            model selection (`--select.by few` or `oracle`), and to nothing else.
+            model selection (`--selection.criterion few` or `oracle`), and to nothing else.
         augment: none, light, strong, views (see `augmentation.transforms_of`), or a list of transforms of a training x,
             e.g. torchvision.transforms.v2.RandomHorizontalFlip. auto is light for photos if the whole
             backbone trains from the start, views for pretraining that compares views, otherwise none.

@@ -12,7 +12,7 @@ from tl_modules.cli.parser import COMMANDS
 
 PAGE = Path(__file__).parent / "reference" / "commands.md"
 ALONE = ("rank", "compare")  # they have no model and Trainer, and so none of the common options
-HIDDEN = ("-h", "--trainer", "--model.help", "--data.help", "--cache", "--select", "--weights_only", "--print_shtab")
+HIDDEN = ("-h", "--trainer", "--model.help", "--data.help", "--cache", "--selection", "--weights_only", "--print_shtab")
 HEAD = """# Commands
 
 This page is written by `python docs/commands.py` from the parsers of `tl`; `tl COMMAND --help` prints the same,

@@ -31,7 +31,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import Digits
-from tl_modules import Classification, ConvNet, FeatureExtraction, Full, GradualUnfreezing, LastStages
+from tl_modules import Classification, ConvNet, FeatureExtraction, FullFineTuning, GradualUnfreezing, LastStages
 from tl_modules.cache import FeatureCache
 
 warnings.filterwarnings("ignore")
@@ -78,15 +78,17 @@ def fit(module, data, epochs=EPOCHS):
 
 def network(weights=None, finetuning=None):
     names = [str(digit) for digit in range(10)]
-    return Classification(ConvNet(16, weights=weights), {"y": {"classes": names}}, finetuning=finetuning or Full())
+    return Classification(
+        ConvNet(16, weights=weights), {"y": {"classes": names}}, finetuning=finetuning or FullFineTuning()
+    )
 
 
 WAYS = {
-    "from scratch": (False, Full),
+    "from scratch": (False, FullFineTuning),
     "frozen": (True, FeatureExtraction),
     "last stages": (True, lambda: LastStages(1)),
     "gradual": (True, lambda: GradualUnfreezing(every=4)),
-    "full": (True, Full),
+    "full": (True, FullFineTuning),
 }
 found = {way: [] for way in WAYS}
 for seed in range(SEEDS):

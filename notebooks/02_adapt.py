@@ -31,7 +31,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torchvision.transforms.v2 import RandomInvert
 
 from datamodules import Digits
-from tl_modules import CORAL, DANN, MCC, Classification, DomainBatchNorm, FixMatch, LeNet, MLPHead
+from tl_modules import CORAL, DANN, DSBN, MCC, Classification, FixMatch, LeNet, MLPHead
 from tl_modules.evaluation import ModelSelection
 from tl_modules.evaluation.model_selection import report
 
@@ -59,8 +59,8 @@ WAYS = {
     "source only": lambda: [],
     "CORAL": lambda: [CORAL()],
     "DANN": lambda: [DANN(weight=0.3, batch_norm=True)],
-    "DomainBatchNorm + MCC": lambda: [DomainBatchNorm(), MCC()],
-    "DomainBatchNorm + FixMatch": lambda: [DomainBatchNorm(), FixMatch()],
+    "DSBN + MCC": lambda: [DSBN(), MCC()],
+    "DSBN + FixMatch": lambda: [DSBN(), FixMatch()],
 }
 
 
@@ -126,8 +126,8 @@ axes[0].legend(fontsize=7)
 # ## The same from the command line
 #
 # ```
-# tl fit -c configs/data/digits.yaml -c configs/model/lenet.yaml -c configs/method/domain_batch_norm.yaml \
-#        -c configs/method/mcc.yaml --data.source true --select.by infomax --name adapted
+# tl fit -c configs/data/digits.yaml -c configs/model/lenet.yaml -c configs/method/dsbn.yaml \
+#        -c configs/method/mcc.yaml --data.source true --selection.criterion infomax --name adapted
 # tl test --run runs/adapted            # with the report
 # tl test --run runs/adapted --trainer.callbacks+=AdaBN      # adapted once more, to the test images
 # tl compare configs/recipes/mnist_m_compare.yaml            # ways x seeds, a table and a plot

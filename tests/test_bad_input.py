@@ -137,7 +137,7 @@ CASES = {
     "run of fit": ("fit --run runs/x", "run: `tl fit` starts a new run"),
     "no run": ("test --run nowhere", "nowhere is not a run directory"),
     "sync_batchnorm on CPU": (FIT + "--trainer.sync_batchnorm true --trainer.strategy ddp --trainer.devices 1 --trainer.accelerator cpu", "sync_batchnorm: it needs GPUs"),
-    "save_every": (FIT + "--save_every 0", "save_every: 0 must be at least 1 step"),
+    "save_every_n_steps": (FIT + "--save_every_n_steps 0", "save_every_n_steps: 0 must be at least 1 step"),
     "last without a run": (FIT + "--ckpt_path last", "resume: pass --run DIR, or --name NAME"),
     "command after an option": ("-c bad.yaml fit", "write the command first: `tl fit ...`"),
     "rank of nothing": ("rank --data Digits", "missing: backbones"),

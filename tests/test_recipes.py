@@ -115,5 +115,5 @@ def test_reference_clothing_gradual(ok, data_dir, tmp_path):
 @pytest.mark.slow
 def test_reference_mnist_m_adaptation(ok, data_dir, tmp_path):
     """Without a label of the target, neither in training nor in the choice of the epoch."""
-    dann = "--model.methods+=DomainBatchNorm --model.methods+=DANN --model.methods.hidden 100 --model.methods.batch_norm true"
-    assert reference(ok, "mnist_m", tmp_path, f"{dann} --select.by infomax") >= 0.9
+    dann = "--model.methods+=DSBN --model.methods+=DANN --model.methods.hidden 100 --model.methods.batch_norm true"
+    assert reference(ok, "mnist_m", tmp_path, f"{dann} --selection.criterion infomax") >= 0.9

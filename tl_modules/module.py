@@ -37,7 +37,7 @@ from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints import contents
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
-from tl_modules.finetuning.freezing import Full
+from tl_modules.finetuning.freezing import FullFineTuning
 from tl_modules.finetuning.head_start import start_head
 from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
@@ -71,8 +71,8 @@ class TransferModule(QuickNames, StagedModule):
         source_weight: The weight of L_S; with 0 the source's labels are not trained on.
         bottleneck: Width (often 256) of a trainable layer between the backbone's pooled features and the head: Linear,
             BatchNorm, ReLU. Head and methods get its output, and can adapt it even if the backbone is frozen.
-        save: "all", or "trainable": checkpoints then leave out the parameters that never train, and loading one needs
-            the backbone's pretrained weights again (a fingerprint checks that they are the same).
+        checkpoint_weights: "all", or "trainable": checkpoints then leave out the parameters that never train, and
+            loading one needs the backbone's pretrained weights again (a fingerprint checks that they are the same).
     """
 
     backbone: Backbone
@@ -82,14 +82,14 @@ class TransferModule(QuickNames, StagedModule):
         backbone: Backbone,
         schema: dict | int,  # type: ignore[type-arg]  # the parser would re-read texts in a dict[str, Any]
         head: HeadCallable = LinearHead,
-        finetuning: FineTuning = lazy_instance(Full),  # noqa: B008 - plain data until it is built
+        finetuning: FineTuning = lazy_instance(FullFineTuning),  # noqa: B008 - plain data until it is built
         methods: list[Method] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-3, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
         target_weight: LossWeight = 1.0,
         source_weight: LossWeight = 1.0,
         bottleneck: int | None = None,
-        save: Literal["all", "trainable"] = "all",
+        checkpoint_weights: Literal["all", "trainable"] = "all",
     ) -> None:
         super().__init__()
         self.schema = {"y": {"outputs": schema}} if isinstance(schema, int) else dict(schema)
@@ -108,7 +108,7 @@ class TransferModule(QuickNames, StagedModule):
         self.reached: set[str] = set()  # methods whose gradient has reached a trainable parameter
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.save = save
+        self.checkpoint_weights = checkpoint_weights
         self.left_out: str | None = None  # fingerprint of what checkpoints leave out, once one is written
         self.task_weight = {"source": source_weight, "target": target_weight}
         self.build_metrics()

@@ -18,7 +18,7 @@ from tl_modules import (
     Classification,
     ConvNet,
     FeatureExtraction,
-    Full,
+    FullFineTuning,
     GradualUnfreezing,
     LastStages,
     SeveralBackbones,
@@ -122,7 +122,7 @@ def test_stages_are_counted_from_the_fusion_and_hold_all_but_it():
 
 @pytest.mark.parametrize(
     ("strategy", "opens"),
-    [(Full(), [1, 2, 3]), (LastStages(1), [3]), (LastStages(9), [1, 2, 3]), (FeatureExtraction(), [])],
+    [(FullFineTuning(), [1, 2, 3]), (LastStages(1), [3]), (LastStages(9), [1, 2, 3]), (FeatureExtraction(), [])],
 )
 def test_no_strategy_opens_what_is_to_stay_closed(strategy, opens):
     module = Classification(several(open_stages={"text": 0}), SCHEMA, finetuning=strategy)

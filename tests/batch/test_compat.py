@@ -100,11 +100,14 @@ def test_jsonargparse_knows_a_class_by_one_name():
     resolve = _typehints.resolve_class_path_by_name
     try:
         assert resolve(nn.Module, "Earlier") == "Earlier"
-        compat.name_classes_too({"Earlier": "Bilinear", "CELU": "Bilinear", "Other": "None"})
+        used = []
+        names = {"Earlier": "Bilinear", "CELU": "Bilinear", "Other": "None"}
+        compat.name_classes_too(lambda name: names.get(name, name), lambda *both: used.append(both))
         resolve_too = _typehints.resolve_class_path_by_name
         assert resolve_too(nn.Module, "Earlier") == resolve_too((int, nn.Module), "Earlier") == "torch.nn.Bilinear"
         assert resolve_too(nn.Module, "CELU") == "torch.nn.CELU"
         assert resolve_too(nn.Module, "Other") == "Other"
+        assert set(used) == {("Earlier", "Bilinear")}
     finally:
         _typehints.resolve_class_path_by_name = resolve
 

@@ -16,7 +16,7 @@ from tl_modules import (
     Classification,
     ConvNet,
     FeatureExtraction,
-    Full,
+    FullFineTuning,
     LastStages,
     MeanTeacher,
     Method,
@@ -89,7 +89,7 @@ def fit(methods, data, finetuning=None, callbacks=(), epochs=2, seed=0, **option
     head = Classification(backbone, 3).head.state_dict()
     task = {"task": "Classification", "class_names": None, "num_outputs": 3}
     backbone.pretrained, backbone.random = Pretrained("made up", {}, task=task, head=head), False
-    module = Classification(backbone, 3, finetuning=finetuning or Full(), methods=methods)
+    module = Classification(backbone, 3, finetuning=finetuning or FullFineTuning(), methods=methods)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     trainer = Trainer(max_epochs=epochs, callbacks=[*callbacks], enable_checkpointing=checkpoints, **quiet)

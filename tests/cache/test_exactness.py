@@ -18,7 +18,7 @@ STRATEGIES = {
 }
 
 
-OPEN_FROM_THE_INPUT = {"Full", "FirstStages", "BitFit", "NormOnly"}
+OPEN_FROM_THE_INPUT = {"FullFineTuning", "FirstStages", "BitFit", "NormOnly"}
 
 
 def test_every_strategy_has_a_case():

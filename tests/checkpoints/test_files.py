@@ -130,7 +130,7 @@ def test_a_damaged_last_is_resumed_from_the_best(ok, tmp_path, caplog):
 # What trains only
 
 
-LEAN = f"{SMALL} --model.finetuning LastStages --model.save trainable --model.backbone.weights runs/source/version_0"
+LEAN = f"{SMALL} --model.finetuning LastStages --model.checkpoint_weights trainable --model.backbone.weights runs/source/version_0"
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_only_what_trains_is_saved_and_loads_everywhere(lean, ok, tl, tmp_path):
     source = load_checkpoint(tmp_path / "runs" / "source" / "version_0" / "checkpoints" / "best.ckpt")["state_dict"]
     assert torch.equal(load_run(lean).backbone.model[0][0].weight, source["backbone.model.0.0.weight"])
     said = tl(f"fit {SMALL} --model.backbone.weights {lean}").err
-    assert "was saved with save: trainable" in said
+    assert "was saved with checkpoint_weights: trainable" in said
 
 
 def test_another_backbone_is_refused(lean, ok, tl):

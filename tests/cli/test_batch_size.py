@@ -53,9 +53,9 @@ def test_too_little_memory_is_said_and_a_size_is_found(tmp_path):
     big = RUN.replace("width 4", "width 64") + " --data.source true --data.target false"
     code, _, said = call(f"{big} --data.batch_size 448")
     assert code == 2
-    assert "out of memory with a batch size of 448; try --data.batch_size 224, or pass --auto_batch" in said
+    assert "out of memory with a batch size of 448; try --data.batch_size 224, or pass --find_batch_size" in said
     assert "Traceback" not in said
-    code, printed, said = call(f"{big} --data.batch_size 448 --auto_batch")
+    code, printed, said = call(f"{big} --data.batch_size 448 --find_batch_size")
     assert code == 0, said
     size = int(printed.split("batch size ")[1].split()[0])
     assert size < 448
@@ -64,7 +64,7 @@ def test_too_little_memory_is_said_and_a_size_is_found(tmp_path):
 
 
 def test_the_run_is_that_of_the_size_that_was_found(ok, tmp_path):
-    printed = ok(f"{RUN} --auto_batch --data.shots_per_class 4")
+    printed = ok(f"{RUN} --find_batch_size --data.shots_per_class 4")
     assert "batch size 40" in printed  # all there are
     ok(f"{RUN} --data.batch_size 40 --data.shots_per_class 4")
     metrics = [json.loads((tmp_path / f"runs/x/version_{n}/metrics.json").read_text()) for n in (0, 1)]

@@ -164,7 +164,7 @@ def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
                 "source": {"options": "--data.source true --data.target false", "report": False},
                 "tuned": "--model.backbone.weights {source} --model.optimizer AdamW --model.optimizer.lr " + lr,
                 "again": {"of": "tuned", "test": "--data.batch_size 16"},
-                "broken": {"options": "--model.finetuning Ful"},
+                "broken": {"options": "--model.finetuning FulFineTuning"},
                 "after": "--model.backbone.weights {broken}",
             },
             baseline="tuned",
@@ -176,9 +176,9 @@ def test_a_grid_from_the_first_run_to_changed_words(tl, tmp_path):
     assert first.code == 1
     rows = {row["way"]: row for row in results(folder)}
     assert [row["status"] for row in rows.values()] == ["done", "done", "done", "failed", "failed"]
-    assert "there is no class Ful (did you mean Full?)" in rows["broken"]["error"]
+    assert "there is no class FulFineTuning (did you mean FullFineTuning?)" in rows["broken"]["error"]
     assert rows["after"]["error"] == "it needs broken, seed 0, which failed"
-    assert "broken, seed 0: failed: model.finetuning: there is no class Ful" in first.out
+    assert "broken, seed 0: failed: model.finetuning: there is no class FulFineTuning" in first.out
     assert rows["source"]["test/accuracy"] == ""
     assert rows["again"]["test/accuracy"] == rows["tuned"]["test/accuracy"] != ""
     assert float(rows["tuned"]["seconds"]) > 0 < float(rows["tuned"]["cpu_seconds"])

@@ -79,11 +79,14 @@ def test_strategies_and_the_cache_take_it(strategy, run, ok, said):
 
 def test_saved_weights_that_do_not_train_are_in_it(run, ok):
     ok(
-        f"fit --model.backbone.width 4 --model.backbone.weights runs/a --model.finetuning FeatureExtraction --model.save trainable {ON} --name part"
+        f"fit --model.backbone.width 4 --model.backbone.weights runs/a --model.finetuning FeatureExtraction --model.checkpoint_weights trainable {ON} --name part"
     )
     ok("compress --run runs/part --quantize int8 --out small")
     shutil.rmtree(run / "a")
-    assert yaml.safe_load((run / "small/version_0/config.yaml").read_text())["model"]["init_args"]["save"] == "all"
+    assert (
+        yaml.safe_load((run / "small/version_0/config.yaml").read_text())["model"]["init_args"]["checkpoint_weights"]
+        == "all"
+    )
     load_run(run / "small")
 
 

@@ -39,7 +39,7 @@ def test_photos_get_the_backbone_of_the_device(gpu, caplog):
     [
         ("fit --data.source true", "--model Classification --model.backbone ConvNet --data Digits"),
         ("fit --data ImageArrays", "--model Classification --model.backbone ConvNet"),
-        ("fit --data Shifted --data.data Digits", "--model Classification --model.backbone ConvNet"),
+        ("fit --data SyntheticDomains --data.data Digits", "--model Classification --model.backbone ConvNet"),
         ("fit --data Digits --model Regression", "--model Regression --model.backbone ConvNet"),
         ("fit --data ImageFolders --model.backbone LeNet", "--model Classification"),
         ("fit --data AudioFolders", "--model Classification --model.backbone SpeechConvNet"),

@@ -98,7 +98,7 @@ def test_files_that_are_no_utf8_are_written_as_they_are_named(ok, tl, tmp_path, 
     lines = (run / "predictions.csv").read_bytes().splitlines()
     assert len(lines) == 21
     assert os.fsencode(tmp_path / "t/a") + b"/\xe90.png" in lines[1]
-    ok("fit --trainer.max_epochs 1 --trainer.logger false --model Classification --model.backbone VectorBackbone "
+    ok("fit --trainer.max_epochs 1 --trainer.logger false --model Classification --model.backbone TabularMLP "
        f"--data TabularData --data.target {run}/embeddings")  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import Digits
-from tl_modules import Classification, ConvNet, Full, load_run
+from tl_modules import Classification, ConvNet, FullFineTuning, load_run
 from tl_modules.checkpoints.files import load_checkpoint
 from tl_modules.cli.main import main
 from tl_modules.cli.soup import Soup, mixed
@@ -153,7 +153,7 @@ def test_a_head_that_was_probed_goes_along_with_its_own_rate(here, monkeypatch):
     module = Classification(
         ConvNet(2, weights="runs/start/version_0"),
         data.schema,
-        finetuning=Full(backbone_lr=0.1),
+        finetuning=FullFineTuning(backbone_lr=0.1),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-4),
     )
     assert module.head_transferred

@@ -19,7 +19,7 @@ from datamodules import (
     ImageArrays,
     ImageFolders,
     NoShift,
-    Shifted,
+    SyntheticDomains,
     TextFiles,
 )
 from datamodules.files import Paths, find_copies
@@ -198,9 +198,9 @@ def test_an_empty_or_unlabelled_val_says_what_is_missing(tmp_path):
 def test_what_wraps_images_says_so_too(tmp_path):
     root = tree(tmp_path, ("train", 8))
     flat(root / "test")
-    shifted = Shifted(folders(root), {"a": NoShift(), "b": NoShift()}, target="a")
-    assert len(shifted.predict_dataloader().dataset) == 3  # half of them are the other domain's
-    for data in (shifted, ClassSubset(folders(root), target=["blue", "red"])):
+    synthetic = SyntheticDomains(folders(root), {"a": NoShift(), "b": NoShift()}, target="a")
+    assert len(synthetic.predict_dataloader().dataset) == 3  # half of them are the other domain's
+    for data in (synthetic, ClassSubset(folders(root), target=["blue", "red"])):
         with pytest.raises(DataError, match="has no labels for lack of class folders"):
             data.test_dataloader()
 

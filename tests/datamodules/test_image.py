@@ -9,7 +9,7 @@ from conftest import image, make_tree
 from PIL import Image
 from torchvision.transforms import v2
 
-from datamodules import ClassSubset, DataError, Digits, ImageFolders, NoShift, Shifted
+from datamodules import ClassSubset, DataError, Digits, ImageFolders, NoShift, SyntheticDomains
 from datamodules.decoding import ImageReader
 
 
@@ -251,10 +251,10 @@ def test_what_wraps_images_decides_with_them(tree):
     wrapped = ClassSubset(inner, target=["blue", "red"], augment="auto")
     assert wrapped.resolve(WEIGHTS) == {"augment": "light", "data": {"init_args": {**WEIGHTS, "augment": "light"}}}
     assert {image.shape for image in read(wrapped).values()} == {(3, 64, 64)}
-    shifted = Shifted(ImageFolders(tree, num_workers=0), {"a": NoShift(), "b": NoShift()}, target="a")
-    shifted.split_domains("train")
-    assert shifted.resolve(WEIGHTS)["augment"] == "none"
-    assert shifted.split_domains("train")["target"][0][0].shape == (3, 64, 64)
+    synthetic = SyntheticDomains(ImageFolders(tree, num_workers=0), {"a": NoShift(), "b": NoShift()}, target="a")
+    synthetic.split_domains("train")
+    assert synthetic.resolve(WEIGHTS)["augment"] == "none"
+    assert synthetic.split_domains("train")["target"][0][0].shape == (3, 64, 64)
 
 
 def test_only_photos_are_augmented_by_default():

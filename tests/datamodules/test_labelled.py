@@ -268,9 +268,9 @@ def test_the_front_door(ok, tl):
     said = ok(f"{FRONT} --name more --data.batch_size 4 --data.unlabelled_ratio 7")
     assert "batches, 4 samples of target/labelled and 27 samples of target:" in said
     ok("test --run runs/half --trainer.enable_progress_bar false")
-    refused = tl(f"{FRONT} --select.by infomax")
+    refused = tl(f"{FRONT} --selection.criterion infomax")
     assert refused.code
-    assert "select: infomax has no effect: the target's labels are visible" in refused.err
+    assert "criterion: infomax has no effect: the target's labels are visible" in refused.err
     ok(f"{FRONT} --name beside --data.source true")
     metrics = json.loads(Path("runs/beside/version_0/metrics.json").read_text())
     assert {"val/source_accuracy", "val/target_infomax"} <= metrics.keys()

@@ -33,7 +33,7 @@ def numbers(tmp_path):
 )
 def test_the_named_criterion_chooses(by, ok, tmp_path):
     labels = {"few": "--data.selection_labels 3", "oracle": "--data.selection_labels all"}.get(by, "")
-    ok(f"{RUN} --select.by {by} {labels}")
+    ok(f"{RUN} --selection.criterion {by} {labels}")
     run, rows, metrics = numbers(tmp_path)
     scores = [float(row["val/accuracy" if by == "source" else f"val/target_{by}"]) for row in rows]
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
@@ -56,7 +56,7 @@ def test_the_named_criterion_chooses(by, ok, tmp_path):
 
 
 def test_averaged_weights_are_what_is_chosen_and_kept(ok, tmp_path):
-    ok(f"{RUN} --select.by infomax --trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.9")
+    ok(f"{RUN} --selection.criterion infomax --trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.9")
     ok("test --run runs/x")
     run, _, metrics = numbers(tmp_path)
     found = {row["chosen by"]: row for row in csv.DictReader((run / "selection.csv").open())}
@@ -77,11 +77,11 @@ def test_the_run_shows_domains_before_and_after(ok, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ("--select.by few", "show them with --data.selection_labels N"),
-    ("--select.by oracle --data.selection_labels 3", "show them with --data.selection_labels all"),
-    ("--select.by snd --data.target_labels true", "select: snd has no effect"),
-    ("--select.by best", "select.by"),
-    ("--data.selection_labels 99 --select.by few", "selection_labels: class 0 has"),
+    ("--selection.criterion few", "show them with --data.selection_labels N"),
+    ("--selection.criterion oracle --data.selection_labels 3", "show them with --data.selection_labels all"),
+    ("--selection.criterion snd --data.target_labels true", "criterion: snd has no effect"),
+    ("--selection.criterion best", "selection.criterion"),
+    ("--data.selection_labels 99 --selection.criterion few", "selection_labels: class 0 has"),
     ("--data.target_labels true --data.target_unseen true", "an unseen target is not used in training"),
 ])  # fmt: skip
 def test_mistakes(words, sentence, tl):
@@ -108,7 +108,7 @@ def test_a_regression_has_no_label_free_criteria():
         ModelSelection("snd").choose(module, data)
     selection = ModelSelection()
     fit(module, data, callbacks=[selection])
-    assert selection.by == "source"
+    assert selection.criterion == "source"
     assert set(selection.rows[0]["scores"]) == {"last", "source"}
 
 
@@ -199,5 +199,5 @@ def test_generalisation_never_sees_the_target(ok, tmp_path):
     data = Several("image", target_unseen=True)
     assert set(data.train_dataloader().iterables) == {"source/a", "source/b"}
     fit(module, data, callbacks=[selection])
-    assert selection.by == "source"
+    assert selection.criterion == "source"
     assert len(selection.rows[0]["val"]) == 9

@@ -13,13 +13,13 @@ from torch.utils.data import TensorDataset
 
 from datamodules import TransferDataModule
 from tl_modules import (
+    DSBN,
     T3A,
     TENT,
     AdaBN,
     Backbone,
     Classification,
     CosineHead,
-    DomainBatchNorm,
     MLPHead,
     Regression,
     StochNorm,
@@ -136,7 +136,7 @@ def test_adabn_changes_only_the_statistics_and_does_it_before_the_first_batch():
     assert all(torch.equal(v, states[-1][k]) for k, v in states[0].items())
 
 
-@pytest.mark.parametrize("method", [lambda: StochNorm(p=0.9), DomainBatchNorm])
+@pytest.mark.parametrize("method", [lambda: StochNorm(p=0.9), DSBN])
 def test_adabn_of_changed_layers(method):
     plain, changed = adapted(model(), AdaBN()), adapted(model(methods=[method()]), AdaBN())
     torch.testing.assert_close(changed.outputs, plain.outputs)

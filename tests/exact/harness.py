@@ -1,6 +1,6 @@
 """What the exact tests interrupt: a run with everything that has a state, and the ways to compare two runs.
 
-As a program it is one rank of several: `RANK=0 WORLD_SIZE=2 ... python harness.py Full "--data.num_workers 0"`
+As a program it is one rank of several: `RANK=0 WORLD_SIZE=2 ... python harness.py FullFineTuning "--data.num_workers 0"`
 """
 
 import hashlib
@@ -22,7 +22,7 @@ EPOCHS, BATCHES = 3, 7
 # the last batch of two epochs, and points within the first and the last one (after an odd batch, with accumulation)
 POINTS = (2, BATCHES - 1, BATCHES + 3, 2 * BATCHES - 1, 2 * BATCHES + 4)
 STRATEGIES = {
-    "Full": "",
+    "FullFineTuning": "",
     "FeatureExtraction": "",
     "LastStages": "--model.finetuning.k 2",
     "GradualUnfreezing": "--model.finetuning.every 1 --model.finetuning.lr_decay 0.5",

@@ -21,7 +21,7 @@ def test_killed_at_any_moment(tmp_path, monkeypatch):
     more = "--trainer.max_epochs 60 --model.backbone.width 16"
     assert call(line("GradualUnfreezing", "whole", -1, more=more)) == 0
     chance, half_written, killed = random.Random(0), 0, 0
-    words = line("GradualUnfreezing", "killed", -1, more=f"{more} --save_every 1") + " --resume"
+    words = line("GradualUnfreezing", "killed", -1, more=f"{more} --save_every_n_steps 1") + " --resume"
     for _ in range(200):
         child = forked(words)
         folder = tmp_path / "runs" / "killed" / "version_0" / "checkpoints"

@@ -6,7 +6,16 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from methods.cases import Several, build, fit, same
 from torch.optim.swa_utils import get_ema_avg_fn, get_ema_multi_avg_fn
 
-from tl_modules import L2SP, FeatureExtraction, FreezeThenUnfreeze, Full, GroupDRO, LastStages, MeanTeacher, UserError
+from tl_modules import (
+    L2SP,
+    FeatureExtraction,
+    FreezeThenUnfreeze,
+    FullFineTuning,
+    GroupDRO,
+    LastStages,
+    MeanTeacher,
+    UserError,
+)
 from tl_modules.checkpoints.files import load_checkpoint
 
 EMA = "--trainer.callbacks+=EMAWeightAveraging --trainer.callbacks.decay 0.9"
@@ -50,7 +59,7 @@ def test_swa_is_refused_where_something_is_closed():
     with pytest.raises(UserError, match="StochasticWeightAveraging recomputes BatchNorm's statistics"):
         fit(build([], "image", finetuning=LastStages()), Several("image", ("target",)),
             callbacks=[StochasticWeightAveraging(1e-2)])  # fmt: skip
-    fit(build([], "image", finetuning=Full(), lr_scheduler=None), Several("image", ("target",)), epochs=3,
+    fit(build([], "image", finetuning=FullFineTuning(), lr_scheduler=None), Several("image", ("target",)), epochs=3,
         callbacks=[StochasticWeightAveraging(1e-2)])  # fmt: skip
 
 
@@ -65,9 +74,7 @@ def test_the_audit_notices_a_callback_that_moves_what_is_closed(monkeypatch, tmp
 def test_only_what_trains_is_saved_of_an_average_too(ok, tmp_path):
     small = "--trainer.max_epochs 2 --model.backbone.width 4 --data.shots_per_class 4"
     ok(f"fit {small} --name pre")
-    line = (
-        f"{small} --model.backbone.weights runs/pre --model.save trainable --model.finetuning FeatureExtraction {EMA}"
-    )
+    line = f"{small} --model.backbone.weights runs/pre --model.checkpoint_weights trainable --model.finetuning FeatureExtraction {EMA}"
     ok(f"fit {line} --name x")
     checkpoint = load_checkpoint(tmp_path / "runs/x/version_0/checkpoints/last.ckpt")
     for key in ("state_dict", "current_model_state"):

@@ -15,7 +15,7 @@ from tl_modules import (
     FeatureExtraction,
     FirstStages,
     FreezeThenUnfreeze,
-    Full,
+    FullFineTuning,
     GradualUnfreezing,
     LastStages,
     NormOnly,
@@ -24,7 +24,7 @@ from tl_modules import (
 from tl_modules.finetuning.optimizer import NO_DECAY
 
 DEPTHS = [
-    (Full(), [4, 4, 4, 4, 4, 4]),
+    (FullFineTuning(), [4, 4, 4, 4, 4, 4]),
     (FeatureExtraction(), [0, 0, 0, 0, 0, 0]),
     (LastStages(3), [3, 3, 3, 3, 3, 3]),
     (LastStages(9), [4, 4, 4, 4, 4, 4]),
@@ -98,7 +98,7 @@ class Watch(Callback):
         (LastStages(1), [1, 1, 1]),
         (GradualUnfreezing(1), [0, 1, 2]),
         (FreezeThenUnfreeze(1), [0, 3, 3]),
-        (Full(), [3, 3, 3]),
+        (FullFineTuning(), [3, 3, 3]),
     ],
     ids=lambda v: type(v).__name__,
 )
@@ -143,7 +143,7 @@ class Standardised(Backbone):
         return list(self.layers)
 
 
-@pytest.mark.parametrize(("strategy", "moves"), [(FeatureExtraction(), 0), (LastStages(1), 0), (Full(), 1)],
+@pytest.mark.parametrize(("strategy", "moves"), [(FeatureExtraction(), 0), (LastStages(1), 0), (FullFineTuning(), 1)],
                          ids=lambda v: type(v).__name__)  # fmt: skip
 @pytest.mark.parametrize("cached", [True, False])
 def test_buffers_of_no_stage_rest_while_anything_is_closed(strategy, moves, cached):
@@ -277,7 +277,7 @@ def test_a_fraction_needs_an_end(tl):
 @pytest.mark.parametrize("wrong", [0, -1, 1.5])
 def test_lr_decay_has_a_range(wrong):
     with pytest.raises(UserError, match="lr_decay"):
-        Full(lr_decay=wrong)
+        FullFineTuning(lr_decay=wrong)
 
 
 class Tied(Backbone):
@@ -316,7 +316,7 @@ def test_what_two_stages_share_belongs_to_the_first():
 )
 def test_part_of_the_parameters_trains(strategy, kind):
     """The rest is as it was to the bit, is not in the optimizer, and is left out of small checkpoints."""
-    module = Classification(ConvNet(4), 3, finetuning=strategy, save="trainable")
+    module = Classification(ConvNet(4), 3, finetuning=strategy, checkpoint_weights="trainable")
     norms = {f"backbone.{n}" for n, m in module.backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     trains = {
         name for name, _ in module.named_parameters()

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 
 from datamodules import Digits
-from tl_modules import Classification, ConvNet, FeatureExtraction, Full, Head, LastStages
+from tl_modules import Classification, ConvNet, FeatureExtraction, FullFineTuning, Head, LastStages
 from tl_modules.cache import FeatureCache
 from tl_modules.finetuning.audit import FreezeAudit
 from tl_modules.runs import ExactResume
@@ -50,7 +50,7 @@ def fitted(strategy, **cache):
     (LastStages(1), {"head.layers.1.0", "head.new"}, False),
     (LastStages(2), {"head.layers.0.0", "head.layers.1.0", "head.new"}, False),
     (LastStages(3), {"head.layers.0.0", "head.layers.1.0", "head.new"}, True),
-    (Full(), {"head.layers.0.0", "head.layers.1.0", "head.new"}, True),
+    (FullFineTuning(), {"head.layers.0.0", "head.layers.1.0", "head.new"}, True),
 ])  # fmt: skip
 def test_what_trains(strategy, head, backbone):
     module, changed, moved = fitted(strategy)
@@ -63,7 +63,7 @@ def test_what_trains(strategy, head, backbone):
 
 
 def test_groups_are_named_by_stage():
-    module = Classification(ConvNet(4), 10, head=Decoder, finetuning=Full(lr_decay=0.5))
+    module = Classification(ConvNet(4), 10, head=Decoder, finetuning=FullFineTuning(lr_decay=0.5))
     groups = {group["name"]: group for group in module.finetuning.param_groups(module)}
     assert set(groups) == {"head", *(f"stage_{number}" for number in range(5))}
     assert {id(p) for p in groups["head"]["params"]} == {id(p) for p in module.head.new.parameters()}

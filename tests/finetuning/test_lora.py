@@ -176,7 +176,7 @@ def test_one_backbone_of_several_trains_whole():
 
 def test_a_checkpoint_of_what_trains_is_small_and_resumes_to_the_bit(tmp_path):
     def module():
-        return build(finetuning=LoRA(opening=GradualUnfreezing()), methods=[DANN()], save="trainable")
+        return build(finetuning=LoRA(opening=GradualUnfreezing()), methods=[DANN()], checkpoint_weights="trainable")
 
     whole = module()
     fit(whole, Several("image"), tmp_path)

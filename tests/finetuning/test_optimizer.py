@@ -18,7 +18,7 @@ from tl_modules import (
     Classification,
     ConvNet,
     FeatureExtraction,
-    Full,
+    FullFineTuning,
     LastStages,
     LinearHead,
     Regression,
@@ -117,7 +117,7 @@ def test_a_pretrained_backbone_has_a_thirtieth_of_the_heads_rate():
     for k, share in ((1, 10), (2, 20), (20, 30)):
         some = Classification(module.backbone, 3, finetuning=LastStages(k))
         assert rates(some)["stage_2"] == pytest.approx(3e-3 / share)
-    own = Classification(module.backbone, 3, finetuning=Full(backbone_lr=0.5))
+    own = Classification(module.backbone, 3, finetuning=FullFineTuning(backbone_lr=0.5))
     assert rates(own)["stage_2"] == pytest.approx(1.5e-3)
 
 
@@ -144,7 +144,7 @@ def test_the_rate_is_in_the_runs_config(ok, tmp_path):
     ],
 )
 def test_a_pretrained_backbone_keeps_its_statistics(pretrained, options, kept):
-    module = build([], "image", finetuning=Full(**options))
+    module = build([], "image", finetuning=FullFineTuning(**options))
     module.backbone.random = not pretrained
     before = {k: v.clone() for k, v in module.backbone.state_dict().items() if "running" in k}
     fit(module, Several("image", ("target",)))

@@ -17,7 +17,7 @@ def rows(printed):
 
 
 @pytest.mark.parametrize(("options", "stages"), [
-    ("Full --model.finetuning.lr_decay 0.5", [("yes", "0.00038"), ("yes", "0.00075"), ("yes", "0.0015")]),
+    ("FullFineTuning --model.finetuning.lr_decay 0.5", [("yes", "0.00038"), ("yes", "0.00075"), ("yes", "0.0015")]),
     ("FeatureExtraction", [("frozen", None)] * 3),
     ("LastStages", [("frozen", None)] * 2 + [("yes", "0.003")]),
     ("GradualUnfreezing", [("frozen", None), ("from epoch 2", "0.003"), ("from epoch 1", "0.003")]),

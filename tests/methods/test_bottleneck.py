@@ -17,7 +17,7 @@ from tl_modules import (
 )
 from tl_modules.backbones.weights import Pretrained, read_weights
 
-IN_THE_BACKBONE = {"AttentionTransfer", "DELTA", "DomainBatchNorm", "MixStyle", "StochNorm"}
+IN_THE_BACKBONE = {"AttentionTransfer", "DELTA", "DSBN", "MixStyle", "StochNorm"}
 SEES_FEATURES = [m for m in METHODS if m.__name__ not in IN_THE_BACKBONE | {"CoTuning", "LwF"}]
 
 

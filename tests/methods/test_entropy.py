@@ -6,8 +6,8 @@ from cases import made
 from tl_modules import (
     BNM,
     MCC,
+    EntropyMinimization,
     InfoMax,
-    MinimumEntropy,
 )
 from tl_modules.methods import functional
 
@@ -19,6 +19,6 @@ def test_terms_on_the_target_are_their_functions():
         (MCC(temperature=2.0), functional.class_confusion(target.output, 2.0)),
         (BNM(), -functional.nuclear_norm(p)),
         (InfoMax(), -functional.mutual_information(p)),
-        (MinimumEntropy(), functional.entropy(p).mean()),
+        (EntropyMinimization(), functional.entropy(p).mean()),
     ):
         assert torch.equal(method(module, source, target), expected)

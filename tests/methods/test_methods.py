@@ -17,6 +17,7 @@ from tl_modules import (
     ADDA,
     CORAL,
     DANN,
+    DSBN,
     IRM,
     L2SP,
     MCC,
@@ -25,7 +26,6 @@ from tl_modules import (
     Classification,
     ConvNet,
     CoTuning,
-    DomainBatchNorm,
     FeatureExtraction,
     FineTuning,
     GroupDRO,
@@ -78,7 +78,7 @@ def test_every_method_on_every_task(method, task):
 
 # what they act on is the features alone, or layers within the backbone
 FEATURES_ONLY = {
-    "ADDA", "AFN", "AttentionTransfer", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DomainBatchNorm", "Hint", "LwF", "MDD",
+    "ADDA", "AFN", "AttentionTransfer", "BSS", "CDAN", "CORAL", "CoTuning", "DAN", "DANN", "DELTA", "DSBN", "Hint", "LwF", "MDD",
     "MixStyle", "PADA", "RKD", "SHOT", "StochNorm", "SWD",
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_every_argument_has_its_words(method):
 
 def test_methods_stack():
     """Those of the start, of a critic, of a teacher, of changed layers and of the target, two by two in either order."""
-    stack = [L2SP, DANN, MeanTeacher, DomainBatchNorm, MCC]
+    stack = [L2SP, DANN, MeanTeacher, DSBN, MCC]
     for one, other in permutations(stack, 2):
         module = build([one, other], "image")
         fit(module, Several("image"), epochs=1, limit_train_batches=1, limit_val_batches=0)
@@ -236,11 +236,11 @@ def test_what_moves_with_progress_needs_an_end(words, tl):
 
 
 def test_averaged_weights_resume_too(tmp_path):
-    whole, resumed = build([MCC, DomainBatchNorm], "image"), build([MCC, DomainBatchNorm], "image")
+    whole, resumed = build([MCC, DSBN], "image"), build([MCC, DSBN], "image")
     fit(whole, Several("image"), tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
     fit(resumed, Several("image"), ckpt_path=tmp_path / "step=5.ckpt", callbacks=[EMAWeightAveraging(decay=0.5)])
     assert same(whole.state_dict(), resumed.state_dict()) == []
-    plain = build([MCC, DomainBatchNorm], "image")
+    plain = build([MCC, DSBN], "image")
     fit(plain, Several("image"))
     assert "head.1.weight" in same(whole.state_dict(), plain.state_dict())
 

@@ -6,15 +6,15 @@ from cases import Vectors, made
 from torch import nn
 
 from tl_modules import (
+    DSBN,
     Classification,
-    DomainBatchNorm,
     StochNorm,
 )
 from tl_modules.batch.current_domain import passing
 
 
-def test_domain_batch_norm_has_statistics_of_each_domain():
-    module, *_ = made(DomainBatchNorm())
+def test_dsbn_has_statistics_of_each_domain():
+    module, *_ = made(DSBN())
     layer = module.backbone.layers[0][1]
     assert isinstance(layer, nn.BatchNorm1d)
     layer.momentum = layer.source.momentum = 1.0
@@ -30,7 +30,7 @@ def test_domain_batch_norm_has_statistics_of_each_domain():
     assert torch.allclose(layer(x), expected, atol=1e-4)  # without a word, it is the target
     assert "running_mean" in layer.state_dict()
     with pytest.raises(Exception, match="both change the BatchNorm layers"):
-        Classification(Vectors(), 3, methods=[DomainBatchNorm(), StochNorm()])
+        Classification(Vectors(), 3, methods=[DSBN(), StochNorm()])
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

@@ -179,7 +179,7 @@ def test_save_every_so_many_steps(ok, last, tmp_path, monkeypatch):
     monkeypatch.setattr(
         interruptions.Trainer, "save_checkpoint", lambda trainer, path, *a: saved.append(trainer.global_step)
     )
-    ok(f"{RUN} --save_every 2 --trainer.max_epochs 1")
+    ok(f"{RUN} --save_every_n_steps 2 --trainer.max_epochs 1")
     assert saved[:1] == [2]
 
 
@@ -206,7 +206,7 @@ def test_a_signal_from_outside_with_workers_and_processes(who, tmp_path, last):
     import time
 
     two = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp" if who == "main process" else ""
-    line = f"{RUN} --trainer.max_epochs 500 --data.num_workers 2 --save_every 1 {two}"
+    line = f"{RUN} --trainer.max_epochs 500 --data.num_workers 2 --save_every_n_steps 1 {two}"
     port = str(29000 + os.getpid() % 900)
     with (tmp_path / "said").open("w") as said:
         run = subprocess.Popen(

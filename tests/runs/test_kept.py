@@ -7,7 +7,7 @@ with what its `tl test` and `tl predict` said; predictions.csv is cut to 20 rows
            --model.source_weight 0 --trainer.max_epochs 8
   shot     --data Digits --data.target_labels false --model.backbone.weights runs/source/version_0 --model.methods+=SHOT
            --model.methods.momentum 0.8 --model.finetuning LastStages --model.save trainable --trainer.max_epochs 2
-  rotated  Shifted Digits of 0, 30 and, unseen, 60 degrees, --model.backbone.weights runs/source/version_0
+  rotated  SyntheticDomains Digits of 0, 30 and, unseen, 60 degrees, --model.backbone.weights runs/source/version_0
            --model.methods+=L2SP --model.methods+=GroupDRO --trainer.max_epochs 1
   people   --data Tables --data.target people.csv --model.backbone VectorBackbone --model.backbone.widths [4,3]
            --model.head MLPHead --trainer.max_epochs 20

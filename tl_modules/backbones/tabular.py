@@ -14,7 +14,7 @@ from tl_modules.backbones.base import PretrainedWeights
 from tl_modules.backbones.columns import MixedColumns, Scale, Standardise, TabularBackbone
 from tl_modules.errors import UserError
 
-__all__ = ["TabularMLP", "VectorBackbone"]
+__all__ = ["TabularMLP"]
 
 
 class TabularMLP(TabularBackbone):
@@ -94,6 +94,3 @@ class TabularMLP(TabularBackbone):
     def stages(self) -> list[nn.Module]:
         """Returns one stage per width."""
         return list(self.model.children())
-
-
-VectorBackbone = TabularMLP  # earlier name, which a saved config may contain

@@ -24,7 +24,7 @@ from tl_modules.backbones.weights import Pretrained, StateDict, linear_head
 from tl_modules.checkpoints.files import fill_in
 from tl_modules.errors import UserError, closest
 
-__all__ = ["HubBackbone", "ImageBackbone", "TimmBackbone", "TorchHubBackbone", "TorchvisionBackbone"]
+__all__ = ["ImageBackbone", "TimmBackbone", "TorchHubBackbone", "TorchvisionBackbone"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -361,9 +361,6 @@ class TorchHubBackbone(ImageBackbone):
         if weights is None and not self.random:
             layer = {} if classifier is None else classifier.layer.state_dict(prefix=f"{classifier.name}.")
             self.pretrained = Pretrained(f"{repo} {name}", {}, linear_head(layer, self.classifier))
-
-
-HubBackbone = TorchHubBackbone  # earlier name, which a saved config may contain
 
 
 def as_measured(crop: int, resize: int, interpolation: str, image_size: int | None = None) -> dict[str, Any]:

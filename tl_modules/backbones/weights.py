@@ -122,8 +122,8 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
         raise UserError(f"weights: {path} cannot be read as tensors ({reason})") from error
     if isinstance(content, Mapping) and "left_out" in content:
         raise UserError(
-            f"weights: {path} was saved with save: trainable, so it lacks the frozen part of its backbone; train "
-            "that run with --model.save all to start other runs from it"
+            f"weights: {path} was saved with checkpoint_weights: trainable, so it lacks the frozen part of its "
+            "backbone; train that run with --model.checkpoint_weights all to start other runs from it"
         )
     content = dequantized(content) if isinstance(content, dict) and "quantized" in content else content
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}

@@ -6,7 +6,7 @@ Lightning-AI/pytorch-lightning, pytorch/pytorch, mauvilsa/jsonargparse, python/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -104,11 +104,12 @@ def import_policy_kept() -> Iterator[None]:
         parsing_settings["import_path_verdicts"] = before
 
 
-def name_classes_too(names: Mapping[str, str]) -> None:
+def name_classes_too(current: Callable[[str], str], used: Callable[[str, str], None]) -> None:
     """Lets configs use further names of classes (no upstream issue known: jsonargparse/_typehints.py).
 
     Args:
-        names: From each further name, bare or with a module, to the class's name; an actual class of that name wins.
+        current: Turns a further name, bare or with a module, into the class's name; a class of the first name wins.
+        used: Is told both names whenever a further one is used.
     """
     from jsonargparse import _typehints
 
@@ -116,8 +117,11 @@ def name_classes_too(names: Mapping[str, str]) -> None:
 
     def resolve_too(cls: Any, name: str) -> str:
         path = resolve(cls, name)
-        own = resolve(cls, names[path]) if path in names else path
-        return own if "." in own else path
+        own = resolve(cls, current(path))
+        if own == path or "." not in own:
+            return path
+        used(*(one.rpartition(".")[2] for one in (path, own)))
+        return own
 
     _typehints.resolve_class_path_by_name = resolve_too
 

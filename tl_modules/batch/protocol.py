@@ -67,7 +67,7 @@ class BaseTransferModule(EvaluatedTask, ABC):
     optimizer: Any
     lr_scheduler: Any
     head_transferred: bool
-    save: str
+    checkpoint_weights: str
     left_out: str | None
 
     @property

@@ -21,11 +21,12 @@ def frozen_stages(trainer: Trainer, module: TransferModule, later: int = 0) -> i
     strategy = module.finetuning
     now: float = trainer.current_epoch + later
     if trainer.state.fn != "fit" or module.at_end:
-        now = strategy.end
+        now = strategy.last_position
     elif strategy.unit != "epochs":
         steps = trainer.estimated_stepping_batches  # also loads the training data
         each = trainer.num_training_batches / trainer.accumulate_grad_batches
-        now = strategy.end if each == math.inf else (now + 1) * math.ceil(each) - 1  # what unfreezes after it is later
+        # what unfreezes after it is later
+        now = strategy.last_position if each == math.inf else (now + 1) * math.ceil(each) - 1
         now = now / steps if strategy.unit == "fraction" else now
     trainable = strategy.open_stages(module, now)
     backbone = len(module.backbone.stages())  # the stages of a pretrained head are counted after these

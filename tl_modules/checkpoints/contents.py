@@ -7,7 +7,7 @@ current_model_state                        Lightning's WeightAveraging        th
 transfer                                   this file: the task, its labels    backbones/weights.py: reuses the head
 random_backbone                            this file                          this file, when a run resumes
 temperature                                cli/calibrate.py                   this file, except when a run resumes
-left_out                                   this file, with save: trainable    this file: are the weights the same?
+left_out                                   this file, for only `trainable`    this file: are the weights the same?
 pruned                                     this file                          this file, backbones/weights.py: shapes
 merged                                     this file                          this file: no adapters beside the weights
 quantized                                  deployment/quantization.py         files.py: int8 becomes float again
@@ -42,7 +42,7 @@ STATES = {"state_dict", "current_model_state"}
 def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
     """Adds a description of the task to a checkpoint, so that the next transfer knows whether the labels are shared.
 
-    With `save: trainable` it removes what never trains, and adds a fingerprint of that.
+    With `checkpoint_weights: trainable` it removes what never trains, and adds a fingerprint of that.
     """
     checkpoint["transfer"] = module.task_description()
     checkpoint["random_backbone"] = module.backbone.random
@@ -52,7 +52,7 @@ def save(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["merged"] = True
     if module.temperature != 1:
         checkpoint["temperature"] = module.temperature
-    if module.save == "trainable":
+    if module.checkpoint_weights == "trainable":
         left_out = module.finetuning.never_trains(module)
         module.left_out = module.left_out or fingerprint(left_out)  # what never trains never changes
         checkpoint["left_out"] = module.left_out
@@ -72,8 +72,8 @@ def restore(module: BaseTransferModule, checkpoint: dict[str, Any]) -> None:
         }
         if checkpoint["left_out"] != fingerprint(left_out):
             raise UserError(
-                "checkpoint: it was saved with save: trainable on a backbone with other weights than this one; "
-                "pass the same --model.backbone.weights"
+                "checkpoint: it was saved with checkpoint_weights: trainable on a backbone with other weights than "
+                "this one; pass the same --model.backbone.weights"
             )
         for key in STATES & checkpoint.keys():
             checkpoint[key] = left_out | checkpoint[key]

@@ -40,7 +40,9 @@ def largest_that_fits(fits: Callable[[int], bool], start: int, most: int) -> int
     size = min(start, most)
     while not fits(size):
         if size == 1:
-            raise UserError("auto_batch: not even a batch of one fits into memory; use a smaller backbone or image")
+            raise UserError(
+                "find_batch_size: not even a batch of one fits into memory; use a smaller backbone or image"
+            )
         size //= 2
     if size == min(start, most):
         while size < most and fits(min(2 * size, most)):

@@ -49,6 +49,7 @@ from tl_modules.runs.directory import (
     without_weights,
     write_config,
 )
+from tl_modules.runs.renamed import current_args
 from tl_modules.runs.trust import check_config, check_links, imports_only, leaves, to_trust
 
 TRAINER_DEFAULTS = {"enable_model_summary": False, "log_every_n_steps": 50}
@@ -72,7 +73,7 @@ class TransferCLI(OneCommand, LightningCLI):
         self.configured = False
         self.trusted: list[str] = []
         self.command = next((word for word in args if word in COMMANDS), None)
-        words = nested_nulls(help_last(args))
+        words = nested_nulls(help_last(current_args(args)))
         runs = self.command is not None and not {"-h", "--help"} & set(words)
         if runs:
             if words[0] != self.command:
@@ -121,15 +122,15 @@ class TransferCLI(OneCommand, LightningCLI):
             "--trust", type=str | None, default=None, help="Your own modules that the run's config may name: a,b."
         )
         parser.add_class_arguments(FeatureCache, "cache")
-        parser.add_class_arguments(ModelSelection, "select", skip={"run"})
+        parser.add_class_arguments(ModelSelection, "selection", skip={"run"})
         if self.command == "fit":
             parser.add_argument("--resume", action="store_true", help="Resume --run DIR, or the newest run of --name.")
             parser.add_argument(
-                "--save_every", type=int | None, default=None, help="Save last.ckpt also after every N steps."
+                "--save_every_n_steps", type=int | None, default=None, help="Save last.ckpt also after every N steps."
             )
             parser.add_argument("--audit", type=bool, default=True, help="Check that exactly the intended parts train.")
             parser.add_argument("--compile", action="store_true", help="Run the backbone through torch.compile.")
-            parser.add_argument("--auto_batch", action="store_true", help="Take the largest batch size that fits.")
+            parser.add_argument("--find_batch_size", action="store_true", help="Take the largest batch size that fits.")
         if self.command == "predict":
             parser.add_argument("--out", type=str | None, default=None, help="The CSV; in the run's directory if null.")
             top = "Write only the K most probable classes of each sample, instead of a column for each class."
@@ -257,7 +258,7 @@ class TransferCLI(OneCommand, LightningCLI):
             return [FeatureCache(**config.cache)]
         if self.command in QUIET:
             return []
-        selection = ModelSelection(**config.select, run=path)
+        selection = ModelSelection(**config.selection, run=path)
         if self.subcommand == "fit":
             selection.choose(self.model, self.datamodule)
         self.files = RunFiles(path, self._resolved() if self.subcommand == "fit" else {})
@@ -292,7 +293,7 @@ class TransferCLI(OneCommand, LightningCLI):
             remove_partial_files(folder)
         return [
             GracefulShutdown(
-                folder / "last.ckpt", config.save_every, f"tl fit --run {folder.parent} --resume{self.trust}"
+                folder / "last.ckpt", config.save_every_n_steps, f"tl fit --run {folder.parent} --resume{self.trust}"
             ),
             *(
                 ModelCheckpoint(
@@ -336,14 +337,14 @@ class TransferCLI(OneCommand, LightningCLI):
             if not out_of_memory(error):
                 raise
             size = getattr(self.datamodule, "batch_size", 1)
-            smaller = f"try --data.batch_size {max(1, size // 2)}, or pass --auto_batch to tl fit"
+            smaller = f"try --data.batch_size {max(1, size // 2)}, or pass --find_batch_size to tl fit"
             raise UserError(f"out of memory with a batch size of {size}; {smaller}") from error
 
     def before_fit(self) -> None:
         """Finds the batch size, if requested, and writes it to the run's config; compiles the backbone."""
         warn_of_load(self.trainer)
         config = self.config[str(self.subcommand)]
-        if config.auto_batch:
+        if config.find_batch_size:
             size = find_batch_size(self.model, self.datamodule, self.trainer, config.trainer.precision or "32-true")
             self.datamodule.batch_size = size
             self.files.config["data"]["init_args"]["batch_size"] = size
@@ -381,8 +382,8 @@ class TransferCLI(OneCommand, LightningCLI):
         if run is None:  # another process wrote it
             return
         config = self._resolved() | {"name": run.parent.name}
-        if "save" in config["model"]["init_args"]:
-            config["model"]["init_args"]["save"] = "all"
+        if "checkpoint_weights" in config["model"]["init_args"]:
+            config["model"]["init_args"]["checkpoint_weights"] = "all"
         write_config(run, config)
         if self.model.backbone.pruned:
             self._say(f"tl fit -c {run / 'config.yaml'} --model.backbone.weights {run}{self.trust}")

@@ -63,7 +63,7 @@ def compress_run(
     if share is not None:
         prune(module, x, share, importance, _labelled(module, data) if importance == "taylor" else ())
     after = _size(module, x)
-    module.save = "all"  # its weights no longer equal the pretrained ones
+    module.checkpoint_weights = "all"  # its weights no longer equal the pretrained ones
     checkpoint: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": __version__}
     checkpoint["state_dict"] = module.state_dict()
     module.on_save_checkpoint(checkpoint)

@@ -26,6 +26,7 @@ from tl_modules.errors import UserError
 from tl_modules.finetuning.optimizer import ROWS
 from tl_modules.module import TransferModule
 from tl_modules.runs.directory import SECTIONS
+from tl_modules.runs.renamed import current_class
 
 log = logging.getLogger(__name__)
 # torchvision models, by whether there is a GPU, and the reason
@@ -105,7 +106,7 @@ def _takes_backbone(task: str | None) -> bool:
 
 def _class(name: str, package: str) -> Any:
     """Imports a class by its dotted name, or its bare name in a package; None if that fails."""
-    module, _, last = name.rpartition(".")
+    module, _, last = current_class(name).rpartition(".")
     try:
         return getattr(importlib.import_module(module or package), last, None)
     except Exception:  # a user's file may raise anything

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from numbers import Number
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import set_dumper, set_parsing_settings
+from jsonargparse import get_loader, set_dumper, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import tl_modules
-from tl_modules.batch.compat import name_classes_too, options
+from tl_modules.batch.compat import options
 from tl_modules.cli.messages import explain
 from tl_modules.cli.process import stop
 from tl_modules.runs.directory import to_yaml
+from tl_modules.runs.renamed import current_options
 
 
 def _number(value: Any) -> float:
@@ -39,13 +41,8 @@ set_dumper("yaml", to_yaml)
 # a value must not name something that runs commands, e.g. os.system
 set_parsing_settings(import_path_denylist=[])
 
-# classes that a config can name without their module; aliases are earlier names
-_NAMES = [
-    (package.__name__, name, vars(package)[name]) for package in (tl_modules, datamodules) for name in package.__all__
-]
-EARLIER = {name: value.__name__ for _, name, value in _NAMES if getattr(value, "__name__", name) != name}
-KNOWN = [name for _, name, _ in _NAMES if name not in EARLIER]
-name_classes_too(EARLIER | {f"{at}.{name}": f"{at}.{EARLIER[name]}" for at, name, _ in _NAMES if name in EARLIER})
+# classes that a config can name without their module
+KNOWN = [name for package in (tl_modules, datamodules) for name in package.__all__]
 COMMANDS = {
     "fit": "Transfer a pretrained backbone to your data.",
     "validate": "Measure a run on the validation split.",
@@ -75,6 +72,14 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parses a config, a file's or a text, in which options may have their earlier names."""
+        with contextlib.suppress(yaml.YAMLError):  # reported by the parser
+            config = get_loader("yaml")(content)
+            if isinstance(config, dict) and current_options(config):
+                content = to_yaml(config)
+        return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the cause, with the closest valid name, instead of the whole help."""

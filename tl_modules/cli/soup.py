@@ -28,7 +28,7 @@ from tl_modules.module import TransferModule
 from tl_modules.runs.directory import load_state_into, new_run, write_config
 
 How = Literal["greedy", "uniform"]
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 Shares = dict[Path, float]
 # the averaged parts; a method's critic or teacher stays that of the first run
 NETWORK = ("backbone.", "bottleneck.", "head.")
@@ -49,8 +49,8 @@ class Soup:
     ) -> None:
         self.trainer, self.module, self.data = trainer, module, data
         self.metric, self.mode = monitor_of(module)
-        self.states: dict[Path, State] = {}
-        self.rest: State = {}
+        self.states: dict[Path, StateDict] = {}
+        self.rest: StateDict = {}
         for run in runs:
             self._read(run, runs[0])
 
@@ -88,7 +88,7 @@ class Soup:
             raise UserError(f"soup: {self.metric} needs labels, but the validation split has none")
         return found[self.metric]
 
-    def _take_statistics(self, states: Sequence[State]) -> None:
+    def _take_statistics(self, states: Sequence[StateDict]) -> None:
         """Recomputes the running statistics of BatchNorm layers that were trained, as in stochastic weight averaging.
 
         A layer with the same statistics in all runs has kept the pretrained ones, and keeps them here too.
@@ -128,7 +128,7 @@ def equal(runs: Sequence[Path]) -> Shares:
     return {run: 1 / len(runs) for run in runs}
 
 
-def mixed(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> State:
+def mixed(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> StateDict:
     """Computes the weighted mean of states; in float64, so that equal values stay equal to the bit.
 
     Args:

@@ -2,7 +2,7 @@
 
 each validation   source's labelled samples, target's samples without labels -> a score per criterion
                   the predicted labels of the target's validation and test samples are recorded
-best.ckpt         the epoch with the best score of the criterion that `by` names
+best.ckpt         the epoch with the best score by the criterion, `--selection.criterion`
 tl test           only now the labels are read: per criterion its choice, and the gap to the oracle
 """
 
@@ -42,16 +42,16 @@ class ModelSelection(Callback):
     If the target's labels are visible, the task's metric on them chooses, and this callback does nothing.
 
     Args:
-        by: What chooses the model: "source" (the task's metric on the source's validation samples); without labels of
-            the target "entropy", "infomax", "snd", "bnm", "class_cluster" or "dev"; "few" labels of the target
-            (`--data.selection_labels N`); "oracle", all of them (`--data.selection_labels all`); or "last", the last
-            epoch. None is "source", and without a source "infomax", or "last" if there are no classes. For an unseen
-            target, not even its inputs are used.
+        criterion: What chooses the model: "source" (the task's metric on the source's validation samples); without
+            labels of the target "entropy", "infomax", "snd", "bnm", "class_cluster" or "dev"; "few" labels of the
+            target (`--data.selection_labels N`); "oracle", all of them (`--data.selection_labels all`); or "last", the
+            last epoch. None is "source", and without a source "infomax", or "last" if there are no classes. For an
+            unseen target, not even its inputs are used.
         run: The run's directory, for the report; None writes no report.
     """
 
-    def __init__(self, by: Criterion | None = None, run: Path | None = None) -> None:
-        self.by: str | None = by
+    def __init__(self, criterion: Criterion | None = None, run: Path | None = None) -> None:
+        self.criterion: str | None = criterion
         self.run = run
         self.rows: list[dict[str, Any]] = []
         self.before: CriterionInputs | None = None
@@ -69,9 +69,10 @@ class ModelSelection(Callback):
         if not isinstance(module, TransferModule) or not hasattr(data, "labels_hidden"):
             return
         if not data.labels_hidden():
-            if self.by is not None:
+            if self.criterion is not None:
                 raise UserError(
-                    f"select: {self.by} has no effect: the target's labels are visible, and the task's metric chooses"
+                    f"criterion: {self.criterion} has no effect: the target's labels are visible, and the task's "
+                    "metric chooses"
                 )
             return
         source = data.has_source()
@@ -80,35 +81,37 @@ class ModelSelection(Callback):
             return
         metric = type(module).monitor[0].removeprefix("val/")
         if metric not in module.metrics():
-            if self.by is not None:
-                raise UserError(f"select: {type(module).__name__}.monitor, {metric}, is not one of its metrics")
+            if self.criterion is not None:
+                raise UserError(f"criterion: {type(module).__name__}.monitor, {metric}, is not one of its metrics")
             return
-        by = self.by or ("source" if source else "infomax" if module.is_classification else "last")
-        if by in ("source", "dev") and not source:
-            raise UserError(f"select: {by} needs a source, but there is none; use infomax, snd, ..., or last")
-        if by in CRITERIA and not module.is_classification:
-            raise UserError(f"select: {by} works on class probabilities; use source, few, oracle or last")
-        if by in CRITERIA and data.target_unseen:
+        criterion = self.criterion or ("source" if source else "infomax" if module.is_classification else "last")
+        if criterion in ("source", "dev") and not source:
+            raise UserError(f"criterion: {criterion} needs a source, but there is none; use infomax, snd, ..., or last")
+        if criterion in CRITERIA and not module.is_classification:
+            raise UserError(f"criterion: {criterion} works on class probabilities; use source, few, oracle or last")
+        if criterion in CRITERIA and data.target_unseen:
             raise UserError(
-                f"select: {by} uses the target, which target_unseen excludes from training and from model selection; "
-                "use source or last"
+                f"criterion: {criterion} uses the target, which target_unseen excludes from training and from model "
+                "selection; use source or last"
             )
-        if by in ("few", "oracle"):
+        if criterion in ("few", "oracle"):
             opened = data.selection_labels
-            if opened is None or (by == "oracle" and opened != "all"):
+            if opened is None or (criterion == "oracle" and opened != "all"):
                 raise UserError(
-                    f"select: {by} uses labels of the target that the data hides; show them with "
-                    f"--data.selection_labels {'all' if by == 'oracle' else 'N'}"
+                    f"criterion: {criterion} uses labels of the target that the data hides; show them with "
+                    f"--data.selection_labels {'all' if criterion == 'oracle' else 'N'}"
                 )
         if data.selection_labels is not None and data.tests_on_validation():
             opened_twice = "the target has no test split, so selection_labels shows labels of the test samples"
-            if by in ("few", "oracle"):
-                raise UserError(f"select: {opened_twice}, which {by} would choose by; give the target a test split")
+            if criterion in ("few", "oracle"):
+                raise UserError(
+                    f"criterion: {opened_twice}, which {criterion} would choose by; give the target a test split"
+                )
             log.warning("%s: 'few' and 'oracle' in the report use them", opened_twice)
-        self.by = by
-        if by != "source":
-            mode = type(module).monitor[1] if by in ("few", "oracle") else "max"
-            module.monitor = (f"val/target_{by}", mode)
+        self.criterion = criterion
+        if criterion != "source":
+            mode = type(module).monitor[1] if criterion in ("few", "oracle") else "max"
+            module.monitor = (f"val/target_{criterion}", mode)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the criterion, if the command line has not."""
@@ -163,11 +166,11 @@ class ModelSelection(Callback):
         # boxes and the like are not kept for the report
         kept = {s: _small(pl_module, labels) for s, labels in decided.items() if isinstance(labels, Tensor | list)}
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "scores": scores, **kept})
-        if _best(self.rows, str(self.by), pl_module) == len(self.rows) - 1:
+        if _best(self.rows, str(self.criterion), pl_module) == len(self.rows) - 1:
             self.after = _few(inputs)
 
     def _watches(self, trainer: Trainer, module: LightningModule) -> bool:
-        return trainer.state.fn == "fit" and isinstance(module, TransferModule) and self.by is not None
+        return trainer.state.fn == "fit" and isinstance(module, TransferModule) and self.criterion is not None
 
     def _scores(
         self, trainer: Trainer, module: TransferModule, inputs: CriterionInputs, source: Any, target: Any
@@ -209,7 +212,7 @@ class ModelSelection(Callback):
         if not self.rows or not trainer.is_global_zero:
             return
         if self.run is not None:
-            torch.save({"by": self.by, "rows": self.rows}, self.run / "selection.pt")
+            torch.save({"by": self.criterion, "rows": self.rows}, self.run / "selection.pt")
         draw_domains(trainer, pl_module, {"before": self.before, "after": self.after})
 
     # Reporting
@@ -264,7 +267,7 @@ def report(module: TransferModule, rows: list[dict[str, Any]], labels: Mapping[s
     ]
 
 
-def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None:
+def _write(run: Path, found: list[dict[str, Any]], criterion: str, metric: str) -> None:
     with replacing(run / "selection.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
@@ -277,12 +280,13 @@ def _write(run: Path, found: list[dict[str, Any]], by: str, metric: str) -> None
     for row in found:
         name = row["chosen by"]
         metrics[f"test/{'oracle' if name == 'oracle' else f'by_{name}'.replace(' ', '_')}/{metric}"] = row[last]
-        if name == by:
+        if name == criterion:
             metrics["test/oracle_gap"] = row["behind the oracle"]
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
-        table.add_row(*cells, style="bold" if name == by else "")
+        table.add_row(*cells, style="bold" if name == criterion else "")
     table.caption = (
-        f"{by} chose this run's model; the oracle saw the target's validation labels, and 'best epoch' its test labels"
+        f"{criterion} chose this run's model; the oracle saw the target's validation labels, and 'best epoch' its test "
+        "labels"
     )
     Console().print(table)
     write_metrics(run, metrics)

@@ -37,7 +37,7 @@ def keep_exact(module: BaseTransferModule) -> None:
         if isinstance(callback, StochasticWeightAveraging) and not opens_all:
             raise UserError(
                 "callbacks: StochasticWeightAveraging recomputes BatchNorm's statistics, even in frozen stages; "
-                "use EMAWeightAveraging, or Full"
+                "use EMAWeightAveraging, or FullFineTuning"
             )
         if isinstance(callback, WeightAveraging) and (average := average_of(callback)) is not None:
             average.update_parameters = _Update(average)

@@ -96,7 +96,7 @@ class FineTuning:
         return True
 
     @property
-    def end(self) -> float:
+    def last_position(self) -> float:
         """The last position: what is frozen there is frozen for the whole run."""
         return 1.0 if self.unit == "fraction" else float(sys.maxsize)
 
@@ -106,12 +106,12 @@ class FineTuning:
         The first stages, which the backbone keeps frozen, are not included.
         """
         closed = module.backbone.closed
-        found = self.trainable_stages(self.end if position is None else position, module.num_stages - closed)
+        found = self.trainable_stages(self.last_position if position is None else position, module.num_stages - closed)
         return range(found.start + closed, found.stop + closed)
 
     def opens_later(self, stages: int) -> bool:
         """Returns whether a stage that is frozen at the start will train later."""
-        return self.trainable_stages(self.end, stages) != self.trainable_stages(0, stages)
+        return self.trainable_stages(self.last_position, stages) != self.trainable_stages(0, stages)
 
     def extend(self, module: BaseTransferModule) -> None:
         """Adds new parameters to the stages; called once, before methods copy anything from the module."""
@@ -142,7 +142,7 @@ class FineTuning:
                 f"finetuning: {type(self).__name__} finds no parameter to train in {type(module.backbone).__name__}; "
                 "use LastStages, or FeatureExtraction to train only the head"
             )
-        self.apply(module, self.end)
+        self.apply(module, self.last_position)
 
     def check(self, module: BaseTransferModule, loaders: Mapping[str, Any]) -> None:
         """Rejects a run in which the strategy cannot train; called when training starts.
@@ -158,7 +158,8 @@ class FineTuning:
         name = module.strategy_name()
         if not any(p.requires_grad for p in module.parameters()):
             raise UserError(
-                f"finetuning: nothing trains, since a method freezes the head and {name} freezes the backbone; use Full"
+                f"finetuning: nothing trains, since a method freezes the head and {name} freezes the backbone; "
+                "use FullFineTuning"
             )
         strategy = module.trainer.strategy
         plain_ddp = isinstance(strategy, DDPStrategy) and not finds_unused_parameters(strategy)

@@ -14,14 +14,14 @@ __all__ = [
     "FeatureExtraction",
     "FirstStages",
     "FreezeThenUnfreeze",
-    "Full",
+    "FullFineTuning",
     "GradualUnfreezing",
     "LastStages",
     "NormOnly",
 ]
 
 
-class Full(FineTuning):
+class FullFineTuning(FineTuning):
     """Trains every stage from the start (the classical fine-tuning)."""
 
     def trainable_stages(self, position: float, stages: int) -> range:
@@ -121,7 +121,7 @@ class FreezeThenUnfreeze(FineTuning):
         return range(0 if position >= self.after else stages, stages)
 
 
-class BitFit(Full):
+class BitFit(FullFineTuning):
     """Trains the head and the biases of all layers (Ben Zaken et al., ACL 2022)."""
 
     pretrained_lr = PART_LR
@@ -131,7 +131,7 @@ class BitFit(Full):
         return name.endswith("bias")
 
 
-class NormOnly(Full):
+class NormOnly(FullFineTuning):
     """Trains the head, and scale and shift of all normalisation layers (Frankle et al., ICLR 2021)."""
 
     pretrained_lr = PART_LR

@@ -22,7 +22,7 @@ from torch import nn
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.base import PART_LR, FineTuning
-from tl_modules.finetuning.freezing import Full
+from tl_modules.finetuning.freezing import FullFineTuning
 
 __all__ = ["LoRA"]
 
@@ -34,8 +34,8 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 class LoRA(FineTuning):
     """Trains the head and low-rank additions to frozen layers (Hu et al., ICLR 2022), or other adapters of peft.
 
-    A run with it can be tested, resumed and used as a teacher like any other. `--model.save trainable` saves only
-    adapters and head; `tl compress` makes a run with merged weights; `save_adapters` writes peft's files.
+    A run with it can be tested, resumed and used as a teacher like any other. `--model.checkpoint_weights trainable`
+    saves only adapters and head; `tl compress` makes a run with merged weights; `save_adapters` writes peft's files.
 
     Args:
         r: Rank of the additions.
@@ -77,7 +77,7 @@ class LoRA(FineTuning):
                 f"r, alpha, dropout: {r}, {alpha:g} and {dropout:g} must be at least 1, above 0, and in [0, 1)"
             )
         self.r, self.alpha, self.dropout, self.targets = r, alpha, dropout, targets
-        self.kind, self.options, self.opening = kind.upper(), options or {}, opening or Full()
+        self.kind, self.options, self.opening = kind.upper(), options or {}, opening or FullFineTuning()
         self.whole, self.unit = whole or [], self.opening.unit
 
     def trainable_stages(self, position: float, stages: int) -> range:

@@ -99,7 +99,7 @@ def configure(module: BaseTransferModule) -> Any:
     for group in optimizer.param_groups:
         group["lr"] *= group["lr_scale"]
         group["configured_lr"] = group["lr"]
-    fused(optimizer)
+    enable_fused(optimizer)
     if module.lr_scheduler is None:
         return optimizer
     scheduler = module.lr_scheduler(optimizer)
@@ -141,7 +141,7 @@ def _exempt_from_decay(optimizer: Optimizer, module: nn.Module) -> None:
         )
 
 
-def fused(optimizer: Optimizer) -> Optimizer:
+def enable_fused(optimizer: Optimizer) -> Optimizer:
     """Enables the fused kernel of an optimizer that has one, unless another implementation was requested."""
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     given = optimizer.defaults

@@ -55,7 +55,7 @@ class StagedModule(BaseTransferModule):
     def position(self) -> float:
         """Returns the current position in training, in the strategy's unit."""
         if self.at_end:
-            return float(self.finetuning.end)
+            return float(self.finetuning.last_position)
         if not attached(self) or self.finetuning.unit == "epochs":
             return self.current_epoch
         return self.progress if self.finetuning.unit == "fraction" else self.global_step

@@ -213,7 +213,8 @@ def check_trains(method: Method, module: BaseTransferModule, parts: Iterable[nn.
     if not any(module.will_train(part) for part in parts):
         raise UserError(
             f"methods: {type(method).__name__} works in {what}, which {module.strategy_name()} freezes, so that "
-            f"it would have no effect; use a strategy that trains them, e.g. Full, or leave {type(method).__name__} out"
+            "it would have no effect; use a strategy that trains them, e.g. FullFineTuning, or leave "
+            f"{type(method).__name__} out"
         )
 
 

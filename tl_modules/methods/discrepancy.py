@@ -21,7 +21,7 @@ from tl_modules.methods.functional import (
 )
 from tl_modules.methods.schedules import LossWeight
 
-__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "DeepJDOT", "OptimalTransport"]
+__all__ = ["AFN", "CORAL", "DAN", "JAN", "SWD", "DeepJDOT"]
 
 
 class Discrepancy(Method):
@@ -128,7 +128,7 @@ class DeepJDOT(Discrepancy):
 
     def attach(self, module: BaseTransferModule) -> None:
         """Fails early if POT, the solver, is not installed."""
-        self.classes = module.is_classification
+        self.is_classification = module.is_classification
         try:
             import ot  # noqa: F401
         except ImportError as error:
@@ -141,15 +141,12 @@ class DeepJDOT(Discrepancy):
         import ot
 
         cost = self.alpha * torch.cdist(one.pooled, other.pooled).square() / one.pooled.shape[1]
-        if self.classes and one.y is not None:
+        if self.is_classification and one.y is not None:
             shares = one.y if one.y.is_floating_point() else F.one_hot(one.y, other.output.shape[1]).to(cost)
             cost = cost - self.beta * shares @ other.output.log_softmax(1).T
         weights = [torch.full((size,), 1 / size, dtype=torch.float64) for size in cost.shape]
         plan = ot.emd(*(w.numpy() for w in weights), cost.detach().double().cpu().numpy())
         return (torch.from_numpy(plan).to(cost) * cost).sum()
-
-
-OptimalTransport = DeepJDOT  # earlier name, which a saved config may contain
 
 
 class AFN(Method):

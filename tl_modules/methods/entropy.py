@@ -12,7 +12,7 @@ from tl_modules.methods.base import Method
 from tl_modules.methods.functional import class_confusion, entropy, mutual_information, nuclear_norm
 from tl_modules.methods.schedules import LossWeight
 
-__all__ = ["BNM", "MCC", "InfoMax", "MinimumEntropy"]
+__all__ = ["BNM", "MCC", "EntropyMinimization", "InfoMax"]
 
 
 class TargetOnly(Method):
@@ -32,7 +32,7 @@ class TargetOnly(Method):
         return self.term(target.output)
 
 
-class MinimumEntropy(TargetOnly):
+class EntropyMinimization(TargetOnly):
     """`mean H(p)` (Grandvalet and Bengio, NeurIPS 2004).
 
     Args:

@@ -17,7 +17,7 @@ from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError
 from tl_modules.methods.base import Method, check_trains
 
-__all__ = ["DomainBatchNorm", "StochNorm"]
+__all__ = ["DSBN", "StochNorm"]
 
 
 class BatchNormPatch(Method):
@@ -64,10 +64,11 @@ class BatchNormPatch(Method):
         """Returns no term."""
 
 
-class DomainBatchNorm(BatchNormPatch):
-    """DSBN: separate statistics and affine parameters for source and target (Chang et al., CVPR 2019).
+class DSBN(BatchNormPatch):
+    """Domain-specific batch normalization (Chang et al., CVPR 2019).
 
-    The source's are new; the layer's own become the target's, which are used for prediction.
+    Source and target have separate statistics and affine parameters. The source's are new; the layer's own become the
+    target's, which are used for prediction.
     """
 
     required_domains = ("source", "target")

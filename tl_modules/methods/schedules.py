@@ -5,7 +5,7 @@ from __future__ import annotations
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.methods.functional import ramp
 
-__all__ = ["Linear", "LinearWeight", "Ramp", "RampWeight", "Schedule", "WeightSchedule"]
+__all__ = ["LinearWeight", "RampWeight", "WeightSchedule"]
 
 
 class WeightSchedule:
@@ -48,9 +48,6 @@ class LinearWeight(WeightSchedule):
         """Returns the weight at `progress`."""
         return self.start + (self.end - self.start) * min(1.0, progress / self.until)
 
-
-# earlier names, which a saved config or your own code may contain
-Schedule, Ramp, Linear = WeightSchedule, RampWeight, LinearWeight
 
 LossWeight = float | WeightSchedule
 

@@ -137,7 +137,7 @@ class Distillation(Method):
         Args:
             module: The student.
             x: (B, ...).
-            domain: "source" or "target", for a teacher that treats domains differently (`DomainBatchNorm`).
+            domain: "source" or "target", for a teacher that treats domains differently (`DSBN`).
 
         Raises:
             UserError: The teacher cannot read the inputs.

@@ -32,7 +32,7 @@ from tl_modules.batch.samples import Batch, Collate, as_batch
 from tl_modules.errors import UserError
 from tl_modules.evaluation.transferability import knn
 from tl_modules.finetuning.base import FineTuning
-from tl_modules.finetuning.freezing import Full
+from tl_modules.finetuning.freezing import FullFineTuning
 from tl_modules.finetuning.optimizer import WarmupCosine
 from tl_modules.finetuning.staged import StagedModule
 from tl_modules.module import Domains, TransferModule
@@ -62,7 +62,7 @@ class Pretraining(TransferModule):
         finetuning: Which stages train when, and how fast.
         optimizer: Class or function of the parameter groups; its learning rate is that of the head.
         lr_scheduler: Class or function of the optimizer.
-        save: "all", or "trainable", from which no other run can start.
+        checkpoint_weights: "all", or "trainable", from which no other run can start.
 
     Attributes:
         views: Number of augmented views of each sample that it compares; 1 takes samples as training data usually are.
@@ -83,10 +83,10 @@ class Pretraining(TransferModule):
         backbone: Backbone,
         head: Callable[[int], nn.Module],
         schema: dict | None = None,  # type: ignore[type-arg]  # as in `TransferModule`
-        finetuning: FineTuning = lazy_instance(Full),  # noqa: B008 - plain data until it is built
+        finetuning: FineTuning = lazy_instance(FullFineTuning),  # noqa: B008 - plain data until it is built
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-2),
         lr_scheduler: LRSchedulerCallable | None = WarmupCosine,
-        save: Literal["all", "trainable"] = "all",
+        checkpoint_weights: Literal["all", "trainable"] = "all",
     ) -> None:
         super().__init__(
             backbone,
@@ -95,12 +95,12 @@ class Pretraining(TransferModule):
             finetuning=finetuning,
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
-            save=save,
+            checkpoint_weights=checkpoint_weights,
         )
         if not (self.head_is_used or self.trainable_stages()):
             raise UserError(
                 f"finetuning: {self.strategy_name()} freezes the whole backbone, so pretraining would train "
-                "only the part that is discarded; use Full, or LastStages"
+                "only the part that is discarded; use FullFineTuning, or LastStages"
             )
         self.seen: list[tuple[Tensor, Any]] = []  # features and labels of the current evaluation
         self.warned = False

@@ -15,7 +15,7 @@ from tl_modules.batch.compat import finds_unused_parameters
 from tl_modules.batch.output import full_precision, no_stats_update
 from tl_modules.batch.samples import as_batch
 from tl_modules.errors import UserError
-from tl_modules.finetuning.optimizer import fused
+from tl_modules.finetuning.optimizer import enable_fused
 from tl_modules.module import Domains
 from tl_modules.pretraining.base import SHOWN, Pretraining, input_kind
 from tl_modules.pretraining.layers import upsampler
@@ -146,7 +146,7 @@ class GAN(Pretraining):
         own = super().configure_optimizers()
         first = own if isinstance(own, dict) else {"optimizer": own}
         group = {"name": "generator", "params": list(self.generator.parameters()), "lr_scale": 1.0}
-        second: dict[str, Any] = {"optimizer": fused(self.optimizer([group]))}
+        second: dict[str, Any] = {"optimizer": enable_fused(self.optimizer([group]))}
         if self.lr_scheduler is not None:
             second["lr_scheduler"] = first["lr_scheduler"] | {"scheduler": self.lr_scheduler(second["optimizer"])}
         return first, second

@@ -23,11 +23,12 @@ from torch import nn
 from tl_modules.checkpoints.files import find_run, load_checkpoint, versions, write_whole
 from tl_modules.errors import UserError
 from tl_modules.methods.teacher import Distillation
+from tl_modules.runs.renamed import current_class, current_options
 from tl_modules.runs.trust import check_config, imports_only
 
 __all__ = ["load_run"]
 
-MAPPINGS = ("trainer", "model", "data", "cache", "select")
+MAPPINGS = ("trainer", "model", "data", "cache", "selection")
 SECTIONS = ("seed_everything", "name", *MAPPINGS)
 # values of arguments before they existed, or before their defaults changed
 EARLIER_CRITIC = {"layers": 1, "hidden": 256, "batch_norm": False}
@@ -35,7 +36,6 @@ EARLIER_ROWS = {"scale": "each", "clip": None, "widths": [64, 64]}
 LEFT_UNSAID: dict[str, dict[str, Any]] = {
     "MLPHead": {"normalize": False},
     "TabularMLP": EARLIER_ROWS,
-    "VectorBackbone": EARLIER_ROWS,
     "ADDA": EARLIER_CRITIC | {"gamma": 0.0},
     "DANN": EARLIER_CRITIC,
     "PADA": EARLIER_CRITIC,
@@ -105,6 +105,7 @@ def read_config(run: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"run: {file} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
         raise UserError(f"run: {file} is not a mapping of {', '.join(SECTIONS)}")
+    current_options(config)
     config = {key: value for key, value in config.items() if key in SECTIONS}
     for key in MAPPINGS:
         if not isinstance(config.get(key) or {}, dict):
@@ -135,14 +136,15 @@ def _keep_earlier_defaults(config: dict[str, Any]) -> None:
 
 def _our_class(part: Any) -> str:
     """Returns the name of our class in a part of a config, or an empty string."""
-    module, _, name = str(part.get("class_path") if isinstance(part, dict) else "").rpartition(".")
+    path = current_class(str(part.get("class_path") if isinstance(part, dict) else ""))
+    module, _, name = path.rpartition(".")
     return name if module.partition(".")[0] in ("", "tl_modules") else ""
 
 
 def without_weights(model: Any) -> Any:
     """Returns a model's config (mapping or Namespace) without its backbone's weights, which a checkpoint will set."""
     arguments = model.get("init_args") or {}
-    if arguments.get("save") != "trainable":
+    if arguments.get("checkpoint_weights") != "trainable":
         _leave_random(arguments.get("backbone"))
     return model
 

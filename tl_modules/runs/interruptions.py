@@ -45,7 +45,7 @@ class GracefulShutdown(Callback):
         self, last: Path, every: int | None = None, resume_command: str = "fit again with this checkpoint"
     ) -> None:
         if every is not None and every < 1:
-            raise UserError(f"save_every: {every} must be at least 1 step")
+            raise UserError(f"save_every_n_steps: {every} must be at least 1 step")
         self.last = last
         self.every = every
         self.resume_command = resume_command

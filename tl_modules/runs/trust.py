@@ -35,6 +35,7 @@ from tl_modules.batch.compat import import_policy_kept
 from tl_modules.errors import UserError
 from tl_modules.finetuning.base import FineTuning
 from tl_modules.methods.schedules import WeightSchedule
+from tl_modules.runs.renamed import current_class
 
 # modules that a run may import from: their classes neither write files nor run what their arguments name
 ALLOWED = (
@@ -50,7 +51,7 @@ HARMLESS = {
     "RichModelSummary", "RichProgressBar", "SingleDeviceStrategy", "StochasticWeightAveraging", "T3A", "TENT",
     "TQDMProgressBar", "Timer", "WeightAveraging",
 }  # fmt: skip
-RUN_CODE = ("TorchHubBackbone", "HubBackbone")  # of the repository in their arguments; two names of one class
+RUN_CODE = ("TorchHubBackbone",)  # of the repository in their arguments
 FILES = ("dirpath", "filename")  # arguments that let a ModelCheckpoint write outside the run's directory
 TEXTS = (
     "name",
@@ -125,6 +126,7 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
             yield owner, f"lets {owner} write to {value}"
         if not isinstance(value, str) or key in TEXTS + FILES:
             continue
+        value = current_class(value)
         if _holds_structure(value):
             yield "", f"has a mapping or list as text in {key}: {value[:60]}; a run's own config has none"
         is_class = key.rpartition(".")[2] == "class_path"

@@ -18,7 +18,7 @@ from typing import Any
 from tl_modules.cli.arguments import read_yaml, values
 from tl_modules.errors import UserError, closest
 
-KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better", "benchmark")
+TOP_KEYS = ("name", "config", "options", "seeds", "tasks", "ways", "baseline", "metric", "lower_is_better", "benchmark")
 MAKERS = ("compress", "soup")  # commands that make a run from other runs
 WAY_KEYS = ("config", "options", *MAKERS, "test", "of", "report", "metric")
 TASK_KEYS = ("config", "options", "test")
@@ -71,7 +71,7 @@ def read_plan(file: Path) -> Plan:
     Raises:
         UserError: A part is missing, unknown or of the wrong type.
     """
-    content = _mapping(read_yaml(file, "compare"), KEYS, str(file))
+    content = _mapping(read_yaml(file, "compare"), TOP_KEYS, str(file))
     names = [str(name) for name in _mapping(content.get("ways"), None, f"{file}: ways")]
     if not names:
         raise UserError(f"{file}: ways: name at least one way and its options")

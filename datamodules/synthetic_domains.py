@@ -161,13 +161,13 @@ class Corruption(Shift):
         return (x.clip(0, 1) * 255).round().astype(np.uint8), label
 
 
-class Shifted(TransferDataModule):
+class SyntheticDomains(TransferDataModule):
     """One image set as several domains, each with its own shift; any of them can be the target.
 
     RotatedMNIST (Ghifary et al., ICCV 2015), with the target unseen as in domain generalisation:
 
         data:
-          class_path: Shifted
+          class_path: SyntheticDomains
           init_args:
             data: {class_path: ImageArrays, init_args: {target: mnist.npz}}
             target: r75

@@ -16,10 +16,10 @@ from datamodules import (
     NoShift,
     Rotation,
     Shift,
-    Shifted,
     SpuriousColour,
+    SyntheticDomains,
 )
-from datamodules.shifted import SEVERITIES
+from datamodules.synthetic_domains import SEVERITIES
 
 
 def generator():
@@ -110,11 +110,20 @@ def test_noise_has_its_deviation():
         (lambda: SpuriousColour(1.5), "flip: 1.5 is not a probability"),
         (lambda: Corruption("noise", 6), "severity: 6 must be"),
         (lambda: Corruption("nois"), r"kind: there is no corruption nois \(did you mean noise\?\)"),
-        (lambda: Shifted(Digits(), ROTATED, target="r61"), r"target: there is no domain r61 \(did you mean r60\?\)"),
-        (lambda: Shifted(Digits(), ROTATED, source="r1"), "source: there is no domain r1 .*; there are r0, r30, r60"),
-        (lambda: Shifted(Digits(), ROTATED, "r0", source="r0"), "source: there is no domain r0"),
-        (lambda: Shifted(Digits(), {}), "shifts: name at least one"),
-        (lambda: Shifted(Digits(), {"a": SpuriousColour(0.1), "b": NoShift()}), "a and b make different classes"),
+        (
+            lambda: SyntheticDomains(Digits(), ROTATED, target="r61"),
+            r"target: there is no domain r61 \(did you mean r60\?\)",
+        ),
+        (
+            lambda: SyntheticDomains(Digits(), ROTATED, source="r1"),
+            "source: there is no domain r1 .*; there are r0, r30, r60",
+        ),
+        (lambda: SyntheticDomains(Digits(), ROTATED, "r0", source="r0"), "source: there is no domain r0"),
+        (lambda: SyntheticDomains(Digits(), {}), "shifts: name at least one"),
+        (
+            lambda: SyntheticDomains(Digits(), {"a": SpuriousColour(0.1), "b": NoShift()}),
+            "a and b make different classes",
+        ),
     ],
 )
 def test_mistakes(make, match):
@@ -123,11 +132,11 @@ def test_mistakes(make, match):
 
 
 def test_sources_and_target():
-    data = Shifted(Digits(), ROTATED, target="r60")
+    data = SyntheticDomains(Digits(), ROTATED, target="r60")
     assert set(data.domains("val")) == {"source/r0", "source/r30", "target"}
-    assert set(Shifted(Digits(), ROTATED, "r60", source="r0").domains("val")) == {"source", "target"}
-    assert set(Shifted(Digits(), ROTATED).domains("val")) == {"source/r0", "source/r30", "source/r60"}
-    assert set(Shifted(Digits(), {"a": NoShift()}, target="a").domains("val")) == {"target"}
+    assert set(SyntheticDomains(Digits(), ROTATED, "r60", source="r0").domains("val")) == {"source", "target"}
+    assert set(SyntheticDomains(Digits(), ROTATED).domains("val")) == {"source/r0", "source/r30", "source/r60"}
+    assert set(SyntheticDomains(Digits(), {"a": NoShift()}, target="a").domains("val")) == {"target"}
     assert data.class_names == Digits().class_names
     batch, *_ = next(iter(data.train_dataloader()))
     assert batch["target"][1] is None
@@ -138,20 +147,20 @@ def test_sources_and_target():
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_domains_share_no_sample(split):
     whole = Digits().domains(split)["target"]
-    parts = Shifted(Digits(), ROTATED).domains(split)
+    parts = SyntheticDomains(Digits(), ROTATED).domains(split)
     ids = [name for part in parts.values() for name in part.ids]
     assert sorted(map(int, ids)) == list(range(len(whole)))
     upright = parts["source/r0"]
     for row in range(5):
         assert torch.equal(upright[row][0], whole[int(upright.ids[row])][0])
         assert upright[row][1] == whole[int(upright.ids[row])][1]
-    every = Shifted(Digits(), ROTATED, split_samples=False).domains(split)
+    every = SyntheticDomains(Digits(), ROTATED, split_samples=False).domains(split)
     assert {len(part) for part in every.values()} == {len(whole)}
 
 
 def test_images_follow_from_the_seed_and_not_from_order_or_the_other_roles():
     shifts = {"a": Corruption("noise"), "b": Corruption("blur")}
-    one, two, other = (Shifted(Digits(), shifts, target=t, seed=s) for t, s in (("a", 0), ("b", 0), ("a", 1)))
+    one, two, other = (SyntheticDomains(Digits(), shifts, target=t, seed=s) for t, s in (("a", 0), ("b", 0), ("a", 1)))
     two.domains("test")
     first, second = one.domains("train")["target"], two.domains("train")["source"]
     assert first.fingerprint() == second.fingerprint()
@@ -169,20 +178,20 @@ def without_test(tmp_path):
 def test_a_test_split_that_is_the_validation_split_has_its_images(order, without_test):
     """Whichever is asked for first: `tl fit` chooses on what `tl test` measures, and no source sample is tested on."""
     data = ImageFolders(without_test, image_size=16, num_workers=0)
-    shifted = Shifted(data, {"clean": NoShift(), "noisy": Corruption("noise")}, target="noisy")
-    splits = {split: shifted.domains(split) for split in order}
+    synthetic = SyntheticDomains(data, {"clean": NoShift(), "noisy": Corruption("noise")}, target="noisy")
+    splits = {split: synthetic.domains(split) for split in order}
     assert splits["test"]["target"].ids == splits["val"]["target"].ids
     assert splits["test"]["target"].fingerprint() == splits["val"]["target"].fingerprint()
-    again = Shifted(ImageFolders(without_test, image_size=16, num_workers=0), shifted.shifts, target="noisy")
+    again = SyntheticDomains(ImageFolders(without_test, image_size=16, num_workers=0), synthetic.shifts, target="noisy")
     assert again.domains("test")["target"].fingerprint() == splits["val"]["target"].fingerprint()
     assert not set(splits["val"]["source"].ids) & set(splits["test"]["target"].ids)
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda data, **kwargs: Shifted(data, {"a": NoShift(), "b": Rotation(30)}, target="b", **kwargs),
+    lambda data, **kwargs: SyntheticDomains(data, {"a": NoShift(), "b": Rotation(30)}, target="b", **kwargs),
     lambda data, **kwargs: ClassSubset(data, **kwargs),
-    lambda data, **kwargs: ClassSubset(Shifted(data, {"a": NoShift()}), **kwargs),
-], ids=["Shifted", "ClassSubset", "both"])  # fmt: skip
+    lambda data, **kwargs: ClassSubset(SyntheticDomains(data, {"a": NoShift()}), **kwargs),
+], ids=["SyntheticDomains", "ClassSubset", "both"])  # fmt: skip
 def test_the_seed_reaches_the_wrapped_data_and_is_its_own_by_default(wrap, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(60) % 3)
@@ -196,26 +205,26 @@ def test_the_seed_reaches_the_wrapped_data_and_is_its_own_by_default(wrap, tmp_p
 
 
 def test_the_labels_of_a_hidden_target_decide_no_split(tmp_path):
-    """Not of `Shifted`, which hides what it wraps, nor of a source that becomes the target."""
+    """Not of `SyntheticDomains`, which hides what it wraps, nor of a source that becomes the target."""
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     found = []
     for name, labels in (("a", np.arange(60) % 3), ("b", np.random.default_rng(1).permutation(60) % 3)):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=labels)
         shifts = {"a": NoShift(), "b": Rotation(30)}
-        data = Shifted(ImageArrays(source=tmp_path / f"{name}.npz"), shifts, target="b")
+        data = SyntheticDomains(ImageArrays(source=tmp_path / f"{name}.npz"), shifts, target="b")
         found.append([data.domains(split)["target"].images for split in ("train", "val", "test")])
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_coloured_labels():
-    data = Shifted(Digits(), {"a": SpuriousColour(0.1, 0.0)}, split_samples=False)
+    data = SyntheticDomains(Digits(), {"a": SpuriousColour(0.1, 0.0)}, split_samples=False)
     whole, coloured = Digits().domains("train")["target"], data.domains("train")["source"]
     assert len(data.class_names) == 2
     assert np.array_equal(coloured.targets, whole.targets // 5)
 
 
 def test_folders_with_one_split_for_two(tree):
-    data = Shifted(ImageFolders(tree, image_size=20), ROTATED, target="r60", num_workers=0)
+    data = SyntheticDomains(ImageFolders(tree, image_size=20), ROTATED, target="r60", num_workers=0)
     parts = data.domains("train")
     assert parts["target"][0][0].shape == (3, 20, 20)
     assert parts["target"].ids[0].endswith(".png")
@@ -225,24 +234,24 @@ def test_folders_with_one_split_for_two(tree):
 def test_float_grey_images_and_too_few_samples(tmp_path):
     images = np.linspace(0, 1, 8 * 16).reshape(8, 4, 4)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(8) % 2)
-    data = Shifted(ImageArrays(source=tmp_path / "a.npz"), {"a": NoShift()})
+    data = SyntheticDomains(ImageArrays(source=tmp_path / "a.npz"), {"a": NoShift()})
     x, _ = data.domains("train")["source"][0]
     assert x.shape == (1, 4, 4)
     assert x.dtype == torch.uint8
     assert x.max() > 10
     with pytest.raises(DataError, match="2 val samples are too few for 3 domains"):
-        Shifted(ImageArrays(tmp_path / "a.npz"), ROTATED).domains("val")
+        SyntheticDomains(ImageArrays(tmp_path / "a.npz"), ROTATED).domains("val")
 
 
 def test_data_without_images(tmp_path):
     np.savez(tmp_path / "a.npz", features=np.zeros((9, 2)), labels=np.arange(9) % 2)
     with pytest.raises(DataError, match="data: TabularData gives"):
-        Shifted(datamodules.TabularData(tmp_path / "a.npz"), {"a": NoShift()}).domains("train")
+        SyntheticDomains(datamodules.TabularData(tmp_path / "a.npz"), {"a": NoShift()}).domains("train")
 
 
 CONFIG = """
 data:
-  class_path: Shifted
+  class_path: SyntheticDomains
   init_args:
     data: {class_path: ImageFolders, init_args: {target: tree, image_size: 28}}
     target: blurred

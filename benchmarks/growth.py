@@ -313,7 +313,7 @@ def embeddings_usual(rows):
 def saves(parameters):
     """What is checked before a checkpoint is saved, after the first one."""
     module = Classification(ConvNet(), 2, finetuning=FeatureExtraction())
-    module.backbone.frozen = nn.Parameter(torch.ones(parameters), requires_grad=False)
+    module.stages()[0].more = nn.Parameter(torch.ones(parameters), requires_grad=False)
     shutdown, trainer = GracefulShutdown(Path("last.ckpt"), None, ""), SimpleNamespace(global_step=0)
     for _ in range(2):
         start = time.perf_counter()

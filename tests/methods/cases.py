@@ -20,9 +20,19 @@ from lightning.pytorch import seed_everything
 from small_runs import exported, fit, same
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 
 from datamodules import TransferDataModule
-from tl_modules import AttentionTransfer, Backbone, Classification, ConvNet, LinearHead, Method, TabularMLP
+from tl_modules import (
+    AttentionTransfer,
+    Backbone,
+    BatchAugmentation,
+    Classification,
+    ConvNet,
+    LinearHead,
+    Method,
+    TabularMLP,
+)
 from tl_modules.backbones.weights import Pretrained
 from tl_modules.batch.samples import Batch
 from tl_modules.checkpoints import contents
@@ -31,12 +41,13 @@ KINDS = ("image", "vector")
 
 
 METHODS = exported(Method)
-PRODUCT = [(m, kind) for m, kind in itertools.product(METHODS, KINDS) if m is not AttentionTransfer or kind == "image"]
+OF_IMAGES = (AttentionTransfer, BatchAugmentation)
+PRODUCT = [(m, kind) for m, kind in itertools.product(METHODS, KINDS) if m not in OF_IMAGES or kind == "image"]
 
 
 def kind_of(method):
-    """Vectors, which are fast, but for a method that needs maps."""
-    return "image" if method is AttentionTransfer else "vector"
+    """Vectors, which are fast, but for a method that needs images."""
+    return "image" if method in OF_IMAGES else "vector"
 
 
 class Vectors(Backbone):
@@ -109,7 +120,11 @@ def teacher(kind, task=Classification, seed=0, names=("a", "b", "c")):
 
 def arguments(method, kind="vector", task=Classification):
     """What a method cannot do without."""
-    required = {"source_classes": lambda: 3, "teacher": lambda: teacher(kind, task)}
+    required = {
+        "source_classes": lambda: 3,
+        "teacher": lambda: teacher(kind, task),
+        "transforms": lambda: [v2.ColorJitter(0.5)],
+    }
     return {name: required[name]() for name in inspect.signature(method.__init__).parameters if name in required}
 
 

@@ -23,6 +23,7 @@ from tl_modules import (
     MCC,
     PADA,
     SHOT,
+    BatchAugmentation,
     Classification,
     ConvNet,
     CoTuning,
@@ -68,7 +69,7 @@ def test_every_method_on_every_task(method, task):
     trainer = fit(module, Several("image", values=not task.is_classification), epochs=1)
     names = [n for n, _ in module.named_methods() if f"train/{n}" in trainer.callback_metrics]
     assert names or isinstance(
-        module.methods[0], MixStyle | GroupDRO | Mixup
+        module.methods[0], BatchAugmentation | GroupDRO | MixStyle | Mixup
     )  # which has no term, as those that change the backbone
     tasks = [] if method is ADDA else ["task/source"]  # its backbone sees the target alone
     parts = [trainer.callback_metrics[f"train/{name}"] for name in (*tasks, *names)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from small_runs import exported, fit, same
+from torchvision.transforms import v2
 
 import tl_modules
 from tl_modules import Classification, FeatureExtraction, FineTuning, LastStages, Method, Regression, UserError
@@ -87,7 +88,7 @@ def test_every_strategy(name, strategy):
 
 
 ANYWHERE = {"AFN", "BSS", "DAN", "CORAL", "DANN", "L2SP", "SWD"}  # what these look at is always there
-REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would have no effect)|strong augmentation)"
+REFUSED = r"methods: (\w+ (needs|works (on|in)|augments|changes|keeps|mixes|would have no effect)|strong augmentation)"
 
 
 @pytest.mark.product(len(PLUGINS))
@@ -96,6 +97,8 @@ REFUSED = r"methods: (\w+ (needs|works (on|in)|changes|keeps|mixes|would have no
 def test_every_method(name, method, monkeypatch):
     """It trains, or one sentence says why it cannot; a teacher is another network of the plug-in."""
     options = {"source_classes": 3} if issubclass(method, tl_modules.LwF | tl_modules.CoTuning) else {}
+    if method is tl_modules.BatchAugmentation:
+        options["transforms"] = [v2.ColorJitter(0.5)]
     if issubclass(method, Distillation):
         options["teacher"] = "another"
         monkeypatch.setattr(Distillation, "read_run", staticmethod(lambda path: build(name, data_of(name))))

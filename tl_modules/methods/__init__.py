@@ -1,6 +1,7 @@
 """Methods: terms added to the task's loss."""
 
 from tl_modules.methods.adversarial import *
+from tl_modules.methods.augmentation import *
 from tl_modules.methods.base import *
 from tl_modules.methods.discrepancy import *
 from tl_modules.methods.distillation import *

@@ -217,7 +217,11 @@ class Reader:
             return self._of_tree(path, where)
         if path.suffix.lower() == ".txt":
             return {"unsplit": self._of_files({"": [path]}, where, lines=True)}
-        return {"unsplit": self._of_frame(read_frame(path, where, [self.text]), where)}
+        return {"unsplit": self._of_file(path, where)}
+
+    def _of_file(self, path: Path, where: str) -> Part:
+        names = [name for name in (self.label, self.group) if name is not None]
+        return self._of_frame(read_frame(path, where, [self.text], names), where)
 
     def _of_frame(self, frame: Any, where: str) -> Part:
         columns: list[str] = list(frame.columns)
@@ -266,11 +270,11 @@ class Reader:
     def _of_table(self, entry: Any, where: str) -> Part:
         inside = f"{where}/{entry.name}"
         if isinstance(entry, Path):
-            return self._of_frame(read_frame(entry, inside, [self.text]), inside)
+            return self._of_file(entry, inside)
         with TemporaryDirectory() as folder:  # for a zip file
             path = Path(folder, entry.name)
             path.write_bytes(entry.read_bytes())
-            return self._of_frame(read_frame(path, inside, [self.text]), inside)
+            return self._of_file(path, inside)
 
     def _of_classes(self, folder: Any, where: str) -> Part:
         entries = _visible(folder)

@@ -157,9 +157,11 @@ def test_texts_are_what_their_file_says(tmp_path):
     texts = TextFiles(tmp_path / "new.txt", label=None).whole()
     assert texts.texts == ["one\u2028line\x85\x0c still", "two", "three"]
     assert texts.ids == ["new.txt:1", "new.txt:2", "new.txt:3"]
-    (tmp_path / "t.csv").write_text("text,label\n" + "007,x\nTRUE,y\n" * 5)
-    texts = TextFiles(tmp_path / "t.csv").domains("train")["target"]
+    (tmp_path / "t.csv").write_text("text,label\n" + "007,TRUE\nTRUE,FALSE\n" * 5)
+    data = TextFiles(tmp_path / "t.csv")
+    texts = data.domains("train")["target"]
     assert {texts[i][0] for i in range(len(texts))} == {"007", "TRUE"}
+    assert data.class_names == ["FALSE", "TRUE"]
 
 
 @pytest.mark.parametrize("field", ["text", "label"])

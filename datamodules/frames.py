@@ -5,21 +5,34 @@ file -> delimiter and header (of text) -> typed columns; an empty cell is null
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import lzma
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from io import BytesIO, TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from datamodules.errors import DataError
+from datamodules.folders import is_litter
 
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # text that means a missing value
 DELIMITERS = "\t;|,"  # in order of preference; the comma is last, since it may be decimal
+PACKED: dict[bytes, Callable[[bytes], bytes]] = {  # by how files begin
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
+}
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's first line
 UNCUT = "\x1f"  # the delimiter of a file with one column
 EXAMINED = 100  # rows from which the format of a text file is inferred
 GROUPED = r"^[+-]?((\d+|[1-9]\d{0,2}(%s\d{3})+)(%s\d*)?|%s\d+)([eE][+-]?\d+)?$"
@@ -40,9 +53,10 @@ def read_frame(
 ) -> DataFrame:
     """Reads CSV, TSV and other delimited text, JSON, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
 
-    The suffix decides; any other file is text. Delimiter (tab, semicolon, bar, comma) and header of text are found from
-    its first lines: a header is text above numbers or dates, or, if everything is text, a first line without a number
-    whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
+    The suffix decides; any other file is text. A file packed by gzip, bzip2, xz or zip (one file) is unpacked in
+    memory. Delimiter (the one that a first line sep=; names, or tab, semicolon, bar, comma) and header of text are
+    found from its first lines: a header is text above numbers or dates, or, if everything is text, a first line without
+    a number whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
     cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like (`MISSING`)
     are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency sign, which is
     dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day (31.12.2024), or
@@ -68,22 +82,23 @@ def scan_frame(
     path: Path, where: str, texts: Collection[str] = (), names: Collection[int | str] | None = ()
 ) -> LazyFrame:
     """Returns the table as a lazy polars query, which can run in batches."""
-    kind = path.suffix.lower()
+    kind = unpacked_name(path.name).suffix.lower()
     try:
         import polars
 
-        if kind == ".json" and _is_array(path):
-            frame = polars.read_json(path, infer_schema_length=None).lazy()
+        source = _unpacked(path, where)
+        if kind == ".json" and _is_array(source):
+            frame = polars.read_json(source, infer_schema_length=None).lazy()
         elif kind in (".json", ".jsonl", ".ndjson"):
-            frame = polars.scan_ndjson(path, infer_schema_length=None)
+            frame = polars.scan_ndjson(source, infer_schema_length=None)
         elif kind == ".parquet":
-            frame = polars.scan_parquet(path)
+            frame = polars.scan_parquet(source)
         elif kind in (".arrow", ".feather", ".ipc"):
-            frame = polars.scan_ipc(path)
+            frame = polars.scan_ipc(source)
         elif kind in (".xlsx", ".xls", ".xlsb", ".ods"):
-            frame = polars.read_excel(path, infer_schema_length=None).lazy()
+            frame = polars.read_excel(source, infer_schema_length=None).lazy()
         else:
-            frame = _scan_text(path, where, texts, names)
+            frame = _scan_text(source, where, texts, names)
         columns = frame.collect_schema()
         if not columns or frame.limit(1).collect(engine="streaming").is_empty():
             raise DataError(f"{where} has no rows")
@@ -98,20 +113,53 @@ def scan_frame(
     return frame
 
 
-def _is_array(path: Path) -> bool:
-    """Returns whether a JSON file is one array, and not an object per line."""
+def unpacked_name(name: str) -> Path:
+    """Returns the name of a file without the suffix of its compression."""
+    path = Path(name)
+    return path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+
+
+def _unpacked(path: Path, where: str) -> Path | bytes:
+    """Returns the contents of a packed file, and otherwise the path."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            inside = [each.filename for each in archive.infolist() if not each.is_dir()]
+            files = [name for name in inside if not any(map(is_litter, name.split("/")))]
+            if len(files) != 1:
+                raise DataError(f"{where} holds {len(files)} files, not one table; unpack it and name one of them")
+            return archive.read(files[0])
     with path.open("rb") as file:
+        start = file.read(6)
+    unpack = next((unpack for mark, unpack in PACKED.items() if start.startswith(mark)), None)
+    return path if unpack is None else unpack(path.read_bytes())
+
+
+def _open(source: Path | bytes) -> IO[bytes]:
+    return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _open_text(source: Path | bytes) -> TextIOWrapper:
+    return TextIOWrapper(_open(source), encoding="utf-8-sig", newline="")
+
+
+def _is_array(source: Path | bytes) -> bool:
+    """Returns whether a JSON file is one array, and not an object per line."""
+    with _open(source) as file:
         return file.read(1024).lstrip()[:1] == b"["
 
 
-def _scan_text(path: Path, where: str, texts: Collection[str], names: Collection[int | str] | None) -> LazyFrame:
+def _scan_text(
+    source: Path | bytes, where: str, texts: Collection[str], names: Collection[int | str] | None
+) -> LazyFrame:
     import polars
 
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with _open_text(source) as file:
         head = file.read(1 << 20)
     if "\r" in head and "\n" not in head:
         raise DataError(f"{where} ends its lines by \\r alone; save it with \\n")
-    separator = _delimiter(head)
+    if named := SEPARATOR_LINE.match(head):
+        head = head[named.end() :]
+    separator = named[1] if named else _delimiter(head)
     rows = list(islice(_cut(head.splitlines(keepends=True), separator), EXAMINED))
     if not rows:
         raise DataError(f"{where} has no rows")
@@ -120,9 +168,10 @@ def _scan_text(path: Path, where: str, texts: Collection[str], names: Collection
     for name, count in Counter(columns).items():
         if count > 1:
             raise DataError(f"{where} has {count} columns named {name}; rename or remove all but one")
-    blank = _check_lines(path, separator, len(columns), where)
+    blank = _check_lines(source, bool(named), separator, len(columns), where)
     frame = polars.scan_csv(
-        path,
+        source,
+        skip_rows=bool(named),
         separator=separator,
         has_header=header,
         new_columns=columns,
@@ -195,24 +244,24 @@ def _is_quantity(cell: str) -> bool:
     return True
 
 
-def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
+def _check_lines(source: Path | bytes, skip: int, separator: str, width: int, where: str) -> bool:
     """Rejects a line with a different number of cells, which polars would pad; returns whether lines are empty."""
     mark, blank, odd = separator.encode(), False, False
-    with path.open("rb") as file:
-        for line in file:
+    with _open(source) as file:
+        for line in islice(file, skip, None):
             if line.isspace():
                 blank = True
             elif line.count(mark) != width - 1:
                 odd = True  # or a delimiter or line break inside quotes
                 break
     if odd:
-        with path.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.reader(text, delimiter=separator, skipinitialspace=True)
+        with _open_text(source) as text:
+            reader = csv.reader(islice(text, skip, None), delimiter=separator, skipinitialspace=True)
             for row in reader:
                 blank |= not row
                 if row and len(row) != width:
                     raise DataError(
-                        f"{where} line {reader.line_num} has {len(row)} cells, not {width} as the lines before"
+                        f"{where} line {skip + reader.line_num} has {len(row)} cells, not {width} as the lines before"
                     )
     return blank
 

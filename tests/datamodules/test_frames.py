@@ -1,5 +1,10 @@
 """Files of all formats, and the form of text files."""
 
+import bz2
+import gzip
+import lzma
+import zipfile
+
 import pytest
 
 from datamodules import DataError
@@ -44,6 +49,8 @@ def read(tmp_path):
         ("a;b;c\n1 200;1\u202f234,5;1'000\n7;2,25;5\n", {"a": [1200, 7], "b": [1234.5, 2.25], "c": [1000, 5]}),
         ("a;b\n1.234,50 €;3\n7,1 €;4\n", {"a": [1234.5, 7.1], "b": [3, 4]}),
         ("a,b\n$5,5%\n€5,5\n", {"a": ["$5", "€5"], "b": ["5%", "5"]}),  # two units, or one that only some have
+        ("sep=;\na;b\n1,5;x|y\n2;z|z\n", {"a": [1.5, 2], "b": ["x|y", "z|z"]}),  # Excel's first line
+        ("\ufeffSEP=^\r\na^b\r\n1^x\r\n\r\n2^y\r\n", {"a": [1, 2], "b": ["x", "y"]}),
         ("zip,b\n02116,0\n21345,0.5\n", {"zip": ["02116", "21345"], "b": [0.0, 0.5]}),  # a code
     ],
 )
@@ -118,6 +125,40 @@ def test_other_formats(read, tmp_path):
         assert read(text, name).equals(frame)
 
 
+def zipped(content):
+    with zipfile.ZipFile(path := "packed.zip", "w") as archive:
+        archive.writestr("__MACOSX/._a.csv", "litter")
+        archive.writestr("folder/a.csv", content)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress), (".zip", zipped), ("", gzip.compress)],
+)
+def test_packed_tables(tmp_path, monkeypatch, suffix, pack):
+    monkeypatch.chdir(tmp_path)
+    frame = polars.DataFrame({"a": [1, None], "b": ["x", "y"]})
+    frame.write_parquet("a.parquet")
+    contents = {"a.csv": b"a,b\n1,x\n,y\n", "a.jsonl": b'{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n'}
+    for name, content in (contents | {"a.parquet": (tmp_path / "a.parquet").read_bytes()}).items():
+        if suffix or name == "a.csv":  # some call a packed file .csv
+            (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
+            assert read_frame(tmp_path / f"{name}{suffix}", "w").equals(frame)
+
+
+def test_packed_files_that_are_no_table(tmp_path):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n1,x\n")[:-9])
+    with pytest.raises(DataError, match=r"w cannot be read as a table .Compressed file ended before"):
+        read_frame(tmp_path / "a.csv.gz", "w")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.csv", "1,2")
+        archive.writestr("b.csv", "1,2")
+    with pytest.raises(DataError, match="w holds 2 files, not one table; unpack it"):
+        read_frame(tmp_path / "a.zip", "w")
+
+
 def test_excel(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     pytest.importorskip("fastexcel")
@@ -134,6 +175,7 @@ def test_excel(tmp_path):
         ("", "a.csv", "target: a.csv has no rows"),
         ("a,b\n", "a.csv", "has no rows"),
         ("1,2\n3,4,5\n", "a.csv", "line 2 has 3 cells, not 2"),
+        ("sep=,\na,b\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns named a"),
         ("a,b\r1,2\r3,4\r", "a.csv", r"a.csv ends its lines by \\r alone; save it with \\n"),

@@ -200,6 +200,19 @@ def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
     return numeric, categorical
 
 
+def row_keys(*tables: Array) -> Array:
+    """Returns a hash of each row of tables with N rows, (N,) uint64; equal rows have equal hashes."""
+    keys = np.zeros(len(tables[0]), np.uint64)
+    generator = np.random.default_rng(0)
+    for table in tables:
+        bits = table.view(np.uint32 if table.dtype == np.float32 else np.uint64)
+        factors = generator.integers(0, 2**64, table.shape[1], np.uint64)
+        for start in range(0, len(keys), BLOCK >> 4):
+            rows = slice(start, start + (BLOCK >> 4))
+            keys[rows] += (bits[rows] * factors).sum(1)
+    return keys
+
+
 def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Array:
     """Returns a 0/1 column for each category, in the place of its column, as version 0.1 did.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
+from datamodules.near_copies import SIDE
 
 # raster formats only; HEIF if a Pillow plugin for it is installed and imported
 _FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
@@ -192,6 +193,11 @@ class FolderImages(FileSamples):
     def check(self, path: Path) -> None:
         """Decodes the file, a JPEG at a small scale."""
         replace(self.reader, resize=32).decode(path)
+
+    def thumbnail(self, path: str) -> np.ndarray[Any, Any]:
+        """Returns a small version of a file, stretched to (SIDE, SIDE, 3) uint8."""
+        image = replace(self.reader, resize=4 * SIDE).decode(Path(path))  # a JPEG at a reduced scale
+        return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
     def taken(self, rows: Sequence[int]) -> FolderImages:
         """Returns the images of these rows."""

@@ -56,12 +56,12 @@ def read_frame(
     The suffix decides; any other file is text. A file packed by gzip, bzip2, xz or zip (one file) is unpacked in
     memory. Delimiter (the one that a first line sep=; names, or tab, semicolon, bar, comma) and header of text are
     found from its first lines: a header is text above numbers or dates, or, if everything is text, a first line without
-    a number whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
-    cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like (`MISSING`)
-    are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency sign, which is
-    dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day (31.12.2024), or
-    with the month if cells like 12/31/2024 show it; if none shows the order, they stay text. Times in several zones are
-    converted to UTC.
+    a number whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and
+    an empty cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like
+    (`MISSING`) are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency
+    sign, which is dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day
+    (31.12.2024), or with the month if cells like 12/31/2024 show it; if none shows the order, they stay text. Times in
+    several zones are converted to UTC.
 
     Args:
         path: The file.

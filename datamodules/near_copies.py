@@ -70,8 +70,9 @@ def find_near_copies(
 
 def _edges(images: Array) -> Array:
     """Returns the brightness differences of neighbouring pixels, each image's of length 1, or 0 for a flat one."""
-    grey = images @ np.float32([0.299, 0.587, 0.114])
+    grey = images @ np.array([0.299, 0.587, 0.114], np.float32)
     parts = [np.diff(grey, axis=axis).reshape(len(images), -1) for axis in (1, 2)]
-    edges = np.concatenate(parts, 1)
+    edges: Array = np.concatenate(parts, 1)
     length = np.linalg.norm(edges, axis=1, keepdims=True)
-    return np.divide(edges, length, out=edges, where=length > 1)
+    np.divide(edges, length, out=edges, where=length > 1)
+    return edges

@@ -13,6 +13,7 @@ Numeric columns keep their order, categories are sorted by column name: a config
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from datamodules.arrays import empty_array
 from datamodules.errors import DataError
+from datamodules.frames import DATE
 from datamodules.splits import log
 
 if TYPE_CHECKING:
@@ -101,7 +103,12 @@ def read_cells(frame: LazyFrame, count: int, texts: Collection[str], numbers: Co
     for name in set(numbers) & {name for name, kind in kinds.items() if is_text(kind)}:
         lost = frame.select(polars.col(name).filter(numeric[name].is_null() & polars.col(name).is_not_null())).collect()
         if len(lost):
-            raise DataError(f"{where}: column {name} has '{lost[name][0]}', not a number; fix or remove the row")
+            cell = lost[name][0]
+            if re.match(DATE, cell):
+                raise DataError(
+                    f"{where}: column {name} has {cell}, and no cell tells the order of day and month; write 2024-12-31"
+                )
+            raise DataError(f"{where}: column {name} has '{cell}', not a number; fix or remove the row")
     return cells
 
 
@@ -191,6 +198,19 @@ def encode(cells: Cells, columns: Columns, where: str) -> tuple[Array, Array]:
     for name, new in unseen.items():
         log.warning("%s: column %s has values not seen in training (%s): they count as unknown", where, name, some(new))
     return numeric, categorical
+
+
+def row_keys(*tables: Array) -> Array:
+    """Returns a hash of each row of tables with N rows, (N,) uint64; equal rows have equal hashes."""
+    keys = np.zeros(len(tables[0]), np.uint64)
+    generator = np.random.default_rng(0)
+    for table in tables:
+        bits = table.view(np.uint32 if table.dtype == np.float32 else np.uint64)
+        factors = generator.integers(0, 2**64, table.shape[1], np.uint64)
+        for start in range(0, len(keys), BLOCK >> 4):
+            rows = slice(start, start + (BLOCK >> 4))
+            keys[rows] += (bits[rows] * factors).sum(1)
+    return keys
 
 
 def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Array:

@@ -23,10 +23,18 @@ from torch import Tensor
 
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
+from datamodules.near_copies import SIDE
 
-# raster formats only; HEIF if a Pillow plugin for it is installed and imported
+try:  # also in worker processes, which import this file
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+except ImportError:  # `decode` says so
+    pass
+
 _FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
 _FORMATS |= {"TIFF", "WEBP"}
+_HEIC = (".heic", ".heif", ".hif")
 _ORIENTATION = 0x0112  # the EXIF tag of the camera's orientation
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,9 +49,9 @@ _LONGEST = 4  # in short sides: of a longer strip only the middle is resized, wh
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Returns the file extensions of images that the installed Pillow reads, in lower case."""
+    """Returns the file extensions of images that the installed Pillow reads, in lower case, and those of HEIC."""
     known = Image.registered_extensions().items()
-    return tuple(ending for ending, format in known if format in _FORMATS and format in Image.OPEN)
+    return (*_HEIC, *(ending for ending, format in known if format in _FORMATS and format in Image.OPEN))
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,11 @@ class ImageReader:
             An RGB image.
 
         Raises:
-            DataError: It is not an image, is truncated or too large, or its values have no known range (32 bits,
-                float).
+            DataError: It is not an image, is truncated or too large, its values have no known range (32 bits, float),
+                or it is HEIC without pillow-heif.
         """
+        if path.suffix.lower() in _HEIC and "HEIF" not in Image.OPEN:
+            raise DataError(f"{path}: HEIC needs pillow-heif: pip install 'lightning-transfer[heic]'")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
@@ -192,6 +202,11 @@ class FolderImages(FileSamples):
     def check(self, path: Path) -> None:
         """Decodes the file, a JPEG at a small scale."""
         replace(self.reader, resize=32).decode(path)
+
+    def thumbnail(self, path: str) -> np.ndarray[Any, Any]:
+        """Returns a small version of a file, stretched to (SIDE, SIDE, 3) uint8."""
+        image = replace(self.reader, resize=4 * SIDE).decode(Path(path))  # a JPEG at a reduced scale
+        return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
     def taken(self, rows: Sequence[int]) -> FolderImages:
         """Returns the images of these rows."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
 from datamodules.base import TransferDataModule
+from datamodules.decoding import FolderImages
 from datamodules.errors import DataError, printable
 from datamodules.files import FileSamples, find_copies
+from datamodules.near_copies import MOST, SECONDS, find_near_copies
 from datamodules.splits import SPLIT_NAMES, SPLITS, Subset, complete_splits, ids_of, log
 
 
@@ -55,7 +57,7 @@ class FileDomains(TransferDataModule):
             self.warn_of_copies()
 
     def warn_of_copies(self) -> None:
-        """Warns of files that are also in another split: they make results look better than they are."""
+        """Warns of files and images that are also in another split: they make results look better than they are."""
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
         seen: list[Dataset[Any]] = []
         for name in self.wheres:
@@ -64,12 +66,17 @@ class FileDomains(TransferDataModule):
                 if isinstance(whole, FileSamples) and not any(part is other for other in seen):
                     files[split] += ids_of(part)
                     seen.append(part)
-        if copies := find_copies(files):
-            (one, first), *others = copies[0]
-            other, second = next(each for each in others if each[0] != one)
-            where = f"{first} ({one}) and {second} ({other})"
-            told = "%d files are in several splits, byte for byte, e.g. %s: results will look better than they are"
-            log.warning(told, len(copies), printable(where))
+        copies = find_copies(files)
+        _warn_of(copies, "%d files are in several splits, byte for byte")
+        images = [part.dataset if isinstance(part, Subset) else part for part in seen]
+        if images and isinstance(images[0], FolderImages):
+            same = {path: number for number, group in enumerate(copies) for _, path in group}
+            pairs, compared = find_near_copies(files, images[0].thumbnail)
+            pairs = [pair for pair in pairs if len({same.get(path, path) for _, path in pair}) > 1]
+            _warn_of(pairs, "%d pairs of images in different splits look the same")
+            if compared < (total := sum(map(len, files.values()))):
+                told = "searched %d of %d images for those that look the same (at most %d, in %g seconds)"
+                log.info(told, compared, total, MOST, SECONDS)
 
     def splits(self, name: str) -> Mapping[str, Dataset[Any]]:
         """Returns the data set of each split of a domain, the same objects each time."""
@@ -103,3 +110,12 @@ class FileDomains(TransferDataModule):
         if (whole := self.whole()) is not None:
             self._domains["test"] = {"target": whole}
         return super().predict_dataloader()
+
+
+def _warn_of(groups: Sequence[Sequence[tuple[str, str]]], what: str) -> None:
+    """Warns of groups of (split, path), with an example."""
+    if groups:
+        (one, first), *others = groups[0]
+        other, second = next(each for each in others if each[0] != one)
+        where = printable(f"{first} ({one}) and {second} ({other})")
+        log.warning(f"{what}, e.g. %s: results will look better than they are", len(groups), where)

@@ -5,70 +5,100 @@ file -> delimiter and header (of text) -> typed columns; an empty cell is null
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import lzma
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Collection, Sequence
-from datetime import datetime
+from collections.abc import Callable, Collection, Sequence
+from io import BytesIO, TextIOWrapper
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from datamodules.errors import DataError
+from datamodules.folders import is_litter
 
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # text that means a missing value
 DELIMITERS = "\t;|,"  # in order of preference; the comma is last, since it may be decimal
+PACKED: dict[bytes, Callable[[bytes], bytes]] = {  # by how files begin
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
+}
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's first line
 UNCUT = "\x1f"  # the delimiter of a file with one column
 EXAMINED = 100  # rows from which the format of a text file is inferred
-GROUPED = r"^[+-]?(\d+|[1-9]\d{0,2}(%s\d{3})+)?(%s\d*)?([eE][+-]?\d+)?$"
+GROUPED = r"^[+-]?((\d+|[1-9]\d{0,2}(%s\d{3})+)(%s\d*)?|%s\d+)([eE][+-]?\d+)?$"
+SPACES = " '’\u00a0\u202f"  # also between thousands
+COMMAS, POINTS = f"[,{SPACES}]", f"[.{SPACES}]"
+THOUSANDS, DECIMAL_COMMA = GROUPED % (COMMAS, r"\.", r"\."), GROUPED % (POINTS, ",", ",")  # 1,234.5 and 1.234,5
 CODE = r"^0\d+$"  # 02116 is not a quantity
-THOUSANDS, DECIMAL_COMMA = GROUPED % (",", r"\."), GROUPED % (r"\.", ",")  # 1,234.5 and 1.234,5
+UNITS = "%$€£¥"
+UNIT = rf"^([+-]?)\s*[{UNITS}]\s*|\s*[{UNITS}]$"  # before or after a number
+ISO = r"^(\d{4})([./-])(\d{1,2})[./-](\d{1,2})"  # 2024-12-31, 2024/12/31
+DAY = r"^(\d{1,2})([./-])(\d{1,2})[./-](\d{4}),?"  # 31.12.2024, 31/12/2024 or 12/31/2024
+DATE = r"^(\d{4}[./-]\d\d?[./-]\d\d?|\d\d?[./-]\d\d?[./-](\d\d|\d{4}))(,?[T ] *\d\d?:\d\d\S*( [AaPp][Mm])?)?$"  # any
+QUANTITY = rf"^[+-]?(?:[{UNITS}] *)?({THOUSANDS[1:-1]}|{DECIMAL_COMMA[1:-1]})(?: *[{UNITS}])?$"
 
 
-def read_frame(path: Path, where: str, texts: Collection[str] = ()) -> DataFrame:
+def read_frame(
+    path: Path, where: str, texts: Collection[str] = (), names: Collection[int | str] | None = ()
+) -> DataFrame:
     """Reads CSV, TSV and other delimited text, JSON, JSONL, parquet, Arrow (feather), or Excel (its first sheet).
 
-    The suffix decides; any other file is text. Delimiter (tab, semicolon, bar, comma) and header of text are found from
-    its first lines: a header is text above numbers or dates, or, if everything is text, a first line without a number
-    whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and an empty
-    cell is null; in a column whose other cells are numbers, ISO dates, or true and false, NA, ? and the like
-    (`MISSING`) are null too. Numbers may have thousands separators and a decimal comma; numbers with a leading zero,
-    e.g. 02116, are text. Times in several zones are converted to UTC.
+    The suffix decides; any other file is text. A file packed by gzip, bzip2, xz or zip (one file) is unpacked in
+    memory. Delimiter (the one that a first line sep=; names, or tab, semicolon, bar, comma) and header of text are
+    found from its first lines: a header is text above numbers or dates, or, if everything is text, a first line without
+    a number whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and
+    an empty cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like
+    (`MISSING`) are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency
+    sign, which is dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day
+    (31.12.2024), or with the month if cells like 12/31/2024 show it; if none shows the order, they stay text. Times in
+    several zones are converted to UTC.
 
     Args:
         path: The file.
         where: What messages call it, e.g. "target: wine.csv".
         texts: Columns of a text file that are left as they are, whatever they look like.
+        names: Columns of a text file that name things, such as classes, by name or number: numbers, or else text as
+            it is. None: all columns.
 
     Raises:
         DataError: polars is not installed, or the file cannot be read, is empty, has two columns of one name or a line
             with a different number of cells.
     """
-    frame: DataFrame = scan_frame(path, where, texts).collect()
+    frame: DataFrame = scan_frame(path, where, texts, names).collect()
     return frame
 
 
-def scan_frame(path: Path, where: str, texts: Collection[str] = ()) -> LazyFrame:
+def scan_frame(
+    path: Path, where: str, texts: Collection[str] = (), names: Collection[int | str] | None = ()
+) -> LazyFrame:
     """Returns the table as a lazy polars query, which can run in batches."""
-    kind = path.suffix.lower()
+    kind = unpacked_name(path.name).suffix.lower()
     try:
         import polars
 
-        if kind == ".json" and _is_array(path):
-            frame = polars.read_json(path, infer_schema_length=None).lazy()
+        source = _unpacked(path, where)
+        if kind == ".json" and _is_array(source):
+            frame = polars.read_json(source, infer_schema_length=None).lazy()
         elif kind in (".json", ".jsonl", ".ndjson"):
-            frame = polars.scan_ndjson(path, infer_schema_length=None)
+            frame = polars.scan_ndjson(source, infer_schema_length=None)
         elif kind == ".parquet":
-            frame = polars.scan_parquet(path)
+            frame = polars.scan_parquet(source)
         elif kind in (".arrow", ".feather", ".ipc"):
-            frame = polars.scan_ipc(path)
+            frame = polars.scan_ipc(source)
         elif kind in (".xlsx", ".xls", ".xlsb", ".ods"):
-            frame = polars.read_excel(path, infer_schema_length=None).lazy()
+            frame = polars.read_excel(source, infer_schema_length=None).lazy()
         else:
-            frame = _scan_text(path, where, texts)
+            frame = _scan_text(source, where, texts, names)
         columns = frame.collect_schema()
         if not columns or frame.limit(1).collect(engine="streaming").is_empty():
             raise DataError(f"{where} has no rows")
@@ -83,53 +113,91 @@ def scan_frame(path: Path, where: str, texts: Collection[str] = ()) -> LazyFrame
     return frame
 
 
-def _is_array(path: Path) -> bool:
-    """Returns whether a JSON file is one array, and not an object per line."""
+def unpacked_name(name: str) -> Path:
+    """Returns the name of a file without the suffix of its compression."""
+    path = Path(name)
+    return path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
+
+
+def _unpacked(path: Path, where: str) -> Path | bytes:
+    """Returns the contents of a packed file, and otherwise the path."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            inside = [each.filename for each in archive.infolist() if not each.is_dir()]
+            files = [name for name in inside if not any(map(is_litter, name.split("/")))]
+            if len(files) != 1:
+                raise DataError(f"{where} holds {len(files)} files, not one table; unpack it and name one of them")
+            return archive.read(files[0])
     with path.open("rb") as file:
+        start = file.read(6)
+    unpack = next((unpack for mark, unpack in PACKED.items() if start.startswith(mark)), None)
+    return path if unpack is None else unpack(path.read_bytes())
+
+
+def _open(source: Path | bytes) -> IO[bytes]:
+    return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _open_text(source: Path | bytes) -> TextIOWrapper:
+    return TextIOWrapper(_open(source), encoding="utf-8-sig", newline="")
+
+
+def _is_array(source: Path | bytes) -> bool:
+    """Returns whether a JSON file is one array, and not an object per line."""
+    with _open(source) as file:
         return file.read(1024).lstrip()[:1] == b"["
 
 
-def _scan_text(path: Path, where: str, texts: Collection[str]) -> LazyFrame:
+def _scan_text(
+    source: Path | bytes, where: str, texts: Collection[str], names: Collection[int | str] | None
+) -> LazyFrame:
     import polars
 
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with _open_text(source) as file:
         head = file.read(1 << 20)
     if "\r" in head and "\n" not in head:
         raise DataError(f"{where} ends its lines by \\r alone; save it with \\n")
-    separator = _delimiter(head)
+    if named := SEPARATOR_LINE.match(head):
+        head = head[named.end() :]
+    separator = named[1] if named else _delimiter(head)
     rows = list(islice(_cut(head.splitlines(keepends=True), separator), EXAMINED))
     if not rows:
         raise DataError(f"{where} has no rows")
     header = _is_header(rows[0], rows[1:])
-    names = (
-        [cell or str(position) for position, cell in enumerate(rows[0])]
-        if header
-        else list(map(str, range(len(rows[0]))))
-    )
-    for name, count in Counter(names).items():
+    columns = [cell if header and cell else str(position) for position, cell in enumerate(rows[0])]
+    for name, count in Counter(columns).items():
         if count > 1:
             raise DataError(f"{where} has {count} columns named {name}; rename or remove all but one")
-    blank = _check_lines(path, separator, len(names), where)
+    blank = _check_lines(source, bool(named), separator, len(columns), where)
     frame = polars.scan_csv(
-        path,
+        source,
+        skip_rows=bool(named),
         separator=separator,
         has_header=header,
-        new_columns=names,
+        new_columns=columns,
         infer_schema=False,  # polars would read all lines at every query
     )
     frame = frame.filter(~polars.all_horizontal(polars.all().is_null())) if blank else frame
-    frame = frame.with_columns(_plain(name) for name in names if name in texts)
-    return typed(frame, [name for name in names if name not in texts], _decimal_comma(rows, separator))
+    frame = frame.with_columns(_plain(name) for name in columns if name in texts)
+    width = len(columns)
+    kept = [n for at, n in enumerate(columns) if names is None or {n, at, at - width} & {*names}]
+    return typed(frame, [name for name in columns if name not in texts], _decimal_comma(rows, separator), kept)
 
 
 def _decimal_comma(rows: Sequence[Sequence[str]], separator: str) -> bool:
     """Returns whether commas are decimal: a cell shows it, or the delimiter is ; and no cell shows the opposite."""
-    forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)) for row in rows for cell in row if "," in cell}
+    cells = [_bare(cell) for row in rows for cell in row if "," in cell]
+    forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)) for cell in cells}
     return (False, True) in forms or (separator == ";" and (True, True) in forms and (True, False) not in forms)
 
 
+def _bare(cell: str) -> str:
+    """Drops the unit of a number."""
+    return re.sub(UNIT, r"\1", cell, count=1)
+
+
 def _fits(form: str, cell: str) -> bool:
-    return re.match(form, cell) is not None and any(map(str.isdigit, cell))
+    return re.match(form, cell) is not None
 
 
 def _cut(lines: Any, separator: str) -> Any:
@@ -163,40 +231,48 @@ def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 def _is_number(cell: str) -> bool:
     """Returns whether a cell is a number or a date."""
+    return _is_quantity(cell) or re.match(f"{ISO}|{DAY}", cell) is not None
+
+
+def _is_quantity(cell: str) -> bool:
+    """Returns whether a cell is a number, perhaps with a unit."""
+    cell = _bare(cell)
     try:
         float(cell)
     except ValueError:
-        try:
-            datetime.fromisoformat(cell.removesuffix("Z"))
-        except ValueError:
-            return _fits(THOUSANDS, cell) or _fits(DECIMAL_COMMA, cell)
+        return _fits(THOUSANDS, cell) or _fits(DECIMAL_COMMA, cell)
     return True
 
 
-def _check_lines(path: Path, separator: str, width: int, where: str) -> bool:
+def _check_lines(source: Path | bytes, skip: int, separator: str, width: int, where: str) -> bool:
     """Rejects a line with a different number of cells, which polars would pad; returns whether lines are empty."""
     mark, blank, odd = separator.encode(), False, False
-    with path.open("rb") as file:
-        for line in file:
+    with _open(source) as file:
+        for line in islice(file, skip, None):
             if line.isspace():
                 blank = True
             elif line.count(mark) != width - 1:
                 odd = True  # or a delimiter or line break inside quotes
                 break
     if odd:
-        with path.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.reader(text, delimiter=separator, skipinitialspace=True)
+        with _open_text(source) as text:
+            reader = csv.reader(islice(text, skip, None), delimiter=separator, skipinitialspace=True)
             for row in reader:
                 blank |= not row
                 if row and len(row) != width:
                     raise DataError(
-                        f"{where} line {reader.line_num} has {len(row)} cells, not {width} as the lines before"
+                        f"{where} line {skip + reader.line_num} has {len(row)} cells, not {width} as the lines before"
                     )
     return blank
 
 
-def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False) -> LazyFrame:
-    """Strips text columns, and converts them to numbers, dates or booleans if all cells that are not missing are."""
+def typed(
+    frame: LazyFrame, names: Collection[str], decimal_comma: bool = False, kept: Collection[str] = ()
+) -> LazyFrame:
+    """Strips text columns, and converts them to numbers, dates or booleans if all cells that are not missing are.
+
+    Of the columns `kept`, dates and booleans stay text.
+    """
     import polars
 
     kinds = frame.collect_schema()
@@ -217,7 +293,10 @@ def typed(frame: LazyFrame, names: Collection[str], decimal_comma: bool = False)
         ).collect(engine="streaming")
         for name, values in left.items():
             fits = [value for number, value in enumerate(values) if not lost[f"{name}/{number}"].item()]
-            if fits:
+            cell = first[name].item() or ""
+            if fits and name in kept and not _is_quantity(cell):
+                found[name] = there[name]
+            elif len(fits) == 1 or (fits and not re.match(DAY, cell)):  # two fit 01/02/2024
                 found[name] = fits[0]
     return frame.with_columns(found.get(name, _plain(name)).alias(name) for name in texts)
 
@@ -240,15 +319,30 @@ def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
         truth = text.str.to_lowercase()
         known = first.lower() in ("true", "false")
         return [polars.when(truth.is_in(("true", "false"))).then(truth == "true")] if known else []
-    if "-" in first[1:] and ":" not in first and "e" not in first.lower():
-        return [text.str.to_date("%Y-%m-%d", strict=False)]
-    if ":" in first:
-        time = text.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
-        local = [time.str.to_datetime(f"%Y-%m-%d {clock}", strict=False) for clock in ("%H:%M:%S%.f", "%H:%M")]
-        zoned = time.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
-        return [polars.coalesce(local), zoned.dt.convert_time_zone("UTC").dt.replace_time_zone(None)]
-    point = text.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
+    if date := re.match(ISO, first):
+        return _times(text if date[2] == "-" else text.str.replace(ISO, "${1}-${3}-${4}"), first)
+    if date := re.match(DAY, first):
+        form = DAY.replace("[./-]", re.escape(date[2]))
+        orders = ["${4}-${3}-${1}"] + ["${4}-${1}-${3}"] * (date[2] != ".")
+        return [_times(text.str.replace(form, order), first)[0] for order in orders]
+    if unit := re.search(f"[{UNITS}]", first):
+        form = UNIT.replace(f"[{UNITS}]", re.escape(unit[0]))  # the same in all cells
+        text = polars.when(text.str.contains(form)).then(text.str.replace(form, "${1}"))
+    point = text.str.replace_all(POINTS, "").str.replace(",", ".", literal=True)
     comma = polars.when(text.str.contains(DECIMAL_COMMA)).then(point)
-    thousands = polars.when(text.str.contains(THOUSANDS)).then(text.str.replace_all(",", "", literal=True))
+    thousands = polars.when(text.str.contains(THOUSANDS)).then(text.str.replace_all(COMMAS, ""))
     floats = [comma, text, thousands] if decimal_comma else [text, thousands, comma]
     return [text.cast(polars.Int64, strict=False), *(form.cast(polars.Float64, strict=False) for form in floats)]
+
+
+def _times(text: Any, first: str) -> list[Any]:
+    """Returns the conversions of ISO text to dates, or to times if the first cell has a clock."""
+    import polars
+
+    if ":" not in first:
+        return [text.str.to_date("%Y-%m-%d", strict=False)]
+    time = text.str.replace("T", " ", literal=True).str.replace("Z$", "+00:00")
+    clocks = ("%I:%M:%S %p", "%I:%M %p") if first[-1] in "mM" else ("%H:%M:%S%.f", "%H:%M")
+    local = [time.str.to_datetime(f"%Y-%m-%d {clock}", strict=False) for clock in clocks]
+    zoned = time.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
+    return [polars.coalesce(local), zoned.dt.convert_time_zone("UTC").dt.replace_time_zone(None)]

@@ -173,7 +173,7 @@ def _by_pattern(names: Sequence[str], paths: Paths, where: str, pattern: str) ->
 def _from_table(table: Path, column: str) -> Listing:
     from datamodules.frames import read_frame
 
-    frame = read_frame(table, str(table), [column])
+    frame = read_frame(table, str(table), [column], names=None)
     check_known("file", column, frame.columns, "column")
     fields = {
         name: np.array(["" if cell is None else str(cell) for cell in frame[name].to_list()], dtype=str)

@@ -148,7 +148,8 @@ class Paired(FileDomains):
         self.paths: dict[str, Path] = {name: path for name, path in found.items() if path is not None}
         self.wheres = {name: f"{name}: {path}" for name, path in self.paths.items()}
         texts = [column for column in (image, source_image, text) if column is not None]
-        frames = {name: read_frame(path, self.wheres[name], texts) for name, path in self.paths.items()}
+        names = [column for column in (label, split, group) if column is not None]
+        frames = {name: read_frame(path, self.wheres[name], texts, names) for name, path in self.paths.items()}
         weight = None if label is None else weight
         given: dict[str, Any] = {
             "image": image and {"image": {}},

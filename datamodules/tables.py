@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
 from datamodules.errors import DataError, check_known
-from datamodules.frames import MISSING, scan_frame, typed
+from datamodules.frames import DATE, MISSING, QUANTITY, scan_frame, typed
 from datamodules.labels import read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLIT_NAMES, log
@@ -96,7 +96,8 @@ def read_table(
     assert path is not None
     where = f"{name}: {path}"
     if not path.is_dir() and path.suffix != ".npz":
-        return _read_frame(scan_frame(path, where), where, label, group, drop, weight)
+        names = [each for each in (label, group) if each is not None]
+        return _read_frame(scan_frame(path, where, names=names), where, label, group, drop, weight)
     if weight is not None:
         raise DataError(f"weight: {where} is not a table with a column {weight}; leave it out")
     try:
@@ -200,7 +201,7 @@ def read_columns(
         texts: Collection[str] = {*wanted, *text} if categories is None else categories
         for name, frame in frames.items() if categories is None else ():
             own = [column for column in texts if column not in wanted and is_text(kinds[name][column])]
-            _check_numbers(frame, own, tables[name].where)
+            _check_texts(frame, own, tables[name].where)
         known = shared
     else:
         texts = columns["categorical"]
@@ -218,21 +219,32 @@ def read_columns(
         )
 
 
-def _check_numbers(frame: LazyFrame, names: Sequence[str], where: str) -> None:
-    """Rejects text columns that are mostly numbers, if their other cells repeat one or two texts: gaps, or names?"""
+def _check_texts(frame: LazyFrame, names: Sequence[str], where: str) -> None:
+    """Rejects text columns that are mostly numbers or dates, if one or two texts are repeated, or whose dates are open.
+
+    Such texts could be gaps, or the whole column names.
+    """
     import polars
 
-    text = {name: polars.col(name).cast(polars.String) for name in names}
+    text = {name: polars.col(name).cast(polars.String).str.strip_chars() for name in names}
     there = {name: cell.filter(cell.is_in(MISSING).not_()) for name, cell in text.items()}
-    is_odd = {name: cell.cast(polars.Float64, strict=False).is_null() for name, cell in there.items()}
+    is_odd = {name: cell.str.contains(f"{QUANTITY}|{DATE}").not_() for name, cell in there.items()}
     odd = {name: there[name].filter(is_odd[name]) for name in names}
-    shares = frame.select(cell.mean().alias(name) for name, cell in is_odd.items()).collect(engine="streaming")
+    dates = {f"{name}/": there[name].str.contains(DATE).all() for name in names}
+    shares = {name: cell.mean() for name, cell in is_odd.items()}
+    found = frame.select(**shares, **dates).collect(engine="streaming")
     for name in names:
-        if 0 < (shares[name].item() or 0) < 0.5 and frame.select(odd[name].n_unique()).collect().item() <= FEW:
+        if 0 < (found[name].item() or 0) < 0.5 and frame.select(odd[name].n_unique()).collect().item() <= FEW:
             cell = frame.select(odd[name].first()).collect().item()
             raise DataError(
-                f"{where}: column {name} has '{cell}' among numbers; pass --data.missing.{name} '{cell}' if it means a "
-                f"gap, --data.categorical+={name} if all of them are names, or correct the column"
+                f"{where}: column {name} has '{cell}' among numbers or dates; pass --data.missing.{name} '{cell}' if "
+                f"it means a gap, --data.categorical+={name} if all of them are names, or correct the column"
+            )
+        if found[f"{name}/"].item() and found[name].item() is not None:
+            raise DataError(
+                f"{where}: column {name} has dates like {frame.select(there[name].first()).collect().item()}, and its "
+                "cells do not tell the order of day, month and year, or differ in it; write 2024-12-31, or pass "
+                f"--data.categorical+={name} or --data.drop+={name}"
             )
 
 

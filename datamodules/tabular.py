@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.columns import Cells, Columns, encode, kinds_of, learn, numeric_names, one_hot
+from datamodules.columns import Cells, Columns, encode, kinds_of, learn, numeric_names, one_hot, row_keys
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
 from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
@@ -182,6 +182,23 @@ class TabularData(FileDomains):
                 whole.encode(numeric, np.zeros((len(whole), 0), np.int64))
             else:
                 whole.encode(*encode(whole.cells, cast(Columns, self._columns), self.wheres[name]))
+
+    def warn_of_copies(self) -> None:
+        """Tells how many rows of validation and test have the values of a training row; labels are not read."""
+        self._learn()
+        found: dict[bool, list[Array]] = {True: [], False: []}
+        for name, whole in self._whole.items():
+            keys = row_keys(whole.numeric.numpy(), whole.categorical.numpy())
+            splits = self.splits(name)
+            for split, part in splits.items():
+                if split != "test" or part is not splits.get("val"):
+                    found[split == "train"].append(keys[cast(Subset, part).rows])
+        if found[True] and found[False]:
+            repeated = np.isin(np.concatenate(found[False]), np.concatenate(found[True]))
+            where, count = ", ".join(self.wheres.values()), int(repeated.sum())
+            if count:
+                told = "%s: %d of %d rows for validation and testing have the same values as a training row"
+                log.info(told, where, count, len(repeated))
 
     def parts(self, name: str) -> Mapping[str, Dataset[Any]]:
         """Returns the rows of a domain by split, as far as its file defines splits."""

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.errors import DataError, check_known
 from datamodules.file_domains import FileDomains
 from datamodules.folders import is_litter
-from datamodules.frames import read_frame
+from datamodules.frames import read_frame, unpacked_name
 from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
 from datamodules.paths import expand_path
 from datamodules.splits import SPLITS, content_hash, no_labels, split_of
@@ -60,7 +60,7 @@ class Texts(Dataset[Any]):
 class TextFiles(FileDomains):
     """Texts and their labels, for either domain.
 
-        FILE.csv .tsv .jsonl .parquet ...        a table with columns `text` and `label`
+        FILE.csv .tsv .jsonl .parquet .gz ...    a table with columns `text` and `label`
         DIR/train.csv val.csv test.csv           a table for each split
         DIR/<class>/*.txt                        a folder per class, a file per text
         DIR/name.<class> or DIR/<class>.txt      a file per class, a line per text; parts common to all names are
@@ -217,7 +217,11 @@ class Reader:
             return self._of_tree(path, where)
         if path.suffix.lower() == ".txt":
             return {"unsplit": self._of_files({"": [path]}, where, lines=True)}
-        return {"unsplit": self._of_frame(read_frame(path, where, [self.text]), where)}
+        return {"unsplit": self._of_file(path, where)}
+
+    def _of_file(self, path: Path, where: str) -> Part:
+        names = [name for name in (self.label, self.group) if name is not None]
+        return self._of_frame(read_frame(path, where, [self.text], names), where)
 
     def _of_frame(self, frame: Any, where: str) -> Part:
         columns: list[str] = list(frame.columns)
@@ -245,7 +249,8 @@ class Reader:
     def _of_tree(self, root: Any, where: str) -> dict[str, Part]:
         while len(inner := _visible(root)) == 1 and inner[0].is_dir():
             root = inner[0]  # zip files often have a single top folder
-        tables = {entry.name.rpartition(".")[0]: entry for entry in inner if _suffix(entry) in TABLES}
+        files = [(unpacked_name(entry.name), entry) for entry in inner if not entry.is_dir()]
+        tables = {name.stem: entry for name, entry in files if name.suffix.lower() in TABLES}
         folders = {entry.name: entry for entry in inner if entry.is_dir()}
         read, parts = (self._of_table, tables) if tables else (self._of_classes, folders)
         found: dict[str, Part] = {}
@@ -266,11 +271,11 @@ class Reader:
     def _of_table(self, entry: Any, where: str) -> Part:
         inside = f"{where}/{entry.name}"
         if isinstance(entry, Path):
-            return self._of_frame(read_frame(entry, inside, [self.text]), inside)
+            return self._of_file(entry, inside)
         with TemporaryDirectory() as folder:  # for a zip file
             path = Path(folder, entry.name)
             path.write_bytes(entry.read_bytes())
-            return self._of_frame(read_frame(path, inside, [self.text]), inside)
+            return self._of_file(path, inside)
 
     def _of_classes(self, folder: Any, where: str) -> Part:
         entries = _visible(folder)
@@ -335,7 +340,3 @@ def _files(folder: Any) -> Iterator[Any]:
             yield from _files(entry)
         else:
             yield entry
-
-
-def _suffix(entry: Any) -> str:
-    return "" if entry.is_dir() else Path(entry.name).suffix.lower()

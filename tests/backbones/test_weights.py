@@ -3,6 +3,7 @@
 import argparse
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -163,6 +164,28 @@ def test_a_body_of_fastai_has_numbers_for_names(tmp_path):
     assert same(TorchvisionBackbone("resnet18", weights=tmp_path / "w.pth"), there)
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("resnet18", {"layer_type": "basic", "depths": [2] * 4, "hidden_sizes": [64, 128, 256, 512]}), ("resnet50", {})],
+)
+def test_a_resnet_of_hugging_face(name, form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    there = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=7, **form)).double().eval()
+    for module in there.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    there.save_pretrained(tmp_path)
+    here = TorchvisionBackbone(name, weights=tmp_path / "model.safetensors").double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+    with torch.no_grad():
+        ours, theirs = here.model(x).flatten(1), there.resnet(x).pooler_output.flatten(1)
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max())
+    assert torch.equal(here.pretrained.head["weight"].double(), there.classifier[1].weight)
+    with pytest.raises(UserError, match=r"none of its .* tensors \(resnet\.embedder\..* has a name"):
+        ConvNet(4, weights=tmp_path / "model.safetensors")
+
+
 def test_several_prefixes_are_asked_for(tmp_path):
     one, two = TorchvisionBackbone("squeezenet1_1"), TorchvisionBackbone("squeezenet1_1")
     torch.save({"params": one.model.state_dict(), "params_ema": two.model.state_dict()}, tmp_path / "w.pth")
@@ -198,10 +221,26 @@ def test_errors_show_what_is_found_and_wanted(tmp_path):
         ConvNet(4, weights=tmp_path / "w.pth")
 
 
-def test_a_namespace_hides_no_code(tmp_path):
-    torch.save({"state_dict": {}, "args": argparse.Namespace(x=Evil())}, tmp_path / "w.pth")
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_numbers_of_numpy_beside_the_weights(core, tmp_path):
+    there = ConvNet(4)
+    beside = {"loss": np.float64(0.5), "step": np.int64(3), "curve": np.arange(3.0), "name": np.str_("a")}
+    content = {"model": there.model.state_dict(), **beside}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    written = (tmp_path / "w.pth").read_bytes()
+    assert b"multiarray\nscalar" in written
+    mine = b"_core" if b"numpy._core" in written else b"core"
+    (tmp_path / "w.pth").write_bytes(written.replace(b"numpy.%s.multi" % mine, b"numpy.%s.multi" % core.encode()))
+    assert same(ConvNet(4, weights=tmp_path / "w.pth"), there)
+
+
+@pytest.mark.parametrize("hide", [lambda x: argparse.Namespace(x=x), lambda x: np.array([x]), lambda x: {"x": x}])
+def test_nothing_hides_code(hide, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "args": hide(Evil())}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="could run code"):
         read_weights(tmp_path / "w.pth")
+    assert not (tmp_path / "evil").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,12 +80,12 @@ def test_a_pattern_says_label_split_group_and_domain(tmp_path):
 def test_a_table_lists_paths_labels_and_splits(tmp_path):
     pytest.importorskip("polars")
     digits(tmp_path / "wav")
-    lines = [f"wav/{n}_{s}_{i}.wav,{'abc'[n]},{s},{'test' if i == 3 else 'train'},{n + 0.5}" for n in (0, 1)
+    lines = [f"wav/{n}_{s}_{i}.wav,{['FALSE', 'TRUE'][n]},{s},{'test' if i == 3 else 'train'},{n + 0.5}" for n in (0, 1)
              for s in ("ann", "bob") for i in range(4)]  # fmt: skip
     table = tmp_path / "labels.csv"
     table.write_text("\n".join(["file,word,speaker,split,score", *lines]))
     classes = data(table, label="word", group="speaker", val_fraction=0.3)
-    assert classes.class_names == ["a", "b"]
+    assert classes.class_names == ["FALSE", "TRUE"]
     assert sizes(classes, "test") == {"target": 4}
     wave, label = classes.split_domains("test")["target"][0]
     assert (wave.shape, wave.dtype, label) == ((64,), torch.float32, 0)

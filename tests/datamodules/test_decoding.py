@@ -63,15 +63,55 @@ def animated(*colours):
         ("pages.tif", animated("red", "blue"), [255, 0, 0]),
         ("ycbcr.tif", Image.new("RGB", (8, 8), (255, 0, 0)).convert("YCbCr"), [254, 0, 0]),
         ("photo.avif", Image.new("RGB", (8, 8), (255, 0, 0)), [254, 0, 0]),
+        ("photo.HEIC", Image.new("RGB", (64, 64), (255, 0, 0)), [254, 0, 0]),
+        ("alpha.heic", shape_in_alpha().resize((64, 64), Image.Resampling.NEAREST), [191, 191, 191]),
     ],
 )
 def test_kinds_of_images(name, drawn, wanted, tmp_path):
     if name.endswith("avif") and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
+    if name.lower().endswith("heic"):
+        pytest.importorskip("pillow_heif")
     image, options = drawn if isinstance(drawn, tuple) else (drawn, {})
     image.save(tmp_path / name, **options)
     found = colour(tmp_path / name)
     assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) <= 2, found
+
+
+def test_heic_needs_its_plugin(tl, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            for number in range(4):
+                path = tmp_path / "t" / split / label / f"IMG_{number}.HEIC"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"\0\0\0\x24ftypheic")
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    line = (
+        "fit --trainer.max_epochs 1 --model Classification --model.backbone ConvNet --data ImageFolders --data.target t"
+    )
+    result = tl(f"{line} --data.num_workers 0")
+    assert result.code == 2
+    assert "HEIC: HEIC needs pillow-heif: pip install 'lightning-transfer[heic]'" in result.err
+
+
+def test_heic_trains_and_predicts(ok, tmp_path):
+    pytest.importorskip("pillow_heif")
+    for split, label, number in ((s, c, i) for s in ("train", "val") for c in ("red", "blue") for i in range(4)):
+        path = tmp_path / "t" / split / label / f"IMG_{number}.HEIC"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64 + number, 64), label).save(path, exif=exif(ROTATED))
+    line = (
+        "fit --trainer.max_epochs 1 --model Classification --model.backbone ConvNet --data ImageFolders --data.target t"
+    )
+    ok(f"{line} --data.image_size 32 --data.num_workers 1 --name h")
+    ok("predict --run runs/h")
+    assert (tmp_path / "runs/h/version_0/predictions.csv").read_text().count(".HEIC") == 8
+
+
+def test_heic_is_upright(tmp_path):
+    pytest.importorskip("pillow_heif")
+    Image.new("RGB", (64, 32), "blue").save(tmp_path / "a.heic", exif=exif(ROTATED))
+    assert reader().decode(tmp_path / "a.heic").size == (32, 64)
 
 
 def test_the_background_is_the_users_to_choose(tmp_path):

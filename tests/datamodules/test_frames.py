@@ -1,5 +1,10 @@
 """Files of all formats, and the form of text files."""
 
+import bz2
+import gzip
+import lzma
+import zipfile
+
 import pytest
 
 from datamodules import DataError
@@ -39,6 +44,13 @@ def read(tmp_path):
         ("a;b\n1,234;2,500.5\n2,500;1\n", {"a": [1234, 2500], "b": [2500.5, 1]}),
         ('a,b\n"1,5",x\n"2,25",-\n', {"a": [1.5, 2.25], "b": ["x", "-"]}),  # decimal commas beside others
         ("a\tb\n1,5\t3\n2,25\t4\n", {"a": [1.5, 2.25], "b": [3, 4]}),
+        ("a,b,c\n12%,$1,-€ 2\n3.5 %,$2,€3\nNA,-$3,€4\n", {"a": [12, 3.5, None], "b": [1, 2, -3], "c": [-2, 3, 4]}),
+        ('a,b\n"$1,200",1.2e3\n"$2,000.5",7\n', {"a": [1200, 2000.5], "b": [1200, 7]}),
+        ("a;b;c\n1 200;1\u202f234,5;1'000\n7;2,25;5\n", {"a": [1200, 7], "b": [1234.5, 2.25], "c": [1000, 5]}),
+        ("a;b\n1.234,50 €;3\n7,1 €;4\n", {"a": [1234.5, 7.1], "b": [3, 4]}),
+        ("a,b\n$5,5%\n€5,5\n", {"a": ["$5", "€5"], "b": ["5%", "5"]}),  # two units, or one that only some have
+        ("sep=;\na;b\n1,5;x|y\n2;z|z\n", {"a": [1.5, 2], "b": ["x|y", "z|z"]}),  # Excel's first line
+        ("\ufeffSEP=^\r\na^b\r\n1^x\r\n\r\n2^y\r\n", {"a": [1, 2], "b": ["x", "y"]}),
         ("zip,b\n02116,0\n21345,0.5\n", {"zip": ["02116", "21345"], "b": [0.0, 0.5]}),  # a code
     ],
 )
@@ -68,6 +80,34 @@ def test_times_however_iso_writes_them(read, first, second):
     assert frame["a"].null_count() == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "times"),
+    [
+        ("31.12.2024", "1.2.2024", ["2024-12-31", "2024-02-01"]),
+        ("01.02.2024", "02.03.2024", ["2024-02-01", "2024-03-02"]),  # dots: the day comes first
+        ("31/12/2024", "1/2/2024", ["2024-12-31", "2024-02-01"]),
+        ("01/02/2024", "12/31/2024", ["2024-01-02", "2024-12-31"]),
+        ("2024/12/31", "2024/01/02", ["2024-12-31", "2024-01-02"]),
+        ("31-12-2024 14:30", "01-02-2024 07:00:30", ["2024-12-31 14:30:00", "2024-02-01 07:00:30"]),
+        ("12/31/2024 2:30:00 PM", "1/2/2024 11:00 AM", ["2024-12-31 14:30:00", "2024-01-02 11:00:00"]),
+        ("01/02/2024", "03/04/2024", None),
+        ("13/01/2024", "01/13/2024", None),
+        ("31.12.24", "30.12.24", None),
+    ],
+)
+def test_dates_as_people_write_them(read, first, second, times):
+    frame = read(f"a,b\n{first},1\n{second},2\n,3\n")
+    assert list(map(str, frame["a"].head(2))) == (times or [first, second])
+    assert frame["a"].dtype.is_temporal() == bool(times)
+
+
+def test_names_are_numbers_or_text_as_it_is(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b,c,d\nTRUE,31.12.2024,1.50,no\nFALSE,30.12.2024,NA,yes\n")
+    frame = read_frame(tmp_path / "a.csv", "w", names=["a", 1, -2])
+    assert frame.rows() == [("TRUE", "31.12.2024", 1.5, "no"), ("FALSE", "30.12.2024", None, "yes")]
+    assert read_frame(tmp_path / "a.csv", "w", names=None).equals(frame)
+
+
 def test_columns_that_are_text_whatever_they_look_like(tmp_path):
     (tmp_path / "a.csv").write_text("text,n\n 007,1\nTRUE,2\n2024-01-01,3\n,4\n")
     frame = read_frame(tmp_path / "a.csv", "w", ["text"])
@@ -83,6 +123,40 @@ def test_other_formats(read, tmp_path):
     lines = '{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n'
     for text, name in ((lines, "a.jsonl"), (lines, "a.json"), (f"[{lines.strip().replace(chr(10), ',')}]", "b.json")):
         assert read(text, name).equals(frame)
+
+
+def zipped(content):
+    with zipfile.ZipFile(path := "packed.zip", "w") as archive:
+        archive.writestr("__MACOSX/._a.csv", "litter")
+        archive.writestr("folder/a.csv", content)
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".XZ", lzma.compress), (".zip", zipped), ("", gzip.compress)],
+)
+def test_packed_tables(tmp_path, monkeypatch, suffix, pack):
+    monkeypatch.chdir(tmp_path)
+    frame = polars.DataFrame({"a": [1, None], "b": ["x", "y"]})
+    frame.write_parquet("a.parquet")
+    contents = {"a.csv": b"a,b\n1,x\n,y\n", "a.jsonl": b'{"a": 1, "b": "x"}\n{"a": null, "b": "y"}\n'}
+    for name, content in (contents | {"a.parquet": (tmp_path / "a.parquet").read_bytes()}).items():
+        if suffix or name == "a.csv":  # some call a packed file .csv
+            (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
+            assert read_frame(tmp_path / f"{name}{suffix}", "w").equals(frame)
+
+
+def test_packed_files_that_are_no_table(tmp_path):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a,b\n1,x\n")[:-9])
+    with pytest.raises(DataError, match=r"w cannot be read as a table .Compressed file ended before"):
+        read_frame(tmp_path / "a.csv.gz", "w")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.csv", "1,2")
+        archive.writestr("b.csv", "1,2")
+    with pytest.raises(DataError, match="w holds 2 files, not one table; unpack it"):
+        read_frame(tmp_path / "a.zip", "w")
 
 
 def test_excel(tmp_path):
@@ -101,6 +175,7 @@ def test_excel(tmp_path):
         ("", "a.csv", "target: a.csv has no rows"),
         ("a,b\n", "a.csv", "has no rows"),
         ("1,2\n3,4,5\n", "a.csv", "line 2 has 3 cells, not 2"),
+        ("sep=,\na,b\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns named a"),
         ("a,b\r1,2\r3,4\r", "a.csv", r"a.csv ends its lines by \\r alone; save it with \\n"),

@@ -53,6 +53,11 @@ def test_a_row_is_an_image_a_text_and_numbers(plants):
     assert train.fingerprint() == Paired(target=plants / "t.csv", **ALL).domains("train")["target"].fingerprint()
 
 
+def test_classes_are_called_as_the_table_calls_them(plants):
+    rows = [row.replace("tree", "TRUE").replace("rose", "FALSE") for row in ROWS]
+    assert Paired(target=table(plants, rows), **ALL).class_names == ["FALSE", "TRUE"]
+
+
 def test_an_empty_cell_is_a_missing_input(plants):
     rows = [",plant,1.5,1,rose,,a", "0.png,,2.5,2,tree,,a", "0.png,plant,,3,rose,,a", "1.png,plant,1.5,1,tree,,a"]
     data = Paired(target=table(plants, rows * 3), **ALL)

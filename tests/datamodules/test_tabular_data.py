@@ -304,33 +304,6 @@ def test_mistakes(write, text, arguments, match):
         TabularData(write(text), **arguments).schema  # noqa: B018
 
 
-def test_a_gap_that_is_named_leaves_numbers(write, caplog):
-    table = "a,zip,day,y\n" + "".join(
-        f"{'-' if i == 3 else i % 7},0211{i % 5},2024-01-0{1 + i % 9},{i % 2}.0\n" for i in range(60)
-    )
-    with pytest.raises(DataError, match=r"column a has '-' among numbers; pass --data.missing.a '-' if it means a gap"):
-        TabularData(write(table))
-    caplog.set_level("INFO", "datamodules")
-    columns = TabularData(write(table), missing={"a": "-"}).columns
-    assert [each["name"] for each in columns["numeric"]][:2] == ["a", "day"]
-    assert columns["categorical"] == {"zip": ["02110", "02111", "02112", "02113", "02114"]}
-    assert "read as numbers a; dates day; categories zip (5)" in caplog.text
-    assert set(TabularData(write(table), categorical=["a"]).columns["categorical"]) == {"a", "zip"}
-
-
-def test_numbers_among_many_names_are_names(write):
-    tickets = [f"PC {i % 9}" if i % 3 == 0 else f"{1000 + i % 10}" for i in range(60)]
-    table = "ticket,x,y\n" + "".join(f"{ticket},{i}.5,{i % 2}.0\n" for i, ticket in enumerate(tickets))
-    assert set(TabularData(write(table)).columns["categorical"]) == {"ticket"}
-
-
-def test_a_run_keeps_what_a_gap_is_called(ok, write):
-    write("a,b,y\n" + "".join(f"{i % 9},{'-' if i % 10 == 3 else i % 7},{'xy'[i % 2]}\n" for i in range(60)))
-    model = "--trainer.max_epochs 1 --model Classification --model.backbone TabularMLP"
-    ok(f"fit {model} --data TabularData --data.target a.csv --data.missing.b -")
-    ok("predict --run runs/tabulardata --out p.csv")
-
-
 def test_classes_of_one_row_each_cannot_be_split(write):
     data = TabularData(write("a,y\n" + "".join(f"{i},name {i}\n" for i in range(9))))
     with pytest.raises(DataError, match=r"no class has enough samples for a val split; .* whether the label is right"):

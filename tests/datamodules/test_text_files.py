@@ -1,5 +1,6 @@
 """Texts from tables, folders and zip files: every layout, its splits, and what is wrong with it."""
 
+import gzip
 import json
 import shutil
 
@@ -157,9 +158,18 @@ def test_texts_are_what_their_file_says(tmp_path):
     texts = TextFiles(tmp_path / "new.txt", label=None).whole()
     assert texts.texts == ["one\u2028line\x85\x0c still", "two", "three"]
     assert texts.ids == ["new.txt:1", "new.txt:2", "new.txt:3"]
-    (tmp_path / "t.csv").write_text("text,label\n" + "007,x\nTRUE,y\n" * 5)
-    texts = TextFiles(tmp_path / "t.csv").domains("train")["target"]
+    (tmp_path / "t.csv").write_text("text,label\n" + "007,TRUE\nTRUE,FALSE\n" * 5)
+    data = TextFiles(tmp_path / "t.csv")
+    texts = data.domains("train")["target"]
     assert {texts[i][0] for i in range(len(texts))} == {"007", "TRUE"}
+    assert data.class_names == ["FALSE", "TRUE"]
+
+
+def test_packed_tables_of_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.csv.gz").write_bytes(gzip.compress(f"text,label\n{split},a\nb,b\n".encode()))
+    for target in (tmp_path, tmp_path / "train.csv.gz"):
+        assert TextFiles(target).domains("train")["target"][0][0] == "train"
 
 
 @pytest.mark.parametrize("field", ["text", "label"])

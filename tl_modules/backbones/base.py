@@ -13,7 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from tl_modules.backbones.weights import Pretrained, StateDict, is_local, linear_head, load_weights, read_weights
+from tl_modules.backbones.weights import (
+    Pretrained,
+    StateDict,
+    is_local,
+    linear_head,
+    load_weights,
+    read_weights,
+    torchvision_names,
+)
 from tl_modules.batch import samples
 from tl_modules.batch.protocol import BaseBackbone
 from tl_modules.errors import UserError
@@ -157,6 +165,8 @@ class Backbone(BaseBackbone):
             raise UserError(f"weights: {kind} has no hub entry {weights}; give a file or the directory of a run")
         self.pruned = self.pretrained.pruned
         state = dict(self.pretrained.state)
+        if any(key.endswith("layer1.0.conv1.weight") for key in self.model.state_dict()):
+            state = dict(torchvision_names(state))
         carried = state.pop(CARRIED, None)
         if carried is not None and isinstance(self, CarriesText):
             self.set_extra_state(carried)

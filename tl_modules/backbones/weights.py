@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import zipfile
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,20 @@ log = logging.getLogger(__name__)
 # prefixes that wrappers add to keys: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
 _PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
 _TRAINED = {"encoder_q", "teacher"}  # preferred prefixes if a copy fits equally well: MoCo's, DINO's
+# names in Hugging Face's ResNet -> torchvision's and timm's
+_RESNET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"(resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
+    (r"(resnet\.)?embedder\.embedder\.normalization\.", "bn1."),
+    (r"(resnet\.)?encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda at: f"layer{int(at[2]) + 1}.{at[3]}."),
+    (r"shortcut\.convolution\.", "downsample.0."),
+    (r"shortcut\.normalization\.", "downsample.1."),
+    (r"layer\.(\d)\.convolution\.", lambda at: f"conv{int(at[1]) + 1}."),
+    (r"layer\.(\d)\.normalization\.", lambda at: f"bn{int(at[1]) + 1}."),
+    (r"classifier\.1\.", "fc."),
+)
+# what files hold beside tensors: settings of a script, numbers of numpy 1 and 2
+_NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
+_BESIDE = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray", *_NUMPY]
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 LFS_POINTER = b"version https://git-lfs"
 StateDict = Mapping[str, Tensor]
@@ -79,6 +92,30 @@ def _unwrapped(state: StateDict) -> StateDict:
     return names if len(names) == len(state) else state
 
 
+class _Ignored:
+    """Stands for an object beside the tensors of a file, so that no code of it runs."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    @classmethod
+    def named(cls, path: str) -> type[_Ignored]:
+        """Returns a class that a file takes for the one with this name."""
+        module, _, name = path.rpartition(".")
+        return type(name, (cls,), {"__module__": module})
+
+
+def torchvision_names(state: StateDict) -> StateDict:
+    """Renames the tensors of Hugging Face's ResNet to torchvision's and timm's names; others stay as they are."""
+    if not any("embedder.embedder.convolution." in key for key in state):
+        return state
+    names = list(state)
+    for pattern, name in _RESNET:
+        names = [re.sub(pattern, name, each) for each in names]
+    return dict(zip(names, state.values(), strict=True))
+
+
 def is_local(weights: str | os.PathLike[str]) -> bool:
     """Returns whether `weights` names a file or folder rather than an entry of a hub."""
     text = os.fspath(weights)
@@ -109,7 +146,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
 
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals([Namespace]):  # timm stores its script's arguments
+            with torch.serialization.safe_globals(list(map(_Ignored.named, _BESIDE))):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for the same cause
         if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|class", str(error)):

@@ -62,7 +62,10 @@ class BatchAugmentation(Method):
                     return leaf
                 return self.augmented(leaf, [(*step, domain, number, places[id(leaf)]) for number in index])
 
-            changed: dict[str, Any] = {"taught": None} if isinstance(part, AnnotatedBatch) else {}  # teachers see the augmented images
+            # teachers see the augmented images
+            changed: dict[str, Any] = {"taught": None} if isinstance(part, AnnotatedBatch) else {}
+                {"taught": None} if isinstance(part, AnnotatedBatch) else {}
+            )  # teachers see the augmented images
             found[domain] = part._replace(x=samples.map_leaves(augmented, part.x), **changed)
         return found
 

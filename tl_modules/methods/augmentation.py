@@ -64,8 +64,6 @@ class BatchAugmentation(Method):
 
             # teachers see the augmented images
             changed: dict[str, Any] = {"taught": None} if isinstance(part, AnnotatedBatch) else {}
-                {"taught": None} if isinstance(part, AnnotatedBatch) else {}
-            )  # teachers see the augmented images
             found[domain] = part._replace(x=samples.map_leaves(augmented, part.x), **changed)
         return found
 

@@ -91,7 +91,6 @@ CASES = {
     "unknown class": (FIT + "--model.finetuning GradualUnfreezin", "model.finetuning: there is no class GradualUnfreezin (did you mean GradualUnfreezing?)"),
     "unknown class in YAML": ("fit -c bad.yaml", "model.backbone: there is no class ConvNett (did you mean ConvNet?)"),
     "unknown argument": (FIT + "--model.backbone.widht 3", "model.backbone.widht: ConvNet has no argument widht (did you mean width?)"),
-    "argument before its class": ("fit -c bad.yaml --model Classification", "model.methods+: the class is not known yet; write --model NAME"),
     "unknown argument in YAML": ("fit -c bad.yaml", "model.backbone.widht: ConvNet has no argument widht (did you mean width?)"),
     "unknown key in YAML": ("fit -c bad.yaml", "there is no key modl (did you mean model?)"),
     "wrong type": (FIT + "--trainer.max_epochs many", "trainer.max_epochs: many is not int or null"),
@@ -213,8 +212,6 @@ def prepare(case, root, trained):
             (root / "bad.yaml").write_text(
                 "model:\n  class_path: Classification\n  init_args:\n    backbone: ConvNett\n"
             )
-        case "argument before its class":
-            (root / "bad.yaml").write_text("model:\n  init_args:\n    methods+:\n    - class_path: L2SP\n")
         case "unknown argument in YAML":
             (root / "bad.yaml").write_text(
                 "model:\n  class_path: Classification\n  init_args:\n    backbone:\n"

@@ -137,3 +137,13 @@ def test_the_config_has_what_was_resolved_and_a_run_is_the_same_again(ok, tree, 
 
 
 CLASSIFIER = {"classifier.1.weight": torch.zeros(1000, 512, 1, 1), "classifier.1.bias": torch.zeros(1000)}
+
+
+def test_a_config_may_set_arguments_of_a_class_that_follows(ok, tmp_path):
+    (tmp_path / "a.yaml").write_text("model:\n  init_args:\n    methods+:\n    - class_path: L2SP\n")
+    (tmp_path / "b.yaml").write_text("data:\n  init_args:\n    seed: 5\n")
+    ok("fit -c a.yaml -c b.yaml --data Digits --model Classification --model.backbone ConvNet --model.backbone.width 2 "
+       "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --name a")  # fmt: skip
+    config = yaml.safe_load((tmp_path / "runs/a/version_0/config.yaml").read_text())
+    assert config["data"]["init_args"]["seed"] == 5
+    assert config["model"]["init_args"]["methods"][0]["class_path"] == "tl_modules.L2SP"

@@ -54,7 +54,7 @@ def with_defaults(args: list[str]) -> list[str]:
     """
     configs = [_mapping(config) for config in values(args, "-c", "--config")]
     task, data = (_said(args, configs, section) for section in ("model", "data"))
-    new: list[str] = []
+    new = [word for section in ("model", "data") for word in _class_first(args, configs, section)]
     backbone = _said(args, configs, "model", "backbone")
     if backbone is None and _takes_backbone(task):
         words = _backbone(args, configs)
@@ -65,10 +65,16 @@ def with_defaults(args: list[str]) -> list[str]:
     if _class(backbone or "", "tl_modules") is TabularMLP and task in CLASSES:
         rows = _for_rows(args, configs)
         # a class comes before its arguments
-        new += ["--model", task, *rows] if rows and task and not new else rows
+        new += ["--model", task, *rows] if rows and task and "--model" not in new else rows
     if data is None:
         new += ["--data", "Digits"]
     return [args[0], *new, *args[1:]]
+
+
+def _class_first(args: Sequence[str], configs: Sequence[Mapping[str, Any]], section: str) -> list[str]:
+    """Repeats a class that only the command line names before configs that may set its arguments."""
+    named = values(args, f"--{section}")
+    return [f"--{section}", named[-1]] if named and configs and _said([], configs, section) is None else []
 
 
 def _for_rows(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -53,11 +53,6 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
         name = found[1]
         known = _arguments(owners[-1]) if owners else []
         where = f"{key}.{name}" if key else name
-        if owners and owners[-1].endswith((".LightningModule", ".LightningDataModule")):
-            section = key.partition(".")[0]
-            return (
-                f"{where}: the class is not known yet; write --{section} NAME, or a config with it, before what sets it"
-            )
         owner = f"{owners[-1].rpartition('.')[2]} has no argument {name}" if owners else f"there is no key {name}"
         return f"{where}: {owner}{closest(name, known)}" + (f"; it has {', '.join(known)}" if known else "")
     if found := re.search(r"[Uu]nrecognized arguments: (.*)", message):

@@ -96,7 +96,7 @@ def test_the_labelled_samples_are_those_that_training_sees():
     data = Digits(labelled=30, augment=augment)
     loader = data.labelled_dataloader()
     shown = data.train_dataloader().iterables["target/labelled"].dataset
-    assert loader.dataset.rows == shown.rows
+    assert list(loader.dataset.rows) == list(shown.rows)
     x, _, index = next(iter(loader))["target/labelled"]
     assert x.float().mean() > 0  # not augmented
     assert index.tolist() == list(shown.rows)[: len(x)]

@@ -58,7 +58,7 @@ class Images(TransferDataModule):
 def rows(data):
     """The rows with and without labels."""
     loaders = data.train_dataloader().iterables
-    return loaders["target/labelled"].dataset.rows, loaders["target"].dataset.rows
+    return [list(loaders[name].dataset.rows) for name in ("target/labelled", "target")]
 
 
 def fit(name, data, folder=None, epochs=2, every=10, **options):

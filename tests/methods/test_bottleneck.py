@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import METHODS, Several, Vectors, build, fit, made, same
+from cases import METHODS, Several, Vectors, build, fit, kind_of, made, same
 
 from tl_modules import (
     DANN,
@@ -29,10 +29,11 @@ def known(module):
 
 @pytest.mark.parametrize("method", SEES_FEATURES, ids=lambda m: m.__name__)
 def test_every_method_moves_it_where_the_backbone_is_frozen(method):
-    module = build([method], "vector", finetuning=FeatureExtraction(), bottleneck=6)
+    kind = kind_of(method)
+    module = build([method], kind, finetuning=FeatureExtraction(), bottleneck=6)
     module.head_transferred = True
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    fit(module, Several("vector"), epochs=1)
+    fit(module, Several(kind), epochs=1)
     moved = same(before, module.state_dict())
     assert not [name for name in moved if name.startswith("backbone.")]
     assert "bottleneck.0.weight" in moved

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import call
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -50,6 +50,48 @@ def times_written(tensor: Tensor) -> int:
 # base classes of layers of any dimension; no upstream issue known: torch/nn/modules/batchnorm.py, conv.py
 BatchNorm = _BatchNorm
 Convolution = _ConvNd
+
+
+def tiny_inputs_in_float32(network: nn.Module) -> None:
+    """Lets strided convolutions run in float32 on inputs so small that some weights see only padding.
+
+    In bfloat16 on a CPU, oneDNN leaves the gradient of such weights uninitialised (no upstream issue known).
+    """
+    for layer in network.modules():
+        if isinstance(layer, Convolution) and max(layer.stride) > 1 and _enter_float32 not in _hooks(layer):
+            layer.register_forward_pre_hook(_enter_float32)
+            layer.register_forward_hook(_leave_float32, always_call=True)
+
+
+def _hooks(layer: nn.Module) -> list[Any]:
+    return list(layer._forward_pre_hooks.values())
+
+
+def _enter_float32(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    x = args[0]
+    if x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+        return None
+    sizes = x.shape[-len(layer.kernel_size) :]
+    if not any(_sees_padding_only(layer, axis, size) for axis, size in enumerate(sizes)):
+        return None
+    layer.in_float32 = torch.autocast("cpu", enabled=False)
+    layer.in_float32.__enter__()
+    return (x.float(), *args[1:])
+
+
+def _leave_float32(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+    if context := vars(layer).pop("in_float32", None):
+        context.__exit__(None, None, None)
+
+
+def _sees_padding_only(layer: Any, axis: int, size: int) -> bool:
+    """Returns whether a weight of a convolution lies beyond an input of this size wherever the kernel is placed."""
+    kernel, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+    padding = 0 if isinstance(layer.padding, str) else layer.padding[axis]
+    last = size + 2 * padding - dilation * (kernel - 1)  # the starts of the kernel are below
+    places = range(-padding, last - padding, stride)
+    return any(all(not 0 <= place + tap * dilation < size for place in places) for tap in range(kernel))
+
 
 # the state that an LRScheduler needs to continue; no upstream issue known: torch/optim/lr_scheduler.py
 SCHEDULER_STATE = ("last_epoch", "base_lrs", "_step_count", "_last_lr")

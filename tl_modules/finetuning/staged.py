@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from tl_modules.batch.compat import attached, synchronizes_batchnorm
+from tl_modules.batch.compat import attached, synchronizes_batchnorm, tiny_inputs_in_float32
 from tl_modules.batch.protocol import BaseTransferModule
 from tl_modules.errors import UserError, short
 from tl_modules.finetuning.averaging import keep_exact
@@ -120,8 +120,9 @@ class StagedModule(BaseTransferModule):
                 cast(Any, config.scheduler).step(self.trainer.callback_metrics[config.monitor])
 
     def on_fit_start(self) -> None:
-        """Also keeps averages of frozen weights exact."""
+        """Also keeps averages of frozen weights exact, and gradients on tiny inputs."""
         super().on_fit_start()
+        tiny_inputs_in_float32(self)
         keep_exact(self)
 
     def on_train_start(self) -> None:

@@ -62,3 +62,15 @@ def test_absent_classes_are_left_out():
         sum(roc_auc_score(labels.clamp(max=2) == c, probabilities[:, c]) for c in range(3)) / 3, abs=1e-6
     )
     assert computed(probabilities, torch.zeros(300, dtype=torch.long)) != computed(probabilities, labels)  # nan
+
+
+@pytest.mark.parametrize("limit", [module.EXACT, 100])
+def test_probabilities_that_are_rounded_to_one_keep_their_order(limit, monkeypatch):
+    monkeypatch.setattr(module, "EXACT", limit)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (400,), generator=generator)
+    gaps = torch.randn(400, generator=generator) * 2 + 5 * labels + 12  # from about 6 to 24
+    logits = torch.stack([torch.zeros(400), gaps], 1)
+    assert (logits.softmax(1)[:, 1] == 1).sum() > 50
+    found = computed(logits.softmax(1), labels)
+    assert found == pytest.approx(roc_auc_score(labels, gaps), abs=1e-6 if limit > 100 else 2e-3)

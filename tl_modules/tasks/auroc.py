@@ -43,7 +43,7 @@ class MacroAUROC(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds probabilities (B, C) and labels (B,)."""
-        self.probabilities.append(preds.detach().float())
+        self.probabilities.append(_unsaturated(preds.detach().float()))
         self.labels.append(target)
         # decided by what all processes share: the number of batches and the size of the first one
         if len(self.binned) or len(self.labels) * self.probabilities[0].numel() > EXACT:
@@ -71,13 +71,24 @@ class MacroAUROC(Metric):
             self.binned = torch.zeros(2 * self.num_classes * BINS, dtype=torch.long, device=self.binned.device)
         if len(self.labels):
             preds, target = dim_zero_cat(self.probabilities), dim_zero_cat(self.labels)
-            bins = ((torch.logit(preds.double()) / STEP).floor() + BINS // 2).clamp(0, BINS - 1).long()
+            odds = torch.where(preds > 1, torch.log(preds.double() - 1), torch.logit(preds.double()))
+            bins = ((odds / STEP).floor() + BINS // 2).clamp(0, BINS - 1).long()
             classes = torch.arange(self.num_classes, device=preds.device)
             own = (target[:, None] == classes).long()
             self.binned += torch.bincount(
                 ((own * self.num_classes + classes) * BINS + bins).flatten(), minlength=len(self.binned)
             )
         self.probabilities, self.labels = [], []
+
+
+def _unsaturated(probabilities: Tensor) -> Tensor:
+    """Replaces each probability p above 0.999 by 1 / (1 - p), with 1 - p as the sum of the other classes.
+
+    The order stays, and those that float32 rounds to 1 are told apart.
+    """
+    likely = probabilities > 0.999
+    others = probabilities.masked_fill(likely, 0).sum(1, keepdim=True)
+    return torch.where(likely, 1 / others, probabilities)
 
 
 def auroc(scores: Tensor, labels: Tensor, first: int = 0) -> Tensor:

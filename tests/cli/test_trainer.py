@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from safetensors.torch import load_file
 
 from datamodules import Digits
 from tl_modules import Classification, ConvNet, load_run
-from tl_modules.batch.compat import STEP_HOOKS
+from tl_modules.batch.compat import STEP_HOOKS, RunCheckpoint
 from tl_modules.cli.precision import best_precision
 from tl_modules.cli.trainer import TransferTrainer
 
@@ -173,3 +174,29 @@ def test_optimizers_are_fused_where_they_can_be(optimizer, expected):
     module = Classification(ConvNet(4), 10, optimizer=optimizer)
     groups = module.configure_optimizers()["optimizer"].param_groups
     assert {bool(group.get("fused")) for group in groups} == {bool(expected)}
+
+
+@pytest.mark.parametrize("options", ["", "--trainer.callbacks.monitor val/accuracy --trainer.callbacks.mode max"])
+def test_a_checkpoint_callback_of_ones_own_may_equal_ours(ok, tmp_path, options):
+    fit = f"fit --data Digits --trainer.limit_train_batches 2 --trainer.callbacks+=ModelCheckpoint {options}"
+    ok(f"{fit} --trainer.max_epochs 1 --name a")
+    kept = {file.name for file in (tmp_path / "runs/a/version_0/checkpoints").iterdir()}
+    assert {"best.ckpt", "last.ckpt", "epoch=0-step=2.ckpt"} <= kept
+    ok("fit --run runs/a --resume --trainer.max_epochs 2")
+    states = torch.load(tmp_path / "runs/a/version_0/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert {"RunCheckpoint best", "RunCheckpoint last"} <= states.keys()
+    assert sum(key.startswith("ModelCheckpoint") for key in states) == 1
+
+
+def test_states_of_earlier_checkpoints_are_found():
+    monitor = {"monitor": "val/accuracy", "mode": "max", "filename": "best"}
+    assert RunCheckpoint(**monitor)._legacy_state_key == ModelCheckpoint(**monitor).state_key
+
+
+@pytest.mark.parametrize("command", ["test", "fit --resume"])
+def test_a_run_that_cannot_be_written(ok, tl, monkeypatch, command):
+    ok("fit --data Digits --trainer.max_epochs 1 --trainer.limit_train_batches 1 --name a")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    result = tl(f"{command} --run runs/a")
+    assert result.code == 2
+    assert "runs/a/version_0 cannot be written; work on a copy of it" in result.err

@@ -129,7 +129,7 @@ def test_callbacks_take_their_state_back(name, epochs, selects, ok):
     before = torch.load(file, weights_only=True)["callbacks"]
     ok(f"fit --run runs/{name} --resume --trainer.max_epochs {epochs + 1} {QUIET}")
     after = torch.load(file, weights_only=True)["callbacks"]
-    assert before.keys() <= after.keys()
+    assert {key for key in before if not key.startswith("ModelCheckpoint")} <= after.keys()
     for key in ("RunDirectory", "Selection")[: 1 + selects]:
         then, now = before[key]["rows"], after[key]["rows"]
         assert [row["epoch"] for row in now] == list(range(epochs + 1))

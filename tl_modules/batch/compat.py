@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
@@ -230,6 +231,23 @@ class QuickNames:
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """The callback of a run's best.ckpt or last.ckpt, whose state has its own name: a user's may monitor the same.
+
+    Checkpoints of version 0.1 keep the state under the name that is common to all ModelCheckpoints (no upstream issue
+    known: src/lightning/pytorch/trainer/call.py).
+    """
+
+    @property
+    def state_key(self) -> str:
+        """Returns the name of the state in a checkpoint."""
+        return f"{type(self).__name__} {self.filename}"
+
+    @property
+    def _legacy_state_key(self) -> Any:
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
 
 def skip_graph_check(optimizer: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,12 +16,12 @@ from typing import Any, cast
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules import TransferDataModule
-from tl_modules.batch.compat import OneCommand
+from tl_modules.batch.compat import OneCommand, RunCheckpoint
 from tl_modules.cache import FeatureCache
 from tl_modules.checkpoints.files import AtomicCheckpointIO, find_run, latest_checkpoint, remove_partial_files, versions
 from tl_modules.cli.arguments import given, help_last, merge, named_runs, nested_nulls, own_config, values, without
@@ -229,6 +230,8 @@ class TransferCLI(OneCommand, LightningCLI):
         else:
             path = self.run or new_run(trainer.default_root_dir or ".", name)
         self.directory = path
+        if self.command in ("fit", "test", "validate") and path.exists() and not os.access(path, os.W_OK):
+            raise UserError(f"run: {path} cannot be written; work on a copy of it")
         if trainer.precision is None:
             precision = best_precision(self.model, trainer.accelerator)
             kwargs["precision"] = trainer.precision = self.saved["trainer"]["precision"] = precision
@@ -238,7 +241,9 @@ class TransferCLI(OneCommand, LightningCLI):
             epochs = default_epochs([len(loader.dataset) for loader in loaders])
             kwargs["max_epochs"] = trainer.max_epochs = self.saved["trainer"]["max_epochs"] = epochs
         self.trainer_defaults = self.trainer_defaults | {"callbacks": self._callbacks(path)}
-        if self.command in QUIET:
+        if trainer.barebones:
+            raise UserError("barebones: a run consists of what it leaves out; `tl benchmark` measures speed")
+        if self.command in (*QUIET, "predict"):
             kwargs["logger"] = False
         elif trainer.logger in (None, True):
             kwargs["logger"] = TensorBoard(path.parent.parent, path.parent.name, path.name, default_hp_metric=False)
@@ -296,7 +301,7 @@ class TransferCLI(OneCommand, LightningCLI):
                 folder / "last.ckpt", config.save_every_n_steps, f"tl fit --run {folder.parent} --resume{self.trust}"
             ),
             *(
-                ModelCheckpoint(
+                RunCheckpoint(
                     folder,
                     file,
                     monitor=by,

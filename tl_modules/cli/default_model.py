@@ -72,9 +72,11 @@ def with_defaults(args: list[str]) -> list[str]:
 
 
 def _class_first(args: Sequence[str], configs: Sequence[Mapping[str, Any]], section: str) -> list[str]:
-    """Repeats a class that only the command line names before configs that may set its arguments."""
+    """Repeats a class that only the command line names before the arguments and configs that set its arguments."""
     named = values(args, f"--{section}")
-    return [f"--{section}", named[-1]] if named and configs and _said([], configs, section) is None else []
+    words = [word.partition("=")[0] for word in args if word.startswith(f"--{section}")]
+    late = bool(named) and (configs or words[0] != f"--{section}")
+    return [f"--{section}", named[-1]] if late and _said([], configs, section) is None else []
 
 
 def _for_rows(args: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:

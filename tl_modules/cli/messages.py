@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ BASES = {
     "optimizer": "torch.optim.Optimizer",
 }
 LIGHTNING = Path(str(lightning.__file__)).parent
+OPTIM = Path(str(torch.optim.__file__)).parent
 
 
 def explain(message: str, options: Sequence[str], commands: Sequence[str], classes: Sequence[str]) -> str:
@@ -83,6 +86,8 @@ def explain(message: str, options: Sequence[str], commands: Sequence[str], class
             return f"{key}: {name} is not a subclass of {BASES.get(key.rpartition('.')[2], 'the expected class')}"
         if "." not in name and (words := re.search(r"Expected a typing\.Literal\[(.+?)\]", message)):
             return f"{key}: {name} must be a class or one of {words[1]}"
+        if name in ("nan", "inf", "-inf"):
+            return f"{key}: {name} is not a finite number"
         return f"{key}: there is no class {name}{_closest_class(name, classes)}"
     if found := re.search(r"(No module named .*|module '.*' has no attribute '.*'|cannot import name .*)", message):
         return f"{key}: {given[-1] if given else ''} cannot be imported ({found[1].rstrip('.')})"
@@ -166,12 +171,14 @@ def cause(error: BaseException | None) -> BaseException | None:
     return found or no_room(error, "a file") or _refusal(error)
 
 
-def no_room(error: BaseException | None, path: object) -> UserError | None:
-    """Returns an error about a full disk that caused an exception, or None; `path` replaces a missing file name."""
-    full = next((each for each in chain(error) if isinstance(each, OSError) and disk_full(each)), None)
-    if full is None:
+def no_room(error: BaseException | None, path: str | Path) -> UserError | None:
+    """Returns an error about a full or read-only disk that caused an exception; `path` replaces a missing file name."""
+    refused = (each for each in chain(error) if isinstance(each, OSError))
+    found = next((each for each in refused if disk_full(each) or each.errno == errno.EROFS), None)
+    if found is None:
         return None
-    return UserError(f"{full.filename or path} cannot be written ({full.strerror}); make room on the disk")
+    advice = "make room on the disk" if disk_full(found) else "work on a copy of the run, or make the disk writable"
+    return UserError(f"{os.fsdecode(found.filename or path)} cannot be written ({found.strerror}); {advice}")
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
@@ -189,10 +196,14 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     ours = [path for path in paths if any(path.is_relative_to(home) for home in homes)]
     if not ours or ours[-1] == paths[-1]:
         return None
-    if ours[-1].name in ("command_line.py", "optimizer.py") and isinstance(first, ValueError | TypeError | ImportError):
+    mistakes = ValueError | TypeError | ImportError
+    if OPTIM in paths[-1].parents and isinstance(first, mistakes | RuntimeError | ArithmeticError):
+        return UserError(f"optimizer, lr_scheduler: their options do not work ({first})")
+    if ours[-1].name in ("command_line.py", "optimizer.py") and isinstance(first, mistakes):
         return first
     refused = paths[-1].is_relative_to(LIGHTNING) and (frames[-1].line or "").startswith("raise ")
-    return first if refused and ours[-1].name == "compat.py" and isinstance(first, ValueError | RuntimeError) else None
+    runs = ours[-1].name in ("compat.py", "command_line.py")
+    return first if refused and runs and isinstance(first, ValueError | RuntimeError) else None
 
 
 def one_line(error: BaseException) -> str:

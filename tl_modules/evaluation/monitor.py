@@ -1,6 +1,6 @@
 """Determines the best validation of a run so far.
 
-best.ckpt is written by a ModelCheckpoint (cli/command_line.py) that uses the same `monitor_of`; if the target's labels
+best.ckpt is written by a RunCheckpoint (cli/command_line.py) that uses the same `monitor_of`; if the target's labels
 are hidden, `ModelSelection` has set its criterion there.
 """
 

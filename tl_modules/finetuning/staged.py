@@ -147,6 +147,8 @@ class StagedModule(BaseTransferModule):
         for option in ("accumulate_grad_batches", "limit_train_batches") if stage == "fit" else ():
             if (value := getattr(self.trainer, option)) <= 0:
                 raise UserError(f"{option}: {value} must be above 0, or nothing is trained")
+        if (clip := getattr(self.trainer, "gradient_clip_val", None)) is not None and clip < 0:
+            raise UserError(f"gradient_clip_val: {clip} must not be negative")
         if any(isinstance(each, LearningRateFinder) for each in cast(Any, self.trainer).callbacks):
             raise UserError("callbacks: LearningRateFinder supports only one learning rate; use `tl lr-find`")
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)

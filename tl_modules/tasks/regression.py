@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
 from tl_modules.batch.output import DomainOutput
+from tl_modules.errors import UserError, short
 from tl_modules.methods.functional import ridge
 from tl_modules.module import TransferModule
 
@@ -25,6 +26,9 @@ class Regression(TransferModule):
     Args:
         *args: As for `TransferModule`.
         **kwargs: As for `TransferModule`.
+
+    Raises:
+        UserError: The labels are classes.
     """
 
     monitor = ("val/rmse", "min")
@@ -33,6 +37,11 @@ class Regression(TransferModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.class_names is not None:
+            raise UserError(
+                f"schema: the labels are the classes {short(self.class_names)}; pass --model Classification, or, for a "
+                "table whose labels are numbers, --data.kind values"
+            )
         self.register_buffer("label_mean", torch.zeros(self.num_outputs))
         self.register_buffer("label_std", torch.ones(self.num_outputs))
 

@@ -144,7 +144,11 @@ def foreign(net, other):
     yield "hugging face", prefixed("resnet.", net) | {"classifier.1.weight": torch.ones(3)}, "resnet."
     yield "timm", {"state_dict": net, "args": argparse.Namespace(lr=0.1, model="x"), "arch": "x"}, None
     yield "accelerate", {"ema": {"module": net}, "step": torch.tensor(3)}, "ema.module."
-    yield "model beside its mean", {"model": net, "model_ema": other}, None
+    yield (
+        "lightly",
+        {"state_dict": prefixed("backbone.", net) | prefixed("backbone_momentum.", other)},
+        "state_dict.backbone.",
+    )
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -199,6 +203,54 @@ def test_several_prefixes_are_asked_for(tmp_path):
         UserError, match=r"weights_prefix: no name in .* begins with ema\.; its names are params\.features"
     ):
         TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix="ema")
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("ema", "state_dict"), ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("a", "teacher")]
+)
+def test_a_mean_beside_the_weights_is_asked_for(one, two, tmp_path):
+    states = {name: ConvNet(4) for name in (one, two)}
+    torch.save({name: net.model.state_dict() for name, net in states.items()} | {"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=rf"several times, with the prefixes {one}\., {two}\.; pass one .*weights_prefix"
+    ):
+        ConvNet(4, weights=tmp_path / "w.pth")
+    for name, net in states.items():
+        model = ConvNet(4).model
+        load_weights(model, read_weights(tmp_path / "w.pth"), prefix=name)
+        assert same(model, net.model)
+
+
+def test_a_copy_that_is_not_taken_is_told(tmp_path, caplog):
+    caplog.set_level("INFO", "tl_modules")
+    q, k = (prefixed(f"encoder_{name}.", ConvNet(4).model.state_dict()) for name in "qk")
+    torch.save(q | k, tmp_path / "w.pth")
+    ConvNet(4, weights=tmp_path / "w.pth")
+    told = "the tensors with prefix encoder_q.; --model.backbone.weights_prefix takes others that fit: encoder_k."
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "further"),
+    [
+        ("resnet18", "resnet34", r"96 tensors of further blocks \(layer1.2.conv1.weight, "),
+        ("convnext_tiny", "convnext_small", r"162 tensors of further blocks \(features.5.9.layer_scale, "),
+    ],
+)
+def test_a_deeper_network_of_the_same_widths_is_refused(own, other, further, tmp_path):
+    torch.save(TorchvisionBackbone(other).model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"does not fit TorchvisionBackbone {own}: it has {further}.*strict: false"):
+        TorchvisionBackbone(own, weights=tmp_path / "w.pth")
+    TorchvisionBackbone(own, weights=tmp_path / "w.pth", strict=False)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "mobilenet_v3_small"])
+def test_heads_are_no_further_blocks(name, tmp_path):
+    there = TorchvisionBackbone(name)
+    heads = ("classifier.8.weight", "classifier.6.0.weight", "fc.0.weight", "projector.2.bias", "aux1.0.weight")
+    beside = (*heads, "layer1.0.total_ops", "head.1.weight")
+    torch.save(there.model.state_dict() | dict.fromkeys(beside, torch.ones(3)), tmp_path / "w.pth")
+    assert same(TorchvisionBackbone(name, weights=tmp_path / "w.pth"), there)
 
 
 def test_a_prefix_that_is_not_the_one_found(tmp_path):

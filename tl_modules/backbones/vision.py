@@ -138,7 +138,7 @@ class TorchvisionBackbone(ImageBackbone):
         name: A name in torchvision.models.list_models(torchvision.models), e.g. resnet50.
         weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of `tl
             fit`.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         mean: Per channel, on the [0, 1] scale; None is the weights' own.
         std: Per channel, on the [0, 1] scale; None is the weights' own.
         image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for this size, and
@@ -221,7 +221,7 @@ class TimmBackbone(ImageBackbone):
     Args:
         name: A name in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
         weights: DEFAULT for timm's pretrained weights of this name (downloaded), a local file, or a run.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         image_size: Side of the images in pixels; None is the weights' own. A network with a fixed input size (ViT,
             Swin, ...) is built for it, and position embeddings of another size are interpolated.
         weights_prefix: Prefix of the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
@@ -301,7 +301,7 @@ class TorchHubBackbone(ImageBackbone):
         arguments: Passed to the entry point, e.g. {pretrained: true}. Its weights count as pretrained, unless
             `pretrained` or `weights` in them says otherwise.
         weights: A local file or a run of `tl fit`; None keeps the entry point's weights.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         image_size: Side in pixels of the images used to find the width of the features, if it is not known.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.

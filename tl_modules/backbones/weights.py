@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 # prefixes that wrappers add to keys: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
 _PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
-_TRAINED = {"encoder_q", "teacher"}  # preferred prefixes if a copy fits equally well: MoCo's, DINO's
+# copies of the network that training needs beside it: MoCo's, DINO's, BYOL's
+_COPY = re.compile(r"(?:^|\.)(?:encoder_k|student\w*|\w*momentum\w*)\.")
 # names in Hugging Face's ResNet -> torchvision's and timm's
 _RESNET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
@@ -200,31 +201,52 @@ def _prefixes(given: StateDict, own: StateDict) -> Counter[str]:
     return fits
 
 
-def _choose(fits: Counter[str], enough: int, origin: str) -> str:
+def _choose(fits: Counter[str], enough: int, origin: str, plain: str) -> str:
     """Chooses the prefix that fits most tensors, which may be empty.
 
     Args:
         fits: The count of each prefix.
         enough: If several fit equally well, and at least this well, the user has to choose.
         origin: The file, for messages.
+        plain: What the file has before names with an empty prefix, for messages.
 
     Raises:
-        UserError: Several prefixes fit equally well.
+        UserError: Several prefixes fit equally well, and not only one of them is the network rather than a copy.
     """
     best = sorted(prefix for prefix, count in fits.items() if count == max(fits.values()))
-    trained = [prefix for prefix in best if _TRAINED & {*prefix.split(".")}]
-    chosen = "" if not best or "" in best else trained[0] if len(trained) == 1 else best[0]
-    if chosen and len(best) > 1 and len(trained) != 1:
-        if fits[chosen] < enough:
+    trained = [prefix for prefix in best if not _COPY.search(prefix)] if len(best) > 1 else best
+    if len(trained) != 1:
+        if not best or fits[best[0]] < enough:
             return ""
         raise UserError(
-            f"weights: {origin} has the network's tensors several times, with the prefixes {short(best)}; pass one as "
-            "--model.backbone.weights_prefix"
+            f"weights: {origin} has the network's tensors several times, with the prefixes "
+            f"{short(sorted(prefix or plain for prefix in best))}; pass one as --model.backbone.weights_prefix"
         )
-    if chosen:
-        others = f" ({short(prefix for prefix in best if prefix != chosen)} fits too)" if len(best) > 1 else ""
-        log.info("weights from %s: the tensors with prefix %s%s", origin, chosen, others)
+    (chosen,) = trained
+    if chosen or len(best) > 1:
+        others = short(prefix for prefix in best if prefix != chosen)
+        too = f"; --model.backbone.weights_prefix takes others that fit: {others}" if others else ""
+        log.info("weights from %s: the tensors with prefix %s%s", origin, chosen or plain, too)
     return chosen
+
+
+def _further_blocks(unexpected: list[str], own: Iterable[str], head: str) -> list[str]:
+    """Returns the tensors of blocks that continue a row of the network's own: layer1.2 after layer1.0 and layer1.1.
+
+    Args:
+        unexpected: Names that the network lacks.
+        own: The network's names.
+        head: The module with the layers of the classifier, which may continue as it likes; "" if it has none.
+    """
+
+    def numbered(key: str) -> Iterator[tuple[str, str]]:
+        paths = (key[: dot.start()] for dot in re.finditer(r"\.", key))
+        return ((path, row) for path in paths if "." in (row := path.rstrip("0123456789")) and row != path)
+
+    known = dict(pair for key in own for pair in numbered(key))
+    rows = set(known.values())
+    further = [key for key in unexpected if any(row in rows and path not in known for path, row in numbered(key))]
+    return [key for key in further if not (head and key.startswith(f"{head}."))]
 
 
 def linear_head(state: StateDict, name: str) -> StateDict:
@@ -241,28 +263,31 @@ def load_weights(
     name: str | None = None,
     resized: Callable[[StateDict], StateDict] | None = None,
     prefix: str | None = None,
+    classifier: str = "",
 ) -> LoadReport:
     """Copies the weights into `model` by name, ignoring wrappers' prefixes on either side.
 
     Args:
         model: The network to fill, in place.
         pretrained: The weights.
-        strict: Rejects weights if a tensor of `model` is missing or has another shape; otherwise it stays random.
+        strict: Rejects weights if a tensor of `model` is missing or has another shape, which otherwise stays random, or
+            if they have further blocks, which otherwise are left out.
         name: What messages call the model.
         resized: Adapts tensors of another image size to the shapes of `model`; called if some do not fit.
         prefix: Prefix of the names in the file; None finds it.
+        classifier: The last layer of the original network, which `model` lacks.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
 
     Raises:
-        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing or misshaped; or a
-            number is not finite.
+        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing, misshaped or another
+            architecture's; or a number is not finite.
     """
     state = model.state_dict()
     own = dict(zip(_unwrapped(state), state, strict=True))
-    names = zip(pretrained.state, _unwrapped(pretrained.state), strict=True)
-    given = {key if key in own else name: pretrained.state[key] for key, name in names}
+    names = dict(zip(pretrained.state, _unwrapped(pretrained.state), strict=True))
+    given = {key if key in own else name: pretrained.state[key] for key, name in names.items()}
     if prefix is None:
         # fastai numbers a network's children
         numbers = {child: str(number) for number, (child, _) in enumerate(model.named_children())}
@@ -270,7 +295,8 @@ def load_weights(
         by_name, by_number = (_prefixes(given, {name: state[n[name]] for name in n}) for n in (own, counted))
         if max(by_number.values(), default=0) > max(by_name.values(), default=0):
             own, by_name = counted, by_number
-        prefix = _choose(by_name, len(own) ** 2 // 2, pretrained.origin)
+        plain = next((key.removesuffix(name) for key, name in names.items() if name in own and key not in own), "''")
+        prefix = _choose(by_name, len(own) ** 2 // 2, pretrained.origin, plain)
     else:
         prefix = f"{prefix.rstrip('.')}." if prefix else ""
         prefix = prefix if any(key.startswith(prefix) for key in given) else _PREFIX.sub("", prefix)
@@ -313,6 +339,12 @@ def load_weights(
             f"{wrong}: {len(match.missing)} of {len(own)} tensors are not in it ({_some(match.missing)}"
             + (f"; it has {_some(match.unexpected)}" if match.unexpected else "")
             + "); name the matching architecture, or pass strict: false to start them at random"
+        )
+    further = _further_blocks(match.unexpected, own, classifier.rpartition(".")[0])
+    if strict and further:
+        raise UserError(
+            f"{wrong}: it has {len(further)} tensors of further blocks ({_some(further)}); name the matching "
+            "architecture, or pass strict: false to leave them out"
         )
     if broken := [k for k in matched if not given[k].isfinite().all()]:
         raise UserError(f"weights: {pretrained.origin} holds numbers that are not finite, in {_some(broken)}")

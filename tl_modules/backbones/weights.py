@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +38,13 @@ _RESNET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"layer\.(\d)\.normalization\.", lambda at: f"bn{int(at[1]) + 1}."),
     (r"classifier\.1\.", "fc."),
 )
-# what files hold beside tensors: settings of a script, numbers of numpy 1 and 2
+# what files hold beside tensors: settings of a script, numbers and arrays of numpy 1 and 2
 _NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _BESIDE = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray", *_NUMPY]
+# a defaultdict is read as a dict; its default is made by one of the other four
+_DEFAULTDICT: list[Any] = [(lambda *_: {}, "collections.defaultdict"), dict, list, int, float]
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 LFS_POINTER = b"version https://git-lfs"
 StateDict = Mapping[str, Tensor]
 
@@ -94,11 +98,24 @@ def _unwrapped(state: StateDict) -> StateDict:
 
 
 class _Ignored:
-    """Stands for an object beside the tensors of a file, so that no code of it runs."""
+    """Stands for an object beside the tensors of a file, so that no code of it runs; numbers can be taken from it."""
 
-    def __init__(self, *args: Any) -> None: ...
+    state: Any = None
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def tensor(self) -> Tensor | None:
+        """Returns the numbers of an array of numpy; None for anything else."""
+        match self.state:
+            case (_, shape, _Ignored(args=(str(kind), *_), state=(_, order, *_)), fortran, bytes(data)):
+                if kind[0] in "biuf":
+                    found = np.frombuffer(data, f"{order}{kind}").reshape(shape, order="F" if fortran else "C")
+                    return torch.tensor(found.astype(kind))
+        return None
 
     @classmethod
     def named(cls, path: str) -> type[_Ignored]:
@@ -126,29 +143,35 @@ def is_local(weights: str | os.PathLike[str]) -> bool:
 def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     """Reads .safetensors, .pth, .pt, .ckpt, .bin or a run's best checkpoint; `runs/NAME` means its newest version.
 
+    What a file is written as is decided by its content. A folder of Hugging Face means the weights in it.
+
     Raises:
         UserError: The file is missing, is not a run, or holds anything but tensors and plain data.
     """
     path = fill_in(weights)
     if not path.exists():
         raise UserError(f"weights: there is no file or run directory {path}")
-    if path.is_dir():
+    if path.is_dir() and (inside := [path / name for name in _IN_FOLDER if (path / name).is_file()]):
+        path = inside[0]
+    elif path.is_dir():
         path = find_run(path) / "checkpoints" / "best.ckpt"
         if not path.is_file():
             raise UserError(f"weights: there is no {path}")
-    if zipfile.is_zipfile(path) and (fault := find_corruption(path)):
+    if zipfile.is_zipfile(path) and (fault := find_corruption(path) or _not_weights(path)):
         raise UserError(f"weights: {path} {fault}")
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"weights: {path} only points to a file that Git LFS keeps; fetch it by git lfs pull")
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise UserError(f"weights: {path} only points to a file that Git LFS keeps; fetch it by git lfs pull")
     try:
-        if path.suffix == ".safetensors":
+        if start[8:9] == b"{":  # the length of a header, and the header
             from safetensors.torch import load_file
 
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals(list(map(_Ignored.named, _BESIDE))):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            known = [*map(_Ignored.named, _BESIDE), *_DEFAULTDICT]
+            with torch.serialization.safe_globals(known), path.open("rb") as file:  # torch.load goes by a path's ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for the same cause
         if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|class", str(error)):
             raise UserError(
@@ -167,7 +190,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
     pruned = bool(task) and bool(content.get("pruned"))
     tensors = dict(_named(content["state_dict"] if task else content))
-    if not tensors:
+    if not any(tensors):
         raise UserError(f"weights: {path} holds no tensors by name")
     if any(".base_layer." in key for key in tensors):
         raise UserError(
@@ -181,8 +204,23 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(str(path), tensors)
 
 
+def _not_weights(path: Path) -> str | None:
+    """Returns what an archive is if torch.save has not written it, and what to do; None if it has."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "is TorchScript, which holds code; save torch.jit.load(FILE).state_dict() by torch.save"
+    if all(name.endswith(".npy") for name in names):
+        return "is an archive of numpy; save dict(numpy.load(FILE)) by torch.save"
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"is an archive of {short(names)}; unpack it, and pass the file of the weights"
+    return None
+
+
 def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors in nested plain data, by dotted names."""
+    if isinstance(content, _Ignored):
+        content = content.tensor()
     if isinstance(content, Tensor):
         yield prefix[:-1], content
     elif isinstance(content, Mapping):

@@ -121,8 +121,8 @@ class ImageBackbone(Backbone):
                 raise
             size = " x ".join(map(str, images.shape[-2:]))
             raise UserError(
-                f"image_size: {self.name} cannot take images of {size} pixels ({error}); pass a larger "
-                "--data.image_size, such as 224"
+                f"image_size: {self.name or type(self).__name__} cannot take images of {size} pixels ({error}); "
+                "pass a larger --data.image_size, such as 224, or a network for small images, such as ConvNet"
             ) from error
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:

@@ -258,7 +258,8 @@ def _choose(fits: Counter[str], enough: int, origin: str, plain: str) -> str:
             return ""
         raise UserError(
             f"weights: {origin} has the network's tensors several times, with the prefixes "
-            f"{short(sorted(prefix or plain for prefix in best))}; pass one as --model.backbone.weights_prefix"
+            f"{short(sorted(prefix or plain for prefix in best))}; pass one as --model.backbone.weights_prefix, or "
+            "keep only one in the file"
         )
     (chosen,) = trained
     if chosen or len(best) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
@@ -12,7 +13,9 @@ from datamodules.decoding import FolderImages
 from datamodules.errors import DataError, printable
 from datamodules.files import FileSamples, find_copies
 from datamodules.near_copies import MOST, SECONDS, find_near_copies
-from datamodules.splits import SPLIT_NAMES, SPLITS, Subset, complete_splits, ids_of, log
+from datamodules.splits import SPLIT_NAMES, SPLITS, Subset, complete_splits, ids_of, log, named_labels
+
+BETTER = "results will look better than they are"
 
 
 class FileDomains(TransferDataModule):
@@ -57,23 +60,30 @@ class FileDomains(TransferDataModule):
             self.warn_of_copies()
 
     def warn_of_copies(self) -> None:
-        """Warns of files and images that are also in another split: they make results look better than they are."""
+        """Warns of files and images that are also in another split, and of files that are also in another class."""
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
+        by_class: dict[tuple[str, str], list[str]] = {}
         seen: list[Dataset[Any]] = []
         for name in self.wheres:
             for split, part in self.splits(name).items():
                 whole = part.dataset if isinstance(part, Subset) else part
                 if isinstance(whole, FileSamples) and not any(part is other for other in seen):
-                    files[split] += ids_of(part)
+                    files[split] += (paths := ids_of(part))
+                    labels = named_labels(part, self.class_names) if self.class_names else repeat("")
+                    for path, label in zip(paths, labels, strict=False):
+                        by_class.setdefault((split, label), []).append(path)
                     seen.append(part)
-        copies = find_copies(files)
-        _warn_of(copies, "%d files are in several splits, byte for byte")
+        groups = find_copies(by_class)
+        copies = _several([(split, path) for (split, _), path in group] for group in groups)
+        _warn_of(copies, "%d files are in several splits, byte for byte", BETTER)
+        inside = ([(label, path) for (each, label), path in group if each == s] for group in groups for s in SPLITS)
+        _warn_of(_several(inside), "%d files are in several classes of a split, byte for byte", "one label is wrong")
         images = [part.dataset if isinstance(part, Subset) else part for part in seen]
         if images and isinstance(images[0], FolderImages):
             same = {path: number for number, group in enumerate(copies) for _, path in group}
             pairs, compared = find_near_copies(files, images[0].thumbnail)
             pairs = [pair for pair in pairs if len({same.get(path, path) for _, path in pair}) > 1]
-            _warn_of(pairs, "%d pairs of images in different splits look the same")
+            _warn_of(pairs, "%d pairs of images in different splits look the same", BETTER)
             if compared < (total := sum(map(len, files.values()))):
                 told = "searched %d of %d images for those that look the same (at most %d, in %g seconds)"
                 log.info(told, compared, total, MOST, SECONDS)
@@ -112,10 +122,15 @@ class FileDomains(TransferDataModule):
         return super().predict_dataloader()
 
 
-def _warn_of(groups: Sequence[Sequence[tuple[str, str]]], what: str) -> None:
-    """Warns of groups of (split, path), with an example."""
+def _several(groups: Iterable[list[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
+    """Returns the groups of (name, path) that have several names."""
+    return [group for group in groups if len({name for name, _ in group}) > 1]
+
+
+def _warn_of(groups: Sequence[Sequence[tuple[str, str]]], what: str, so: str) -> None:
+    """Warns of groups of (name, path), with an example and what it means."""
     if groups:
         (one, first), *others = groups[0]
         other, second = next(each for each in others if each[0] != one)
         where = printable(f"{first} ({one}) and {second} ({other})")
-        log.warning(f"{what}, e.g. %s: results will look better than they are", len(groups), where)
+        log.warning(f"{what}, e.g. %s: {so}", len(groups), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.errors import DataError
 from datamodules.splits import content_hash, log
 
+Key = TypeVar("Key", bound=Hashable)
 Samples = TypeVar("Samples", bound="FileSamples")
 
 
@@ -140,7 +141,9 @@ class FileSamples(Dataset[Any]):
         kept = self.taken(np.flatnonzero(good).tolist())
         kept.unlabelled = self.unlabelled
         if class_names and (lost := np.setdiff1d(self.targets, kept.targets).tolist()):
-            raise DataError(f"{field}: class {class_names[lost[0]]} is empty: none of its {self.what} can be read")
+            first = self.ids[np.flatnonzero(self.targets == lost[0])[0]]
+            known = f"none of its {self.what} can be read, e.g. {first}"
+            raise DataError(f"{field}: class {class_names[lost[0]]} is empty: {known}")
         return kept
 
     @contextmanager
@@ -152,27 +155,27 @@ class FileSamples(Dataset[Any]):
             raise DataError(f"{error}; fix or remove it, or pass --data.{self.skip} skip") from error
 
 
-def find_copies(files: Mapping[str, Sequence[str]]) -> list[list[tuple[str, str]]]:
-    """Groups identical files, as (split, path), that are in several splits.
+def find_copies(files: Mapping[Key, Sequence[str]]) -> list[list[tuple[Key, str]]]:
+    """Groups identical files, as (key, path), that are under several keys, such as splits.
 
-    A file is opened only if one of another split has its size, and read whole only if a part of both is the same.
+    A file is opened only if one of another key has its size, and read whole only if a part of both is the same.
 
     Raises:
         DataError: A file does not exist or cannot be read.
     """
-    groups = [[(split, path) for split, paths in files.items() for path in paths]]
+    groups = [[(where, path) for where, paths in files.items() for path in paths]]
     with ThreadPoolExecutor() as pool:
         for key in (os.path.getsize, _middle_hash, _hash):
-            finer: list[list[tuple[str, str]]] = []
+            finer: list[list[tuple[Key, str]]] = []
             for group in groups:
-                alike: dict[Any, list[tuple[str, str]]] = {}
+                alike: dict[Any, list[tuple[Key, str]]] = {}
                 try:
                     values = list(pool.map(key, [path for _, path in group]))
                 except OSError as error:  # one that a table names
                     raise DataError(f"{error.filename}: it cannot be read ({error.strerror})") from error
                 for member, value in zip(group, values, strict=True):
                     alike.setdefault(value, []).append(member)
-                finer += [each for each in alike.values() if len({split for split, _ in each}) > 1]
+                finer += [each for each in alike.values() if len({where for where, _ in each}) > 1]
             groups = finer
     return groups
 

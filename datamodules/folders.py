@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from datamodules.errors import DataError
-from datamodules.splits import SPLITS, split_of
+from datamodules.splits import SPLITS, log, split_of
 
 LITTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "desktop.ini", "thumbs.db")
 
@@ -20,7 +21,7 @@ def is_litter(name: str) -> bool:
 def files_below(root: Path | str) -> Iterator[str]:
     """Yields the files below a folder as paths relative to it, with /, sorted by name; litter is left out.
 
-    Links are followed, except those to a folder that contains them.
+    Links are followed, except those to a folder that contains them. Pipes, sockets and devices are counted and told.
 
     Raises:
         DataError: A folder cannot be read.
@@ -40,10 +41,15 @@ def files_below(root: Path | str) -> Iterator[str]:
                 continue
             if entry.is_dir():
                 yield from enter(entry.path, f"{below}{entry.name}/", (*around, (stat.st_dev, stat.st_ino)))
-            else:
+            elif entry.is_file() or not os.path.exists(entry.path):  # reading a broken link says so
                 yield below + entry.name
+            else:
+                others.append(below + entry.name)
 
-    return enter(str(root), "", ())
+    others: list[str] = []
+    yield from enter(str(root), "", ())
+    if others:
+        log.warning("%s: left out %d pipes, sockets or devices, e.g. %s", root, len(others), others[0])
 
 
 def files_listed(listing: Path) -> list[str]:
@@ -56,7 +62,7 @@ def files_listed(listing: Path) -> list[str]:
         DataError: The list cannot be read, is empty, or names a file elsewhere.
     """
     try:
-        lines = listing.read_bytes().splitlines()
+        lines = listing.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"{listing}: it cannot be read ({error.strerror})") from error
     names = {os.fsdecode(line).removeprefix("./") for line in lines if line.strip()}

@@ -157,7 +157,7 @@ class ImageFolders(FileDomains):
                 split: {label: Paths() for label in class_folders(folder, self.known.get(name))}
                 for split, folder in folders.items()
             }
-            names = self.listed.pop(name, None) or (files_below(root) if root.is_dir() else [""])
+            names = self.listed.pop(name, None) or ([""] if root.is_file() else files_below(root))
             split_by, extensions, others = {f.name: split for split, f in folders.items()}, image_extensions(), []
             for path in names:
                 top, _, rest = path.partition("/")
@@ -198,7 +198,8 @@ class ImageFolders(FileDomains):
             log.warning("%s: left out %d images in no class folder, e.g. %s", self.wheres[name], len(loose), loose[0])
         unknown = sorted(present - set(self.class_names))
         if unknown:
-            raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}")
+            advice = f"; `tl predict --data.target {folder}` takes them" if name == "target" else ""
+            raise DataError(f"{name}: {folder} has classes that training lacks: {', '.join(unknown[:5])}{advice}")
         paths, targets = Paths(), list[int]()
         for number, label in enumerate(self.class_names):
             images = by_class.get(label, Paths())

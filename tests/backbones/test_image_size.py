@@ -26,7 +26,7 @@ def test_a_network_of_one_size_is_built_for_another(cls, name, position, tmp_pat
     assert 128 <= backbone.data_defaults["resize_size"] <= 150
     assert backbone(torch.zeros(1, 3, 128, 128)).shape == (1, backbone.out_features)
     with pytest.raises(
-        UserError, match=r"takes images of 128 x 128 pixels, but the data's have 96 x 96; pass .*size 96"
+        UserError, match=r"the data's have 96 x 96; pass --data.image_size 128, or, if .*backbone.image_size 96"
     ):
         backbone(torch.zeros(1, 3, 96, 96))
     own = backbone.model.state_dict()
@@ -46,6 +46,29 @@ def test_a_size_that_a_network_cannot_have_is_said(cls, name):
         pytest.importorskip("timm")
     with pytest.raises(UserError, match=rf"image_size: {name} cannot be built for 5 pixels"):
         cls(name, image_size=5)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "side"),
+    [
+        (TorchvisionBackbone, "alexnet", 32),
+        (TorchvisionBackbone, "inception_v3", 32),
+        (TorchvisionBackbone, "densenet121", 16),
+        (TimmBackbone, "hrnet_w18_small", 16),
+    ],
+)
+def test_images_that_are_too_small_for_a_network_are_said(cls, name, side):
+    if cls is TimmBackbone:
+        pytest.importorskip("timm")
+    backbone = cls(name).eval()
+    with pytest.raises(
+        UserError,
+        match=rf"image_size: {name} cannot take images of {side} x {side} pixels .*; pass a larger --data.ima",
+    ):
+        backbone(torch.zeros(2, 3, side, side))
+    backbone.model = torch.nn.Conv2d(4, 4, 1)  # anything else keeps its traceback
+    with pytest.raises(RuntimeError, match="to have 4 channels"):
+        backbone(torch.zeros(2, 3, side, side))
 
 
 def test_image_size_of_a_network_that_takes_any_is_the_data_s():

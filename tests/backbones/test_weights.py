@@ -2,6 +2,9 @@
 
 import argparse
 import pickle
+import re
+import zipfile
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -144,7 +147,11 @@ def foreign(net, other):
     yield "hugging face", prefixed("resnet.", net) | {"classifier.1.weight": torch.ones(3)}, "resnet."
     yield "timm", {"state_dict": net, "args": argparse.Namespace(lr=0.1, model="x"), "arch": "x"}, None
     yield "accelerate", {"ema": {"module": net}, "step": torch.tensor(3)}, "ema.module."
-    yield "model beside its mean", {"model": net, "model_ema": other}, None
+    yield (
+        "lightly",
+        {"state_dict": prefixed("backbone.", net) | prefixed("backbone_momentum.", other)},
+        "state_dict.backbone.",
+    )
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -201,6 +208,60 @@ def test_several_prefixes_are_asked_for(tmp_path):
         TorchvisionBackbone("squeezenet1_1", weights=tmp_path / "w.pth", weights_prefix="ema")
 
 
+@pytest.mark.parametrize(
+    ("one", "two"), [("ema", "state_dict"), ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("a", "teacher")]
+)
+def test_a_mean_beside_the_weights_is_asked_for(one, two, tmp_path):
+    states = {name: ConvNet(4) for name in (one, two)}
+    torch.save({name: net.model.state_dict() for name, net in states.items()} | {"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(
+        UserError, match=rf"several times, with the prefixes {one}\., {two}\.; pass one .*weights_prefix"
+    ):
+        ConvNet(4, weights=tmp_path / "w.pth")
+    for name, net in states.items():
+        model = ConvNet(4).model
+        load_weights(model, read_weights(tmp_path / "w.pth"), prefix=name)
+        assert same(model, net.model)
+
+
+def test_a_copy_that_is_not_taken_is_told(tmp_path, caplog):
+    caplog.set_level("INFO", "tl_modules")
+    q, k = (prefixed(f"encoder_{name}.", ConvNet(4).model.state_dict()) for name in "qk")
+    torch.save(q | k, tmp_path / "w.pth")
+    ConvNet(4, weights=tmp_path / "w.pth")
+    told = "the tensors with prefix encoder_q.; --model.backbone.weights_prefix takes others that fit: encoder_k."
+    assert told in caplog.text
+
+
+def test_a_deeper_network_of_the_same_widths_is_refused(tmp_path):
+    torch.save(TorchvisionBackbone("resnet34").model.state_dict(), tmp_path / "w.pth")
+    further = (
+        r"does not fit TorchvisionBackbone resnet18: it has 96 tensors of further blocks \(layer1.2.conv1.weight, "
+    )
+    with pytest.raises(UserError, match=further + r".*\.\.\.\); name the matching architecture, or pass strict: false"):
+        TorchvisionBackbone("resnet18", weights=tmp_path / "w.pth")
+    TorchvisionBackbone("resnet18", weights=tmp_path / "w.pth", strict=False)
+
+
+def test_further_blocks_are_found_in_rows_of_any_name():
+    rows = {f"dense.layer{number}": torch.nn.Linear(2, 2) for number in (1, 2, 3)}
+    states = [prefixed(f"{name}.", layer.state_dict()) for name, layer in rows.items()]
+    model = torch.nn.ModuleDict({"dense": torch.nn.ModuleDict({"layer1": rows["dense.layer1"]})})
+    given = Pretrained("file", {**states[0], **states[2], "head.layer1.weight": torch.ones(1)})
+    with pytest.raises(UserError, match=r"2 tensors of further blocks \(dense.layer3.weight, dense.layer3.bias\)"):
+        load_weights(model, given)
+    assert load_weights(model, given, classifier="dense.layer3").matched == ["dense.layer1.weight", "dense.layer1.bias"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_heads_are_no_further_blocks(name, tmp_path):
+    there = TorchvisionBackbone(name)
+    heads = ("classifier.8.weight", "classifier.6.0.weight", "fc.0.weight", "projector.2.bias", "aux1.0.weight")
+    beside = (*heads, "layer1.0.total_ops", "head.1.weight")
+    torch.save(there.model.state_dict() | dict.fromkeys(beside, torch.ones(3)), tmp_path / "w.pth")
+    assert same(TorchvisionBackbone(name, weights=tmp_path / "w.pth"), there)
+
+
 def test_a_prefix_that_is_not_the_one_found(tmp_path):
     one, two = TorchvisionBackbone("squeezenet1_1"), TorchvisionBackbone("squeezenet1_1")
     q, k = (prefixed(f"module.encoder_{name}.", each.model.state_dict()) for name, each in (("q", one), ("k", two)))
@@ -219,6 +280,61 @@ def test_errors_show_what_is_found_and_wanted(tmp_path):
     torch.save({k: v for k, v in state.items() if k != "0.0.weight"} | {"stem": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"are not in it \(0.0.weight; it has stem\)"):
         ConvNet(4, weights=tmp_path / "w.pth")
+
+
+def as_arrays(state, file):
+    torch.save({"model": {key: value.numpy() for key, value in state.items()}, "classes": np.array(["a"])}, file)
+
+
+def as_big_endian(state, file):
+    arrays = {key: value.numpy() for key, value in state.items()}
+    torch.save({key: each.astype(each.dtype.newbyteorder(">"), order="F") for key, each in arrays.items()}, file)
+
+
+def as_safetensors(state, file):
+    save_file({key: value.contiguous() for key, value in state.items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("safetensors.pth", as_safetensors),
+        ("pickle.safetensors", torch.save),
+        ("arrays.pth", as_arrays),
+        ("big.pth", as_big_endian),
+        (
+            "defaultdict.pth",
+            lambda state, file: torch.save(defaultdict(dict, {"model": defaultdict(list, state)}), file),
+        ),
+        ("ordered.pth", lambda state, file: torch.save(OrderedDict(state), file)),
+        ("folder/model.safetensors", as_safetensors),
+        ("folder/pytorch_model.bin", torch.save),
+    ],
+)
+def test_files_are_read_by_their_content(name, write, tmp_path):
+    there = ConvNet(4)
+    (tmp_path / "folder").mkdir()
+    write(there.model.state_dict(), tmp_path / name)
+    assert same(ConvNet(4, weights=tmp_path / name.partition("/")[0]), there)
+
+
+def test_archives_are_refused_by_what_they_are(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    np.savez(tmp_path / "w.npz", weight=np.ones(2))
+    torch.jit.script(net).save(tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        archive.write(tmp_path / "w.pth", "w.pth")
+    for name, reason in (
+        ("w.npz", "is an archive of numpy; save dict(numpy.load(FILE)) by torch.save"),
+        ("w.pt", "is TorchScript, which holds code; save torch.jit.load(FILE).state_dict() by torch.save"),
+        ("w.zip", "is an archive of w.pth; unpack it, and pass the file of the weights"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"{name} {reason}")):
+            read_weights(tmp_path / name)
+    torch.save(torch.ones(3), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 
 import numpy as np
@@ -140,8 +141,30 @@ def test_a_class_that_ends_up_empty_is_refused(tmp_path):
     root = tree(tmp_path)
     for file in (root / "train" / "red").iterdir():
         file.write_bytes(b"no image")
-    with pytest.raises(DataError, match="target: class red is empty: none of its images can be read"):
+    with pytest.raises(DataError, match=r"class red is empty: none of its images can be read, e.g. .*/train/red/0.png"):
         folders(root, on_bad_image="skip").domains("train")
+
+
+def test_a_class_that_ends_up_empty_in_one_split_only_is_found_by_an_example(tmp_path):
+    root = tree(tmp_path)
+    for file in (root / "val" / "red").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"class red is empty: none of its images can be read, e.g. .*/val/red/0.png"):
+        folders(root, on_bad_image="skip").domains("train")
+
+
+def test_pipes_and_sockets_are_no_images(tmp_path, caplog, monkeypatch):
+    root = tree(tmp_path)
+    os.mkfifo(root / "train" / "red" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as opened:
+        monkeypatch.chdir(root / "train" / "red")  # the path of a socket is short
+        opened.bind("socket.png")
+    (root / "val" / "red" / "broken.png").symlink_to("nowhere.png")
+    data = folders(root)
+    assert sizes(data)[:2] == [16, 9]
+    assert "left out 2 pipes, sockets or devices, e.g. train/red/pipe.png" in caplog.text
+    with pytest.raises(DataError, match=r"broken\.png: it cannot be"):
+        data.domains("val")["target"][8]
 
 
 def test_copies_across_splits_are_told(tmp_path, caplog):
@@ -154,6 +177,32 @@ def test_copies_across_splits_are_told(tmp_path, caplog):
     data.setup("fit")
     assert caplog.text.count("2 files are in several splits, byte for byte, e.g. ") == 1
     assert f"{root}/train/red/0.png (train) and {root}/val/red/copy0.png (val)" in caplog.text
+
+
+def test_copies_across_classes_are_told(tmp_path, caplog):
+    root = tree(tmp_path)
+    folders(root).warn_of_copies()
+    assert "several classes" not in caplog.text
+    for i in range(3):
+        shutil.copy(root / "train" / "red" / f"{i}.png", root / "train" / "blue" / f"copy{i}.png")
+    shutil.copy(root / "train" / "red" / "4.png", root / "train" / "red" / "twice.png")
+    folders(root).warn_of_copies()
+    assert caplog.text.count("3 files are in several classes of a split, byte for byte, e.g. ") == 1
+    assert f"{root}/train/blue/copy0.png (blue) and {root}/train/red/0.png (red): one label is wrong" in caplog.text
+    assert "several splits" not in caplog.text
+    shutil.copy(root / "train" / "red" / "0.png", root / "val" / "red" / "copy.png")
+    folders(root).warn_of_copies()
+    assert "1 files are in several splits, byte for byte" in caplog.text
+
+
+def test_unknown_classes_can_be_predicted_by_their_folder(tmp_path):
+    make_tree(tmp_path / "t", (("test", 3),), ("bird", "red"))
+    root = tree(tmp_path)
+    with pytest.raises(
+        DataError, match=r"test has classes that training lacks: bird; `tl predict --data.target .*test`"
+    ):
+        folders(root).domains("train")
+    assert len(folders(root / "test", classes=list(CLASSES)).predict_dataloader().dataset) == 6
 
 
 def test_only_files_of_one_size_are_opened(tmp_path, monkeypatch):
@@ -297,6 +346,13 @@ def test_a_list_of_files_is_read_as_the_folder_that_it_lists(ok, tl, tmp_path, s
     ok("fit --data ImageFolders --data.target t/some.txt --data.image_size 8 --data.num_workers 0 --model Classification "
        "--model.backbone ConvNet --model.backbone.width 4 --trainer.max_epochs 1 --name a")  # fmt: skip
     ok("predict --run runs/a")
+
+
+def test_a_list_of_files_with_a_byte_order_mark(tmp_path):
+    root = tree(tmp_path, ("", 6))
+    lines = "\r\n".join(f"{label}/{number}.png" for label in CLASSES for number in range(6))
+    (root / "files.txt").write_text(lines, encoding="utf-8-sig")
+    assert folders(root / "files.txt").class_names == list(CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ class SpeechConvNet(FrameBackbone):
         mels: Number of bands.
         rate: Samples per second; None is the data's.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class TorchBackbone(AudioBackbone):
         arguments: Passed to it by name, e.g. {weights: FILE}.
         rate: Samples per second of the module's input; None is the data's.
         weights: A local file or a run of `tl fit`; None keeps the loader's weights.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
 
     Raises:
         UserError: The function does not exist, does not return a module, or the weights do not fit.

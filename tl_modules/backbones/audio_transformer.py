@@ -64,7 +64,7 @@ class AudioTransformer(AudioBackbone):
     Args:
         name: A folder written by `save_pretrained`, or a name on the hub, e.g. facebook/wav2vec2-base.
         weights: DEFAULT takes the weights of `name`; or a local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         architecture: The encoder's Hugging Face config; None reads it from `name`.
         extractor: The config of its feature extractor; None reads it from `name`.
 

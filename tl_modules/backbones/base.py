@@ -171,6 +171,7 @@ class Backbone(BaseBackbone):
         if carried is not None and isinstance(self, CarriesText):
             self.set_extra_state(carried)
         named = f"{kind} {self.name}".strip()
-        report = load_weights(self.model, replace(self.pretrained, state=state), strict, named, resized, prefix)
+        given = replace(self.pretrained, state=state)
+        report = load_weights(self.model, given, strict, named, resized, prefix, self.classifier)
         head = self.pretrained.head or linear_head(state, report.prefix + self.classifier)
         self.pretrained = replace(self.pretrained, state={}, head=head)  # the model holds the rest now

@@ -18,7 +18,7 @@ class ConvNet(ImageBackbone):
     Args:
         width: Channels of the first stage; each further stage has twice as many.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
     """
@@ -60,7 +60,7 @@ class LeNet(ImageBackbone):
             contrast (Shu et al., ICLR 2018, for the same digits).
         dropout: Probability of dropping a whole channel of the second convolution.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.
     """

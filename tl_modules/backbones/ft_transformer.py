@@ -26,7 +26,7 @@ class FTTransformer(TabularBackbone):
         blocks: Number of blocks, 1 to 6; sizes and dropout follow from it as in the authors' package.
         width: Width of a token, a multiple of 8; None follows from `blocks`.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         scale: As in `TabularMLP`.
         clip: As in `TabularMLP`.
 

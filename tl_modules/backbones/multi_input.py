@@ -49,7 +49,7 @@ class SeveralBackbones(Backbone):
             that stays frozen, and is cached; None: all of all parts.
         carries: Inputs that no part reads but that are passed on, for a teacher that reads them.
         weights: A run with the same kind of backbone and the same parts; None leaves the parts as they are.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
 
     Raises:
         UserError: There are no parts, a name does not match a part, or a number is out of range.

@@ -63,7 +63,7 @@ class RecurrentBackbone(Backbone):
         dropout: Share of each layer's outputs that is dropped in training.
         pooling: How all states are pooled to one vector: their mean, or a learnt weighted mean.
         weights: A local file or a run of `tl fit`, for everything except `inputs`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
 
     Raises:
         UserError: A number is out of range, or the width of the series is unknown.

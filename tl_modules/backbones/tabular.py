@@ -30,7 +30,7 @@ class TabularMLP(TabularBackbone):
             one unit, since the network that they come from already has layers.
         dropout: Share of each stage's outputs that is dropped in training.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         scale: "each" divides a column by its own standard deviation, "all" divides all by one number, which preserves
             the relative size of a network's channels. None: "all" if the data says that its columns have one unit, as
             `TabularData` does for arrays and for features of `tl embed`; else "each".

@@ -25,7 +25,7 @@ class TabularResNet(TabularBackbone):
         dropout: Share of the hidden values that is dropped in training.
         embedding: Width of each number's embedding by periodic functions, see `MixedColumns`; 0: none.
         weights: A local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         scale: As in `TabularMLP`.
         clip: As in `TabularMLP`.
 

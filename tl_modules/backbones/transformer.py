@@ -79,7 +79,7 @@ class TransformerBackbone(TextBackbone):
     Args:
         name: A folder written by `save_pretrained`, or a name on the hub, e.g. google-bert/bert-base-uncased.
         weights: DEFAULT takes the weights of `name`; or a local file or a run of `tl fit`; None starts at random.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         pooling: How a text's vector is computed from its tokens' vectors: their mean, the vector of the first one
             (`cls`), or a learnt weighted mean (`attention`), which trains with the last stage.
         max_length: Tokens of a window, including special ones; None takes the encoder's maximum.

@@ -8,6 +8,7 @@ resolution, or the single blocks of a transformer.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # None instead of the numbers: when a config changes the class, arguments that both classes have are kept
 Statistics = Sequence[float] | None
+# of a convolution, of pooling, of branches at several scales
+_WRONG_SIZE = re.compile("Kernel size can't be greater|Output size is too small|size of tensor a .* must match")
 
 
 class Normalize(nn.Module):
@@ -96,17 +99,31 @@ class ImageBackbone(Backbone):
             )
         if self.side is not None and images.shape[-2:] != (self.side, self.side):
             height, width = images.shape[-2:]
-            advice = f"pass --model.backbone.image_size {height}, or " if height == width else ""
+            other = f", or, if it can be so built, --model.backbone.image_size {height}" if height == width else ""
             raise UserError(
                 f"image_size: {self.name} takes images of {self.side} x {self.side} pixels, but the data's have "
-                f"{height} x {width}; {advice}--data.image_size {self.side}"
+                f"{height} x {width}; pass --data.image_size {self.side}{other}"
             )
         normalized: Tensor = self.normalize(images, self.mean, self.std)
         return normalized
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, 1 or 3, H, W) uint8, or float in [0, 1], to (B, out_features)."""
-        return pooled(self.model(self.preprocess(x)))
+        """Maps (B, 1 or 3, H, W) uint8, or float in [0, 1], to (B, out_features).
+
+        Raises:
+            UserError: The images are too small for `model`, or not of a size that it can divide.
+        """
+        images = self.preprocess(x)
+        try:
+            return pooled(self.model(images))
+        except RuntimeError as error:
+            if not _WRONG_SIZE.search(str(error)):
+                raise
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise UserError(
+                f"image_size: {self.name or type(self).__name__} cannot take images of {size} pixels ({error}); "
+                "pass a larger --data.image_size, such as 224, or a network for small images, such as ConvNet"
+            ) from error
 
     def bind_schema(self, x: Mapping[str, Any]) -> None:
         """Rejects inputs that are not images.
@@ -138,7 +155,7 @@ class TorchvisionBackbone(ImageBackbone):
         name: A name in torchvision.models.list_models(torchvision.models), e.g. resnet50.
         weights: A torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded), a local file, or a run of `tl
             fit`.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         mean: Per channel, on the [0, 1] scale; None is the weights' own.
         std: Per channel, on the [0, 1] scale; None is the weights' own.
         image_size: Side of the images in pixels; None is the weights' own. A ViT or MaxViT is built for this size, and
@@ -221,7 +238,7 @@ class TimmBackbone(ImageBackbone):
     Args:
         name: A name in timm.list_models(), e.g. vit_small_patch16_224 or resnet50.a1_in1k.
         weights: DEFAULT for timm's pretrained weights of this name (downloaded), a local file, or a run.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         image_size: Side of the images in pixels; None is the weights' own. A network with a fixed input size (ViT,
             Swin, ...) is built for it, and position embeddings of another size are interpolated.
         weights_prefix: Prefix of the names in a file of weights, e.g. `teacher.backbone.`; None finds it.
@@ -301,7 +318,7 @@ class TorchHubBackbone(ImageBackbone):
         arguments: Passed to the entry point, e.g. {pretrained: true}. Its weights count as pretrained, unless
             `pretrained` or `weights` in them says otherwise.
         weights: A local file or a run of `tl fit`; None keeps the entry point's weights.
-        strict: Rejects weights that lack a tensor or have one of another shape.
+        strict: Rejects weights that lack a tensor, have one of another shape, or have further blocks.
         image_size: Side in pixels of the images used to find the width of the features, if it is not known.
         mean: Per channel, on the [0, 1] scale; None is ImageNet's.
         std: Per channel, on the [0, 1] scale; None is ImageNet's.

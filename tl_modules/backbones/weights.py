@@ -8,11 +8,12 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 # prefixes that wrappers add to keys: files, DataParallel, Lightning, torch.compile, and our own `backbone.model.`.
 _PREFIX = re.compile(r"^(?:(?:state_dict|model_state_dict|module|model|backbone|_orig_mod)\.)+")
-_TRAINED = {"encoder_q", "teacher"}  # preferred prefixes if a copy fits equally well: MoCo's, DINO's
+# copies of the network that training needs beside it: MoCo's, DINO's, BYOL's
+_COPY = re.compile(r"(?:^|\.)(?:encoder_k|student\w*|\w*momentum\w*)\.")
 # names in Hugging Face's ResNet -> torchvision's and timm's
 _RESNET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(resnet\.)?embedder\.embedder\.convolution\.", "conv1."),
@@ -36,10 +38,13 @@ _RESNET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"layer\.(\d)\.normalization\.", lambda at: f"bn{int(at[1]) + 1}."),
     (r"classifier\.1\.", "fc."),
 )
-# what files hold beside tensors: settings of a script, numbers of numpy 1 and 2
+# what files hold beside tensors: settings of a script, numbers and arrays of numpy 1 and 2
 _NUMPY = [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
 _BESIDE = ["argparse.Namespace", "numpy.dtype", "numpy.ndarray", *_NUMPY]
+# a defaultdict is read as a dict; its default is made by one of the other four
+_DEFAULTDICT: list[Any] = [(lambda *_: {}, "collections.defaultdict"), dict, list, int, float]
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # of Hugging Face
 LFS_POINTER = b"version https://git-lfs"
 StateDict = Mapping[str, Tensor]
 
@@ -93,11 +98,24 @@ def _unwrapped(state: StateDict) -> StateDict:
 
 
 class _Ignored:
-    """Stands for an object beside the tensors of a file, so that no code of it runs."""
+    """Stands for an object beside the tensors of a file, so that no code of it runs; numbers can be taken from it."""
 
-    def __init__(self, *args: Any) -> None: ...
+    state: Any = None
 
-    def __setstate__(self, state: Any) -> None: ...
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def tensor(self) -> Tensor | None:
+        """Returns the numbers of an array of numpy; None for anything else."""
+        match self.state:
+            case (_, shape, _Ignored(args=(str(kind), *_), state=(_, order, *_)), fortran, bytes(data)):
+                if kind[0] in "biuf":
+                    found = np.frombuffer(data, f"{order}{kind}").reshape(shape, order="F" if fortran else "C")
+                    return torch.tensor(found.astype(kind))
+        return None
 
     @classmethod
     def named(cls, path: str) -> type[_Ignored]:
@@ -125,29 +143,35 @@ def is_local(weights: str | os.PathLike[str]) -> bool:
 def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     """Reads .safetensors, .pth, .pt, .ckpt, .bin or a run's best checkpoint; `runs/NAME` means its newest version.
 
+    What a file is written as is decided by its content. A folder of Hugging Face means the weights in it.
+
     Raises:
         UserError: The file is missing, is not a run, or holds anything but tensors and plain data.
     """
     path = fill_in(weights)
     if not path.exists():
         raise UserError(f"weights: there is no file or run directory {path}")
-    if path.is_dir():
+    if path.is_dir() and (inside := [path / name for name in _IN_FOLDER if (path / name).is_file()]):
+        path = inside[0]
+    elif path.is_dir():
         path = find_run(path) / "checkpoints" / "best.ckpt"
         if not path.is_file():
             raise UserError(f"weights: there is no {path}")
-    if zipfile.is_zipfile(path) and (fault := find_corruption(path)):
+    if zipfile.is_zipfile(path) and (fault := find_corruption(path) or _not_weights(path)):
         raise UserError(f"weights: {path} {fault}")
     with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"weights: {path} only points to a file that Git LFS keeps; fetch it by git lfs pull")
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise UserError(f"weights: {path} only points to a file that Git LFS keeps; fetch it by git lfs pull")
     try:
-        if path.suffix == ".safetensors":
+        if start[8:9] == b"{":  # the length of a header, and the header
             from safetensors.torch import load_file
 
             content: Any = load_file(path)
         else:
-            with torch.serialization.safe_globals(list(map(_Ignored.named, _BESIDE))):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            known = [*map(_Ignored.named, _BESIDE), *_DEFAULTDICT]
+            with torch.serialization.safe_globals(known), path.open("rb") as file:  # torch.load goes by a path's ending
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for the same cause
         if isinstance(error, pickle.UnpicklingError) and re.search("GLOBAL|class", str(error)):
             raise UserError(
@@ -166,7 +190,7 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     task = content.get("transfer", {}) if isinstance(content, Mapping) else {}
     pruned = bool(task) and bool(content.get("pruned"))
     tensors = dict(_named(content["state_dict"] if task else content))
-    if not tensors:
+    if not any(tensors):
         raise UserError(f"weights: {path} holds no tensors by name")
     if any(".base_layer." in key for key in tensors):
         raise UserError(
@@ -180,8 +204,23 @@ def read_weights(weights: str | os.PathLike[str]) -> Pretrained:
     return Pretrained(str(path), tensors)
 
 
+def _not_weights(path: Path) -> str | None:
+    """Returns what an archive is if torch.save has not written it, and what to do; None if it has."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "is TorchScript, which holds code; save torch.jit.load(FILE).state_dict() by torch.save"
+    if all(name.endswith(".npy") for name in names):
+        return "is an archive of numpy; save dict(numpy.load(FILE)) by torch.save"
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"is an archive of {short(names)}; unpack it, and pass the file of the weights"
+    return None
+
+
 def _named(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors in nested plain data, by dotted names."""
+    if isinstance(content, _Ignored):
+        content = content.tensor()
     if isinstance(content, Tensor):
         yield prefix[:-1], content
     elif isinstance(content, Mapping):
@@ -200,31 +239,53 @@ def _prefixes(given: StateDict, own: StateDict) -> Counter[str]:
     return fits
 
 
-def _choose(fits: Counter[str], enough: int, origin: str) -> str:
+def _choose(fits: Counter[str], enough: int, origin: str, plain: str) -> str:
     """Chooses the prefix that fits most tensors, which may be empty.
 
     Args:
         fits: The count of each prefix.
         enough: If several fit equally well, and at least this well, the user has to choose.
         origin: The file, for messages.
+        plain: What the file has before names with an empty prefix, for messages.
 
     Raises:
-        UserError: Several prefixes fit equally well.
+        UserError: Several prefixes fit equally well, and not only one of them is the network rather than a copy.
     """
     best = sorted(prefix for prefix, count in fits.items() if count == max(fits.values()))
-    trained = [prefix for prefix in best if _TRAINED & {*prefix.split(".")}]
-    chosen = "" if not best or "" in best else trained[0] if len(trained) == 1 else best[0]
-    if chosen and len(best) > 1 and len(trained) != 1:
-        if fits[chosen] < enough:
+    trained = [prefix for prefix in best if not _COPY.search(prefix)] if len(best) > 1 else best
+    if len(trained) != 1:
+        if not best or fits[best[0]] < enough:
             return ""
         raise UserError(
-            f"weights: {origin} has the network's tensors several times, with the prefixes {short(best)}; pass one as "
-            "--model.backbone.weights_prefix"
+            f"weights: {origin} has the network's tensors several times, with the prefixes "
+            f"{short(sorted(prefix or plain for prefix in best))}; pass one as --model.backbone.weights_prefix, or "
+            "keep only one in the file"
         )
-    if chosen:
-        others = f" ({short(prefix for prefix in best if prefix != chosen)} fits too)" if len(best) > 1 else ""
-        log.info("weights from %s: the tensors with prefix %s%s", origin, chosen, others)
+    (chosen,) = trained
+    if chosen or len(best) > 1:
+        others = short(prefix for prefix in best if prefix != chosen)
+        too = f"; --model.backbone.weights_prefix takes others that fit: {others}" if others else ""
+        log.info("weights from %s: the tensors with prefix %s%s", origin, chosen or plain, too)
     return chosen
+
+
+def _further_blocks(unexpected: list[str], own: Iterable[str], head: str) -> list[str]:
+    """Returns the tensors of blocks that continue a row of the network's own: layer1.2 after layer1.0 and layer1.1.
+
+    Args:
+        unexpected: Names that the network lacks.
+        own: The network's names.
+        head: The module with the layers of the classifier, which may continue as it likes; "" if it has none.
+    """
+
+    def numbered(key: str) -> Iterator[tuple[str, str]]:
+        paths = (key[: dot.start()] for dot in re.finditer(r"\.", key))
+        return ((path, row) for path in paths if "." in (row := path.rstrip("0123456789")) and row != path)
+
+    known = dict(pair for key in own for pair in numbered(key))
+    rows = set(known.values())
+    further = [key for key in unexpected if any(row in rows and path not in known for path, row in numbered(key))]
+    return [key for key in further if not (head and key.startswith(f"{head}."))]
 
 
 def linear_head(state: StateDict, name: str) -> StateDict:
@@ -241,28 +302,31 @@ def load_weights(
     name: str | None = None,
     resized: Callable[[StateDict], StateDict] | None = None,
     prefix: str | None = None,
+    classifier: str = "",
 ) -> LoadReport:
     """Copies the weights into `model` by name, ignoring wrappers' prefixes on either side.
 
     Args:
         model: The network to fill, in place.
         pretrained: The weights.
-        strict: Rejects weights if a tensor of `model` is missing or has another shape; otherwise it stays random.
+        strict: Rejects weights if a tensor of `model` is missing or has another shape, which otherwise stays random, or
+            if they have further blocks, which otherwise are left out.
         name: What messages call the model.
         resized: Adapts tensors of another image size to the shapes of `model`; called if some do not fit.
         prefix: Prefix of the names in the file; None finds it.
+        classifier: The last layer of the original network, which `model` lacks.
 
     Returns:
         Which keys were matched, missing, unexpected and misshaped (also logged).
 
     Raises:
-        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing or misshaped; or a
-            number is not finite.
+        UserError: Nothing matched, or several prefixes did, or `strict` and something is missing, misshaped or another
+            architecture's; or a number is not finite.
     """
     state = model.state_dict()
     own = dict(zip(_unwrapped(state), state, strict=True))
-    names = zip(pretrained.state, _unwrapped(pretrained.state), strict=True)
-    given = {key if key in own else name: pretrained.state[key] for key, name in names}
+    names = dict(zip(pretrained.state, _unwrapped(pretrained.state), strict=True))
+    given = {key if key in own else name: pretrained.state[key] for key, name in names.items()}
     if prefix is None:
         # fastai numbers a network's children
         numbers = {child: str(number) for number, (child, _) in enumerate(model.named_children())}
@@ -270,7 +334,8 @@ def load_weights(
         by_name, by_number = (_prefixes(given, {name: state[n[name]] for name in n}) for n in (own, counted))
         if max(by_number.values(), default=0) > max(by_name.values(), default=0):
             own, by_name = counted, by_number
-        prefix = _choose(by_name, len(own) ** 2 // 2, pretrained.origin)
+        plain = next((key.removesuffix(name) for key, name in names.items() if name in own and key not in own), "''")
+        prefix = _choose(by_name, len(own) ** 2 // 2, pretrained.origin, plain)
     else:
         prefix = f"{prefix.rstrip('.')}." if prefix else ""
         prefix = prefix if any(key.startswith(prefix) for key in given) else _PREFIX.sub("", prefix)
@@ -313,6 +378,12 @@ def load_weights(
             f"{wrong}: {len(match.missing)} of {len(own)} tensors are not in it ({_some(match.missing)}"
             + (f"; it has {_some(match.unexpected)}" if match.unexpected else "")
             + "); name the matching architecture, or pass strict: false to start them at random"
+        )
+    further = _further_blocks(match.unexpected, own, classifier.rpartition(".")[0])
+    if strict and further:
+        raise UserError(
+            f"{wrong}: it has {len(further)} tensors of further blocks ({_some(further)}); name the matching "
+            "architecture, or pass strict: false to leave them out"
         )
     if broken := [k for k in matched if not given[k].isfinite().all()]:
         raise UserError(f"weights: {pretrained.origin} holds numbers that are not finite, in {_some(broken)}")

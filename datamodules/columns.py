@@ -236,6 +236,11 @@ def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Ar
     return np.stack(parts, 1).astype(np.float32)
 
 
+def names_of(columns: Columns) -> list[str]:
+    """Returns the columns of a file that were learnt."""
+    return [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *columns["categorical"]]
+
+
 def numeric_names(columns: Columns) -> list[str]:
     """Returns the names of the numeric columns that `encode` gives."""
     known = columns["numeric"]

@@ -120,27 +120,47 @@ class TabularData(FileDomains):
         if not given:
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         tables = {
-            name: read_table(what, name, label, group, [] if columns else drop or [], weight)
+            name: read_table(
+                what,
+                name,
+                label,
+                group,
+                drop or [],
+                weight,
+                categorical or [],
+                columns,
+                len(given) > 1 and name == "target",
+            )
             for name, what in given.items()
         }
+        labelled = {name: table for name, table in tables.items() if table.label is not None}
+        named = {table.label for table in labelled.values()}
+        self.label = named.pop() if len(named) == 1 else label
+        told = " and ".join(dict.fromkeys(f"column {table.label}" for table in labelled.values()))
+        self._label_is = f"; label: {told}; --data.label chooses another" if told else ""
         self._columns, self.categories = columns, categories
         read_columns(tables, drop or [], categorical or [], missing or {}, columns, categories)
         y: Mapping[str, Array] = {name: np.zeros(table.cells.count, np.int64) for name, table in tables.items()}
         self.class_names = classes
         if label is not None:
-            y, self.class_names = _label(tables, kind, threshold, classes)
+            own, self.class_names = _label(labelled, kind, threshold, classes)
+            y = {**y, **own}
         self.wheres = {name: table.where for name, table in tables.items()}
         self._one_unit = all(table.frame is None for table in tables.values())
         self._whole = {name: Rows(table, y[name]) for name, table in tables.items()}
-        if label is None:
-            for name, rows in self._whole.items():
-                rows.unlabelled = no_labels(self.wheres[name], "--data.label")
+        for name in tables.keys() - labelled.keys():
+            lacking = "--data.label" if label is None else f"a column {label}"
+            self._whole[name].unlabelled = no_labels(self.wheres[name], lacking)
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._known = False
         for name, table in tables.items():
             whole = self._whole[name]
             splits: dict[str, Dataset[Any]] = {split: Subset(whole, rows) for split, rows in table.splits.items()}
             self._found[name] = splits or {"unsplit": whole}
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Also decides the column of labels, by name, so that a run finds it in tables of other columns."""
+        return super().resolve(defaults) | {"label": self.label}
 
     @property
     def columns(self) -> Columns | None:
@@ -168,6 +188,8 @@ class TabularData(FileDomains):
             splits = {name: self.splits(name) for name in self.wheres}
             rows = {name: split["train"] for name, split in splits.items() if "train" in split}
             shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
+            if not shown:
+                raise DataError(f"{', '.join(self.wheres.values())}: no row is for training, which learns the columns")
             hidden = self.would_hide_labels(self.wheres)
             labelled = [position for position, name in enumerate(shown) if name != "target" or not hidden]
             parts = [cast(Subset, part).rows for part in shown.values()]
@@ -175,7 +197,7 @@ class TabularData(FileDomains):
             where = ", ".join(self.wheres[name] for name in shown)
             self._columns = learn(cells, parts, labelled, where)
             if not self._one_unit:
-                log.info("%s: read as %s", where, kinds_of(self._columns))
+                log.info("%s: read as %s%s", where, kinds_of(self._columns), self._label_is)
         for name, whole in self._whole.items():
             if self.categories is not None:
                 numeric = one_hot(whole.cells, self.categories, self.wheres[name])

@@ -163,8 +163,9 @@ def learn(
         count = sum(map(len, rows))
         if len(found) > max(20, count / 2):
             raise DataError(
-                f"{where}: column {name} has {len(found)} distinct texts in {count} rows, too many for categories; "
-                f"leave it out, --data.drop+={name}, or write its numbers with a decimal point"
+                f"{where}: column {name} has {len(found)} distinct texts in {count} rows, e.g. '{max(found)}', too "
+                f"many for categories; leave it out, --data.drop+={name}, or write numbers without a unit (3.4) or dates "
+                "(2024-12-31)"
             )
         columns["categorical"][name] = sorted(found)
     return columns

@@ -10,13 +10,12 @@ import numpy as np
 from datamodules.columns import as_text, is_text
 from datamodules.errors import DataError, check_known
 from datamodules.frames import MISSING
-from datamodules.splits import SPLITS, split_of
+from datamodules.splits import SPLIT, SPLITS, split_of
 
 if TYPE_CHECKING:
     from polars import DataType, LazyFrame
 
 Array = np.ndarray[Any, Any]
-SPLIT = "split"  # the column whose cells name splits
 
 
 def read_labels(frame: LazyFrame, name: str, kind: DataType) -> Array:

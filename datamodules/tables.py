@@ -12,11 +12,11 @@ import numpy as np
 
 from datamodules.columns import Cells, Columns, as_text, is_text, names_of, read_cells, some
 from datamodules.errors import DataError, check_known
-from datamodules.frames import DATE, MISSING, QUANTITY, scan_frame, typed
+from datamodules.frames import DATE, MISSING, QUANTITY, scan_frame, tries, typed
 from datamodules.labels import read_weights
 from datamodules.paths import expand_path
-from datamodules.roles import SPLIT, column_of, is_bare, label_column, read_labels, read_splits
-from datamodules.splits import SPLIT_NAMES, log
+from datamodules.roles import column_of, is_bare, label_column, read_labels, read_splits
+from datamodules.splits import SPLIT, SPLIT_NAMES, log
 
 if TYPE_CHECKING:
     from polars import DataType, Expr, LazyFrame
@@ -278,8 +278,14 @@ def _check_texts(frame: LazyFrame, names: Sequence[str], where: str) -> None:
                 f"it means a gap, --data.categorical+={name} if all of them are names, or correct the column"
             )
         if found[f"{name}/"].item() and found[name].item() is not None:
+            first = frame.select(there[name].first()).collect().item()
+            forms = tries(text[name], first)
+            if len(forms) == 1:  # its form is clear
+                wrong = text[name].filter(text[name].is_in(MISSING).not_() & forms[0].is_null())
+                cell = frame.select(wrong.first()).collect().item()
+                raise DataError(f"{where}: column {name} has {cell} among dates like {first}; correct it")
             raise DataError(
-                f"{where}: column {name} has dates like {frame.select(there[name].first()).collect().item()}, and its "
+                f"{where}: column {name} has dates like {first}, and its "
                 "cells do not tell the order of day, month and year, or differ in it; write 2024-12-31, or pass "
                 f"--data.categorical+={name} or --data.drop+={name}"
             )
@@ -337,6 +343,8 @@ def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
 
 
 def _read_embedded(path: Path, name: str, where: str) -> Table:
+    if not (path / "index.csv").is_file():
+        raise DataError(f"{where} is a folder without the index.csv of `tl embed`; name one table")
     if (path / "features.npy").is_file():
         features = np.load(path / "features.npy", allow_pickle=False)
     else:

@@ -5,6 +5,7 @@ file -> columns and labels -> split -> meaning of the columns, learnt from train
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.columns import Cells, Columns, encode, kinds_of, learn, numeric_names, one_hot, row_keys
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
+from datamodules.frames import CODE
 from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
 from datamodules.splits import Subset, content_hash, log, no_labels
 from datamodules.tables import Table, read_columns, read_table
@@ -72,15 +74,16 @@ class TabularData(FileDomains):
     Numbers stay numbers, truth values become 0 and 1, a date several numbers, and text categories (columns.py). A gap
     in a numeric column becomes the column's mean; if at least 5 % of the labelled training rows have a gap, a 0/1
     column marks them; a gap in text is a category of its own. Means and categories come from the training rows, and a
-    run keeps them in its config. Columns are not standardised here; the backbone does that. Domains keep the columns
-    that they share, by name. A file is split in three, stratified by class if labels are classes, and between groups if
-    there are any; `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
+    run keeps them in its config, with the label's name. Columns are not standardised here; the backbone does that. Domains keep the columns
+    that they share, by name. A column `split` of train, val and test, in any spelling, defines the splits; otherwise a
+    file is split in three, stratified by class if labels are classes, and between groups if there are any, and
+    `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are expanded.
         source: The source's file or folder.
-        label: The column of labels, by name or number; -1 is the last. None: there are no labels, for
-            `tl predict`.
+        label: The column of labels, by name or number; -1 is the last. A run keeps its name, and a table without it is
+            unlabelled, as a target without the label that its source has. None: there are no labels.
         kind: Whether labels are "classes" or "values". None: text is classes, and so are whole numbers in an .npz file
             or a folder of `tl embed`; numbers in other files are values.
         threshold: Makes values two classes: below it, and from it upwards.
@@ -258,9 +261,10 @@ def _label(
 
 
 def _tells_classes(table: Table) -> bool:
-    """Returns whether labels are classes: text without any number, or, in arrays, whole numbers."""
+    """Returns whether labels are classes: text without any number, codes, or, in arrays, whole numbers."""
     if table.labels.dtype.kind != "U":
         return table.frame is None and table.labels.dtype.kind in "iub"
     texts = np.unique(table.labels).tolist()
     numbers = np.isfinite([as_number(text) for text in texts])
-    return not numbers.any() or (table.frame is None and all(text.lstrip("-").isdigit() for text in texts))
+    codes = any(re.match(CODE, text) for text in texts)  # 001 is a name
+    return codes or not numbers.any() or (table.frame is None and all(text.lstrip("-").isdigit() for text in texts))

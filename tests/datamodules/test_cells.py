@@ -43,6 +43,27 @@ def test_dates_that_do_not_tell_their_order_are_refused(write, day):
     assert list(TabularData(write(table), categorical=["day"]).columns["categorical"]["day"]) == sorted(cells)
 
 
+def test_an_impossible_date_is_named(write):
+    table = "a;day;y\n" + "".join(
+        f"{i};{'30.02.2024' if i == 9 else f'{i % 28 + 1:02}.12.2024'};{i}\n" for i in range(60)
+    )
+    with pytest.raises(DataError, match=r"column day has 30.02.2024 among dates like 01.12.2024; correct it"):
+        TabularData(write(table))
+
+
+@pytest.mark.parametrize("cell", ["{i}.4 kg", "1:{i}", "{i}-Jan-2024"])
+def test_cells_that_are_neither_numbers_nor_categories_are_named(write, cell):
+    table = "a,b,y\n" + "".join(f"{i},{cell.format(i=i + 10)},{i}.5\n" for i in range(60))
+    example = r"e.g. '\S.*', too many for categories; leave it out, --data.drop\+=b, or write numbers without a unit"
+    with pytest.raises(DataError, match=example):
+        TabularData(write(table)).schema  # noqa: B018
+
+
+def test_labels_with_a_leading_zero_are_classes(write):
+    assert TabularData(write("a,y\n" + "1,001\n2,002\n" * 20)).class_names == ["001", "002"]
+    assert TabularData(write("a,y\n" + "1,01\n2,1\n" * 20)).class_names == ["01", "1"]
+
+
 def test_later_dates_that_do_not_tell_their_order_are_refused(write):
     table = "a,day,y\n" + "".join(f"{i % 7},{i % 28 + 1:02}/02/2024,{i}\n" for i in range(60))
     columns = TabularData(write(table)).columns

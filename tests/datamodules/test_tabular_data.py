@@ -437,7 +437,7 @@ def test_mistakes_of_files_and_domains(write, tmp_path):
     np.savez(tmp_path / "b.npz", features=np.zeros(3), labels=np.zeros(3))
     with pytest.raises(DataError, match=r"have shapes \(3,\) and \(3,\), not \(N, D\)"):
         TabularData(tmp_path / "b.npz")
-    with pytest.raises(DataError, match="cannot be read as a table"):
+    with pytest.raises(DataError, match=r"is a folder without the index.csv of `tl embed`; name one table"):
         TabularData(tmp_path)
     (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read as a table"):

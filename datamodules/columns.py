@@ -164,8 +164,8 @@ def learn(
         if len(found) > max(20, count / 2):
             raise DataError(
                 f"{where}: column {name} has {len(found)} distinct texts in {count} rows, e.g. '{max(found)}', too "
-                f"many for categories; leave it out, --data.drop+={name}, or write numbers without a unit (3.4) or dates "
-                "(2024-12-31)"
+                f"many for categories; leave it out, --data.drop+={name}, or write numbers without a unit (3.4) or "
+                "dates (2024-12-31)"
             )
         columns["categorical"][name] = sorted(found)
     return columns

@@ -58,12 +58,12 @@ def read_frame(
     The suffix decides; any other file is text. A file packed by gzip, bzip2, xz or zip (one file) is unpacked in
     memory. Delimiter (the one that a first line sep=; names, or tab, semicolon, bar, comma) and header of text are
     found from its first lines: a header is text above numbers or dates, or, if everything is text, a first line without
-    a number whose cells do not occur again below, or names like 2019 and label above numbers and classes. Without a header the names are "0", "1", ... Cells are stripped, and
-    an empty cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like
-    (`MISSING`) are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency
-    sign, which is dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day
-    (31.12.2024), or with the month if cells like 12/31/2024 show it; if none shows the order, they stay text. Times in
-    several zones are converted to UTC.
+    a number whose cells do not occur again below, or names like 2019 and label above numbers and classes. Without a
+    header the names are "0", "1", ... Cells are stripped, and an empty cell is null; in a column whose other cells are
+    numbers, dates, or true and false, NA, ? and the like (`MISSING`) are null too. Numbers may have thousands
+    separators, a decimal comma, and all the same % or currency sign, which is dropped; numbers with a leading zero,
+    e.g. 02116, are text. Dates are ISO, or begin with the day (31.12.2024), or with the month if cells like 12/31/2024
+    show it; if none shows the order, they stay text. Times in several zones are converted to UTC.
 
     Args:
         path: The file.
@@ -206,7 +206,12 @@ def _decimal_comma(rows: Sequence[Sequence[str]], separator: str, where: str) ->
     untold = (True, True) in forms and (True, False) not in forms and (False, True) not in forms
     if untold:
         cell, point = forms[True, True], "." if separator == ";" else ""
-        log.warning("%s: %s is read as %s, no cell tells which comma it is", where, cell, cell.replace(",", point))
+        log.warning(
+            "%s: %s is read as %s: no cell tells whether commas are decimal, as they are if ; delimits cells",
+            where,
+            cell,
+            cell.replace(",", point),
+        )
     return (False, True) in forms or (separator == ";" and untold)
 
 

@@ -150,7 +150,7 @@ def _read_frame(
         counted = [name for name in names if not (last and table.splits and name == SPLIT)]
         name = label_column(label, counted, where, unlabelled, known)
         if name is None:
-            log.info("%s has no column %s of labels: its rows are unlabelled", where, label)
+            log.info("%s has no labels for lack of a column %s", where, label)
         else:
             apart.append(name)
             table.label = names.index(name) if is_bare(names) else name

@@ -74,10 +74,10 @@ class TabularData(FileDomains):
     Numbers stay numbers, truth values become 0 and 1, a date several numbers, and text categories (columns.py). A gap
     in a numeric column becomes the column's mean; if at least 5 % of the labelled training rows have a gap, a 0/1
     column marks them; a gap in text is a category of its own. Means and categories come from the training rows, and a
-    run keeps them in its config, with the label's name. Columns are not standardised here; the backbone does that. Domains keep the columns
-    that they share, by name. A column `split` of train, val and test, in any spelling, defines the splits; otherwise a
-    file is split in three, stratified by class if labels are classes, and between groups if there are any, and
-    `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
+    run keeps them in its config, with the label's name. Columns are not standardised here; the backbone does that.
+    Domains keep the columns that they share, by name. A column `split` of train, val and test, in any spelling, defines
+    the splits; otherwise a file is split in three, stratified by class if labels are classes, and between groups if
+    there are any, and `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are expanded.

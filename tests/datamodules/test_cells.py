@@ -8,15 +8,6 @@ import yaml
 from datamodules import DataError, TabularData
 
 
-@pytest.fixture
-def write(tmp_path):
-    def call(text, name="a.csv"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return call
-
-
 def test_a_gap_that_is_named_leaves_numbers(write, caplog):
     table = "a,zip,day,y\n" + "".join(
         f"{'-' if i == 3 else i % 7},0211{i % 5},2024-01-0{1 + i % 9},{i % 2}.0\n" for i in range(60)

@@ -70,9 +70,9 @@ def test_what_cannot_be_known_of_text_is_told(read, caplog):
     read("2019,y\n1,p\n3,n\n5,p\n7,n\n", "b.csv")
     assert "b.csv: the first line, 2019,y, names the columns" in caplog.text
     assert read("a\tb\n1,111\t2,222\n", "c.csv")["a"].to_list() == [1111]
-    assert "c.csv: 2,222 is read as 2222, no cell tells which comma it is" in caplog.text
+    assert "c.csv: 2,222 is read as 2222: no cell tells whether commas are decimal" in caplog.text
     assert read("a;b\n1,111;2,222\n", "d.csv")["a"].to_list() == [1.111]
-    assert "d.csv: 2,222 is read as 2.222, no cell tells" in caplog.text
+    assert "d.csv: 2,222 is read as 2.222: no cell tells" in caplog.text
     caplog.clear()
     read("a;b\n1,111;2,2\n", "e.csv")
     assert not caplog.text

@@ -214,7 +214,7 @@ def read_columns(
     if columns is None:
         shared = _shared(kinds)
         text = (column for column in shared if any(is_text(kind[column]) for kind in kinds.values()))
-        texts: Collection[str] = {*wanted, *text} if categories is None else categories
+        texts: Collection[str] = dict.fromkeys([*wanted, *text]) if categories is None else categories
         for name, frame in frames.items() if categories is None else ():
             own = [column for column in texts if column not in wanted and is_text(kinds[name][column])]
             _check_texts(frame, own, tables[name].where)

@@ -163,8 +163,9 @@ def learn(
         count = sum(map(len, rows))
         if len(found) > max(20, count / 2):
             raise DataError(
-                f"{where}: column {name} has {len(found)} distinct texts in {count} rows, too many for categories; "
-                f"leave it out, --data.drop+={name}, or write its numbers with a decimal point"
+                f"{where}: column {name} has {len(found)} distinct texts in {count} rows, e.g. '{max(found)}', too "
+                f"many for categories; leave it out, --data.drop+={name}, or write numbers without a unit (3.4) or "
+                "dates (2024-12-31)"
             )
         columns["categorical"][name] = sorted(found)
     return columns
@@ -234,6 +235,11 @@ def one_hot(cells: Cells, categories: Mapping[str, list[str]], where: str) -> Ar
             )
         parts += [codes == (values.index(value) if value in values else -2) for value in categories[name]]
     return np.stack(parts, 1).astype(np.float32)
+
+
+def names_of(columns: Columns) -> list[str]:
+    """Returns the columns of a file that were learnt."""
+    return [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *columns["categorical"]]
 
 
 def numeric_names(columns: Columns) -> list[str]:

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from datamodules.errors import DataError
 from datamodules.folders import is_litter
+from datamodules.splits import SPLIT, log
 
 if TYPE_CHECKING:
     from polars import DataFrame, LazyFrame
@@ -35,6 +36,7 @@ PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's first line
 UNCUT = "\x1f"  # the delimiter of a file with one column
 EXAMINED = 100  # rows from which the format of a text file is inferred
+MINUS = "\u2212"
 GROUPED = r"^[+-]?((\d+|[1-9]\d{0,2}(%s\d{3})+)(%s\d*)?|%s\d+)([eE][+-]?\d+)?$"
 SPACES = " '’\u00a0\u202f"  # also between thousands
 COMMAS, POINTS = f"[,{SPACES}]", f"[.{SPACES}]"
@@ -45,7 +47,7 @@ UNIT = rf"^([+-]?)\s*[{UNITS}]\s*|\s*[{UNITS}]$"  # before or after a number
 ISO = r"^(\d{4})([./-])(\d{1,2})[./-](\d{1,2})"  # 2024-12-31, 2024/12/31
 DAY = r"^(\d{1,2})([./-])(\d{1,2})[./-](\d{4}),?"  # 31.12.2024, 31/12/2024 or 12/31/2024
 DATE = r"^(\d{4}[./-]\d\d?[./-]\d\d?|\d\d?[./-]\d\d?[./-](\d\d|\d{4}))(,?[T ] *\d\d?:\d\d\S*( [AaPp][Mm])?)?$"  # any
-QUANTITY = rf"^[+-]?(?:[{UNITS}] *)?({THOUSANDS[1:-1]}|{DECIMAL_COMMA[1:-1]})(?: *[{UNITS}])?$"
+QUANTITY = rf"^[+{MINUS}-]?(?:[{UNITS}] *)?({THOUSANDS[1:-1]}|{DECIMAL_COMMA[1:-1]})(?: *[{UNITS}])?$"
 
 
 def read_frame(
@@ -56,12 +58,12 @@ def read_frame(
     The suffix decides; any other file is text. A file packed by gzip, bzip2, xz or zip (one file) is unpacked in
     memory. Delimiter (the one that a first line sep=; names, or tab, semicolon, bar, comma) and header of text are
     found from its first lines: a header is text above numbers or dates, or, if everything is text, a first line without
-    a number whose cells do not occur again below. Without a header the names are "0", "1", ... Cells are stripped, and
-    an empty cell is null; in a column whose other cells are numbers, dates, or true and false, NA, ? and the like
-    (`MISSING`) are null too. Numbers may have thousands separators, a decimal comma, and all the same % or currency
-    sign, which is dropped; numbers with a leading zero, e.g. 02116, are text. Dates are ISO, or begin with the day
-    (31.12.2024), or with the month if cells like 12/31/2024 show it; if none shows the order, they stay text. Times in
-    several zones are converted to UTC.
+    a number whose cells do not occur again below, or names like 2019 and label above numbers and classes. Without a
+    header the names are "0", "1", ... Cells are stripped, and an empty cell is null; in a column whose other cells are
+    numbers, dates, or true and false, NA, ? and the like (`MISSING`) are null too. Numbers may have thousands
+    separators, a decimal comma, and all the same % or currency sign, which is dropped; numbers with a leading zero,
+    e.g. 02116, are text. Dates are ISO, or begin with the day (31.12.2024), or with the month if cells like 12/31/2024
+    show it; if none shows the order, they stay text. Times in several zones are converted to UTC.
 
     Args:
         path: The file.
@@ -102,6 +104,9 @@ def scan_frame(
         columns = frame.collect_schema()
         if not columns or frame.limit(1).collect(engine="streaming").is_empty():
             raise DataError(f"{where} has no rows")
+        for name, column in columns.items():
+            if isinstance(column, polars.List) and isinstance(column.inner, polars.Struct):
+                raise DataError(f"{where} has its rows in a list {name}; save that list alone, [{{...}}, {{...}}]")
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -138,7 +143,7 @@ def _open(source: Path | bytes) -> IO[bytes]:
     return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
 
 
-def _open_text(source: Path | bytes) -> TextIOWrapper:
+def _untoldtext(source: Path | bytes) -> TextIOWrapper:
     return TextIOWrapper(_open(source), encoding="utf-8-sig", newline="")
 
 
@@ -153,8 +158,10 @@ def _scan_text(
 ) -> LazyFrame:
     import polars
 
-    with _open_text(source) as file:
+    with _untoldtext(source) as file:
         head = file.read(1 << 20)
+    if re.match(r"\s*<(!doctype html|html)\b", head, re.IGNORECASE):
+        raise DataError(f"{where} is a page of HTML, not a table; download the file itself")
     if "\r" in head and "\n" not in head:
         raise DataError(f"{where} ends its lines by \\r alone; save it with \\n")
     if named := SEPARATOR_LINE.match(head):
@@ -164,10 +171,16 @@ def _scan_text(
     if not rows:
         raise DataError(f"{where} has no rows")
     header = _is_header(rows[0], rows[1:])
+    if not header:
+        header = _has_numbers_as_names(rows[0], rows[1:])
+        told = "names the columns" if header else "is a row: there is no header, and columns have numbers from 0"
+        log.info("%s: the first line, %s, %s", where, separator.join(rows[0])[:80], told)
     columns = [cell if header and cell else str(position) for position, cell in enumerate(rows[0])]
     for name, count in Counter(columns).items():
         if count > 1:
-            raise DataError(f"{where} has {count} columns named {name}; rename or remove all but one")
+            nameless = f", as a column without a name is called by its number; name column {name}"
+            advice = nameless if rows[0].count(name) < count else "; rename or remove all but one"
+            raise DataError(f"{where} has {count} columns named {name}{advice}")
     blank = _check_lines(source, bool(named), separator, len(columns), where)
     frame = polars.scan_csv(
         source,
@@ -181,19 +194,30 @@ def _scan_text(
     frame = frame.with_columns(_plain(name) for name in columns if name in texts)
     width = len(columns)
     kept = [n for at, n in enumerate(columns) if names is None or {n, at, at - width} & {*names}]
-    return typed(frame, [name for name in columns if name not in texts], _decimal_comma(rows, separator), kept)
+    others = [name for name in columns if name != SPLIT]  # a negative number may leave out the column of splits
+    kept += [name for at, name in enumerate(others, -len(others)) if at in (names or ())]
+    return typed(frame, [name for name in columns if name not in texts], _decimal_comma(rows, separator, where), kept)
 
 
-def _decimal_comma(rows: Sequence[Sequence[str]], separator: str) -> bool:
+def _decimal_comma(rows: Sequence[Sequence[str]], separator: str, where: str) -> bool:
     """Returns whether commas are decimal: a cell shows it, or the delimiter is ; and no cell shows the opposite."""
     cells = [_bare(cell) for row in rows for cell in row if "," in cell]
-    forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)) for cell in cells}
-    return (False, True) in forms or (separator == ";" and (True, True) in forms and (True, False) not in forms)
+    forms = {(_fits(THOUSANDS, cell), _fits(DECIMAL_COMMA, cell)): cell for cell in cells}
+    untold = (True, True) in forms and (True, False) not in forms and (False, True) not in forms
+    if untold:
+        cell, point = forms[True, True], "." if separator == ";" else ""
+        log.warning(
+            "%s: %s is read as %s: no cell tells whether commas are decimal, as they are if ; delimits cells",
+            where,
+            cell,
+            cell.replace(",", point),
+        )
+    return (False, True) in forms or (separator == ";" and untold)
 
 
 def _bare(cell: str) -> str:
-    """Drops the unit of a number."""
-    return re.sub(UNIT, r"\1", cell, count=1)
+    """Drops the unit of a number, and writes its minus as a hyphen."""
+    return re.sub(UNIT, r"\1", cell.replace(MINUS, "-"), count=1)
 
 
 def _fits(form: str, cell: str) -> bool:
@@ -229,6 +253,24 @@ def _is_header(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     return not again and not any(map(_is_number, first)) and any(first)
 
 
+def _has_numbers_as_names(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Returns whether a first line like 2019,2020,label names columns: its cells do not occur again, other texts do."""
+    texts = 0
+    for position, name in enumerate(first):
+        column = [row[position] for row in rows if position < len(row) and row[position] not in MISSING]
+        if (
+            name in column
+            or (name.isdecimal() and first.count(name) > 1)
+            or (_is_number(name) and not name.isdecimal())
+        ):
+            return False
+        if name and not name.isdecimal():
+            texts += 1
+            if len(set(column)) > len(column) / 2:
+                return False
+    return texts > 0
+
+
 def _is_number(cell: str) -> bool:
     """Returns whether a cell is a number or a date."""
     return _is_quantity(cell) or re.match(f"{ISO}|{DAY}", cell) is not None
@@ -251,13 +293,18 @@ def _check_lines(source: Path | bytes, skip: int, separator: str, width: int, wh
         for line in islice(file, skip, None):
             if line.isspace():
                 blank = True
-            elif line.count(mark) != width - 1:
+            elif line.count(mark) != width - 1 or line.count(b'"') % 2:
                 odd = True  # or a delimiter or line break inside quotes
                 break
     if odd:
-        with _open_text(source) as text:
-            reader = csv.reader(islice(text, skip, None), delimiter=separator, skipinitialspace=True)
+        with _untoldtext(source) as text:
+            quotes, number = Counter[str](), skip + 1
+            counted = (each for each in islice(text, skip, None) if quotes.update({'"': each.count('"')}) is None)
+            reader = csv.reader(counted, delimiter=separator, skipinitialspace=True)
             for row in reader:
+                if quotes['"'] % 2:
+                    raise DataError(f'{where} line {number} has a single "; write a mark like 5" as "5"""')
+                number = skip + reader.line_num + 1
                 blank |= not row
                 if row and len(row) != width:
                     raise DataError(
@@ -280,10 +327,10 @@ def typed(
     stripped = {name: polars.col(name).str.strip_chars() for name in texts}
     there = {name: polars.when(text.is_in(MISSING).not_()).then(text) for name, text in stripped.items()}
     first = frame.select(text.drop_nulls().first().alias(n) for n, text in there.items()).collect(engine="streaming")
-    tries = {name: _tries(there[name], first[name].item(), decimal_comma) for name in texts}
+    forms = {name: tries(there[name], first[name].item(), decimal_comma) for name in texts}
     found: dict[str, Any] = {}
     for some in (slice(0, 2), slice(2, None)):  # rare formats only for columns that no usual one fits
-        left = {name: tries[name][some] for name in texts if name not in found and tries[name][some]}
+        left = {name: forms[name][some] for name in texts if name not in found and forms[name][some]}
         lost = frame.select(
             ((there[name].is_not_null() & value.is_null()).any() | there[name].str.contains(CODE).any()).alias(
                 f"{name}/{number}"
@@ -309,7 +356,7 @@ def _plain(name: str) -> Any:
     return polars.when(text != "").then(text).alias(name)
 
 
-def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
+def tries(text: Any, first: str | None, decimal_comma: bool = False) -> list[Any]:
     """Returns the conversions to try on a text column, judged by its first cell."""
     import polars
 
@@ -325,6 +372,7 @@ def _tries(text: Any, first: str | None, decimal_comma: bool) -> list[Any]:
         form = DAY.replace("[./-]", re.escape(date[2]))
         orders = ["${4}-${3}-${1}"] + ["${4}-${1}-${3}"] * (date[2] != ".")
         return [_times(text.str.replace(form, order), first)[0] for order in orders]
+    text = text.str.replace(MINUS, "-", literal=True)
     if unit := re.search(f"[{UNITS}]", first):
         form = UNIT.replace(f"[{UNITS}]", re.escape(unit[0]))  # the same in all cells
         text = polars.when(text.str.contains(form)).then(text.str.replace(form, "${1}"))

@@ -16,6 +16,7 @@ from datamodules.errors import DataError, check_known
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
+SPLIT = "split"  # the column whose cells name splits
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 _SPLIT = re.compile(
     r"(?:(?P<train>train|training)|(?P<val>val|valid|validation|dev)|(?P<test>test|testing))[ _-]?(?:set|data|images)?",

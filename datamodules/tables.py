@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datamodules.columns import Cells, Columns, as_text, is_text, read_cells, some
+from datamodules.columns import Cells, Columns, as_text, is_text, names_of, read_cells, some
 from datamodules.errors import DataError, check_known
-from datamodules.frames import DATE, MISSING, QUANTITY, scan_frame, typed
+from datamodules.frames import DATE, MISSING, QUANTITY, scan_frame, tries, typed
 from datamodules.labels import read_weights
 from datamodules.paths import expand_path
-from datamodules.splits import SPLIT_NAMES, log
+from datamodules.roles import column_of, is_bare, label_column, read_labels, read_splits
+from datamodules.splits import SPLIT, SPLIT_NAMES, log
 
 if TYPE_CHECKING:
     from polars import DataType, Expr, LazyFrame
@@ -37,6 +38,7 @@ class Table:
         splits: The rows of each split; empty if the file does not define splits.
         groups: The group of each row, or None.
         weights: How much the loss of each row counts, or None.
+        label: The column of labels, by name, or by number in a file without a header; None if there are no labels.
     """
 
     where: str
@@ -44,9 +46,10 @@ class Table:
     ids: Sequence[str]
     cells: Cells
     frame: LazyFrame | None = None
-    splits: dict[str, list[int]] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[int] | Array] = field(default_factory=dict)
     groups: list[str] | None = None
     weights: list[float] | None = None
+    label: int | str | None = None
 
     def at(self, row: int) -> str:
         """Returns the name of a row for messages."""
@@ -73,8 +76,11 @@ def read_table(
     group: int | str | None = None,
     drop: Sequence[int | str] = (),
     weight: int | str | None = None,
+    categorical: Sequence[int | str] = (),
+    columns: Columns | None = None,
+    unlabelled: bool = False,
 ) -> Table:
-    """Reads labels, groups and weights; for arrays also the columns.
+    """Reads labels, groups, weights and splits; for arrays also the columns.
 
     Args:
         given: The path of a file or of a folder written by `tl embed`, or a frame.
@@ -83,25 +89,36 @@ def read_table(
         group: The column of groups, or None.
         drop: Columns to leave out; here only those given by number, `read_columns` drops the others.
         weight: The column of weights, or None.
+        categorical: Columns of numbers that are categories.
+        columns: The meaning of the columns, if it is known: text is then read as it is.
+        unlabelled: Whether the column of labels may be lacking.
 
     Raises:
         DataError: The table cannot be read or is malformed.
     """
+    known = names_of(columns) if columns else []
+    splits = SPLIT not in {label, group, weight, *drop, *categorical, *known}
+    if columns:  # numbers count the columns of the file that was learnt from
+        drop, unlabelled = [], True
+    arguments = label, group, drop, weight, splits, unlabelled, known
     if not isinstance(given, str | Path):
         import polars
 
         frame = given if isinstance(given, polars.DataFrame) else polars.from_pandas(given)
-        return _read_frame(frame.lazy(), f"{name}: the frame", label, group, drop, weight)
+        return _read_frame(frame.lazy(), f"{name}: the frame", *arguments)
     path = expand_path(given, name)
     assert path is not None
     where = f"{name}: {path}"
     if not path.is_dir() and path.suffix != ".npz":
-        names = [each for each in (label, group) if each is not None]
-        return _read_frame(scan_frame(path, where, names=names), where, label, group, drop, weight)
+        named = [each for each in (label, group, *map(str, categorical)) if each is not None]
+        texts = set(columns["categorical"] if columns else ()) - set(named)
+        return _read_frame(scan_frame(path, where, texts, named), where, *arguments)
     if weight is not None:
         raise DataError(f"weight: {where} is not a table with a column {weight}; leave it out")
     try:
-        return _read_embedded(path, name, where) if path.is_dir() else _read_arrays(path, where, label)
+        table = _read_embedded(path, name, where) if path.is_dir() else _read_arrays(path, where, label)
+        table.label = label
+        return table
     except (OSError, ValueError, KeyError, EOFError, csv.Error) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise DataError(f"{where} cannot be read as a table ({reason})") from error
@@ -114,31 +131,36 @@ def _read_frame(
     group: int | str | None,
     drop: Sequence[int | str],
     weight: int | str | None,
+    splits: bool,
+    unlabelled: bool,
+    known: Collection[str],
 ) -> Table:
     import polars
 
     kinds = frame.collect_schema()
     names = kinds.names()
-    apart = [_column("drop", each, names, where) for each in drop if isinstance(each, int)]
+    apart = [column_of("drop", each, names, where) for each in drop if isinstance(each, int)]
     count = frame.select(polars.len()).collect().item()
     table = Table(where, np.zeros(count), RowNumbers(count), Cells(count))
+    if splits and SPLIT in names and label != names.index(SPLIT):
+        table.splits = read_splits(frame, kinds[SPLIT], where)
+        apart += [SPLIT] if table.splits else []
     if label is not None:
-        name = _column("label", label, names, where)
-        apart.append(name)
-        if kinds[name].is_numeric():
-            numbers = frame.select(polars.col(name).cast(polars.Float64).fill_null(float("nan"))).collect()
-            table.labels = numbers[name].to_numpy()
+        last = isinstance(label, int) and label < 0  # counted without the column of splits
+        counted = [name for name in names if not (last and table.splits and name == SPLIT)]
+        name = label_column(label, counted, where, unlabelled, known)
+        if name is None:
+            log.info("%s has no labels for lack of a column %s", where, label)
         else:
-            texts = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name]
-            distinct = texts.unique(maintain_order=True)
-            codes = texts.cast(polars.Enum(distinct)).to_physical().to_numpy()
-            table.labels = np.array(["" if text in MISSING else text for text in distinct])[codes]
+            apart.append(name)
+            table.label = names.index(name) if is_bare(names) else name
+            table.labels = read_labels(frame, name, kinds[name])
     if group is not None:
-        name = _column("group", group, names, where)
+        name = column_of("group", group, names, where)
         apart.append(name)
         table.groups = frame.select(as_text(name, kinds[name]).fill_null("")).collect()[name].to_list()
-    if weight is not None and label is not None:
-        name = _column("weight", weight, names, where)
+    if weight is not None and table.label is not None:
+        name = column_of("weight", weight, names, where)
         apart.append(name)
         table.weights = read_weights(frame.select(name).collect()[name].to_list(), table.at)
     if not set(names) - set(apart):
@@ -147,17 +169,6 @@ def _read_frame(
         )
     table.frame = frame.drop(apart, strict=False)
     return table
-
-
-def _column(field: str, wanted: int | str, names: list[str], where: str) -> str:
-    if isinstance(wanted, str):
-        if names == list(map(str, range(len(names)))) and wanted not in names:
-            raise DataError(f"{field}: {where} has no header line, so give the column's number, not {wanted}")
-        check_known(field, wanted, names, "column")
-        return wanted
-    if not -len(names) <= wanted < len(names):
-        raise DataError(f"{field}: there is no column {wanted}; {where} has {len(names)} columns")
-    return names[wanted]
 
 
 def read_columns(
@@ -192,31 +203,57 @@ def read_columns(
         for column in missing:
             if column in frame.collect_schema():
                 frame = frame.with_columns(_without(column, frame.collect_schema()[column], missing[column]))
-        frame = typed(frame, missing)  # a column of text may be numbers without its gaps
+        # a column of text may be numbers without its gaps, unless it is known to be text
+        frame = typed(frame, set(missing) - ((columns or {}).get("categorical", {}).keys() - set(wanted)))
         frames[name] = frame.drop(unwanted, strict=False)
+        if not frames[name].collect_schema():
+            raise DataError(
+                f"drop: {tables[name].where} has no other column beside the label; leave one out of --data.drop"
+            )
     kinds = {name: frame.collect_schema() for name, frame in frames.items()}
     if columns is None:
         shared = _shared(kinds)
         text = (column for column in shared if any(is_text(kind[column]) for kind in kinds.values()))
-        texts: Collection[str] = {*wanted, *text} if categories is None else categories
+        texts: Collection[str] = dict.fromkeys([*wanted, *text]) if categories is None else categories
         for name, frame in frames.items() if categories is None else ():
             own = [column for column in texts if column not in wanted and is_text(kinds[name][column])]
             _check_texts(frame, own, tables[name].where)
         known = shared
     else:
-        texts = columns["categorical"]
-        known = [*dict.fromkeys(each.get("of", each["name"]) for each in columns["numeric"]), *texts]
+        texts, known = columns["categorical"], names_of(columns)
     for table in tables.values():
         if table.frame is None:  # an array beside a file
             table.cells.numbers = dict(zip(known, table.cells.numbers.values(), strict=False))
     for name, kind in kinds.items():
         own, where = [column for column in known if column in kind], tables[name].where
+        if not own:
+            raise DataError(
+                f"{where} has none of the columns of training, {some(known)}; it has {some(list(kind))}; rename them"
+            )
         if absent := [column for column in known if column not in kind]:
+            if all(map(str.isdecimal, kind)):
+                raise DataError(
+                    f"{where} lacks columns of training, {some(absent)}, and has no header that tells which"
+                )
             log.warning("%s lacks columns seen in training: %s; their cells count as missing", where, some(absent))
         numbers = [column for column in own if column not in texts]
+        if columns is not None:
+            _check_dates(kind, numbers, {each.get("of") for each in columns["numeric"]}, where)
         tables[name].cells = read_cells(
             frames[name], tables[name].cells.count, [c for c in own if c in texts], numbers, where
         )
+
+
+def _check_dates(
+    kinds: Mapping[str, DataType], names: Collection[str], dates: Collection[str | None], where: str
+) -> None:
+    """Rejects numbers where training had dates, and dates where it had numbers."""
+    for name in names:
+        has, had = ("numbers", "dates") if name in dates else ("dates", "numbers")
+        wrong = kinds[name].is_temporal() if had == "numbers" else kinds[name].is_numeric()
+        if wrong:
+            advice = ", e.g. 2024-12-31" if had == "dates" else ""
+            raise DataError(f"{where}: column {name} has {has}, and training had {had}; write {had}{advice}")
 
 
 def _check_texts(frame: LazyFrame, names: Sequence[str], where: str) -> None:
@@ -241,8 +278,14 @@ def _check_texts(frame: LazyFrame, names: Sequence[str], where: str) -> None:
                 f"it means a gap, --data.categorical+={name} if all of them are names, or correct the column"
             )
         if found[f"{name}/"].item() and found[name].item() is not None:
+            first = frame.select(there[name].first()).collect().item()
+            forms = tries(text[name], first)
+            if len(forms) == 1:  # its form is clear
+                wrong = text[name].filter(text[name].is_in(MISSING).not_() & forms[0].is_null())
+                cell = frame.select(wrong.first()).collect().item()
+                raise DataError(f"{where}: column {name} has {cell} among dates like {first}; correct it")
             raise DataError(
-                f"{where}: column {name} has dates like {frame.select(there[name].first()).collect().item()}, and its "
+                f"{where}: column {name} has dates like {first}, and its "
                 "cells do not tell the order of day, month and year, or differ in it; write 2024-12-31, or pass "
                 f"--data.categorical+={name} or --data.drop+={name}"
             )
@@ -300,6 +343,8 @@ def _read_arrays(path: Path, where: str, label: int | str | None) -> Table:
 
 
 def _read_embedded(path: Path, name: str, where: str) -> Table:
+    if not (path / "index.csv").is_file():
+        raise DataError(f"{where} is a folder without the index.csv of `tl embed`; name one table")
     if (path / "features.npy").is_file():
         features = np.load(path / "features.npy", allow_pickle=False)
     else:

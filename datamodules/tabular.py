@@ -5,6 +5,7 @@ file -> columns and labels -> split -> meaning of the columns, learnt from train
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.columns import Cells, Columns, encode, kinds_of, learn, numeric_names, one_hot, row_keys
 from datamodules.errors import DataError
 from datamodules.file_domains import FileDomains
+from datamodules.frames import CODE
 from datamodules.labels import as_number, check_present, encode_labels, gather_classes, read_numbers
 from datamodules.splits import Subset, content_hash, log, no_labels
 from datamodules.tables import Table, read_columns, read_table
@@ -72,15 +74,16 @@ class TabularData(FileDomains):
     Numbers stay numbers, truth values become 0 and 1, a date several numbers, and text categories (columns.py). A gap
     in a numeric column becomes the column's mean; if at least 5 % of the labelled training rows have a gap, a 0/1
     column marks them; a gap in text is a category of its own. Means and categories come from the training rows, and a
-    run keeps them in its config. Columns are not standardised here; the backbone does that. Domains keep the columns
-    that they share, by name. A file is split in three, stratified by class if labels are classes, and between groups if
-    there are any; `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
+    run keeps them in its config, with the label's name. Columns are not standardised here; the backbone does that.
+    Domains keep the columns that they share, by name. A column `split` of train, val and test, in any spelling, defines
+    the splits; otherwise a file is split in three, stratified by class if labels are classes, and between groups if
+    there are any, and `tl predict` takes all of it. The ids are the row numbers, from 0 and without the header.
 
     Args:
         target: The target's file or folder; ~ and $VARIABLES are expanded.
         source: The source's file or folder.
-        label: The column of labels, by name or number; -1 is the last. None: there are no labels, for
-            `tl predict`.
+        label: The column of labels, by name or number; -1 is the last. A run keeps its name, and a table without it is
+            unlabelled, as a target without the label that its source has. None: there are no labels.
         kind: Whether labels are "classes" or "values". None: text is classes, and so are whole numbers in an .npz file
             or a folder of `tl embed`; numbers in other files are values.
         threshold: Makes values two classes: below it, and from it upwards.
@@ -120,27 +123,47 @@ class TabularData(FileDomains):
         if not given:
             raise DataError("target: give a table, --data.target FILE (or --data.source FILE)")
         tables = {
-            name: read_table(what, name, label, group, [] if columns else drop or [], weight)
+            name: read_table(
+                what,
+                name,
+                label,
+                group,
+                drop or [],
+                weight,
+                categorical or [],
+                columns,
+                len(given) > 1 and name == "target",
+            )
             for name, what in given.items()
         }
+        labelled = {name: table for name, table in tables.items() if table.label is not None}
+        named = {table.label for table in labelled.values()}
+        self.label = named.pop() if len(named) == 1 else label
+        told = " and ".join(dict.fromkeys(f"column {table.label}" for table in labelled.values()))
+        self._label_is = f"; label: {told}; --data.label chooses another" if told else ""
         self._columns, self.categories = columns, categories
         read_columns(tables, drop or [], categorical or [], missing or {}, columns, categories)
         y: Mapping[str, Array] = {name: np.zeros(table.cells.count, np.int64) for name, table in tables.items()}
         self.class_names = classes
         if label is not None:
-            y, self.class_names = _label(tables, kind, threshold, classes)
+            own, self.class_names = _label(labelled, kind, threshold, classes)
+            y = {**y, **own}
         self.wheres = {name: table.where for name, table in tables.items()}
         self._one_unit = all(table.frame is None for table in tables.values())
         self._whole = {name: Rows(table, y[name]) for name, table in tables.items()}
-        if label is None:
-            for name, rows in self._whole.items():
-                rows.unlabelled = no_labels(self.wheres[name], "--data.label")
+        for name in tables.keys() - labelled.keys():
+            lacking = "--data.label" if label is None else f"a column {label}"
+            self._whole[name].unlabelled = no_labels(self.wheres[name], lacking)
         self._found: dict[str, dict[str, Dataset[Any]]] = {}
         self._known = False
         for name, table in tables.items():
             whole = self._whole[name]
             splits: dict[str, Dataset[Any]] = {split: Subset(whole, rows) for split, rows in table.splits.items()}
             self._found[name] = splits or {"unsplit": whole}
+
+    def resolve(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Also decides the column of labels, by name, so that a run finds it in tables of other columns."""
+        return super().resolve(defaults) | {"label": self.label}
 
     @property
     def columns(self) -> Columns | None:
@@ -168,6 +191,8 @@ class TabularData(FileDomains):
             splits = {name: self.splits(name) for name in self.wheres}
             rows = {name: split["train"] for name, split in splits.items() if "train" in split}
             shown = {name: part for name, part in rows.items() if name != "target" or not self.target_unseen}
+            if not shown:
+                raise DataError(f"{', '.join(self.wheres.values())}: no row is for training, which learns the columns")
             hidden = self.would_hide_labels(self.wheres)
             labelled = [position for position, name in enumerate(shown) if name != "target" or not hidden]
             parts = [cast(Subset, part).rows for part in shown.values()]
@@ -175,7 +200,7 @@ class TabularData(FileDomains):
             where = ", ".join(self.wheres[name] for name in shown)
             self._columns = learn(cells, parts, labelled, where)
             if not self._one_unit:
-                log.info("%s: read as %s", where, kinds_of(self._columns))
+                log.info("%s: read as %s%s", where, kinds_of(self._columns), self._label_is)
         for name, whole in self._whole.items():
             if self.categories is not None:
                 numeric = one_hot(whole.cells, self.categories, self.wheres[name])
@@ -236,9 +261,10 @@ def _label(
 
 
 def _tells_classes(table: Table) -> bool:
-    """Returns whether labels are classes: text without any number, or, in arrays, whole numbers."""
+    """Returns whether labels are classes: text without any number, codes, or, in arrays, whole numbers."""
     if table.labels.dtype.kind != "U":
         return table.frame is None and table.labels.dtype.kind in "iub"
     texts = np.unique(table.labels).tolist()
     numbers = np.isfinite([as_number(text) for text in texts])
-    return not numbers.any() or (table.frame is None and all(text.lstrip("-").isdigit() for text in texts))
+    codes = any(re.match(CODE, text) for text in texts)  # 001 is a name
+    return codes or not numbers.any() or (table.frame is None and all(text.lstrip("-").isdigit() for text in texts))

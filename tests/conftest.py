@@ -174,3 +174,26 @@ def pytest_collection_modifyitems(items):
                 place += seen.index(value)
             if place % mark.args[0]:
                 item.add_marker("slow")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a table, a.csv."""
+
+    def call(text, name="a.csv"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return call
+
+
+def rows(data, domain="target"):
+    """All samples of a datamodule by id."""
+    sets = [data.domains(split)[domain] for split in ("train", "val", "test")]
+    return {d.ids[i]: d[i] for d in sets for i in range(len(d))}
+
+
+def table(rows, **columns):
+    """CSV of columns, each a function of the row."""
+    lines = [",".join(columns), *(",".join(str(make(i)) for make in columns.values()) for i in range(rows))]
+    return "\n".join(lines)

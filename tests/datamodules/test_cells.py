@@ -8,15 +8,6 @@ import yaml
 from datamodules import DataError, TabularData
 
 
-@pytest.fixture
-def write(tmp_path):
-    def call(text, name="a.csv"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return call
-
-
 def test_a_gap_that_is_named_leaves_numbers(write, caplog):
     table = "a,zip,day,y\n" + "".join(
         f"{'-' if i == 3 else i % 7},0211{i % 5},2024-01-0{1 + i % 9},{i % 2}.0\n" for i in range(60)
@@ -41,6 +32,27 @@ def test_dates_that_do_not_tell_their_order_are_refused(write, day):
         TabularData(write(table))
     assert TabularData(write(table), drop=["day"]).columns["numeric"][0]["name"] == "a"
     assert list(TabularData(write(table), categorical=["day"]).columns["categorical"]["day"]) == sorted(cells)
+
+
+def test_an_impossible_date_is_named(write):
+    table = "a;day;y\n" + "".join(
+        f"{i};{'30.02.2024' if i == 9 else f'{i % 28 + 1:02}.12.2024'};{i}\n" for i in range(60)
+    )
+    with pytest.raises(DataError, match=r"column day has 30.02.2024 among dates like 01.12.2024; correct it"):
+        TabularData(write(table))
+
+
+@pytest.mark.parametrize("cell", ["{i}.4 kg", "1:{i}", "{i}-Jan-2024"])
+def test_cells_that_are_neither_numbers_nor_categories_are_named(write, cell):
+    table = "a,b,y\n" + "".join(f"{i},{cell.format(i=i + 10)},{i}.5\n" for i in range(60))
+    example = r"e.g. '\S.*', too many for categories; leave it out, --data.drop\+=b, or write numbers without a unit"
+    with pytest.raises(DataError, match=example):
+        TabularData(write(table)).schema  # noqa: B018
+
+
+def test_labels_with_a_leading_zero_are_classes(write):
+    assert TabularData(write("a,y\n" + "1,001\n2,002\n" * 20)).class_names == ["001", "002"]
+    assert TabularData(write("a,y\n" + "1,01\n2,1\n" * 20)).class_names == ["01", "1"]
 
 
 def test_later_dates_that_do_not_tell_their_order_are_refused(write):

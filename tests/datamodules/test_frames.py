@@ -52,10 +52,30 @@ def read(tmp_path):
         ("sep=;\na;b\n1,5;x|y\n2;z|z\n", {"a": [1.5, 2], "b": ["x|y", "z|z"]}),  # Excel's first line
         ("\ufeffSEP=^\r\na^b\r\n1^x\r\n\r\n2^y\r\n", {"a": [1, 2], "b": ["x", "y"]}),
         ("zip,b\n02116,0\n21345,0.5\n", {"zip": ["02116", "21345"], "b": [0.0, 0.5]}),  # a code
+        ("a,b\n1,\u22122.5\n\u2212€3,4\n", {"a": ["1", "\u2212€3"], "b": [-2.5, 4]}),  # U+2212, the sign of typesetters
+        ("a\n\u22121\n\u22122\n", {"a": [-1, -2]}),
+        ("2019,2020,y\n1,2,p\n3,4,n\n5,6,p\n7,8,n\n", {"2019": [1, 3, 5, 7], "2020": [2, 4, 6, 8], "y": [*"pnpn"]}),
+        ("1,2,y\n1,2,p\n3,4,p\n", {"0": [1, 1, 3], "1": [2, 2, 4], "2": [*"ypp"]}),  # numbers that occur again
+        ("1,2,y\n3,4,p\n5,6,n\n", {"0": [1, 3, 5], "1": [2, 4, 6], "2": [*"ypn"]}),  # texts that do not
     ],
 )
 def test_the_form_of_text(read, text, columns):
     assert read(text).to_dict(as_series=False) == columns
+
+
+def test_what_cannot_be_known_of_text_is_told(read, caplog):
+    caplog.set_level("INFO", "datamodules")
+    read("1,2,p\n3,4,n\n")
+    assert "a.csv: the first line, 1,2,p, is a row: there is no header, and columns have numbers from 0" in caplog.text
+    read("2019,y\n1,p\n3,n\n5,p\n7,n\n", "b.csv")
+    assert "b.csv: the first line, 2019,y, names the columns" in caplog.text
+    assert read("a\tb\n1,111\t2,222\n", "c.csv")["a"].to_list() == [1111]
+    assert "c.csv: 2,222 is read as 2222: no cell tells whether commas are decimal" in caplog.text
+    assert read("a;b\n1,111;2,222\n", "d.csv")["a"].to_list() == [1.111]
+    assert "d.csv: 2,222 is read as 2.222: no cell tells" in caplog.text
+    caplog.clear()
+    read("a;b\n1,111;2,2\n", "e.csv")
+    assert not caplog.text
 
 
 def test_dates(read):
@@ -179,6 +199,11 @@ def test_excel(tmp_path):
         ("a,b\n1,2\n3\n", "a.csv", "line 3 has 1 cells, not 2"),
         ("a,b,a\n1,2,3\n", "a.csv", "has 2 columns named a"),
         ("a,b\r1,2\r3,4\r", "a.csv", r"a.csv ends its lines by \\r alone; save it with \\n"),
+        ("a,,1,y\n1,2,3,4\n", "a.csv", "has 2 columns named 1, as a column without a name is called by its number"),
+        ('a,b\n1,x\n2,5" disc\n3,y\n', "a.csv", 'line 3 has a single "; write a mark like 5'),
+        ('a,b\n1,"x\ny"\n3,"y\n', "a.csv", "line 4 has a single"),
+        ("<!DOCTYPE html>\n<p>a, b</p>\n", "a.csv", "a.csv is a page of HTML, not a table; download the file itself"),
+        ('{"data": [{"a": 1}, {"a": 2}]}', "a.json", "a.json has its rows in a list data; save that list alone"),
         ("nothing", "a.parquet", "a.parquet cannot be read as a table"),
         ("nothing", "a.arrow", "a.arrow cannot be read as a table"),
         ("nothing", "a.xlsx", "a.xlsx cannot be read as a table"),

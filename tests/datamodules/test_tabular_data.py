@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import rows, table
 
 from datamodules import DataError, TabularData
 
@@ -14,21 +15,6 @@ PEOPLE = """age;work;"income"
 50;Private;high
 20;State;low
 """
-
-
-@pytest.fixture
-def write(tmp_path):
-    def call(text, name="a.csv"):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return call
-
-
-def rows(data, domain="target"):
-    """All samples by id."""
-    sets = [data.domains(split)[domain] for split in ("train", "val", "test")]
-    return {d.ids[i]: d[i] for d in sets for i in range(len(d))}
 
 
 def test_numbers_without_a_header(write):
@@ -90,12 +76,6 @@ def test_earlier_columns_of_0_and_1(write):
     empty = write(PEOPLE.replace("35", ""))
     with pytest.raises(DataError, match="row 2: column age is '', not a number"):
         TabularData(empty, label="income", categories=categories).schema  # noqa: B018
-
-
-def table(rows, **columns):
-    """CSV of columns, each a function of the row."""
-    lines = [",".join(columns), *(",".join(str(make(i)) for make in columns.values()) for i in range(rows))]
-    return "\n".join(lines)
 
 
 def test_categories_and_means_are_those_of_the_training_rows(write, caplog):
@@ -283,6 +263,7 @@ def test_embeddings(ok, tmp_path, format):
         ("1,a\n1,b\n", {"threshold": 1}, "row 0: its label 'a' is not a number"),
         ("a,b\n1,2\n", {"missing": {"c": 0}}, "missing: there is no column c"),
         ("a,b\n1,2\n", {"drop": ["c"]}, "drop: there is no column c"),
+        ("a,b\n1,2\n", {"drop": ["a"]}, "drop: .*a.csv has no other column beside the label"),
         ("a,b\n1,2\n", {"drop": [2]}, "drop: there is no column 2"),
         ("a,b\n1,2\n", {"categorical": ["c"]}, "categorical: there is no column c"),
         ("a,b\n1,2\n", {"group": "c"}, "group: there is no column c"),
@@ -323,7 +304,7 @@ def test_mistakes_of_files_and_domains(write, tmp_path):
     np.savez(tmp_path / "b.npz", features=np.zeros(3), labels=np.zeros(3))
     with pytest.raises(DataError, match=r"have shapes \(3,\) and \(3,\), not \(N, D\)"):
         TabularData(tmp_path / "b.npz")
-    with pytest.raises(DataError, match="cannot be read as a table"):
+    with pytest.raises(DataError, match=r"is a folder without the index.csv of `tl embed`; name one table"):
         TabularData(tmp_path)
     (tmp_path / "c.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="cannot be read as a table"):

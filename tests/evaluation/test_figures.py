@@ -146,7 +146,7 @@ def test_a_confusion_matrix_of_few_classes_is_whole():
     ids=["photo", "strip", "recording", "text"],
 )
 def test_large_samples_are_drawn_small(x):
-    figure = grid([raw(x, "a title of many letters " * 100)] * 4)
+    figure = grid([raw(x, "a title of many letters " * 100, {})] * 4)
     pixels, seconds = drawn(figure)
     assert pixels <= 1000
     assert seconds < 20
@@ -158,8 +158,19 @@ def test_large_samples_are_drawn_small(x):
 
 def test_a_name_with_dollars_is_no_formula():
     name = "$\\bad{$"
-    assert drawn(grid([raw(torch.zeros(3, 8, 8), name), raw(name, name)]))
+    assert drawn(grid([raw(torch.zeros(3, 8, 8), name, {}), raw(name, name, {})]))
     assert drawn(confusion({(0, 1): 1}, [name, "b"]))
+
+
+@tensorboard
+def test_rows_of_categories_alone_are_drawn(ok, tmp_path):
+    (tmp_path / "t.csv").write_text(
+        "colour,shape,y\n" + "".join(f"{'rb'[i % 2]},{'sc'[i % 3 % 2]},{'np'[i % 5 % 2]}\n" for i in range(40))
+    )
+    ok(
+        "fit --model Classification --model.backbone TabularMLP --data TabularData --data.target t.csv --trainer.max_epochs 1 --name r"
+    )
+    assert "val/most confused: true, predicted, times" in events(tmp_path / "runs/r/version_0")["images"]
 
 
 def test_the_projector_gets_few_numbers_of_wide_features():

@@ -174,7 +174,7 @@ def draw_input(axes: Any, x: Any, schema: Mapping[str, Any] = MappingProxyType({
 
 def _thinned(x: Tensor, most: int) -> Tensor:
     """Keeps every n-th value of a curve (T,) or n-th pixel of an image (C, H, W), so that at most `most` are left."""
-    step = -(-max(x.shape[-2:]) // most)
+    step = max(1, -(-max(x.shape[-2:]) // most))  # also for a row without numbers
     return x[..., ::step] if x.ndim == 1 else x[..., ::step, ::step]
 
 

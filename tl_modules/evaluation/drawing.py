@@ -18,11 +18,11 @@ LETTERS = 40  # in a title or a class name
 DRAWN = 512  # samples of a training batch in total
 
 
-def raw(x: Any, title: str) -> Callable[[Any], str]:
-    """Returns a function that draws a raw input."""
+def raw(x: Any, title: str, schema: Mapping[str, Any]) -> Callable[[Any], str]:
+    """Returns a function that draws a raw input, which `schema` describes."""
 
     def draw(axes: Any) -> str:
-        draw_input(axes, x)
+        draw_input(axes, x, schema)
         return title
 
     return draw

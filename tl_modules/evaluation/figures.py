@@ -95,7 +95,7 @@ class TensorBoardFigures(Callback):
                     heard = wave[None, : SECONDS * rate].cpu()
                     writer.add_audio(f"inputs/{domain}/{position}: {name}", heard, 0, rate)
             else:
-                drawn = [raw(image, name) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
+                drawn = [raw(image, name, {}) for image, name in zip(x[:SHOWN].cpu(), names, strict=False)]
                 writer.add_figure(f"inputs/{domain}", grid(drawn), 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,6 +214,7 @@ class _Kept:
                 raw(
                     dataset[rows[decided.index((a, b))]][0],
                     f"{short(names[a], 15)} \u2192 {short(names[b], 15)}  {n} x",
+                    module.schema.get("x") or {},
                 )
                 for (a, b), n in top
             ]

@@ -65,7 +65,7 @@ def test_what_is_no_regular_file_is_written_itself():
     with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
         write_whole(FULL, "text")
     with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
-        save_figure(grid([raw(torch.zeros(3, 8, 8), "a")]), FULL)
+        save_figure(grid([raw(torch.zeros(3, 8, 8), "a", {})]), FULL)
     assert FULL.is_char_device()
 
 

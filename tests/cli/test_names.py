@@ -135,6 +135,6 @@ def test_a_dollar_in_a_path_that_exists_is_that_path(ok, tmp_path, monkeypatch):
 def test_figures_show_names_as_they_are(tmp_path):
     names = ["a$b$", "\\q$", "$x^$"]  # as formulas, two of them would be refused
     save_figure(confusion({(0, 1): 2, (2, 2): 1}, names), tmp_path / "a.png")
-    save_figure(grid([raw(torch.zeros(1, 8, 8), name) for name in names]), tmp_path / "b.png")
-    save_figure(grid([raw("costs $x^$ and $\\q$", "a text")]), tmp_path / "c.png")
+    save_figure(grid([raw(torch.zeros(1, 8, 8), name, {}) for name in names]), tmp_path / "b.png")
+    save_figure(grid([raw("costs $x^$ and $\\q$", "a text", {})]), tmp_path / "c.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "abc")

@@ -19,7 +19,7 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,7 +183,7 @@ def photos(count):
 
 
 CROP = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
-AUGMENTATIONS = {"none": [], "crop_flip": CROP, "jitter": [*CROP, v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]}
+AUGMENTATIONS = {"none": [], "crop and flip": CROP, "jitter": [*CROP, v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]}
 
 
 def augmented(count, augment):
@@ -208,36 +208,6 @@ def augmented_usual(count, augment):
     return time.perf_counter() - start
 
 
-def augmentation_none(count):
-    """Decoding, resizing and cropping photos."""
-    return augmented(count, "none")
-
-
-def augmentation_none_usual(count):
-    """Does the same with torchvision."""
-    return augmented_usual(count, "none")
-
-
-def augmentation_crop_flip(count):
-    """A random crop and a flip."""
-    return augmented(count, "crop_flip")
-
-
-def augmentation_crop_flip_usual(count):
-    """Does the same with torchvision."""
-    return augmented_usual(count, "crop_flip")
-
-
-def augmentation_jitter(count):
-    """A random crop, a flip and colour jitter."""
-    return augmented(count, "jitter")
-
-
-def augmentation_jitter_usual(count):
-    """Does the same with torchvision."""
-    return augmented_usual(count, "jitter")
-
-
 def figure(classes):
     """Draws the confusion matrix of 20,000 samples as a PNG."""
     generator = np.random.default_rng(0)
@@ -248,18 +218,19 @@ def figure(classes):
         save_figure(confusion(pairs, list(map(str, range(classes)))), Path(folder) / "confusion.png")
 
 
-def batches(rows):
-    """Columns of `tl predict` for 100 classes, of 256 samples each."""
-    names = list(map(str, range(100)))
+def batches(rows, classes, top_k=None):
+    """Lines of `tl predict`, of 256 samples each, and the samples' numbers."""
+    names = list(map(str, range(classes)))
     for numbers in torch.arange(rows).split(256):
-        yield class_columns(torch.rand(len(numbers), 100), names), numbers
+        columns = class_columns(torch.rand(len(numbers), classes), names, top_k)
+        yield list(zip(*columns.values(), strict=True)), numbers
 
 
-def predictions(rows):
-    """The CSV of `tl predict` for 100 classes."""
+def predictions(rows, classes=100, top_k=None):
+    """The CSV of `tl predict`."""
     spool = Spool()
-    for columns, numbers in batches(rows):
-        spool.add(list(zip(*columns.values(), strict=True)), numbers)
+    for lines, numbers in batches(rows, classes, top_k):
+        spool.add(lines, numbers)
     with tempfile.TemporaryFile("w") as file:
         for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
             csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
@@ -267,29 +238,13 @@ def predictions(rows):
 
 def predictions_usual(rows):
     """All rows in memory, then the file."""
-    found = [list(zip(numbers.tolist(), *columns.values(), strict=True)) for columns, numbers in batches(rows)]
+    found = [
+        (number, *line)
+        for lines, numbers in batches(rows, 100)
+        for number, line in zip(numbers.tolist(), lines, strict=True)
+    ]
     with tempfile.TemporaryFile("w") as file:
-        csv.writer(file).writerows(chain.from_iterable(found))
-
-
-def top_5(rows):
-    """The CSV of `tl predict --top_k 5` for 1,000 classes."""
-    spool, names = Spool(), list(map(str, range(1000)))
-    for numbers in torch.arange(rows).split(256):
-        spool.add(list(zip(*class_columns(torch.rand(len(numbers), 1000), names, 5).values(), strict=True)), numbers)
-    with tempfile.TemporaryFile("w") as file:
-        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
-            csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
-
-
-def top_5_usual(rows):
-    """A column for each class."""
-    spool, names = Spool(), list(map(str, range(1000)))
-    for numbers in torch.arange(rows).split(256):
-        spool.add(list(zip(*class_columns(torch.rand(len(numbers), 1000), names).values(), strict=True)), numbers)
-    with tempfile.TemporaryFile("w") as file:
-        for numbers, values in spool.blocks(SimpleNamespace(world_size=1)):
-            csv.writer(file).writerows([number, *each] for number, each in zip(numbers, values, strict=True))
+        csv.writer(file).writerows(found)
 
 
 def embeddings(rows):
@@ -390,26 +345,28 @@ def frozen_sums_usual(parameters):
     torch.equal(torch.ones(parameters), torch.ones(parameters))
 
 
-CASES = {
-    epoch_start: (epoch_start_usual, "rows"),
-    whole_epoch: (whole_epoch_usual, "rows"),
-    splits: (splits_usual, "rows"),
-    shots: (shots_usual, [100, 1000, 10_000]),
-    listing: (listing_usual, [1000, 10_000, 100_000]),
-    listing_kept: (listing_usual, [1000, 10_000, 100_000]),
-    paths: (paths_usual, [10_000, 100_000, 1_000_000]),
-    augmentation_none: (augmentation_none_usual, [1000]),
-    augmentation_crop_flip: (augmentation_crop_flip_usual, [1000]),
-    augmentation_jitter: (augmentation_jitter_usual, [1000]),
-    auroc: (auroc_usual, [100, 1000, 5000]),
-    predictions: (predictions_usual, [1000, 10_000, 100_000]),
-    top_5: (top_5_usual, [1000, 10_000]),
-    embeddings: (embeddings_usual, [1000, 10_000, 100_000]),
-    cached_step: (cached_step_usual, [32, 512]),
-    cache_open: (cache_open_usual, [10_000, 100_000, 1_000_000]),
-    saves: (saves_usual, [1_000_000, 10_000_000, 100_000_000]),
-    frozen_sums: (frozen_sums_usual, [1_000_000, 10_000_000, 100_000_000]),
-    figure: (None, [100, 1000, 5000]),
+FILES, MANY = [1000, 10_000, 100_000], [1_000_000, 10_000_000, 100_000_000]
+CASES = {  # ours, the usual way, sizes
+    "epoch start": (epoch_start, epoch_start_usual, "rows"),
+    "whole epoch": (whole_epoch, whole_epoch_usual, "rows"),
+    "splits": (splits, splits_usual, "rows"),
+    "shots": (shots, shots_usual, [100, 1000, 10_000]),
+    "listing": (listing, listing_usual, FILES),
+    "listing kept": (listing_kept, listing_usual, FILES),
+    "paths": (paths, paths_usual, [10_000, 100_000, 1_000_000]),
+    **{
+        f"augmentation {name}": (partial(augmented, augment=name), partial(augmented_usual, augment=name), [1000])
+        for name in AUGMENTATIONS
+    },
+    "auroc": (auroc, auroc_usual, [100, 1000, 5000]),
+    "predictions": (predictions, predictions_usual, FILES),
+    "top 5": (partial(predictions, classes=1000, top_k=5), partial(predictions, classes=1000), [1000, 10_000]),
+    "embeddings": (embeddings, embeddings_usual, FILES),
+    "cached step": (cached_step, cached_step_usual, [32, 512]),
+    "cache open": (cache_open, cache_open_usual, [10_000, 100_000, 1_000_000]),
+    "saves": (saves, saves_usual, MANY),
+    "frozen sums": (frozen_sums, frozen_sums_usual, MANY),
+    "figure": (figure, None, [100, 1000, 5000]),
 }
 
 
@@ -441,7 +398,7 @@ def apart(function, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=10_000_000, help="rows, at least 1,000,000")
-    parser.add_argument("--only", nargs="*", default=[function.__name__ for function in CASES])
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     if given.largest < 1_000_000:
         parser.error("--largest: a split of 1,000 classes takes 1,000,000 rows, of which a hundredth is the first case")
@@ -453,15 +410,12 @@ def main():
 def show(given):
     """Prints the table."""
     print(f"{machine()}\n\n| what | size | s | MiB | exponent | usual, s | usual, MiB |\n|---|---|---|---|---|---|---|")
-    for function, (usual, sizes) in CASES.items():
-        if function.__name__ not in given.only:
-            continue
-        last = None
+    for name in given.only:
+        (function, usual, sizes), last = CASES[name], None
         for size in [given.largest // 100, given.largest // 10, given.largest] if sizes == "rows" else sizes:
             seconds, memory = apart(function, size)
             theirs = "{:.3g} | {:.0f}".format(*apart(usual, size)) if usual else " | "
             exponent = f"{math.log(seconds / last[1]) / math.log(size / last[0]):.1f}" if last else ""
-            name = function.__name__.replace("_", " ")
             print(f"| {name} | {size:,} | {seconds:.3g} | {memory:.0f} | {exponent} | {theirs} |", flush=True)
             last = size, seconds
 

@@ -13,24 +13,18 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from datamodules.errors import DataError
 from datamodules.files import FileSamples
 from datamodules.near_copies import SIDE
-
-try:  # also in worker processes, which import this file
-    from pillow_heif import register_heif_opener
-
-    register_heif_opener()
-except ImportError:  # `decode` says so
-    pass
 
 _FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"}
 _FORMATS |= {"TIFF", "WEBP"}
@@ -85,12 +79,12 @@ class ImageReader:
             DataError: It is not an image, is truncated or too large, its values have no known range (32 bits, float),
                 or it is HEIC without pillow-heif.
         """
-        if path.suffix.lower() in _HEIC and "HEIF" not in Image.OPEN:
+        if path.suffix.lower() in _HEIC and not _reads_heic():
             raise DataError(f"{path}: HEIC needs pillow-heif: pip install 'lightning-transfer[heic]'")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-                image = Image.open(path)
+                image = _open(path)
             with image:
                 width, height = image.size
                 if width * height > self.max_pixels:
@@ -131,6 +125,27 @@ class ImageReader:
             x = functional.center_crop(x, [min(height, longest), min(width, longest)])
         scaled = functional.resize(x, [self.resize], functional.InterpolationMode(self.interpolation))
         return functional.center_crop(scaled, [self.size]).contiguous()
+
+
+@cache
+def _reads_heic() -> bool:
+    """Registers the reader of HEIC, which takes a tenth of a second to import; returns whether it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _open(path: Path) -> Image.Image:
+    """Opens an image; one that Pillow does not know may be HEIC under another name."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if not _reads_heic():
+            raise
+        return Image.open(path)
 
 
 def _rgb(image: Image.Image, background: str, path: Path) -> Image.Image:

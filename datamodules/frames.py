@@ -5,21 +5,16 @@ file -> delimiter and header (of text) -> typed columns; an empty cell is null
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
-import lzma
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from io import BytesIO, TextIOWrapper
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import DataError
-from datamodules.folders import is_litter
+from datamodules.packed import open_bytes, open_text, unpacked, unpacked_name
 from datamodules.splits import SPLIT, log
 
 if TYPE_CHECKING:
@@ -27,12 +22,6 @@ if TYPE_CHECKING:
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # text that means a missing value
 DELIMITERS = "\t;|,"  # in order of preference; the comma is last, since it may be decimal
-PACKED: dict[bytes, Callable[[bytes], bytes]] = {  # by how files begin
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\0": lzma.decompress,
-}
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zip")
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's first line
 UNCUT = "\x1f"  # the delimiter of a file with one column
 EXAMINED = 100  # rows from which the format of a text file is inferred
@@ -88,7 +77,7 @@ def scan_frame(
     try:
         import polars
 
-        source = _unpacked(path, where)
+        source = unpacked(path, where)
         if kind == ".json" and _is_array(source):
             frame = polars.read_json(source, infer_schema_length=None).lazy()
         elif kind in (".json", ".jsonl", ".ndjson"):
@@ -118,38 +107,9 @@ def scan_frame(
     return frame
 
 
-def unpacked_name(name: str) -> Path:
-    """Returns the name of a file without the suffix of its compression."""
-    path = Path(name)
-    return path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path
-
-
-def _unpacked(path: Path, where: str) -> Path | bytes:
-    """Returns the contents of a packed file, and otherwise the path."""
-    if path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            inside = [each.filename for each in archive.infolist() if not each.is_dir()]
-            files = [name for name in inside if not any(map(is_litter, name.split("/")))]
-            if len(files) != 1:
-                raise DataError(f"{where} holds {len(files)} files, not one table; unpack it and name one of them")
-            return archive.read(files[0])
-    with path.open("rb") as file:
-        start = file.read(6)
-    unpack = next((unpack for mark, unpack in PACKED.items() if start.startswith(mark)), None)
-    return path if unpack is None else unpack(path.read_bytes())
-
-
-def _open(source: Path | bytes) -> IO[bytes]:
-    return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
-
-
-def _untoldtext(source: Path | bytes) -> TextIOWrapper:
-    return TextIOWrapper(_open(source), encoding="utf-8-sig", newline="")
-
-
 def _is_array(source: Path | bytes) -> bool:
     """Returns whether a JSON file is one array, and not an object per line."""
-    with _open(source) as file:
+    with open_bytes(source) as file:
         return file.read(1024).lstrip()[:1] == b"["
 
 
@@ -158,7 +118,7 @@ def _scan_text(
 ) -> LazyFrame:
     import polars
 
-    with _untoldtext(source) as file:
+    with open_text(source) as file:
         head = file.read(1 << 20)
     if re.match(r"\s*<(!doctype html|html)\b", head, re.IGNORECASE):
         raise DataError(f"{where} is a page of HTML, not a table; download the file itself")
@@ -289,7 +249,7 @@ def _is_quantity(cell: str) -> bool:
 def _check_lines(source: Path | bytes, skip: int, separator: str, width: int, where: str) -> bool:
     """Rejects a line with a different number of cells, which polars would pad; returns whether lines are empty."""
     mark, blank, odd = separator.encode(), False, False
-    with _open(source) as file:
+    with open_bytes(source) as file:
         for line in islice(file, skip, None):
             if line.isspace():
                 blank = True
@@ -297,14 +257,20 @@ def _check_lines(source: Path | bytes, skip: int, separator: str, width: int, wh
                 odd = True  # or a delimiter or line break inside quotes
                 break
     if odd:
-        with _untoldtext(source) as text:
-            quotes, number = Counter[str](), skip + 1
-            counted = (each for each in islice(text, skip, None) if quotes.update({'"': each.count('"')}) is None)
-            reader = csv.reader(counted, delimiter=separator, skipinitialspace=True)
+        with open_text(source) as text:
+            lines = list[str]()  # of the current row, which quotes may spread over several
+
+            def read() -> Iterator[str]:
+                for line in islice(text, skip, None):
+                    lines.append(line)
+                    yield line
+
+            reader = csv.reader(read(), delimiter=separator, skipinitialspace=True)
             for row in reader:
-                if quotes['"'] % 2:
+                if sum(line.count('"') for line in lines) % 2:
+                    number = skip + reader.line_num - len(lines) + 1
                     raise DataError(f'{where} line {number} has a single "; write a mark like 5" as "5"""')
-                number = skip + reader.line_num + 1
+                lines.clear()
                 blank |= not row
                 if row and len(row) != width:
                     raise DataError(

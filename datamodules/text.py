@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from datamodules.errors import DataError, check_known
 from datamodules.file_domains import FileDomains
 from datamodules.folders import is_litter
-from datamodules.frames import read_frame, unpacked_name
+from datamodules.frames import read_frame
 from datamodules.labels import are_values, check_present, encode_labels, gather_classes, read_weights
+from datamodules.packed import unpacked_name
 from datamodules.paths import expand_path
 from datamodules.splits import SPLITS, content_hash, no_labels, split_of
 

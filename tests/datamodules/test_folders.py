@@ -137,19 +137,13 @@ def test_which_folder_is_a_split_and_which_a_class(tmp_path):
     assert set(split_folders(tree(tmp_path))) == {"train", "val"}
 
 
-def test_a_class_that_ends_up_empty_is_refused(tmp_path):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_that_ends_up_empty_in_a_split_is_refused(tmp_path, split):
     root = tree(tmp_path)
-    for file in (root / "train" / "red").iterdir():
+    for file in (root / split / "red").iterdir():
         file.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"class red is empty: none of its images can be read, e.g. .*/train/red/0.png"):
-        folders(root, on_bad_image="skip").domains("train")
-
-
-def test_a_class_that_ends_up_empty_in_one_split_only_is_found_by_an_example(tmp_path):
-    root = tree(tmp_path)
-    for file in (root / "val" / "red").iterdir():
-        file.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"class red is empty: none of its images can be read, e.g. .*/val/red/0.png"):
+    empty = rf"class red is empty: none of its images can be read, e.g. .*/{split}/red/0.png"
+    with pytest.raises(DataError, match=empty):
         folders(root, on_bad_image="skip").domains("train")
 
 
